@@ -1,0 +1,39 @@
+"""hfvlm: vision-language models as transformers-native models.
+
+`import hfvlm` registers every architecture with transformers' Auto classes, PEFT and the pipelines.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+# In a checkout the folders beside this one are its sub-packages; a wheel carries them inside.
+if not (Path(__file__).parent / "conversion").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from hfvlm.registry import find_class, register
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "convert": "hfvlm.converter",
+    "export": "hfvlm.converter",
+    "verify": "hfvlm.verification",
+    "list_presets": "hfvlm.presets",
+    "load_preset": "hfvlm.presets",
+    "lora": "hfvlm.lora_recipes",
+    "push": "hfvlm.hub",
+}
+
+__all__ = ["__version__", "register", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if (found := find_class(name)) is not None:
+        return found
+    raise AttributeError(f"hfvlm has no {name!r}.")
+
+
+register()

@@ -1,0 +1,5 @@
+"""`python -m hfvlm`."""
+
+from hfvlm.cli import main
+
+main()

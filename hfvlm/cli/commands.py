@@ -1,0 +1,150 @@
+"""`hfvlm list|info|convert|export|verify|card|push|demo`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+
+import hfvlm
+from hfvlm.cli.console import stderr, stdout
+from hfvlm.presets import Preset, list_presets, load_preset
+from hfvlm.registry import architectures
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Folder = Annotated[Path, typer.Argument(help="A folder that convert or save_pretrained wrote.", exists=True)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The new folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Vision-language models as transformers-native models."""
+    if show:
+        stdout.print(hfvlm.__version__)
+        raise typer.Exit
+
+
+@app.command("list")
+def list_command(architecture: Annotated[str | None, typer.Argument(help="Show one architecture's alone.")] = None) -> None:
+    """Show the released checkpoints that can be converted."""
+    if architecture not in (None, *architectures()):
+        raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(architectures())}.")
+    table = Table("preset", "parameters", "pixels", "licence", box=None, pad_edge=False)
+    for name in list_presets(architecture):
+        preset = load_preset(name)
+        table.add_row(name, millions(preset), pixels(preset), str(preset.licence.get("name", preset.licence["id"])))
+    stdout.print(table)
+
+
+@app.command()
+def info(preset: Annotated[str, typer.Argument(help="A preset's name, as `hfvlm list` shows it.")]) -> None:
+    """Show one checkpoint: sizes, source, licence and configuration."""
+    known = load_preset(preset)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("preset", known.name),
+        ("architecture", known.architecture),
+        ("parameters", millions(known)),
+        ("pixels", pixels(known)),
+        ("files", " or ".join(known.source.get("files", ("none: sizes only",)))),
+        ("source", known.source.get("url", "")),
+        ("sha256", known.source.get("sha256", "not published")),
+        ("vocabulary", known.source.get("vocabulary", {}).get("url", "")),
+        ("licence", licence_text(known)),
+        ("notes", known.notes),
+        ("configuration", json.dumps(known.config)),
+        ("processor", json.dumps(known.processor)),
+    ):
+        table.add_row(name, str(value))
+    stdout.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The released file, or the folder that holds it.")],
+    preset: Annotated[str, typer.Option(help="A preset's name; or an architecture's, for other checkpoints of it.")],
+    output: Output,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="The tokenizer's original file; 'none' leaves the tokenizer out.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as released.")] = None,
+    check: Annotated[bool, typer.Option("--verify", help="Run `hfvlm verify` on the result.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert an authors' checkpoint to a transformers folder."""
+    known = Preset(name=preset, architecture=preset) if preset in architectures() else load_preset(preset)
+    stderr.print(Panel(licence_text(known), title=f"Licence of {known.name}", title_align="left", expand=False))
+    with stderr.status(f"converting {source}"):
+        hfvlm.convert(source, preset, output, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
+    record = json.loads((output / "conversion.json").read_text())
+    stdout.print(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
+    if check:
+        verify(output)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Output,
+    to: Annotated[str, typer.Option(help="Whose classes shall load it: transformers.")] = "transformers",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a folder that transformers' own classes load."""
+    stdout.print(f"{hfvlm.export(folder, output, to=to, overwrite=overwrite)}: for {to}' own classes")
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Check that a folder is whole and consistent."""
+    table = Table("check", "", "", box=None, pad_edge=False)
+    with stderr.status(f"verifying {folder}"):
+        checks = hfvlm.verify(folder)
+    for check in checks:
+        table.add_row(check.name, "[green]yes[/green]" if check.passed else "[red]NO[/red]", check.detail)
+    stdout.print(table)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def card(folder: Folder) -> None:
+    """Write the folder's model card (README.md) anew."""
+    from hfvlm.hub import write_card
+
+    stdout.print(str(write_card(folder)))
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    licence_read: Annotated[
+        bool, typer.Option("--i-have-read-the-licence", help="For non-commercial, special and unknown licences.")
+    ] = False,
+    stub: Annotated[bool, typer.Option(help="Add the auto_map stub for trust_remote_code=True.")] = False,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
+) -> None:
+    """Upload a folder with its card to the Hub."""
+    stdout.print(hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private))
+
+
+def millions(preset: Preset) -> str:
+    return f"{preset.parameters / 1e6:,.1f} M" if preset.parameters else "?"
+
+
+def pixels(preset: Preset) -> str:
+    vision = preset.make_config().vision_config
+    size = getattr(vision, "image_size", None)
+    return "any" if size is None else str(size)
+
+
+def licence_text(preset: Preset) -> str:
+    licence = preset.licence
+    parts = (str(licence.get("name", licence["id"])), licence.get("link", ""), licence.get("note", ""))
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,110 @@
+"""The configuration every architecture builds on: fields all towers share, and their checks."""
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from hfvlm.registry import load_for
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from typing import Annotated
+
+    SubConfig = Annotated[T, "a nested configuration"]
+else:
+
+    class SubConfig:
+        """`SubConfig[X]` annotates a nested configuration: type checkers read `X`, loading accepts X's dictionary."""
+
+        def __class_getitem__(cls, _):
+            return dict | PreTrainedConfig | None
+
+
+@strict
+class HfvlmConfig(PreTrainedConfig):
+    """Base of every configuration.
+
+    A composite names its towers' configurations in `sub_configs`, each with the class that a dictionary without a
+    `model_type` becomes; a dictionary that names another registered `model_type` becomes that type's class.
+
+    Args:
+        initializer_range: standard deviation of new weights where the architecture does not say another.
+        licence: of the weights that a model was made from, as the Hub spells it. It travels with what is fine-tuned
+            from them, and `push_to_hub` reads it. None for a model of one's own.
+    """
+
+    initializer_range: float = 0.02
+    licence: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        load_for(self.model_type)
+        for name, default in self.sub_configs.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                model_type = value.get("model_type", default.model_type)
+                kind = default if model_type == default.model_type else AutoConfig.for_model(model_type).__class__
+                setattr(self, name, kind(**value))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+
+
+@strict
+class TowerConfig(HfvlmConfig):
+    """Sizes of one transformer tower. Defaults are those of the base models of the field."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+
+    def validate_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{type(self).__name__}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; each head takes an equal share of the width."
+            )
+
+
+@strict
+class VisionConfig(TowerConfig):
+    """A tower over square patches of an image. `image_size` is one edge in pixels, or (height, width)."""
+
+    base_config_key = "vision_config"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; pixels that do not fill a patch are cut off, as a strided convolution does."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.patch_size, width // self.patch_size
+
+    def validate_patches(self) -> None:
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: image_size {self.image_size} is smaller than patch_size {self.patch_size}."
+            )
+
+
+@strict
+class TextConfig(TowerConfig):
+    """A tower over token ids."""
+
+    base_config_key = "text_config"
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None

@@ -1,0 +1,166 @@
+"""Pictures from paths, bytes, arrays and open files."""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from hfvlm.media import urls
+from hfvlm.media.errors import MediaError
+
+MAX_PIXELS = 89_478_485  # Pillow warns from here on; here it is the end
+# Pillow reads more, but some of those formats run other programs (EPS) or are documents.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+THREADS = min(8, os.cpu_count() or 1)
+
+
+def read_images(sources: Any, allow_urls: bool | Collection[str] = False) -> list[Image.Image]:
+    """A batch of pictures, decoded on several threads. One source is a batch of one; see `read_image`."""
+    batch = list(sources) if isinstance(sources, list | tuple) else [sources]
+    if isinstance(sources, np.ndarray | torch.Tensor) and sources.ndim == 4:
+        batch = list(sources)
+    return parallel(lambda item: read_image(item[1], allow_urls, index=item[0]), list(enumerate(batch)))
+
+
+def parallel(function: Any, items: list[Any]) -> list[Any]:
+    """`map` on threads; Pillow and NumPy release the interpreter while they work."""
+    if len(items) < 2 or THREADS < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def read_image(source: Any, allow_urls: bool | Collection[str] = False, index: int | None = None) -> Image.Image:
+    """One picture, decoded, in its own mode.
+
+    Args:
+        source: a path; bytes; an open binary file; a `data:` URL; a `PIL.Image`; a `datasets` row with "bytes" or
+            "path"; or an array or tensor of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, `uint8` in 0..255
+            or floating point in 0..1.
+        allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
+        index: position in a batch, for the error's message.
+
+    Raises:
+        MediaError: naming the input and what is wrong with it.
+    """
+    name = _name(source, index)
+    try:
+        return _read(source, name, allow_urls)
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name}: not a picture in one of the formats {', '.join(FORMATS)}.") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise MediaError(f"{name}: damaged or truncated picture ({error}).") from error
+
+
+def _read(source: Any, name: str, allow_urls: bool | Collection[str]) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return _decoded(source, name)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return array_to_image(source, name)
+    if isinstance(source, Mapping) and (source.get("bytes") is not None or source.get("path") is not None):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, str) and "://" in source[:16].lower():
+        source = _from_url(source, allow_urls)
+    elif isinstance(source, str) and source.startswith("data:"):
+        source = _from_data_url(source, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.is_file():
+            raise MediaError(f"{name}: no such file.")
+        with path.open("rb") as file:
+            return _decoded(Image.open(file, formats=FORMATS), name)
+    if hasattr(source, "read"):
+        return _decoded(Image.open(source, formats=FORMATS), name)
+    raise MediaError(f"{name}: a picture is a path, bytes, an open file, an array, a tensor or a PIL image.")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: {width} x {height} pixels; more than {MAX_PIXELS} are refused. Scale it down first.")
+    image.load()
+    return image
+
+
+def array_to_image(array: Any, name: str) -> Image.Image:
+    """(H, W), (H, W, C) or (C, H, W), see `read_image`. Three rows of three channels are read as channels last."""
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise MediaError(f"{name}: shape {array.shape} is not (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise MediaError(f"{name}: {array.shape[1]} x {array.shape[0]} pixels; more than {MAX_PIXELS} are refused.")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise MediaError(f"{name}: contains NaN or infinity.")
+        if array.min() < 0 or array.max() > 1:
+            raise MediaError(
+                f"{name}: floating-point values in {array.min():g}..{array.max():g}; pass 0..1, or uint8 in 0..255."
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        if array.min() < 0 or array.max() > 255:
+            raise MediaError(f"{name}: integers in {array.min()}..{array.max()}; pass 0..255.")
+        array = array.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def to_8_bits(image: Image.Image, name: str = "image") -> Image.Image:
+    """Modes whose conversion to RGB would clip or lose their content, as a mode whose does not.
+
+    16-bit grey becomes 8-bit grey by its high byte, where the originals' `convert("RGB")` turns most of it white.
+    """
+    if image.mode in ("PA", "La"):
+        return image.convert({"PA": "RGBA", "La": "LA"}[image.mode])
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)) if values.max() > 255 else image.convert("L")
+    if image.mode == "F":
+        low, high = image.getextrema()
+        if not (0 <= low and high <= 255) or 0 < high <= 1:
+            raise MediaError(f"{name}: floating-point picture with values in {low:g}..{high:g}; scale it to 0..255.")
+    return image
+
+
+def _from_url(url: str, allow_urls: bool | Collection[str]) -> bytes:
+    if not allow_urls:
+        raise MediaError(f"{url[:200]}: URLs are refused. Download the file, or pass allow_urls=True or a set of hosts.")
+    return urls.fetch(url, None if allow_urls is True else allow_urls)
+
+
+def _from_data_url(url: str, name: str) -> bytes:
+    head, _, body = url.partition(",")
+    if not head.endswith(";base64"):
+        raise MediaError(f"{name}: only base64 data URLs are read.")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise MediaError(f"{name}: damaged base64 ({error}).") from error
+
+
+def _name(source: Any, index: int | None) -> str:
+    place = "" if index is None else f"image {index}: "
+    if isinstance(source, str | os.PathLike):
+        return place + str(source)[:200]
+    if isinstance(source, Mapping) and source.get("path"):
+        return place + str(source["path"])
+    return place + (f"{type(source).__name__}" if not isinstance(source, bytes) else f"{len(source)} bytes")

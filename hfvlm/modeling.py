@@ -1,0 +1,131 @@
+"""Base classes of the models."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from hfvlm.licences import check_licence
+from hfvlm.modules.transformer import Attention, PreNormLayer
+from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+# Attention weights of the layers of a tower, not those of its pooling head.
+LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
+
+
+class HfvlmPreTrainedModel(PreTrainedModel):
+    """Base of every model and tower."""
+
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PreNormLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["logit_scale"]
+    _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts that hold bare parameters initialise those themselves, in `init_own_weights`."""
+        super()._init_weights(module)
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights(self.config.initializer_range)
+
+    def push_to_hub(self, repo_id: str, *args: Any, accept_licence: bool = False, **kwargs: Any) -> Any:
+        """As transformers', after a look at the licence of the weights.
+
+        Raises:
+            LicenceError: it is non-commercial or unknown, and `accept_licence` is off.
+        """
+        check_licence(self.config.licence, accept_licence)
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+
+
+class DualEncoder(HfvlmPreTrainedModel):
+    """A vision tower and a text tower whose embeddings meet in a cosine similarity.
+
+    A subclass builds `vision_model`, `text_model` and `logit_scale`, and adds its loss to what `compare` returns.
+    """
+
+    input_modalities = ("image", "text")
+    # The loss looks at whole batches of pairs; the Trainer must not rescale it by counted tokens.
+    accepts_loss_kwargs = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
+        return as_features(self.vision_model(pixel_values, **kwargs))
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
+        return as_features(self.text_model(input_ids, attention_mask, **kwargs))
+
+    def compare(self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling) -> DualEncoderOutput:
+        """The features of images and of texts -> their similarities."""
+        image_embeds = F.normalize(image.pooler_output, dim=-1)
+        text_embeds = F.normalize(text.pooler_output, dim=-1)
+        logits = self.logit_scale(image_embeds @ text_embeds.t())
+        return DualEncoderOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=image,
+        )
+
+
+class ImageClassifier(HfvlmPreTrainedModel):
+    """A linear layer on the summary of a dual encoder's vision tower; the text tower is not built."""
+
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale\.", r"^vision_model\.projection\."]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model.projection = nn.Identity()  # the summary is read before it enters the joint space
+        self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+        """`(B, C, H, W)` -> logits `(B, num_labels)` and, for `labels`, the loss that `config.problem_type` names."""
+        vision = self.vision_model(pixel_values, **kwargs)
+        logits = self.classifier(vision.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=vision.hidden_states, attentions=vision.attentions
+        )
+
+
+def as_features(output: TowerOutput) -> BaseModelOutputWithPooling:
+    """The tower's output with the joint embedding where every `get_*_features` has it."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=output.embeds,
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )

@@ -1,0 +1,6 @@
+"""The architectures, one folder each."""
+
+ARCHITECTURES = (
+    "clip",
+    "siglip",
+)

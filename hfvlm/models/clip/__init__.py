@@ -1,0 +1,27 @@
+"""CLIP (https://arxiv.org/abs/2103.00020): pictures and texts in one space, with ViT and ResNet towers."""
+
+from typing import Any
+
+from hfvlm.registry import Architecture
+
+architecture = Architecture(
+    __name__,
+    configs={
+        "hfvlm_clip": "HfvlmCLIPConfig",
+        "hfvlm_clip_vision": "HfvlmCLIPVisionConfig",
+        "hfvlm_clip_resnet": "HfvlmCLIPResNetConfig",
+        "hfvlm_clip_text": "HfvlmCLIPTextConfig",
+    },
+    models={
+        "AutoModel": ("HfvlmCLIPModel", "HfvlmCLIPVisionModel", "HfvlmCLIPResNetModel", "HfvlmCLIPTextModel"),
+        "AutoModelForZeroShotImageClassification": ("HfvlmCLIPModel",),
+        "AutoModelForImageClassification": ("HfvlmCLIPForImageClassification",),
+    },
+    processor="HfvlmCLIPProcessor",
+    image_processors=("HfvlmCLIPImageProcessor",),
+    tokenizers=("HfvlmCLIPTokenizer",),
+)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(architecture, name)

@@ -1,0 +1,88 @@
+"""CLIP's sizes. Defaults are those of OpenAI's ViT-B/32."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+
+from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, VisionConfig
+
+
+@strict
+class HfvlmCLIPVisionConfig(VisionConfig):
+    """The vision transformer. `projection_dim` is the width of the joint space; None leaves the projection out."""
+
+    model_type = "hfvlm_clip_vision"
+
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    projection_dim: int | None = 512
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the summary that a classifier reads."""
+        return self.hidden_size
+
+
+@strict
+class HfvlmCLIPResNetConfig(HfvlmConfig):
+    """The modified ResNet. `stem_size` is the stem's output width, a quarter of the first stage's."""
+
+    model_type = "hfvlm_clip_resnet"
+    base_config_key = "vision_config"
+
+    image_size: int = 224
+    num_channels: int = 3
+    stem_size: int = 64
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    projection_dim: int = 1024
+    num_attention_heads: int = 32
+    attention_dropout: float | int = 0.0
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last stage, which the attention pool reads."""
+        return self.stem_size * 32
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the summary that a classifier reads: the attention pool ends in the joint space."""
+        return self.projection_dim
+
+    def validate_stages(self) -> None:
+        if len(self.depths) != 4:
+            raise ValueError(f"{type(self).__name__}: depths {self.depths} must name the blocks of four stages.")
+        if self.image_size % 32:
+            raise ValueError(f"{type(self).__name__}: image_size {self.image_size} is not a multiple of 32, the stride.")
+
+
+@strict
+class HfvlmCLIPTextConfig(TextConfig):
+    """The text transformer."""
+
+    model_type = "hfvlm_clip_text"
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    projection_dim: int | None = 512
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407
+    pad_token_id: int | None = 49407
+
+
+@strict
+class HfvlmCLIPConfig(HfvlmConfig):
+    """CLIP. The class of `vision_config` decides which vision tower is built."""
+
+    model_type = "hfvlm_clip"
+    sub_configs = {"vision_config": HfvlmCLIPVisionConfig, "text_config": HfvlmCLIPTextConfig}
+
+    vision_config: SubConfig[HfvlmCLIPVisionConfig] = field(default_factory=HfvlmCLIPVisionConfig)
+    text_config: SubConfig[HfvlmCLIPTextConfig] = field(default_factory=HfvlmCLIPTextConfig)
+    logit_scale_init_value: float = 2.6592
+
+    def validate_joint_space(self) -> None:
+        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
+        if image != text:
+            raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")

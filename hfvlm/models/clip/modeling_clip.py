@@ -1,0 +1,200 @@
+"""CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.losses import contrastive_loss
+from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier
+from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
+from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.pooling import end_of_text
+from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid, resize_line
+from hfvlm.modules.projection import projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import PreNormLayer, Stack
+from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+
+class HfvlmCLIPPreTrainedModel(HfvlmPreTrainedModel):
+    """Initialises the layers as the paper's code does: residual branches shrink with depth."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PreNormLayer):
+            width, depth = self.config.hidden_size, self.config.num_hidden_layers
+            for projection in (module.attention.q_proj, module.attention.k_proj, module.attention.v_proj):
+                init.normal_(projection.weight, std=width**-0.5)
+            init.normal_(module.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            for projection in (module.attention.out_proj, module.mlp.fc2):
+                init.normal_(projection.weight, std=(2 * width * depth) ** -0.5)
+
+
+class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
+    """A vision transformer that reads its class token."""
+
+    config: HfvlmCLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: HfvlmCLIPVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        scale = self.config.hidden_size**-0.5
+        init.normal_(self.class_token, std=scale)
+        init.normal_(self.position, std=scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+        """`(B, C, H, W)` normalised pixels -> all tokens before the last norm, class token first, and the summary.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.patches(pixel_values)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values, self.config.image_size)
+        x = self.layers(self.pre_norm(x + position), **kwargs)
+        pooled = self.post_norm(x[:, 0])
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def position_for(self, pixel_values: Tensor) -> Tensor:
+        """The position table for pictures of another size."""
+        height, width = pixel_values.shape[-2:]
+        size = self.config.patch_size
+        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
+
+
+class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
+    """A causal transformer that reads its end-of-text token."""
+
+    config: HfvlmCLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _input_embed_layer = "token"
+
+    def __init__(self, config: HfvlmCLIPTextConfig):
+        super().__init__(config)
+        self.embeddings = TokenEmbedding(config)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+        """`(B, N)` token ids, padded on the right -> all tokens after the last norm, and the summary.
+
+        Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
+        """
+        x = self.embeddings(input_ids)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
+        )
+        x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
+        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+
+class HfvlmCLIPModel(DualEncoder):
+    """Pictures and texts in one space."""
+
+    config: HfvlmCLIPConfig
+    base_model_prefix = "clip"
+
+    def __init__(self, config: HfvlmCLIPConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.text_model = AutoModel.from_config(config.text_config)
+        self.logit_scale = LogitScale(config.logit_scale_init_value)
+        self.post_init()
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised.
+
+        Columns after the batch's last end-of-text token cannot change the embedding; they are not computed, and
+        `last_hidden_state` is zero there. Asking for hidden states or attentions computes them all.
+        """
+        flags = ("output_hidden_states", "output_attentions")
+        everything = torch.compiler.is_compiling() or any(
+            kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags
+        )
+        if everything:
+            return super().get_text_features(input_ids, attention_mask, **kwargs)
+        length = int(end_of_text(input_ids, self.text_model.config.eos_token_id).max()) + 1
+        mask = None if attention_mask is None else attention_mask[:, :length]
+        features = super().get_text_features(input_ids[:, :length], mask, **kwargs)
+        features.last_hidden_state = F.pad(features.last_hidden_state, (0, 0, 0, input_ids.shape[1] - length))
+        return features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> DualEncoderOutput:
+        """Every text against every picture; with `return_loss`, text i must belong to picture i.
+
+        Args:
+            input_ids: `(T, N)`, padded on the right.
+            pixel_values: `(I, C, H, W)`, normalised.
+            attention_mask: `(T, N)`, may be left out.
+            return_loss: also compute the contrastive loss of the batch.
+            interpolate_pos_encoding: take pictures of any size.
+        """
+        image = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.get_text_features(input_ids, attention_mask, **kwargs)
+        output = self.compare(image, text)
+        if return_loss:
+            output.loss = contrastive_loss(output.image_embeds, output.text_embeds, self.logit_scale.exp())
+        return output
+
+    def resize_positions(
+        self, image_size: int | tuple[int, int] | None = None, context_length: int | None = None
+    ) -> None:
+        """Change the picture size or the number of text positions for good, as open_clip does when it loads a file."""
+        vision, text = self.vision_model, self.text_model
+        if image_size is not None:
+            old = vision.config.grid
+            vision.config.image_size = image_size
+            vision.position = nn.Parameter(resize_grid(vision.position.data, old, vision.config.grid, **BICUBIC))
+        if context_length is not None:
+            text.embeddings.position = nn.Parameter(resize_line(text.embeddings.position.data, context_length))
+            text.config.max_position_embeddings = context_length
+
+
+class HfvlmCLIPForImageClassification(ImageClassifier):
+    """A linear layer on what the vision tower says before its projection, as in the paper's linear probes."""
+
+    config: HfvlmCLIPConfig

@@ -1,0 +1,90 @@
+"""SigLIP's sizes. Defaults are those of SigLIP ViT-B/16 at 224 px."""
+
+from dataclasses import field
+from math import isqrt
+
+from huggingface_hub.dataclasses import strict
+
+from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, TowerConfig, VisionConfig
+
+
+@strict
+class HfvlmSigLIPVisionConfig(VisionConfig):
+    """The vision transformer for pictures of one size."""
+
+    model_type = "hfvlm_siglip_vision"
+
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the summary, which is the embedding."""
+        return self.hidden_size
+
+
+@strict
+class HfvlmSigLIPNaFlexVisionConfig(TowerConfig):
+    """The vision transformer for pictures of any size and aspect ratio (SigLIP 2 NaFlex).
+
+    `num_patches` is the size of the square position table, which is resized to each picture's grid.
+    """
+
+    model_type = "hfvlm_siglip_naflex_vision"
+    base_config_key = "vision_config"
+
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    patch_size: int = 16
+    num_channels: int = 3
+    num_patches: int = 256
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the summary, which is the embedding."""
+        return self.hidden_size
+
+    def validate_table(self) -> None:
+        if isqrt(self.num_patches) ** 2 != self.num_patches:
+            raise ValueError(f"{type(self).__name__}: num_patches {self.num_patches} is not the square of an integer.")
+
+
+@strict
+class HfvlmSigLIPTextConfig(TextConfig):
+    """The text transformer. `projection_dim` None leaves the head out, as in So400m-i18n."""
+
+    model_type = "hfvlm_siglip_text"
+
+    vocab_size: int = 32000
+    max_position_embeddings: int = 64
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    projection_dim: int | None = 768
+    pad_token_id: int | None = 1
+    eos_token_id: int | None = 1
+
+    @property
+    def joint_size(self) -> int:
+        """Width of the embedding."""
+        return self.projection_dim or self.hidden_size
+
+
+@strict
+class HfvlmSigLIPConfig(HfvlmConfig):
+    """SigLIP and SigLIP 2. The class of `vision_config` decides which vision tower is built."""
+
+    model_type = "hfvlm_siglip"
+    sub_configs = {"vision_config": HfvlmSigLIPVisionConfig, "text_config": HfvlmSigLIPTextConfig}
+
+    vision_config: SubConfig[HfvlmSigLIPVisionConfig] = field(default_factory=HfvlmSigLIPVisionConfig)
+    text_config: SubConfig[HfvlmSigLIPTextConfig] = field(default_factory=HfvlmSigLIPTextConfig)
+    logit_scale_init_value: float = 2.3026
+    logit_bias_init_value: float = -10.0
+
+    def validate_joint_space(self) -> None:
+        image, text = self.vision_config.pooled_size, self.text_config.joint_size
+        if image != text:
+            raise ValueError(
+                f"The embeddings' widths differ: hidden_size {image} in vision_config, projection_dim (or hidden_size) "
+                f"{text} in text_config."
+            )

@@ -1,0 +1,105 @@
+"""What SigLIP is fed (https://github.com/google-research/big_vision at 0127fb6; open_clip at 89fb801)."""
+
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+
+from hfvlm.media.resizing import squash
+from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
+from hfvlm.tokenization import HfvlmTokenizer, sentencepiece
+
+
+class HfvlmSigLIPImageProcessor(FixedSizeImageProcessor):
+    """Pictures squashed to a square, bicubic, values from -1 to 1."""
+
+    resize_mode = "squash"
+
+
+class HfvlmSigLIPNaFlexImageProcessor(HfvlmImageProcessor):
+    """Pictures as patches that keep their aspect ratio, bilinear, values from -1 to 1 (SigLIP 2 NaFlex).
+
+    Args:
+        patch_size: edge of a patch in pixels.
+        max_num_patches: a picture becomes as many patches as fit, and is padded to this number.
+    """
+
+    model_input_names = ["pixel_values", "pixel_attention_mask", "spatial_shapes"]
+    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "patch_size", "max_num_patches")
+
+    resample = 2
+    patch_size: int = 16
+    max_num_patches: int = 256
+
+    def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
+        rows, columns = fitting_grid(image.height, image.width, settings["patch_size"], settings["max_num_patches"])
+        return squash(image, (rows * settings["patch_size"], columns * settings["patch_size"]), settings["resample"])
+
+    def batch(
+        self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None
+    ) -> BatchFeature:
+        """`pixel_values` `(B, N, patch_size * patch_size * 3)`, `pixel_attention_mask` `(B, N)`, `spatial_shapes`
+        `(B, 2)` as rows and columns."""
+        size, length = settings["patch_size"], settings["max_num_patches"]
+        patches = np.zeros((len(arrays), length, 3 * size * size), dtype=np.float32)
+        mask = np.zeros((len(arrays), length), dtype=np.int64)
+        shapes = np.array([(array.shape[1] // size, array.shape[2] // size) for array in arrays])
+        for i, (array, (rows, columns)) in enumerate(zip(arrays, shapes, strict=True)):
+            if rows * columns > length or array.shape[1:] != (rows * size, columns * size):
+                raise ValueError(
+                    f"image {i} of {array.shape[1]} x {array.shape[2]} pixels is not made of at most {length} patches of "
+                    f"{size} x {size}: leave do_resize on, or raise max_num_patches."
+                )
+            grid = array.reshape(3, rows, size, columns, size).transpose(1, 3, 2, 4, 0)
+            patches[i, : rows * columns] = grid.reshape(rows * columns, -1)
+            mask[i, : rows * columns] = 1
+        data = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def fitting_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
+    """Rows and columns of the largest picture of about this aspect ratio with at most `most` patches.
+
+    A bisection over the scale, in the original's steps and to its precision, since the result depends on both.
+    """
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        rows, columns = (max(1, ceil(edge * scale / patch_size)) for edge in (height, width))
+        low, high = (scale, high) if rows * columns <= most else (low, scale)
+    return max(1, ceil(height * low / patch_size)), max(1, ceil(width * low / patch_size))
+
+
+class HfvlmSigLIPTokenizer(HfvlmTokenizer):
+    """Sentencepiece, always padded to `model_max_length`: the model reads the last position and was trained without
+    a mask. `padding=True` therefore means full length too, and a longer `max_length` is cut to it.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids"]
+    padding = "max_length"
+
+    def __init__(self, clean: str = "canonical", model_max_length: int = 64, **kwargs: Any):
+        super().__init__(clean=clean, model_max_length=model_max_length, **kwargs)
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any) -> Any:
+        """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what SigLIP reads."""
+        padding = "max_length" if padding is True else padding
+        max_length = min(max_length or self.model_max_length, self.model_max_length)
+        return super().__call__(text, *args, padding=padding, max_length=max_length, **kwargs)
+
+    @classmethod
+    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmSigLIPTokenizer":
+        """From a sentencepiece `.model` or its tokenizer.json. Pads with the end token as SigLIP 1; SigLIP 2 has a
+        `pad_token` of its own."""
+        engine = sentencepiece(path)
+        end = engine.id_to_token(1)
+        return cls(tokenizer_object=engine, **{"eos_token": end, "pad_token": end} | kwargs)
+
+
+class HfvlmSigLIPProcessor(DualEncoderProcessor):
+    """Pictures and texts as SigLIP reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""

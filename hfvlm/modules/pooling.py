@@ -1,0 +1,40 @@
+"""Sequences to one vector."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hfvlm.configuration import TowerConfig
+from hfvlm.modules.transformer import MLP, Attention
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.probe, std=std)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, N, D), (B, 1, 1, N) or None -> (B, D)."""
+        pooled, _ = self.attention(self.probe.expand(len(x), -1, -1), mask, context=x, **kwargs)
+        return (pooled + self.mlp(self.mlp_norm(pooled))).squeeze(1)
+
+
+def end_of_text(input_ids: Tensor, eos_token_id: int | None) -> Tensor:
+    """(B, N) -> (B,), where CLIP pools: the first end-of-text token, or the first largest id in a row without one.
+
+    In the original vocabulary end-of-text is the largest id and the original's rule is the argmax alone; tokens that
+    a user adds have larger ids and must not attract the pooling.
+    """
+    if eos_token_id is not None:
+        input_ids = input_ids.masked_fill(input_ids == eos_token_id, torch.iinfo(input_ids.dtype).max)
+    return input_ids.argmax(dim=-1)

@@ -1,0 +1,61 @@
+"""Learned position tables at other sizes. Which rule a checkpoint needs is a fact of its original code."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+# open_clip and timm
+BICUBIC = {"mode": "bicubic", "antialias": True}
+# big_vision: scipy.ndimage.zoom, order 1
+ALIGNED_CORNERS = {"mode": "bilinear", "align_corners": True}
+
+
+def check_positions(tokens: Tensor, position: Tensor, pixel_values: Tensor, image_size: Any) -> None:
+    """A position for every token of (B, N, D), or an error about the pictures' size."""
+    if tokens.shape[1] != len(position):
+        raise ValueError(
+            f"pixel_values are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: resize "
+            "the pictures, or pass interpolate_pos_encoding=True."
+        )
+
+
+def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rule: Any) -> Tensor:
+    """(extra + rows * columns, D) -> the same with the `new` rows and columns; extra leading rows are kept.
+
+    `rule` is one of this module's constants, handed to `torch.nn.functional.interpolate`.
+    """
+    extra = len(table) - old[0] * old[1]
+    image = table[extra:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    resized = interpolate(image, size=new, **rule).flatten(2)[0].t()
+    return torch.cat([table[:extra], resized.to(table.dtype)])
+
+
+def resize_line(table: Tensor, length: int) -> Tensor:
+    """(N, D) -> (length, D), linear: open_clip's text towers."""
+    resized = interpolate(table.float().t()[None], size=length, mode="linear", align_corners=False)
+    return resized[0].t().to(table.dtype)
+
+
+def sampled_grid(table: Tensor, y: Tensor, x: Tensor, shapes: Tensor) -> Tensor:
+    """Positions of patches of pictures that all have grids of their own.
+
+    The square `table` (S, S, D) is resized to each picture's grid `shapes` (B, 2) as rows and columns, bilinear with
+    antialiasing, and read at `y`, `x` (B, N): (B, N, D). Resizing is linear, so it is one product with the weights
+    that a resize would use, without a loop over pictures.
+    """
+    rows = _triangle_weights(y, shapes[:, :1], table.shape[0])
+    columns = _triangle_weights(x, shapes[:, 1:], table.shape[1])
+    weights = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(2)
+    return (weights @ table.float().flatten(0, 1)).to(table.dtype)
+
+
+def _triangle_weights(index: Tensor, size: Tensor, source: int) -> Tensor:
+    """(B, N) target indices on axes of `size` (B, 1) -> (B, N, source), the share of each source cell."""
+    scale = source / size.float()
+    centre = (index.float() + 0.5) * scale
+    cells = torch.arange(source, device=index.device) + 0.5
+    reach = scale.clamp_min(1.0).unsqueeze(-1)
+    weights = (1 - (cells - centre.unsqueeze(-1)).abs() / reach).clamp_min(0)
+    return weights / weights.sum(-1, keepdim=True)

@@ -1,0 +1,44 @@
+"""Cosine similarities to logits."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+class LogitScale(nn.Module):
+    """Multiplies by a learned temperature, kept as a logarithm: `exp(scale) * cosine`.
+
+    A module of its own, with a parameter of one dimension, so that PEFT's `modules_to_save=["logit_scale"]` trains
+    it and FSDP2 shards it.
+    """
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def init_own_weights(self, std: float) -> None:
+        init.constant_(self.scale, self.initial)
+
+    def exp(self) -> Tensor:
+        """The factor itself, shape (1,)."""
+        return self.scale.exp()
+
+    def forward(self, cosine: Tensor) -> Tensor:
+        return cosine * self.exp()
+
+
+class BiasedLogitScale(LogitScale):
+    """`exp(scale) * cosine + bias`: for losses that look at each pair alone."""
+
+    def __init__(self, initial: float, initial_bias: float):
+        super().__init__(initial)
+        self.initial_bias = initial_bias
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def init_own_weights(self, std: float) -> None:
+        super().init_own_weights(std)
+        init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, cosine: Tensor) -> Tensor:
+        return super().forward(cosine) + self.bias

@@ -1,0 +1,46 @@
+"""What towers and models return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import FloatTensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class TowerOutput(BaseModelOutputWithPooling):
+    """What one tower makes of one modality.
+
+    Args:
+        embeds: `(B, projection_dim)`, the pooled vector in the joint space, not normalised. Equal to `pooler_output`
+            where the tower has no projection.
+    """
+
+    embeds: FloatTensor | None = None
+
+
+@dataclass
+class DualEncoderOutput(ModelOutput):
+    """Images against texts.
+
+    Args:
+        loss: scalar, with `return_loss=True`.
+        logits_per_image: `(images, texts)`, scaled cosine similarities.
+        logits_per_text: `(texts, images)`, the transpose.
+        text_embeds: `(texts, projection_dim)`, of unit length.
+        image_embeds: `(images, projection_dim)`, of unit length.
+        text_model_output: the text tower's whole output.
+        vision_model_output: the vision tower's whole output.
+    """
+
+    loss: FloatTensor | None = None
+    logits_per_image: FloatTensor | None = None
+    logits_per_text: FloatTensor | None = None
+    text_embeds: FloatTensor | None = None
+    image_embeds: FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())

@@ -1,0 +1,70 @@
+"""One file a released checkpoint in `modeling_configs/`: what it is, where it came from and how it is read."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A released checkpoint.
+
+    Args:
+        name: "clip/vit-b-32".
+        architecture: the folder's name, "clip".
+        config: the configuration's fields that differ from its defaults.
+        processor: settings of the processor's parts that differ from theirs.
+        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer.
+        licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
+        parameters: of the whole model.
+        notes: what a user should know.
+    """
+
+    name: str
+    architecture: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    licence: Mapping[str, Any] = field(default_factory=lambda: {"id": "unknown"})
+    parameters: int | None = None
+    notes: str = ""
+
+    def make_config(self) -> PreTrainedConfig:
+        """The configuration, in full."""
+        return AutoConfig.for_model(f"hfvlm_{self.architecture}", **json.loads(json.dumps(self.config)))
+
+
+@cache
+def list_presets(architecture: str | None = None) -> tuple[str, ...]:
+    """Names of all presets, or of one architecture's."""
+    folder = files("hfvlm.modeling_configs")
+    names = [
+        f"{kind.name}/{file.name.removesuffix('.json')}"
+        for kind in folder.iterdir()
+        if kind.is_dir()
+        for file in kind.iterdir()
+        if file.name.endswith(".json")
+    ]
+    return tuple(sorted(name for name in names if architecture in (None, name.split("/")[0])))
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by its name; the architecture may be left out where one preset alone ends so.
+
+    Raises:
+        ValueError: there is none, or there are several; the message lists the nearest names.
+    """
+    names = list_presets()
+    hits = [known for known in names if name in (known, known.split("/")[1])]
+    if len(hits) == 1:
+        text = files("hfvlm.modeling_configs").joinpath(f"{hits[0]}.json").read_text(encoding="utf-8")
+        return Preset(name=hits[0], **json.loads(text))
+    near = hits or difflib.get_close_matches(name, [*names, *(known.split("/")[1] for known in names)], n=5, cutoff=0.4)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(f"No preset is called {name!r}.{hint} `hfvlm list` shows all of them.")

@@ -1,0 +1,218 @@
+"""Makes transformers' Auto classes, PEFT and the pipelines know every architecture, without importing one.
+
+Each architecture's `__init__.py` is its contents page: an `Architecture` that names its classes. At `import hfvlm` a
+stand-in of each name goes into the Auto classes' tables. The first use of a stand-in, or the first configuration that is
+made, loads the architecture and registers the classes themselves.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.models.auto import auto_factory, feature_extraction_auto, image_processing_auto, video_processing_auto
+
+import hfvlm.models
+
+_architectures: dict[str, "Architecture"] = {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The contents page of one architecture: which class is found by which Auto class.
+
+    Args:
+        module: the package, `__name__` in its `__init__.py`.
+        configs: configuration classes by `model_type`; the first is the composite.
+        models: model classes by the name of the Auto class that finds them.
+        processor: the processor of the composite.
+        image_processors: the composite's, and others that its checkpoints may name.
+        tokenizers: likewise.
+        feature_extractors: likewise.
+        video_processors: likewise.
+        lora: names of the layers that PEFT adapts by default.
+    """
+
+    module: str
+    configs: dict[str, str]
+    models: dict[str, tuple[str, ...]]
+    processor: str | None = None
+    image_processors: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+    feature_extractors: tuple[str, ...] = ()
+    video_processors: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ("q_proj", "v_proj")
+    _loaded: list[bool] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    @property
+    def model_type(self) -> str:
+        return next(iter(self.configs))
+
+    @property
+    def names(self) -> list[str]:
+        """Every public class, in the order of the fields."""
+        models = [name for names in self.models.values() for name in names]
+        processors = [*self.image_processors, *self.tokenizers, *self.feature_extractors, *self.video_processors]
+        every = [*self.configs.values(), *models, *([self.processor] if self.processor else []), *processors]
+        return list(dict.fromkeys(every))
+
+    def __getattr__(self, name: str) -> Any:
+        """The class of that name, from whichever of the architecture's modules has it."""
+        if name.startswith("_") or name not in self.names:
+            raise AttributeError(f"{self.module} has no {name!r}; it has {', '.join(self.names)}.")
+        return next(vars(module)[name] for module in self.load() if name in vars(module))
+
+    @cached_property
+    def stand_ins(self) -> dict[str, type]:
+        return {name: _StandIn(name, (), {"__module__": self.module, "architecture": self}) for name in self.names}
+
+    def load(self) -> list[ModuleType]:
+        """Import the modules and, the first time, register their classes."""
+        files = pkgutil.iter_modules(importlib.import_module(self.module).__path__)
+        modules = [importlib.import_module(f"{self.module}.{file.name}") for file in files]
+        if not self._loaded:
+            self._loaded.append(True)
+            self._register({name: getattr(self, name) for name in self.names})
+            for auto, names in self.models.items():
+                for name in names:
+                    model = getattr(self, name)
+                    getattr(importlib.import_module("transformers"), auto).register(
+                        model.config_class, model, exist_ok=True
+                    )
+        return modules
+
+    def announce(self) -> None:
+        """Put the stand-ins where the classes will be."""
+        self._register(self.stand_ins)
+
+    def _register(self, classes: dict[str, type]) -> None:
+        """Everything that transformers may look for by name. `exist_ok`: an upstream class of the same name, or an
+        earlier call, is no error, and the classes of hfvlm folders stay hfvlm's."""
+        for model_type, name in self.configs.items():
+            AutoConfig.register(model_type, classes[name], exist_ok=True)
+        config = classes[self.configs[self.model_type]]
+        if self.processor:
+            AutoProcessor.register(config, classes[self.processor], exist_ok=True)
+        # A table has one entry a configuration; the other names stand under configurations of their own towers.
+        configs = [classes[name] for name in self.configs.values()]
+        for key, name in zip(configs, self.tokenizers, strict=False):
+            AutoTokenizer.register(key, tokenizer_class=classes[name], exist_ok=True)
+        for key, name in zip(configs, self.image_processors, strict=False):
+            _table(image_processing_auto.IMAGE_PROCESSOR_MAPPING, key, _backends(classes[name]))
+        for key, name in zip(configs, self.video_processors, strict=False):
+            _table(video_processing_auto.VIDEO_PROCESSOR_MAPPING, key, _backends(classes[name]))
+        for key, name in zip(configs, self.feature_extractors, strict=False):
+            _table(feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING, key, classes[name])
+
+
+def _table(mapping: auto_factory._LazyAutoMapping, key: type, value: Any) -> None:
+    mapping.register(key, value, exist_ok=True)
+
+
+def _backends(processor: type) -> dict[str, type]:
+    """transformers asks for the torchvision backend first; ours is the same class either way."""
+    return {"torchvision": processor, "pil": processor}
+
+
+class _StandIn(type):
+    """The metaclass of stand-ins: whatever is asked of one is asked of the class that it stands for."""
+
+    architecture: Architecture
+
+    def real(cls) -> Any:
+        return getattr(cls.architecture, cls.__name__)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.real(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real()(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.real())
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.real())
+
+
+def register() -> None:
+    """Register every architecture. `import hfvlm` calls it; calling it again changes nothing.
+
+    Also the entry point of vLLM's plugin mechanism (`vllm.general_plugins`).
+    """
+    if _architectures:
+        return
+    for name in hfvlm.models.ARCHITECTURES:
+        architecture = importlib.import_module(f"hfvlm.models.{name}").architecture
+        _architectures[name] = architecture
+        architecture.announce()
+    _after_import("peft.utils.constants", _register_lora)
+
+
+def architectures() -> dict[str, Architecture]:
+    """Every architecture by its folder's name."""
+    register()
+    return _architectures
+
+
+def load_for(model_type: str) -> None:
+    """Load the architecture that owns a `model_type`, if it is one of hfvlm's."""
+    for architecture in _architectures.values():
+        if model_type in architecture.configs and not architecture._loaded:
+            architecture.load()
+
+
+def find_class(name: str) -> Any:
+    """The hfvlm class of that name, or None."""
+    for architecture in _architectures.values():
+        if name in architecture.names:
+            return getattr(architecture, name)
+    return None
+
+
+def _register_lora(constants: ModuleType) -> None:
+    """PEFT's table of the layers that `LoraConfig()` adapts when it names none, by `model_type`."""
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    for architecture in _architectures.values():
+        table |= {model_type: list(architecture.lora) for model_type in architecture.configs}
+
+
+def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Run `action` on a module once it is imported, now if it is already: importing PEFT here would take a second."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[ModuleType], None]):
+        self.name, self.action = name, action
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            self.action(module)
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,213 @@
+"""Tokenizers: the text cleaning, padding and truncation that a model was trained with, on `tokenizers`' engines."""
+
+import gzip
+import html
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ftfy
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BatchEncoding
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def fixed(text: str) -> str:
+    """Broken encodings, curly quotes and HTML entities repaired, as every original of the CLIP family does."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def clean_lower(text: str) -> str:
+    """OpenAI's cleaning: repair, one space between words, lower case."""
+    return " ".join(fixed(text).split()).lower()
+
+
+def clean_canonical(text: str) -> str:
+    """open_clip's cleaning for SigLIP: repair, no punctuation, lower case, one space between words."""
+    text = fixed(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+def clean_case(text: str) -> str:
+    """big_vision's cleaning: lower case alone."""
+    return text.lower()
+
+
+CLEANINGS: dict[str, Callable[[str], str]] = {
+    "lower": clean_lower,
+    "canonical": clean_canonical,
+    "case": clean_case,
+    "none": str,
+}
+
+
+class HfvlmTokenizer(TokenizersBackend):
+    """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
+
+    Args:
+        clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "canonical" as open_clip's SigLIP, "case" as
+            big_vision, or "none".
+        model_max_length: tokens of the longest text, special tokens included.
+    """
+
+    padding = True
+
+    def __init__(self, *args: Any, clean: str = "none", **kwargs: Any):
+        if clean not in CLEANINGS:
+            raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, not {clean!r}.")
+        self.clean = clean
+        super().__init__(*args, clean=clean, **kwargs)
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """Take tokenizer.json as it is; transformers would rebuild the engine of a class that has an `__init__` from
+        the vocabulary alone, and lose the rest."""
+        return kwargs
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = None, truncation: Any = None, **kwargs: Any) -> Any:
+        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
+        padding = self.padding if padding is None else padding
+        truncation = True if truncation is None else truncation
+        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        if not kwargs.get("is_split_into_words"):
+            text, text_pair = self._cleaned(text), self._cleaned(text_pair)
+        encoded = super()._encode_plus(text, text_pair=text_pair, **kwargs)
+        batch = [text] if isinstance(text, str) else text
+        for i, encoding in enumerate(encoded.encodings or ()):
+            if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
+                logger.warning(
+                    f"Text {i} is too long and was cut to {len(encoding.ids)} tokens: {str(batch[i])[:60]!r}..."
+                )
+        return encoded
+
+    def _cleaned(self, text: Any) -> Any:
+        clean = CLEANINGS[self.clean]
+        if isinstance(text, str):
+            return clean(text)
+        if isinstance(text, list | tuple):
+            return [clean(item) if isinstance(item, str) else item for item in text]
+        return text
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+
+
+def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
+    """Special tokens around a text; an empty name leaves its side bare."""
+    tokens = [token for token in (before, after) if token]
+    pieces = [piece for piece in (before, "$A", after) if piece]
+    return processors.TemplateProcessing(
+        single=pieces, special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens]
+    )
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def openai_bpe(path: str | Path) -> Tokenizer:
+    """CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        vocabulary, merges = _tokenizer_json(path)
+    else:
+        merges = _openai_merges(path)
+        letters = _byte_letters()
+        words = (letter + "</w>" for letter in letters)
+        pieces = [*letters, *words, *("".join(merge) for merge in merges), START, END]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
+    engine.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    engine.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
+    engine.post_processor = template(engine, START, END)
+    return engine
+
+
+def _openai_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a gzipped list of merges ({error}).") from error
+    # After a line of heading; the released file lists more merges than its vocabulary of 49,408 has room for.
+    merges = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1] if line]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{path}: not a list of merges, two pieces a line.")
+    return [(left, right) for left, right in merges]
+
+
+def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        return model["vocab"], [(left, right) for left, right in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the tokenizer.json of a byte-pair encoding ({error!r}).") from error
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte: printable bytes stand for themselves, in the order of their ids, then the rest."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def sentencepiece(path: str | Path) -> Tokenizer:
+    """The engine behind a sentencepiece `.model`, unigram (T5's, mT5's) or BPE (Gemma's), or its tokenizer.json. The
+    second piece, the end of a text, closes each.
+
+    Raises:
+        ImportError: sentencepiece or protobuf is not installed.
+        ValueError: the file is not such a model.
+    """
+    path = Path(path)
+    engine = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path)
+    engine.no_padding()
+    engine.no_truncation()
+    engine.post_processor = template(engine, "", engine.id_to_token(1))
+    return engine
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    from transformers.convert_slow_tokenizer import GemmaConverter, SentencePieceExtractor, T5Converter
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    if not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")
+    try:
+        proto = SentencePieceExtractor(str(path)).proto
+    except Exception as error:  # protobuf's DecodeError, whose module depends on its version
+        raise ValueError(f"{path}: not a sentencepiece model ({error}).") from error
+    pieces = [piece.piece for piece in proto.pieces]
+    # transformers' converters read these few attributes of the tokenizer that they are given.
+    names = SimpleNamespace(
+        vocab_file=str(path),
+        pad_token=pieces[0],
+        eos_token=pieces[1],
+        bos_token=pieces[2],
+        _extra_ids=0,
+        convert_tokens_to_ids=pieces.index,
+        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
+    )
+    unigram = proto.trainer_spec.model_type == 1
+    return (T5Converter if unigram else GemmaConverter)(names).converted()
