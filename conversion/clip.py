@@ -27,7 +27,9 @@ from hfvlm.models.clip.configuration_clip import (
 )
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
 
-VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json")
+VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
+# Sizes that the archives repeat as entries of their own.
+ARCHIVE_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
@@ -44,8 +46,7 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     prefix = "text." if "text.text_projection" in set(keys) else ""  # open_clip's models with a text tower of their own
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
-        # The archives repeat three sizes as entries of their own.
-        *(Row(name, None, optional=True) for name in ("input_resolution", "context_length", "vocab_size")),
+        *(Row(name, None, optional=True) for name in ARCHIVE_ENTRIES),
         *(resnet_rows() if resnet else vision_rows("visual", "vision_model")),
         Row(f"{prefix}token_embedding.weight", "text_model.embeddings.token.weight"),
         Row(f"{prefix}positional_embedding", "text_model.embeddings.position"),

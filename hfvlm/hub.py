@@ -28,6 +28,7 @@ def write_card(
     preset: Preset | None = None,
     *,
     name: str | None = None,
+    base_model: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     text: str = "",
 ) -> Path:
@@ -37,6 +38,7 @@ def write_card(
         folder: with config.json and, from a conversion, conversion.json.
         preset: what was converted; by default what conversion.json names.
         name: of the model; by default the folder's.
+        base_model: on the Hub, what this model was made from; by default where the preset's file is.
         results: measured numbers, each a mapping of task, dataset, metric, value and protocol.
         text: what else there is to say, in Markdown.
     """
@@ -44,14 +46,14 @@ def write_card(
     config = AutoConfig.from_pretrained(folder)
     architecture = config.model_type.removeprefix("hfvlm_")
     record = _read_json(folder / "conversion.json")
-    preset = preset or _preset_of(record, architecture)
+    preset = preset or _preset_of(record, architecture, config.licence)
     card = ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
     licence = dict(preset.licence)
     card.data.license = licence["id"] if licence["id"] != UNKNOWN else "other"
     card.data.license_name = licence.get("name", UNKNOWN if licence["id"] == UNKNOWN else None)
     card.data.license_link = licence.get("link")
     card.data.library_name = "hfvlm"
-    card.data.base_model = preset.source.get("repository")
+    card.data.base_model = base_model or preset.source.get("repository")
     card.data.model_name = name or folder.name
     if results:
         card.data.eval_results = [_eval_result(result) for result in results]
@@ -139,9 +141,11 @@ def write_stub(folder: str | Path) -> Path:
     return stub
 
 
-def _preset_of(record: Mapping[str, Any], architecture: str) -> Preset:
+def _preset_of(record: Mapping[str, Any], architecture: str, licence: str | None) -> Preset:
     name = record.get("preset", "")
-    return load_preset(name) if "/" in name else Preset(name=architecture, architecture=architecture)
+    if "/" in name:
+        return load_preset(name)
+    return Preset(name=architecture, architecture=architecture, licence={"id": licence or UNKNOWN})
 
 
 def _licence_text(licence: Mapping[str, Any]) -> str:

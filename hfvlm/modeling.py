@@ -14,6 +14,11 @@ from hfvlm.licences import check_licence
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
+def other_towers(own: str) -> list[str]:
+    """Patterns of the keys that a tower may leave unread in its composite's file."""
+    return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scale|classifier)\."]
+
+
 # Attention weights of the layers of a tower, not those of its pooling head.
 LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
 
@@ -71,13 +76,19 @@ class DualEncoder(HfvlmPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
-        return as_features(self.vision_model(pixel_values, **kwargs))
+        return self.encode_image(pixel_values, **kwargs)
 
     @can_return_tuple
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
+        return self.encode_text(input_ids, attention_mask, **kwargs)
+
+    def encode_image(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return as_features(self.vision_model(pixel_values, **kwargs))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
         return as_features(self.text_model(input_ids, attention_mask, **kwargs))
 
     def compare(self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling) -> DualEncoderOutput:
@@ -98,7 +109,6 @@ class DualEncoder(HfvlmPreTrainedModel):
 class ImageClassifier(HfvlmPreTrainedModel):
     """A linear layer on the summary of a dual encoder's vision tower; the text tower is not built."""
 
-    base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale\.", r"^vision_model\.projection\."]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from hfvlm.configuration import TextConfig, VisionConfig
 
@@ -25,6 +26,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.position, std=std)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         length, longest = input_ids.shape[1], len(self.position)

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier
+from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
@@ -43,6 +43,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
 
     config: HfvlmCLIPVisionConfig
     base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
@@ -93,6 +94,7 @@ class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
 
     config: HfvlmCLIPTextConfig
     base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ("text",)
     _input_embed_layer = "token"
 
@@ -133,25 +135,22 @@ class HfvlmCLIPModel(DualEncoder):
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
 
-    @can_return_tuple
-    def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised.
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The embedding of each text; `last_hidden_state` is zero after a text's own end.
 
-        Columns after the batch's last end-of-text token cannot change the embedding; they are not computed, and
-        `last_hidden_state` is zero there. Asking for hidden states or attentions computes them all.
+        Nothing after the batch's last end-of-text token can change an embedding, and it is not computed, unless hidden
+        states or attentions are asked for.
         """
+        ends = end_of_text(input_ids, self.text_model.config.eos_token_id)
+        length = input_ids.shape[1]
         flags = ("output_hidden_states", "output_attentions")
-        everything = torch.compiler.is_compiling() or any(
-            kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags
-        )
-        if everything:
-            return super().get_text_features(input_ids, attention_mask, **kwargs)
-        length = int(end_of_text(input_ids, self.text_model.config.eos_token_id).max()) + 1
-        mask = None if attention_mask is None else attention_mask[:, :length]
-        features = super().get_text_features(input_ids[:, :length], mask, **kwargs)
-        features.last_hidden_state = F.pad(features.last_hidden_state, (0, 0, 0, input_ids.shape[1] - length))
+        wanted = any(kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags)
+        computed = length if wanted or torch.compiler.is_compiling() else int(ends.max()) + 1
+        mask = None if attention_mask is None else attention_mask[:, :computed]
+        features = super().encode_text(input_ids[:, :computed], mask, **kwargs)
+        read = torch.arange(computed, device=ends.device) <= ends.unsqueeze(-1)
+        tokens = features.last_hidden_state * read.unsqueeze(-1)
+        features.last_hidden_state = F.pad(tokens, (0, 0, 0, length - computed))
         return features
 
     @can_return_tuple
@@ -173,8 +172,8 @@ class HfvlmCLIPModel(DualEncoder):
             return_loss: also compute the contrastive loss of the batch.
             interpolate_pos_encoding: take pictures of any size.
         """
-        image = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.get_text_features(input_ids, attention_mask, **kwargs)
+        image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.encode_text(input_ids, attention_mask, **kwargs)
         output = self.compare(image, text)
         if return_loss:
             output.loss = contrastive_loss(output.image_embeds, output.text_embeds, self.logit_scale.exp())
@@ -198,3 +197,4 @@ class HfvlmCLIPForImageClassification(ImageClassifier):
     """A linear layer on what the vision tower says before its projection, as in the paper's linear probes."""
 
     config: HfvlmCLIPConfig
+    base_model_prefix = "clip"

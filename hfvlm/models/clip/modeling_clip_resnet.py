@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
 from hfvlm.modules.transformer import Attention
@@ -72,6 +72,7 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
 
     config: HfvlmCLIPResNetConfig
     base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     # Recomputing a batch norm in training would count its batch twice in the running statistics.

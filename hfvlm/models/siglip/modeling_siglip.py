@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import sigmoid_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier
+from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -48,6 +48,7 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
 
     config: HfvlmSigLIPVisionConfig
     base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
@@ -93,6 +94,7 @@ class HfvlmSigLIPNaFlexVisionModel(HfvlmSigLIPPreTrainedModel):
 
     config: HfvlmSigLIPNaFlexVisionConfig
     base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
@@ -125,8 +127,8 @@ class HfvlmSigLIPNaFlexVisionModel(HfvlmSigLIPPreTrainedModel):
             spatial_shapes: `(B, 2)`, rows and columns of each picture's patches.
         """
         index = torch.arange(pixel_values.shape[1], device=pixel_values.device)
+        index = torch.where(index < spatial_shapes.prod(dim=1, keepdim=True), index, 0)
         columns = spatial_shapes[:, 1:]
-        index = index.clamp(max=spatial_shapes.prod(dim=1, keepdim=True) - 1)
         position = sampled_grid(self.position, index // columns, index % columns, spatial_shapes)
         x = self.patches(pixel_values.to(self.patches.weight.dtype)) + position
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=pixel_attention_mask)
@@ -146,6 +148,7 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
 
     config: HfvlmSigLIPTextConfig
     base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ("text",)
     _input_embed_layer = "token"
 
@@ -214,8 +217,8 @@ class HfvlmSigLIPModel(DualEncoder):
         """
         naflex = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         options = naflex if spatial_shapes is not None else {"interpolate_pos_encoding": interpolate_pos_encoding}
-        image = self.get_image_features(pixel_values, **options, **kwargs)
-        text = self.get_text_features(input_ids, attention_mask, **kwargs)
+        image = self.encode_image(pixel_values, **options, **kwargs)
+        text = self.encode_text(input_ids, attention_mask, **kwargs)
         output = self.compare(image, text)
         if return_loss:
             scale = self.logit_scale
@@ -227,3 +230,4 @@ class HfvlmSigLIPForImageClassification(ImageClassifier):
     """A linear layer on the vision tower's summary."""
 
     config: HfvlmSigLIPConfig
+    base_model_prefix = "siglip"

@@ -1,0 +1,260 @@
+"""`hfvlm demo`: from an authors' checkpoint to a fine-tuned model with a card, on real handwriting, in minutes."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments, pipeline, set_seed
+
+import hfvlm
+from hfvlm.cli.console import stderr, stdout
+from hfvlm.hub import write_card
+from hfvlm.samples import digits, scenes
+from hfvlm.samples.digits import TEMPLATES, Digit, caption
+from hfvlm.writing import new_folder
+
+KNOWN, NEW = list(range(8)), [8, 9]
+EVERY = [*KNOWN, *NEW]
+SHOTS, STEPS, RANK, LEARNING_RATE = 24, 300, 16, 2e-3
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of held-out pictures that a model names right."""
+
+    one_prompt: float  # known digits, among the eight, one caption a class
+    ensemble: float  # the same with all wordings of a caption
+    known: float  # known digits, among all ten
+    new: float  # the two new digits, among all ten
+    predictions: list[int]  # of every held-out picture, among all ten
+
+
+def demo(output: Path, seed: int = 0) -> Path:
+    """Run the demo; returns the folder, which replaces an earlier one.
+
+    Raises:
+        ImportError: the demo's libraries are not installed; the message names the pip line.
+        RuntimeError: the reloaded model gives other logits than the saved one.
+    """
+    check_libraries()
+    start = time.perf_counter()
+    set_seed(seed)
+    with new_folder(output, overwrite=True) as folder:
+        released, tuned = folder / "clip-tiny", folder / "clip-tiny-ten-digits"
+        convert_shipped(released)
+        held_out = digits.load_digits("test")
+        before = measure(released, held_out, "before")
+        model, processor = fine_tune(released, seed)
+        save(model, processor, tuned)
+        after = measure(tuned, held_out, "after")
+        results = report(before, after, held_out)
+        write_card(tuned, name=tuned.name, results=results, text=f"```json\n{{\"seed\": {seed}}}\n```")
+        draw_confusion(before, after, held_out, tuned / "confusion.png")
+        draw_retrieval(model, processor, held_out, tuned / "retrieval.png")
+        same_after_reload(model, processor, tuned, held_out)
+    stdout.print(summary(before, after, len(held_out)))
+    stdout.print(f"{output}: two model folders, cards and pictures; {time.perf_counter() - start:.0f} s")
+    return output
+
+
+def check_libraries() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import peft  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"The demo needs {error.name}: `pip install 'hfvlm[demo]'`.") from error
+
+
+def convert_shipped(folder: Path) -> None:
+    """The checkpoint that ships with hfvlm is stored in OpenAI's layout, and goes through the same converter."""
+    stderr.rule("convert the authors' checkpoint")
+    with as_file(files("hfvlm.samples").joinpath("clip-tiny")) as shipped:
+        hfvlm.convert(shipped / "clip-tiny.pt", "clip/tiny", folder)
+    stderr.print(f"{folder.name}: config.json, model.safetensors, processor, card")
+
+
+def measure(folder: Path, held_out: Sequence[Digit], when: str) -> Accuracy:
+    """Classify held-out handwriting with transformers' own pipeline."""
+    stderr.rule(f"zero-shot classification {when} fine-tuning")
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    known = [digit for digit in held_out if digit.label in KNOWN]
+    among_ten = [
+        name_one(classify, digit, EVERY, TEMPLATES[:1]) for digit in track(held_out, "ten digits", console=stderr)
+    ]
+    one = [name_one(classify, digit, KNOWN, TEMPLATES[:1]) for digit in track(known, "one prompt", console=stderr)]
+    every = [name_one(classify, digit, KNOWN, TEMPLATES) for digit in track(known, "all wordings", console=stderr)]
+    hits = {label: [p == label for p, d in zip(among_ten, held_out, strict=True) if d.label == label] for label in EVERY}
+    return Accuracy(
+        one_prompt=np.mean([p == d.label for p, d in zip(one, known, strict=True)]).item(),
+        ensemble=np.mean([p == d.label for p, d in zip(every, known, strict=True)]).item(),
+        known=np.mean(sum((hits[label] for label in KNOWN), [])).item(),
+        new=np.mean(sum((hits[label] for label in NEW), [])).item(),
+        predictions=among_ten,
+    )
+
+
+def name_one(classify: Any, digit: Digit, labels: Sequence[int], templates: Sequence[str]) -> int:
+    """The label whose captions together get the highest probability."""
+    captions = {caption(label, template): label for label in labels for template in templates}
+    share = dict.fromkeys(labels, 0.0)
+    for answer in classify(digit.image, candidate_labels=list(captions), hypothesis_template="{}"):
+        share[captions[answer["label"]]] += answer["score"]
+    return max(share, key=lambda label: share[label])
+
+
+class TenDigits(torch.utils.data.Dataset[list[tuple[Any, str]]]):
+    """Items are whole batches: one captioned picture of each digit, so that no caption fits two of them."""
+
+    def __init__(self, seed: int):
+        pictures = digits.load_digits("train")
+        self.seed = seed
+        self.few = {label: [d.image for d in pictures if d.label == label] for label in EVERY}
+        self.few |= {label: self.few[label][:SHOTS] for label in NEW}
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> list[tuple[Any, str]]:
+        random = np.random.RandomState(self.seed * STEPS + index)
+        return [
+            (self.few[label][random.randint(len(self.few[label]))], caption(label, random.choice(TEMPLATES)))
+            for label in EVERY
+        ]
+
+
+def collate(processor: Any, batches: list[list[tuple[Any, str]]]) -> dict[str, Any]:
+    images, texts = zip(*(pair for batch in batches for pair in batch), strict=True)
+    return dict(processor(images=list(images), text=list(texts))) | {"return_loss": True}
+
+
+def fine_tune(folder: Path, seed: int) -> tuple[PreTrainedModel, Any]:
+    """LoRA on a few examples of 8 and 9, beside pictures of the digits that the model was trained on."""
+    stderr.rule(f"LoRA with the Trainer, {SHOTS} examples each of 8 and 9")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    tuned = hfvlm.lora(model, "vision+text", r=RANK)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            learning_rate=LEARNING_RATE,
+            seed=seed,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            remove_unused_columns=False,
+        )
+        collator = partial(collate, processor)
+        Trainer(tuned, arguments, data_collator=collator, train_dataset=TenDigits(seed)).train()
+    return tuned.merge_and_unload().eval(), processor
+
+
+def save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def same_after_reload(model: PreTrainedModel, processor: Any, folder: Path, held_out: Sequence[Digit]) -> None:
+    stderr.rule("reload")
+    inputs = processor(images=[d.image for d in held_out[:16]], text=[caption(label, TEMPLATES[0]) for label in EVERY])
+    again = AutoModel.from_pretrained(folder).eval()
+    fresh = AutoProcessor.from_pretrained(folder)
+    repeat = fresh(images=[d.image for d in held_out[:16]], text=[caption(label, TEMPLATES[0]) for label in EVERY])
+    with torch.no_grad():
+        saved, loaded = model(**inputs).logits_per_image, again(**repeat).logits_per_image
+    if not torch.equal(saved, loaded):
+        raise RuntimeError(f"{folder}: the reloaded model's logits differ by {(saved - loaded).abs().max():.2e}.")
+    stderr.print("the reloaded folder gives the same logits, bit by bit")
+
+
+def report(before: Accuracy, after: Accuracy, held_out: Sequence[Digit]) -> list[dict[str, Any]]:
+    """The measured numbers with their protocol, for the card."""
+    new = sum(d.label in NEW for d in held_out)
+    known = len(held_out) - new
+    data = "scikit-learn digits, held-out quarter"
+    one, every = f"prompt '{TEMPLATES[0]}'", f"{len(TEMPLATES)} wordings, probabilities summed"
+    rows = (
+        (after.one_prompt, before.one_prompt, f"{known} pictures of 0-7 among 8 classes, {one}"),
+        (after.ensemble, before.ensemble, f"{known} pictures of 0-7 among 8 classes, {every}"),
+        (after.known, before.known, f"{known} pictures of 0-7 among 10 classes, {one}"),
+        (after.new, before.new, f"{new} pictures of 8 and 9 among 10 classes, {one}"),
+    )
+    return [
+        {
+            "task": "zero-shot-image-classification",
+            "dataset": data,
+            "metric": "accuracy",
+            "value": value,
+            "protocol": f"{protocol}; {first:.1%} before fine-tuning; float32, CPU",
+        }
+        for value, first, protocol in rows
+    ]
+
+
+def summary(before: Accuracy, after: Accuracy, pictures: int) -> Table:
+    table = Table("held-out handwriting", "before", "after LoRA", title=f"{pictures} pictures", title_justify="left")
+    for name, field in (
+        ("0-7 among eight, one prompt a class", "one_prompt"),
+        ("0-7 among eight, template ensemble", "ensemble"),
+        ("0-7 among ten", "known"),
+        ("8 and 9 among ten", "new"),
+    ):
+        table.add_row(name, f"{getattr(before, field):.1%}", f"{getattr(after, field):.1%}")
+    return table
+
+
+def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit], path: Path) -> None:
+    """Rows are what was written, columns what the model says."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for axes, (title, result) in zip(
+        figure.subplots(1, 2), (("before", before), ("after LoRA", after)), strict=True
+    ):
+        counts = np.zeros((len(EVERY), len(EVERY)), dtype=int)
+        for digit, predicted in zip(held_out, result.predictions, strict=True):
+            counts[digit.label, predicted] += 1
+        axes.imshow(counts / counts.sum(axis=1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            light = counts[row, column] > counts[row].sum() / 2
+            axes.text(column, row, counts[row, column], ha="center", va="center", color="white" if light else "black")
+        axes.set(title=title, xticks=EVERY, yticks=EVERY, xlabel="model", ylabel="handwriting")
+    figure.savefig(path, dpi=120)
+
+
+def draw_retrieval(model: PreTrainedModel, processor: Any, held_out: Sequence[Digit], path: Path) -> None:
+    """The six pictures that fit each text best, among handwriting and scenes."""
+    from matplotlib.figure import Figure
+
+    random = np.random.RandomState(0)
+    gallery = [d.image for d in held_out] + [scene.render(random) for scene in scenes.all_scenes() for _ in range(6)]
+    texts = [caption(label, TEMPLATES[0]) for label in (3, 8, 9)]
+    texts += ["a large red circle", "a small blue triangle", "a large yellow cross"]
+    with torch.no_grad():
+        images = unit(model.get_image_features(**processor(images=gallery)).pooler_output)
+        queries = unit(model.get_text_features(**processor(text=texts)).pooler_output)
+    best = (queries @ images.t()).topk(6).indices.tolist()
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    for text, found, line in zip(texts, best, figure.subplots(len(texts), 6), strict=True):
+        for axes, index in zip(line, found, strict=True):
+            axes.imshow(gallery[index])
+            axes.axis("off")
+        line[0].set_title(text, loc="left", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def unit(features: Tensor) -> Tensor:
+    return F.normalize(features, dim=-1)

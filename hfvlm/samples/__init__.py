@@ -1,0 +1,1 @@
+"""Small data that needs no download: real handwritten digits and rendered scenes, with captions."""

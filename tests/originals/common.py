@@ -1,0 +1,37 @@
+"""What all architectures' cases need."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from hfvlm.converter import conversion_module, empty_model
+from hfvlm.key_table import convert_keys
+
+
+def converted(architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str) -> PreTrainedModel:
+    """The original's weights in our model, as a user's `from_pretrained` would give it."""
+    rows = conversion_module(architecture).keys_for(config, layout, state_dict)
+    empty = empty_model(config)
+    tensors = convert_keys(state_dict, rows, empty.state_dict())
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+    assert not any(info.values()), info
+    assert {type(m) for m in model.modules()} == {type(m) for m in AutoModel.from_config(config).modules()}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    return model.eval()
+
+
+def vocabulary(folder: Path, name: str) -> Path:
+    """A released vocabulary: beside the case, in $HFVLM_VOCABULARIES, or among an installed open_clip's data."""
+    folders = [folder, Path(os.environ.get("HFVLM_VOCABULARIES", folder))]
+    if (package := importlib.util.find_spec("open_clip")) is not None:
+        folders += [Path(place) for place in package.submodule_search_locations]
+    for place in folders:
+        if (place / name).exists():
+            return place / name
+    pytest.skip(f"{name} is not at hand: set HFVLM_VOCABULARIES to its folder, or pip install --no-deps open_clip_torch")

@@ -1,0 +1,86 @@
+"""Every key of every released file goes somewhere, and every parameter gets one, at full size."""
+
+import copy
+
+import pytest
+import torch
+
+from hfvlm.converter import conversion_module, empty_model
+from hfvlm.key_table import KeyTableError, convert_keys
+from hfvlm.presets import list_presets, load_preset
+from hfvlm.registry import architectures
+from tests.golden import key_lists, name_of, notes_of, read_key_list
+
+
+@pytest.mark.parametrize("path", key_lists(), ids=name_of)
+def test_every_key_is_accounted_for(path):
+    name = path.parent.parent.name
+    if name not in architectures():
+        pytest.skip(f"hfvlm has no architecture called {name!r} yet")
+    tensors, original = read_key_list(path), notes_of(path)
+    module = conversion_module(name)
+    config = module.config_from_original(original, tensors)
+    rows = module.keys_for(config, module.layout_of(original), tensors)
+    expected = empty_model(config).state_dict()
+    converted = convert_keys(tensors, rows, expected)
+    assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
+
+
+@pytest.mark.parametrize("path", key_lists(), ids=name_of)
+def test_a_preset_knows_the_file(path):
+    """One preset a released checkpoint: its configuration is what the file's shapes and its authors' own say."""
+    name = path.parent.parent.name
+    if name not in architectures():
+        pytest.skip(f"hfvlm has no architecture called {name!r} yet")
+    module, original = conversion_module(name), notes_of(path)
+    config = module.config_from_original(original, read_key_list(path)).to_dict()
+    layout = module.layout_of(original)
+    presets = [load_preset(known) for known in list_presets(name)]
+    same = [p.name for p in presets if p.source.get("layout") == layout and p.make_config().to_dict() == config]
+    assert same, f"no preset of {name} describes {path.name}"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A table and a state dict that fit."""
+    module = conversion_module("clip")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = architectures()["clip"].HfvlmCLIPConfig(
+        vision_config=sizes | {"image_size": 16, "patch_size": 8, "projection_dim": 32},
+        text_config=sizes
+        | {"vocab_size": 20, "max_position_embeddings": 6, "projection_dim": 32}
+        | module.special_tokens(20),
+    )
+    expected = empty_model(config).state_dict()
+    from hfvlm.key_table import restore_keys
+
+    rows = module.keys_for(config)
+    return rows, restore_keys(expected, rows), expected
+
+
+def test_all_kinds_of_offenders_are_named_together(small):
+    rows, tensors, expected = small
+    tensors = copy.copy(tensors)
+    del tensors["visual.class_embedding"]
+    tensors["visual.stranger"] = torch.empty(1, device="meta")
+    tensors["ln_final.weight"] = torch.empty(7, device="meta")
+    with pytest.raises(KeyTableError) as error:
+        convert_keys(tensors, [*rows, ("ln_final.weight", "text_model.post_norm.weight")], expected)
+    assert error.value.unknown == ["visual.stranger"]
+    assert error.value.ambiguous == ["ln_final.weight"]
+    assert error.value.unused == ["visual.class_embedding"]
+    assert set(error.value.unfilled) == {"vision_model.class_token", "text_model.post_norm.weight"}
+    for words in ("without a row", "several rows", "without a key", "left unfilled"):
+        assert words in str(error.value)
+
+
+def test_a_wrong_shape_is_named(small):
+    rows, tensors, expected = small
+    with pytest.raises(KeyTableError, match=r"text_model.post_norm.weight is \(7,\), expected \(64,\)"):
+        convert_keys(tensors | {"ln_final.weight": torch.empty(7, device="meta")}, rows, expected)
+
+
+def test_a_missing_layer_is_named(small):
+    rows, tensors, expected = small
+    with pytest.raises(KeyTableError, match="16 parameters.*text_model.layers.1.attention_norm.weight"):
+        convert_keys({k: t for k, t in tensors.items() if not k.startswith("transformer.resblocks.1")}, rows, expected)
