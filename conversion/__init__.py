@@ -5,8 +5,8 @@ A module has
 - `config_from_original(original, state_dict)`: reads the original's own configuration in its own names, and takes what
   that leaves open from the shapes of its tensors;
 - `layout_of(original)` and `keys_for(config, layout, keys)`: the rows for one released layout;
-- `settings_from_original(original, preprocessing)` and `processor_for(config, settings, vocabulary)`, with
-  `VOCABULARIES`, the names of the tokenizer's original file;
+- `settings_from_original(original, preprocessing)`, `image_processor_for(config, settings)` and `processor_for(config,
+  settings, vocabulary)`, with `VOCABULARIES`, the names of the tokenizer's original file;
 - where transformers has the architecture, `config_to_transformers(config)` and `processor_to_transformers(processor)`.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class UnsupportedOriginal(ValueError):
+class UnsupportedOriginalError(ValueError):
     """An original configuration with an option that hfvlm's architecture does not have."""
 
 
@@ -29,7 +29,7 @@ def check_options(where: str, options: Mapping[str, Any], known: Iterable[str]) 
     """Refuse what would be ignored: an option that is set and that `known` does not name."""
     unknown = sorted(name for name, value in options.items() if value and name not in set(known))
     if unknown:
-        raise UnsupportedOriginal(f"{where}: hfvlm does not implement {', '.join(unknown)}.")
+        raise UnsupportedOriginalError(f"{where}: hfvlm does not implement {', '.join(unknown)}.")
 
 
 def count_layers(keys: Iterable[str], prefix: str) -> int:

@@ -8,16 +8,16 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hfvlm.conversion import (
-    UnsupportedOriginal,
+    UnsupportedOriginalError,
     check_options,
     count_layers,
     open_clip_pixels,
     original_config,
     transformers_pixels,
 )
+from torch import Tensor
+
 from hfvlm.key_table import Row, scalar, split, transpose
 from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPConfig,
@@ -41,9 +41,13 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     resnet = isinstance(config.vision_config, HfvlmCLIPResNetConfig)
     if layout == "transformers":
         if resnet:
-            raise UnsupportedOriginal("transformers' CLIPModel has no ResNet tower; only ViT models can be exchanged.")
+            raise UnsupportedOriginalError(
+                "transformers' CLIPModel has no ResNet tower; only ViT models can be exchanged."
+            )
         return transformers_rows()
-    prefix = "text." if "text.text_projection" in set(keys) else ""  # open_clip's models with a text tower of their own
+    prefix = (
+        "text." if "text.text_projection" in set(keys) else ""
+    )  # open_clip's models with a text tower of their own
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
         *(Row(name, None, optional=True) for name in ARCHIVE_ENTRIES),
@@ -198,7 +202,7 @@ def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) 
     )
 
 
-def special_tokens(vocabulary: int) -> dict[str, int]:
+def special_tokens(vocabulary: int) -> dict[str, Any]:
     """The tokenizer's last two ids. Padding is any id: nothing that is read comes after the end-of-text token."""
     return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
 
@@ -206,7 +210,7 @@ def special_tokens(vocabulary: int) -> dict[str, int]:
 def _from_transformers(original: Mapping[str, Any]) -> HfvlmCLIPConfig:
     from transformers import CLIPConfig
 
-    native = CLIPConfig(**original)
+    native: Any = CLIPConfig(**original)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared = (*sizes, "hidden_act", "layer_norm_eps", "attention_dropout")
     vision, text = native.vision_config, native.text_config
@@ -224,7 +228,7 @@ def _from_transformers(original: Mapping[str, Any]) -> HfvlmCLIPConfig:
     )
 
 
-def _native_tokens(text: Any) -> dict[str, int]:
+def _native_tokens(text: Any) -> dict[str, Any]:
     """Released folders say that end-of-text is 2, which transformers itself reads as "the largest id"."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {} if text.eos_token_id == 2 else {name: getattr(text, name) for name in names}
@@ -237,19 +241,20 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     return {"image_processor": transformers_pixels(preprocessing)}
 
 
-def processor_for(
-    config: HfvlmCLIPConfig, settings: Mapping[str, Any], vocabulary: Path | None
-) -> HfvlmCLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES, or None for pictures alone."""
-    pixels = {"size": config.vision_config.image_size} | dict(settings.get("image_processor", {}))
-    tokens = {"model_max_length": config.text_config.max_position_embeddings} | dict(settings.get("tokenizer", {}))
-    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(vocabulary, **tokens) if vocabulary else None
-    if tokenizer and len(tokenizer) != config.text_config.vocab_size:
+def image_processor_for(config: HfvlmCLIPConfig, settings: Mapping[str, Any]) -> HfvlmCLIPImageProcessor:
+    return HfvlmCLIPImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmCLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmCLIPProcessor:
+    """The processor; `vocabulary` is one of VOCABULARIES."""
+    length = {"model_max_length": config.text_config.max_position_embeddings}
+    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
+    if len(tokenizer) != config.text_config.vocab_size:
         raise ValueError(
             f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
             "(text_config.vocab_size): this is the vocabulary of another model."
         )
-    return HfvlmCLIPProcessor(HfvlmCLIPImageProcessor(**pixels), tokenizer)
+    return HfvlmCLIPProcessor(image_processor_for(config, settings), tokenizer)
 
 
 def config_to_transformers(config: HfvlmCLIPConfig) -> Any:
@@ -257,7 +262,9 @@ def config_to_transformers(config: HfvlmCLIPConfig) -> Any:
     from transformers import CLIPConfig
 
     if isinstance(config.vision_config, HfvlmCLIPResNetConfig):
-        raise UnsupportedOriginal("transformers' CLIPModel has no ResNet tower; only ViT models can be exchanged.")
+        raise UnsupportedOriginalError(
+            "transformers' CLIPModel has no ResNet tower; only ViT models can be exchanged."
+        )
     vision, text = config.vision_config.to_diff_dict(), config.text_config.to_diff_dict()
     return CLIPConfig(
         architectures=["CLIPModel"],
@@ -281,11 +288,13 @@ def processor_to_transformers(processor: HfvlmCLIPProcessor) -> Any:
 
     pixels = processor.image_processor
     if pixels.resize_mode != "shortest" or pixels.size["height"] != pixels.size["width"]:
-        raise UnsupportedOriginal("transformers' CLIPImageProcessor covers squares only (resize_mode 'shortest').")
+        raise UnsupportedOriginalError(
+            "transformers' CLIPImageProcessor covers squares only (resize_mode 'shortest')."
+        )
     model = json.loads(processor.tokenizer.backend_tokenizer.to_str())["model"]
     tokenizer = CLIPTokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=[tuple(merge) for merge in model["merges"]],  # type: ignore[misc]
         model_max_length=processor.tokenizer.model_max_length,
     )
     image_processor = CLIPImageProcessorPil(

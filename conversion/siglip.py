@@ -1,7 +1,7 @@
 """SigLIP's and SigLIP 2's released files: open_clip's, big_vision's .npz, and transformers' folders.
 
-Sources: https://github.com/google-research/big_vision at 0127fb6, https://github.com/mlfoundations/open_clip at 89fb801
-with timm 1.0.20.
+Sources: https://github.com/google-research/big_vision at 0127fb6; https://github.com/mlfoundations/open_clip at
+89fb801, with timm 1.0.20.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,8 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hfvlm.conversion import (
-    UnsupportedOriginal,
+    UnsupportedOriginalError,
     check_options,
     count_layers,
     open_clip_pixels,
@@ -20,6 +18,8 @@ from hfvlm.conversion import (
     transformers_pixels,
 )
 from hfvlm.conversion.clip import resblocks, transformers_layers
+from torch import Tensor
+
 from hfvlm.key_table import Change, Row, permute, reshape, scalar, split, transpose, unstack
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
@@ -33,6 +33,7 @@ from hfvlm.models.siglip.processing_siglip import (
     HfvlmSigLIPProcessor,
     HfvlmSigLIPTokenizer,
 )
+from hfvlm.processing import HfvlmImageProcessor
 
 VOCABULARIES = ("sentencepiece.model", "gemma_tokenizer.model", "spiece.model", "tokenizer.model", "tokenizer.json")
 TANH, ERF = "gelu_pytorch_tanh", "gelu"
@@ -40,6 +41,21 @@ TANH, ERF = "gelu_pytorch_tanh", "gelu"
 # although all weights were trained with tanh.
 TIMM_TANH = ("vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so400m_patch16_", "vit_giantopt_")
 GEMMA_VOCABULARY = 256000
+# Options of the original configurations that are read, or that say what this architecture always does.
+TEXT_OPTIONS = (
+    *(
+        "context_length",
+        "vocab_size",
+        "hf_tokenizer_name",
+        "tokenizer_kwargs",
+        "width",
+        "heads",
+        "layers",
+        "mlp_ratio",
+    ),
+    *("no_causal_mask", "proj_bias", "proj_type", "pool_type", "norm_kwargs", "act_kwargs"),
+)
+TIMM_OPTIONS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "act_layer")
 TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
 
 
@@ -137,7 +153,7 @@ def flax_encoder(source: str, target: str, config: Any, keys: set[str]) -> list[
     ]
     if stacked:
         rows = [
-            Row(row.source, tuple(row.target.replace("{}", str(i), 1) for i in range(depth)), unstack(row.change))
+            Row(row.source, tuple(str(row.target).replace("{}", str(i), 1) for i in range(depth)), unstack(row.change))
             for row in rows
         ]
     return [*rows, *flax_norm(f"{source}/encoder_norm", f"{target}.post_norm")]
@@ -223,14 +239,13 @@ def _from_open_clip(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> H
     check_options(
         "open_clip's text_cfg",
         text,
-        "context_length vocab_size hf_tokenizer_name tokenizer_kwargs width heads layers mlp_ratio no_causal_mask "
-        "proj_bias proj_type pool_type norm_kwargs act_kwargs".split(),
+        TEXT_OPTIONS,
     )
     name, options = vision["timm_model_name"], vision.get("timm_model_kwargs", {})
     check_options(
         "open_clip's timm_model_kwargs",
         options,
-        "img_size patch_size embed_dim depth num_heads mlp_ratio act_layer".split(),
+        TIMM_OPTIONS,
     )
     tanh = name.startswith((*TIMM_TANH, "naflexvit_")) or options.get("act_layer") == "gelu_tanh"
     layer = "visual.trunk.blocks"
@@ -244,15 +259,15 @@ def _from_open_clip(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> H
     if "visual.trunk.embeds.pos_embed" in shapes:
         edge = shapes["visual.trunk.embeds.pos_embed"][1]
         patch = isqrt(shapes["visual.trunk.embeds.proj.weight"][1] // 3)
-        config = HfvlmSigLIPNaFlexVisionConfig(patch_size=patch, num_patches=edge**2, **sizes)
+        vision_config: Any = HfvlmSigLIPNaFlexVisionConfig(patch_size=patch, num_patches=edge**2, **sizes)
     else:
         patch = shapes["visual.trunk.patch_embed.proj.weight"][-1]
         edge = isqrt(shapes["visual.trunk.pos_embed"][1])
         image_size = options.get("img_size", vision.get("image_size", patch * edge))
-        config = HfvlmSigLIPVisionConfig(patch_size=patch, image_size=image_size, **sizes)
+        vision_config = HfvlmSigLIPVisionConfig(patch_size=patch, image_size=image_size, **sizes)
     layer = "text.transformer.resblocks"
     return HfvlmSigLIPConfig(
-        vision_config=config,
+        vision_config=vision_config,
         text_config=_text_config(
             shapes["text.token_embedding.weight"],
             shapes.get("text.text_projection.bias"),
@@ -271,12 +286,14 @@ def _from_big_vision(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> 
     table, kernel = shapes["params/img/pos_embedding"], shapes["params/img/embedding/kernel"]
     sizes = _flax_sizes("params/img/Transformer", shapes, image["num_heads"])
     if len(kernel) == 2:
-        config = HfvlmSigLIPNaFlexVisionConfig(patch_size=isqrt(kernel[0] // 3), num_patches=table[0] ** 2, **sizes)
+        vision_config: Any = HfvlmSigLIPNaFlexVisionConfig(
+            patch_size=isqrt(kernel[0] // 3), num_patches=table[0] ** 2, **sizes
+        )
     else:
         edge = isqrt(table[1])
-        config = HfvlmSigLIPVisionConfig(patch_size=kernel[0], image_size=kernel[0] * edge, **sizes)
+        vision_config = HfvlmSigLIPVisionConfig(patch_size=kernel[0], image_size=kernel[0] * edge, **sizes)
     return HfvlmSigLIPConfig(
-        vision_config=config,
+        vision_config=vision_config,
         text_config=_text_config(
             shapes["params/txt/Embed_0/embedding"],
             shapes.get("params/txt/head/bias"),
@@ -339,21 +356,21 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     return {"image_processor": transformers_pixels(preprocessing)}
 
 
-def processor_for(
-    config: HfvlmSigLIPConfig, settings: Mapping[str, Any], vocabulary: Path | None
-) -> HfvlmSigLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES, or None for pictures alone."""
-    vision, pixels = config.vision_config, dict(settings.get("image_processor", {}))
-    if _naflex(config):
-        known = {k: v for k, v in pixels.items() if k in HfvlmSigLIPNaFlexImageProcessor.SETTINGS}
-        image_processor: Any = HfvlmSigLIPNaFlexImageProcessor(patch_size=vision.patch_size, **known)
-    else:
-        image_processor = HfvlmSigLIPImageProcessor(**{"size": vision.image_size} | pixels)
-    tokens = {"model_max_length": config.text_config.max_position_embeddings} | dict(settings.get("tokenizer", {}))
+def image_processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any]) -> HfvlmImageProcessor:
+    pixels = settings.get("image_processor", {})
+    if not _naflex(config):
+        return HfvlmSigLIPImageProcessor(**{"size": config.vision_config.image_size} | pixels)
+    known = {name: pixels[name] for name in HfvlmSigLIPNaFlexImageProcessor.SETTINGS if name in pixels}
+    return HfvlmSigLIPNaFlexImageProcessor(**{"patch_size": config.vision_config.patch_size} | known)
+
+
+def processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmSigLIPProcessor:
+    """The processor; `vocabulary` is one of VOCABULARIES."""
+    tokens: dict[str, Any] = {"model_max_length": config.text_config.max_position_embeddings}
     if config.text_config.pad_token_id == 0:
-        tokens = {"pad_token": "<pad>"} | tokens
-    tokenizer = HfvlmSigLIPTokenizer.from_vocabulary(vocabulary, **tokens) if vocabulary else None
-    return HfvlmSigLIPProcessor(image_processor, tokenizer)
+        tokens["pad_token"] = "<pad>"
+    tokenizer = HfvlmSigLIPTokenizer.from_vocabulary(vocabulary, **tokens | settings.get("tokenizer", {}))
+    return HfvlmSigLIPProcessor(image_processor_for(config, settings), tokenizer)
 
 
 def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
@@ -362,7 +379,7 @@ def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
 
     vision, text = config.vision_config.to_diff_dict(), config.text_config.to_diff_dict()
     if text.pop("projection_dim", None) is None:
-        raise UnsupportedOriginal("transformers' SiglipModel always has a text head; this model has none.")
+        raise UnsupportedOriginalError("transformers' SiglipModel always has a text head; this model has none.")
     text["projection_size"] = config.text_config.projection_dim
     kind, name = (Siglip2Config, "siglip2") if _naflex(config) else (SiglipConfig, "siglip")
     return kind(
@@ -375,19 +392,19 @@ def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
 def processor_to_transformers(processor: HfvlmSigLIPProcessor) -> Any:
     """transformers' processor of the same vocabulary and pixels.
 
-    The vocabulary goes along as tokenizer.json: transformers' class for SigLIP 1 needs the sentencepiece file, which an
-    hfvlm folder does not keep. Its cleaning is built in but for the repair of broken text (ftfy).
+    The vocabulary goes along as tokenizer.json: transformers' class for SigLIP 1 needs the sentencepiece file, which
+    an hfvlm folder does not keep. Its cleaning is built in but for the repair of broken text (ftfy).
     """
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import Siglip2Processor, SiglipProcessor
-    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     pixels, tokens = processor.image_processor, processor.tokenizer
     shared = {"resample": pixels.resample, "image_mean": pixels.image_mean, "image_std": pixels.image_std}
     engine = Tokenizer.from_str(tokens.backend_tokenizer.to_str())
-    steps = [normalizers.Lowercase()]
+    steps: list[Any] = [normalizers.Lowercase()]
     if tokens.clean == "canonical":
         steps = [
             normalizers.Replace("_", " "),

@@ -1,8 +1,9 @@
 """Trains the small CLIP that ships with hfvlm, from nothing, and stores it as OpenAI would have released it.
 
 Data: scikit-learn's handwritten digits without 8 and 9, and rendered scenes of coloured shapes, each with captions in
-several wordings. The contrastive objective and the cosine schedule are the paper's; every batch holds each of the 8 digits
-and each of the 48 kinds of scene once, so that no two of its captions fit one picture. Two cores need about five minutes.
+several wordings. The contrastive objective and the cosine schedule are the paper's; every batch holds each of the 8
+digits and each of the 48 kinds of scene once, so that no two of its captions fit one picture. Two cores need about
+five minutes.
 
     python examples/train_tiny_clip.py --output tiny-clip
 """
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hfvlm.conversion.clip import ARCHIVE_ENTRIES, keys_for, special_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from hfvlm.conversion.clip import ARCHIVE_ENTRIES, keys_for, special_tokens
 from hfvlm.key_table import restore_keys
 from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPImageProcessor, HfvlmCLIPModel, HfvlmCLIPTokenizer
 from hfvlm.samples import digits, scenes

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -103,12 +103,12 @@ def _read_legacy(path: Path) -> Checkpoint:
 def _read_shards(index: Path) -> Checkpoint:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(weight_map.values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error!r}).") from error
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if name != Path(name).name:
+        if not isinstance(name, str) or name != Path(name).name:
             raise CheckpointError(f"{index}: shard {name!r} is not a file beside the index.")
         tensors |= read_checkpoint(index.parent / name).tensors
     missing = sorted(set(weight_map) - set(tensors))
@@ -238,18 +238,35 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 _OPCODES = (
-    "PROTO STOP MARK POP POP_MARK FRAME MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL "
-    "REDUCE BUILD NEWOBJ BINPERSID NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS EMPTY_SET "
-    "ADDITEMS"
-).split()
+    *("PROTO", "STOP", "FRAME", "MARK", "POP", "POP_MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
+    *("GET", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID"),
+    *(
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+    ),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_SET", "ADDITEMS"),
+    *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"),
+)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # in Python, so that single opcodes can be left out
+class _Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be left out one by one
     """Understands the opcodes a checkpoint needs and the names below. Everything else is refused by name."""
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, n) for n in _OPCODES)}
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, n) for n in _OPCODES)
+    }
 
     def __init__(self, file: io.BytesIO, archive: _TorchZip):
         super().__init__(file)
@@ -262,6 +279,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # in Python,
             ("torch", "device"): _Inert,
             ("collections", "OrderedDict"): OrderedDict,
             ("builtins", "set"): set,
+            ("__builtin__", "set"): set,  # as pickles of protocol 2 call it
             ("argparse", "Namespace"): _Inert,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, *_: value,
             **{("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "tensor", "double", "bool")},
@@ -277,8 +295,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # in Python,
             code = error.args[0]
             if not isinstance(code, int):
                 raise CheckpointError(f"{self.archive.path}: damaged pickle ({error!r}).") from error
+            name = _opcode_name(code)
             raise CheckpointError(
-                f"{self.archive.path}: its pickle uses opcode {_opcode_name(code)}, which no checkpoint needs. Refused."
+                f"{self.archive.path}: its pickle uses opcode {name}, which no checkpoint needs. Refused."
             ) from error
         except Exception as error:  # every way in which a stream of opcodes can make no sense
             raise CheckpointError(f"{self.archive.path}: damaged pickle ({error!r}).") from error

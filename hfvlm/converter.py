@@ -162,14 +162,15 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedMo
 def write_processor(folder: Path, source: Path, plan: Plan, vocabulary: str | Path | None) -> None:
     """The processor's files; without a vocabulary, the image processor's alone."""
     if vocabulary == NO_VOCABULARY:
-        plan.module.processor_for(plan.config, plan.settings, None).image_processor.save_pretrained(folder)
+        plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
     path = Path(vocabulary) if vocabulary else _beside(source, plan.module.VOCABULARIES)
     if path is None or not path.exists():
         wanted = plan.preset.source.get("vocabulary", {})
         where = f" It is at {wanted['url']}." if "url" in wanted else ""
+        names = " or ".join(plan.module.VOCABULARIES)
         raise FileNotFoundError(
-            f"{path or source}: the tokenizer's vocabulary ({' or '.join(plan.module.VOCABULARIES)}) is not there.{where} "
+            f"{path or source}: the tokenizer's vocabulary ({names}) is not there.{where} "
             "Put it beside the source, pass its path as `vocabulary`, or pass 'none' to convert without a tokenizer."
         )
     plan.module.processor_for(plan.config, plan.settings, path).save_pretrained(folder)
@@ -211,7 +212,7 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         overwrite: replace an existing output.
 
     Raises:
-        UnsupportedOriginal: transformers has no such architecture.
+        UnsupportedOriginalError: transformers has no such architecture.
         FileExistsError: there is an output already.
     """
     if to != "transformers":
@@ -224,7 +225,9 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         rows = module.keys_for(config, "transformers")
         tensors = restore_keys(read_checkpoint(folder).tensors, rows)
         native.dtype = config.dtype
-        save_file({k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+        )
         native.save_pretrained(target)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
     return Path(output)
@@ -243,7 +246,9 @@ def _likely(checkpoint: Checkpoint) -> str:
             tables[family] = fit(checkpoint.tensors, rows)
     best = sorted(tables.items(), key=lambda item: -item[1])[:3]
     known = [f"{family[0]} ({family[1]}) knows {score:.0%}" for family, score in best if score > 0.1]
-    return f"Of its {len(checkpoint.tensors)} keys, {', '.join(known)}." if known else "No architecture knows its keys."
+    return (
+        f"Of its {len(checkpoint.tensors)} keys, {', '.join(known)}." if known else "No architecture knows its keys."
+    )
 
 
 def _beside(source: Path, names: tuple[str, ...]) -> Path | None:

@@ -19,7 +19,7 @@ from hfvlm.registry import architectures
 
 STUB = "hfvlm_stub"
 NO_RESULTS = (
-    "None were measured with these files. The numbers in the paper are the authors', on their data, with their prompts."
+    "None were measured with these files. The numbers in the paper are the authors', on their data and prompts."
 )
 
 
@@ -49,14 +49,15 @@ def write_card(
     preset = preset or _preset_of(record, architecture, config.licence)
     card = ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
     licence = dict(preset.licence)
-    card.data.license = licence["id"] if licence["id"] != UNKNOWN else "other"
-    card.data.license_name = licence.get("name", UNKNOWN if licence["id"] == UNKNOWN else None)
-    card.data.license_link = licence.get("link")
-    card.data.library_name = "hfvlm"
-    card.data.base_model = base_model or preset.source.get("repository")
-    card.data.model_name = name or folder.name
+    data: Any = card.data
+    data.license = licence["id"] if licence["id"] != UNKNOWN else "other"
+    data.license_name = licence.get("name", UNKNOWN if licence["id"] == UNKNOWN else None)
+    data.license_link = licence.get("link")
+    data.library_name = "hfvlm"
+    data.base_model = base_model or preset.source.get("repository")
+    data.model_name = name or folder.name
     if results:
-        card.data.eval_results = [_eval_result(result) for result in results]
+        data.eval_results = [_eval_result(result) for result in results]
     card.text = Template(card.text).substitute(
         name=name or folder.name,
         licence=_licence_text(licence),
@@ -98,7 +99,7 @@ def push(
         LicenceError: see `accept_licence`.
     """
     folder = Path(folder)
-    check_licence(AutoConfig.from_pretrained(folder).licence, accept_licence)
+    check_licence(AutoConfig.from_pretrained(folder).licence, accepted=accept_licence)
     with tempfile.TemporaryDirectory() as temporary:
         upload = folder
         if stub or not (folder / "README.md").exists():
@@ -137,7 +138,9 @@ def write_stub(folder: str | Path) -> Path:
         _write_json(processing, settings)
     stub = folder / f"{STUB}.py"
     listed = ", ".join(sorted(set(names)))
-    stub.write_text(f'"""The classes of this model are in hfvlm: pip install hfvlm."""\n\nfrom hfvlm import {listed}\n')
+    stub.write_text(
+        f'"""The classes of this model are in hfvlm: pip install hfvlm."""\n\nfrom hfvlm import {listed}\n'
+    )
     return stub
 
 

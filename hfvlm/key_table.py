@@ -102,7 +102,8 @@ def convert_keys(
     """
     table = [Row(*row) for row in rows]
     patterns = [_pattern(row.source) for row in table]
-    unused, converted, error = set(range(len(table))), {}, KeyTableError()
+    unused, error = set(range(len(table))), KeyTableError()
+    converted: dict[str, Tensor] = {}
     for key in tensors:
         hits = [(i, match) for i, pattern in enumerate(patterns) if (match := pattern.fullmatch(key))]
         unused -= {i for i, _ in hits}
@@ -155,13 +156,14 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
     error = KeyTableError()
     remaining = dict(tensors)
     for row in (Row(*row) for row in rows):
-        targets = row.target if isinstance(row.target, tuple) else (row.target,)
         if row.target is None or (row.change and row.change.undo is None):
             continue
-        for key in [key for key in remaining if _pattern(targets[0]).fullmatch(key)]:
-            names = _pattern(targets[0]).fullmatch(key).groups()
+        targets = row.target if isinstance(row.target, tuple) else (row.target,)
+        pattern = _pattern(targets[0])
+        for names in [match.groups() for key in remaining if (match := pattern.fullmatch(key))]:
             parts = [remaining.pop(_fill(target, names)) for target in targets]
-            restored[_fill(row.source, names)] = row.change.undo(*parts) if row.change else parts[0]
+            undo = row.change.undo if row.change else None
+            restored[_fill(row.source, names)] = undo(*parts) if undo else parts[0]
     error.unknown = list(remaining)
     if error:
         raise error

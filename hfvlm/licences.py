@@ -7,7 +7,7 @@ class LicenceError(PermissionError):
     """Weights that must not be published without a decision of the user."""
 
 
-def check_licence(licence: str | None, accepted: bool) -> None:
+def check_licence(licence: str | None, *, accepted: bool) -> None:
     """Let own weights and those of open licences pass; others only if the user says to have read the licence.
 
     Raises:

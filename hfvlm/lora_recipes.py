@@ -9,10 +9,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfvlm.modules.projection import Projection
+from hfvlm.modules.similarity import LogitScale
 from hfvlm.registry import architectures
 
-# Parts that a recipe trains in full, by the name of their modules.
-WHOLE_PARTS = {"projection": "projection", "scale": "logit_scale"}
+# Parts that a recipe trains in full, by the class of their modules.
+WHOLE_PARTS: dict[str, type[nn.Module]] = {"projection": Projection, "scale": LogitScale}
 
 
 def lora(
@@ -30,8 +32,9 @@ def lora(
 
     Args:
         model: of any architecture of hfvlm.
-        recipe: parts joined by "+": the towers whose attention is adapted ("vision", "text", "audio", ...), "projection"
-            and "scale" for the projections and the temperature, which are trained in full. By default all towers.
+        recipe: parts joined by "+": the towers whose attention is adapted ("vision", "text", "audio", ...), and
+            "projection" and "scale" for the projections and the temperature, which are trained in full. By default all
+            towers.
         r: rank of the adapters.
         alpha: numerator of their scale `alpha / r`; by default twice the rank.
         dropout: on the adapters' inputs.
@@ -67,7 +70,9 @@ def lora(
 def towers(model: PreTrainedModel) -> dict[str, str]:
     """Towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower"."""
     inside = {
-        name.removesuffix("_model"): name for name, child in model.named_children() if isinstance(child, PreTrainedModel)
+        name.removesuffix("_model"): name
+        for name, child in model.named_children()
+        if isinstance(child, PreTrainedModel)
     }
     return inside or {"tower": ""}
 
@@ -84,19 +89,22 @@ def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:
     """Names of the modules that a recipe trains in full."""
-    return [WHOLE_PARTS[part] for part in _parts(model, recipe) if part in WHOLE_PARTS] or None
+    return [name for part in _parts(model, recipe) for name in _instances(model, part)] or None
 
 
 def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
-    known = towers(model)
-    present = {name.rpartition(".")[2] for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
-    whole = [part for part, module in WHOLE_PARTS.items() if module in present]
-    parts = recipe.split("+") if recipe else list(known)
-    unknown = [part for part in parts if part not in (*known, *whole)]
+    known = [*towers(model), *(part for part in WHOLE_PARTS if _instances(model, part))]
+    parts = recipe.split("+") if recipe else list(towers(model))
+    unknown = [part for part in parts if part not in known]
     if unknown:
         name = type(model).__name__
-        raise ValueError(f"{name} has no part {', '.join(unknown)}; a recipe joins {', '.join([*known, *whole])} by '+'.")
+        raise ValueError(f"{name} has no part {', '.join(unknown)}; a recipe joins {', '.join(known)} by '+'.")
     return parts
+
+
+def _instances(model: PreTrainedModel, part: str) -> list[str]:
+    kind = WHOLE_PARTS.get(part)
+    return [] if kind is None else [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:

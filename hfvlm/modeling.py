@@ -1,5 +1,6 @@
 """Base classes of the models."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from hfvlm.licences import check_licence
+from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
 
 def other_towers(own: str) -> list[str]:
     """Patterns of the keys that a tower may leave unread in its composite's file."""
@@ -33,7 +36,6 @@ class HfvlmPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["logit_scale"]
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
 
     @torch.no_grad()
@@ -41,16 +43,16 @@ class HfvlmPreTrainedModel(PreTrainedModel):
         """Parts that hold bare parameters initialise those themselves, in `init_own_weights`."""
         super()._init_weights(module)
         if hasattr(module, "init_own_weights"):
-            module.init_own_weights(self.config.initializer_range)
+            getattr(module, "init_own_weights")(self.config.initializer_range)  # noqa: B009  (nn.Module's own type)
 
-    def push_to_hub(self, repo_id: str, *args: Any, accept_licence: bool = False, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *, accept_licence: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         """As transformers', after a look at the licence of the weights.
 
         Raises:
             LicenceError: it is non-commercial or unknown, and `accept_licence` is off.
         """
-        check_licence(self.config.licence, accept_licence)
-        return super().push_to_hub(repo_id, *args, **kwargs)
+        check_licence(self.config.licence, accepted=accept_licence)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -60,12 +62,17 @@ class HfvlmPreTrainedModel(PreTrainedModel):
 class DualEncoder(HfvlmPreTrainedModel):
     """A vision tower and a text tower whose embeddings meet in a cosine similarity.
 
-    A subclass builds `vision_model`, `text_model` and `logit_scale`, and adds its loss to what `compare` returns.
+    A subclass builds `vision_model`, `text_model` and `logit_scale`, and hands its loss to `compare`.
     """
 
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
+    _keep_in_fp32_modules_strict = ["logit_scale"]
     # The loss looks at whole batches of pairs; the Trainer must not rescale it by counted tokens.
     accepts_loss_kwargs = False
+
+    vision_model: Any
+    text_model: Any
+    logit_scale: LogitScale
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -88,15 +95,22 @@ class DualEncoder(HfvlmPreTrainedModel):
     def encode_image(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return as_features(self.vision_model(pixel_values, **kwargs))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         return as_features(self.text_model(input_ids, attention_mask, **kwargs))
 
-    def compare(self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling) -> DualEncoderOutput:
-        """The features of images and of texts -> their similarities."""
-        image_embeds = F.normalize(image.pooler_output, dim=-1)
-        text_embeds = F.normalize(text.pooler_output, dim=-1)
+    def compare(
+        self,
+        image: BaseModelOutputWithPooling,
+        text: BaseModelOutputWithPooling,
+        pair_loss: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> DualEncoderOutput:
+        """The features of images and of texts -> their similarities and, for pairs, a loss."""
+        image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
         logits = self.logit_scale(image_embeds @ text_embeds.t())
         return DualEncoderOutput(
+            loss=pair_loss(image_embeds, text_embeds) if pair_loss else None,
             logits_per_image=logits,
             logits_per_text=logits.t(),
             text_embeds=text_embeds,
@@ -110,15 +124,18 @@ class ImageClassifier(HfvlmPreTrainedModel):
     """A linear layer on the summary of a dual encoder's vision tower; the text tower is not built."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale\.", r"^vision_model\.projection\."]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.vision_model.projection = nn.Identity()  # the summary is read before it enters the joint space
-        self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels)
+        self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels or 0)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
@@ -129,6 +146,13 @@ class ImageClassifier(HfvlmPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=vision.hidden_states, attentions=vision.attentions
         )
+
+
+def unit(features: Tensor | None) -> Tensor:
+    """`(B, D)` -> the same directions, of length one."""
+    if features is None:
+        raise ValueError("The tower returned no embedding.")
+    return F.normalize(features, dim=-1)
 
 
 def as_features(output: TowerOutput) -> BaseModelOutputWithPooling:

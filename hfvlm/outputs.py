@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import FloatTensor
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -17,7 +17,7 @@ class TowerOutput(BaseModelOutputWithPooling):
             where the tower has no projection.
     """
 
-    embeds: FloatTensor | None = None
+    embeds: Tensor | None = None
 
 
 @dataclass
@@ -34,11 +34,11 @@ class DualEncoderOutput(ModelOutput):
         vision_model_output: the vision tower's whole output.
     """
 
-    loss: FloatTensor | None = None
-    logits_per_image: FloatTensor | None = None
-    logits_per_text: FloatTensor | None = None
-    text_embeds: FloatTensor | None = None
-    image_embeds: FloatTensor | None = None
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 

@@ -65,6 +65,8 @@ def load_preset(name: str) -> Preset:
     if len(hits) == 1:
         text = files("hfvlm.modeling_configs").joinpath(f"{hits[0]}.json").read_text(encoding="utf-8")
         return Preset(name=hits[0], **json.loads(text))
-    near = hits or difflib.get_close_matches(name, [*names, *(known.split("/")[1] for known in names)], n=5, cutoff=0.4)
+    near = hits or difflib.get_close_matches(
+        name, [*names, *(known.split("/")[1] for known in names)], n=5, cutoff=0.4
+    )
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise ValueError(f"No preset is called {name!r}.{hint} `hfvlm list` shows all of them.")

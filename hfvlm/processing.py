@@ -6,14 +6,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hfvlm.media.images import parallel, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 # Options of transformers' own image processors that its pipelines pass to every one.
-FOREIGN_OPTIONS = {"device", "disable_grouping", "input_data_format", "data_format", "return_metadata", "do_convert_rgb"}
+FOREIGN_OPTIONS = {
+    "device",
+    "disable_grouping",
+    "input_data_format",
+    "data_format",
+    "return_metadata",
+    "do_convert_rgb",
+}
 
 
 class HfvlmImageProcessor(BaseImageProcessor):
@@ -59,6 +67,7 @@ class HfvlmImageProcessor(BaseImageProcessor):
         self,
         images: Any,
         return_tensors: str | None = None,
+        *,
         allow_urls: bool | Collection[str] = False,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -80,7 +89,7 @@ class HfvlmImageProcessor(BaseImageProcessor):
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}.")
         given = {name: value for name, value in kwargs.items() if name in self.SETTINGS and value is not None}
         settings = self.checked({name: getattr(self, name) for name in self.SETTINGS} | given)
-        pictures = enumerate(read_images(images, allow_urls))
+        pictures = enumerate(read_images(images, allow_urls=allow_urls))
         arrays = parallel(lambda item: self.pixels(item[1], settings, f"image {item[0]}"), list(pictures))
         return self.batch(arrays, settings, return_tensors)
 
@@ -101,9 +110,7 @@ class HfvlmImageProcessor(BaseImageProcessor):
         """The picture at the size the model takes, in its own mode; here, as it is."""
         return image
 
-    def batch(
-        self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None
-    ) -> BatchFeature:
+    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
         """Pictures' arrays -> the model's inputs."""
         if return_tensors is None:
             return BatchFeature({"pixel_values": arrays})

@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes, PEFT and the pipelines know every architecture, without importing one.
 
 Each architecture's `__init__.py` is its contents page: an `Architecture` that names its classes. At `import hfvlm` a
-stand-in of each name goes into the Auto classes' tables. The first use of a stand-in, or the first configuration that is
-made, loads the architecture and registers the classes themselves.
+stand-in of each name goes into the Auto classes' tables. The first use of a stand-in, or the first configuration that
+is made, loads the architecture and registers the classes themselves.
 """
 
 import importlib
@@ -18,7 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from transformers.models.auto import auto_factory, feature_extraction_auto, image_processing_auto, video_processing_auto
+from transformers.models.auto import (
+    auto_factory,
+    feature_extraction_auto,
+    image_processing_auto,
+    video_processing_auto,
+)
 
 import hfvlm.models
 

@@ -6,11 +6,10 @@ import json
 import string
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ftfy
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
@@ -56,7 +55,7 @@ class HfvlmTokenizer(TokenizersBackend):
         model_max_length: tokens of the longest text, special tokens included.
     """
 
-    padding = True
+    default_padding: bool | str = True
 
     def __init__(self, *args: Any, clean: str = "none", **kwargs: Any):
         if clean not in CLEANINGS:
@@ -65,18 +64,20 @@ class HfvlmTokenizer(TokenizersBackend):
         super().__init__(*args, clean=clean, **kwargs)
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+    def convert_to_native_format(cls, *_: Any, **kwargs: Any) -> dict[str, Any]:
         """Take tokenizer.json as it is; transformers would rebuild the engine of a class that has an `__init__` from
         the vocabulary alone, and lose the rest."""
         return kwargs
 
-    def __call__(self, text: Any = None, *args: Any, padding: Any = None, truncation: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, text: Any = None, *args: Any, padding: Any = None, truncation: Any = None, **kwargs: Any
+    ) -> Any:
         """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
-        padding = self.padding if padding is None else padding
+        padding = self.default_padding if padding is None else padding
         truncation = True if truncation is None else truncation
         return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:  # type: ignore[override]
         if not kwargs.get("is_split_into_words"):
             text, text_pair = self._cleaned(text), self._cleaned(text_pair)
         encoded = super()._encode_plus(text, text_pair=text_pair, **kwargs)
@@ -166,7 +167,7 @@ def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte: printable bytes stand for themselves, in the order of their ids, then the rest."""
+    """A printable letter for each byte, in the order of their ids: printable bytes stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -184,30 +185,65 @@ def sentencepiece(path: str | Path) -> Tokenizer:
     engine = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path)
     engine.no_padding()
     engine.no_truncation()
-    engine.post_processor = template(engine, "", engine.id_to_token(1))
+    engine.post_processor = template(engine, "", str(engine.id_to_token(1)))
     return engine
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    from transformers.convert_slow_tokenizer import GemmaConverter, SentencePieceExtractor, T5Converter
+    from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")
+    proto = import_protobuf().ModelProto()
     try:
-        proto = SentencePieceExtractor(str(path)).proto
+        proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version
         raise ValueError(f"{path}: not a sentencepiece model ({error}).") from error
-    pieces = [piece.piece for piece in proto.pieces]
-    # transformers' converters read these few attributes of the tokenizer that they are given.
-    names = SimpleNamespace(
-        vocab_file=str(path),
-        pad_token=pieces[0],
-        eos_token=pieces[1],
-        bos_token=pieces[2],
-        _extra_ids=0,
-        convert_tokens_to_ids=pieces.index,
-        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
+    engine = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _piece_pairs(proto)
+    engine.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
+    engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
+    return engine
+
+
+# Enumerations of sentencepiece_model.proto
+UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
+# What sentencepiece writes for a space.
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def _unigram(proto: Any) -> Tokenizer:
+    """T5's way: words apart, each with the mark of a word's beginning."""
+    pieces, spec = [(piece.piece, piece.score) for piece in proto.pieces], proto.trainer_spec
+    engine = Tokenizer(models.Unigram(pieces, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback))
+    if charsmap := proto.normalizer_spec.precompiled_charsmap:
+        engine.normalizer = normalizers.Precompiled(charsmap)
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")]
     )
-    unigram = proto.trainer_spec.model_type == 1
-    return (T5Converter if unigram else GemmaConverter)(names).converted()
+    engine.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    return engine
+
+
+def _piece_pairs(proto: Any) -> Tokenizer:
+    """Gemma's way: byte pairs over the whole text, a space is a letter, unknown letters are bytes."""
+    ranks = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    splits = [
+        (rank, piece[:i], piece[i:])
+        for piece, rank in ranks.items()
+        for i in range(1, len(piece))
+        if piece[:i] in ranks and piece[i:] in ranks
+    ]
+    merges = [(left, right) for _, left, right in sorted(splits, key=lambda s: (s[0], len(s[1]), len(s[2])))]
+    spec = proto.trainer_spec
+    engine = Tokenizer(
+        models.BPE(ranks, merges, unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
+    )
+    rules, steps = proto.normalizer_spec, []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps += [normalizers.Prepend(SPACE)]
+    engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return engine

@@ -1,8 +1,8 @@
 """Golden cases: what an original implementation computes on weights that anyone can regenerate.
 
-A case is a folder of `case.json` (what was run, in the original's own names), `spec.json` (its state dict's keys, shapes
-and dtypes in order), `buffers.safetensors` (tensors that are not synthesised), `inputs.safetensors` and
-`outputs.safetensors`; any but the first may be absent. The weights are made from each key, its shape and the case's seed.
+A case is a folder of `case.json` (what was run, in the original's own names), `spec.json` (its state dict's keys,
+shapes and dtypes in order), `buffers.safetensors` (tensors that are not synthesised), `inputs.safetensors` and
+`outputs.safetensors`; any but the first may be absent. The weights are made from each key, its shape and the seed.
 """
 
 import gzip
@@ -101,7 +101,9 @@ class Golden:
             assert list(actual.shape) == list(shape), f"{name}: shape {list(actual.shape)}, the original's is {shape}"
         if stride := stored.get("flatten_stride"):
             actual, mask = actual.flatten()[::stride], mask.flatten()[::stride]
-        assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, the original's is {tuple(expected.shape)}"
+        assert actual.shape == expected.shape, (
+            f"{name}: {tuple(actual.shape)}, the original's is {tuple(expected.shape)}"
+        )
         if not expected.is_floating_point():
             assert torch.equal(actual[mask], expected[mask]), f"{name}: differs"
             return
@@ -110,7 +112,9 @@ class Golden:
         if "absolute_error" in tolerance:
             allowed = tolerance["absolute_error"]
         else:
-            allowed = tolerance.get("relative_error", 1e-4) * expected[mask].double().abs().max().clamp_min(1e-12).item()
+            allowed = (
+                tolerance.get("relative_error", 1e-4) * expected[mask].double().abs().max().clamp_min(1e-12).item()
+            )
         assert error <= allowed, f"{name}: differs by {error:.2e}, allowed is {allowed:.2e}"
 
     def _description(self, name: str) -> dict[str, Any]:

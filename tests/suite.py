@@ -243,12 +243,8 @@ class ModelSuite:
 
 
 def tensors(output) -> dict[str, Tensor]:
-    """Tensors of an output and of the outputs inside it."""
-    found = {}
-    for name, value in output.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            found[name] = value
-    return found
+    """The floating-point tensors of an output."""
+    return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def flat(values) -> list[Tensor]:
@@ -258,7 +254,9 @@ def flat(values) -> list[Tensor]:
 def recorders(output, model):
     """(output, config) of the model or, in a composite, of each tower."""
     inner = [(f"{name}_output", child.config) for name, child in model.named_children() if f"{name}_output" in output]
-    return [(output[name], config) for name, config in inner] or [(output, getattr(model, "vision_model", model).config)]
+    return [(output[name], config) for name, config in inner] or [
+        (output, getattr(model, "vision_model", model).config)
+    ]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -29,7 +29,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command("list")
-def list_command(architecture: Annotated[str | None, typer.Argument(help="Show one architecture's alone.")] = None) -> None:
+def list_command(
+    architecture: Annotated[str | None, typer.Argument(help="Show one architecture's alone.")] = None,
+) -> None:
     """Show the released checkpoints that can be converted."""
     if architecture not in (None, *architectures()):
         raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(architectures())}.")
@@ -83,7 +85,7 @@ def convert(
     with stderr.status(f"converting {source}"):
         hfvlm.convert(source, preset, output, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
     record = json.loads((output / "conversion.json").read_text())
-    stdout.print(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
+    say(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
     if check:
         verify(output)
 
@@ -96,7 +98,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a folder that transformers' own classes load."""
-    stdout.print(f"{hfvlm.export(folder, output, to=to, overwrite=overwrite)}: for {to}' own classes")
+    say(f"{hfvlm.export(folder, output, to=to, overwrite=overwrite)}: for {to}' own classes")
 
 
 @app.command()
@@ -117,7 +119,7 @@ def card(folder: Folder) -> None:
     """Write the folder's model card (README.md) anew."""
     from hfvlm.hub import write_card
 
-    stdout.print(str(write_card(folder)))
+    say(str(write_card(folder)))
 
 
 @app.command()
@@ -131,20 +133,25 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
 ) -> None:
     """Upload a folder with its card to the Hub."""
-    stdout.print(hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private))
+    say(hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private))
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write, replaced if it is there.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write, replaced if it is there.")
+    ] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Of the fine-tuning.")] = 0,
 ) -> None:
     """Convert, classify, fine-tune and save a small CLIP on real handwriting, in under three minutes."""
     from hfvlm.cli.demo import demo as run
 
     run(output, seed)
+
+
+def say(text: str) -> None:
+    """A line that may be copied: paths are not broken or coloured."""
+    stdout.print(text, soft_wrap=True, highlight=False)
 
 
 def millions(preset: Preset) -> str:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments, pipeline, set_seed
 
 import hfvlm
 from hfvlm.cli.console import stderr, stdout
 from hfvlm.hub import write_card
+from hfvlm.modeling import unit
 from hfvlm.samples import digits, scenes
 from hfvlm.samples.digits import TEMPLATES, Digit, caption
 from hfvlm.writing import new_folder
@@ -59,7 +58,7 @@ def demo(output: Path, seed: int = 0) -> Path:
         save(model, processor, tuned)
         after = measure(tuned, held_out, "after")
         results = report(before, after, held_out)
-        write_card(tuned, name=tuned.name, results=results, text=f"```json\n{{\"seed\": {seed}}}\n```")
+        write_card(tuned, name=tuned.name, results=results, text=f'```json\n{{"seed": {seed}}}\n```')
         draw_confusion(before, after, held_out, tuned / "confusion.png")
         draw_retrieval(model, processor, held_out, tuned / "retrieval.png")
         same_after_reload(model, processor, tuned, held_out)
@@ -95,12 +94,14 @@ def measure(folder: Path, held_out: Sequence[Digit], when: str) -> Accuracy:
     ]
     one = [name_one(classify, digit, KNOWN, TEMPLATES[:1]) for digit in track(known, "one prompt", console=stderr)]
     every = [name_one(classify, digit, KNOWN, TEMPLATES) for digit in track(known, "all wordings", console=stderr)]
-    hits = {label: [p == label for p, d in zip(among_ten, held_out, strict=True) if d.label == label] for label in EVERY}
+    hits = {
+        label: [p == label for p, d in zip(among_ten, held_out, strict=True) if d.label == label] for label in EVERY
+    }
     return Accuracy(
         one_prompt=np.mean([p == d.label for p, d in zip(one, known, strict=True)]).item(),
         ensemble=np.mean([p == d.label for p, d in zip(every, known, strict=True)]).item(),
-        known=np.mean(sum((hits[label] for label in KNOWN), [])).item(),
-        new=np.mean(sum((hits[label] for label in NEW), [])).item(),
+        known=np.mean([hit for label in KNOWN for hit in hits[label]]).item(),
+        new=np.mean([hit for label in NEW for hit in hits[label]]).item(),
         predictions=among_ten,
     )
 
@@ -221,9 +222,7 @@ def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit],
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.4), layout="constrained")
-    for axes, (title, result) in zip(
-        figure.subplots(1, 2), (("before", before), ("after LoRA", after)), strict=True
-    ):
+    for axes, (title, result) in zip(figure.subplots(1, 2), (("before", before), ("after LoRA", after)), strict=True):
         counts = np.zeros((len(EVERY), len(EVERY)), dtype=int)
         for digit, predicted in zip(held_out, result.predictions, strict=True):
             counts[digit.label, predicted] += 1
@@ -235,7 +234,7 @@ def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit],
     figure.savefig(path, dpi=120)
 
 
-def draw_retrieval(model: PreTrainedModel, processor: Any, held_out: Sequence[Digit], path: Path) -> None:
+def draw_retrieval(model: Any, processor: Any, held_out: Sequence[Digit], path: Path) -> None:
     """The six pictures that fit each text best, among handwriting and scenes."""
     from matplotlib.figure import Figure
 
@@ -254,7 +253,3 @@ def draw_retrieval(model: PreTrainedModel, processor: Any, held_out: Sequence[Di
             axes.axis("off")
         line[0].set_title(text, loc="left", fontsize=9)
     figure.savefig(path, dpi=120)
-
-
-def unit(features: Tensor) -> Tensor:
-    return F.normalize(features, dim=-1)

@@ -38,6 +38,6 @@ def sigmoid_loss(a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor) 
 def check_pairs(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(
-            f"A contrastive loss compares row i with row i, but got {tuple(a.shape)} and {tuple(b.shape)}: pass as many "
-            "texts as images, or leave return_loss out."
+            f"A contrastive loss compares row i with row i, but got {tuple(a.shape)} and {tuple(b.shape)}: pass as "
+            "many texts as images, or leave return_loss out."
         )

@@ -22,12 +22,12 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA",
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def read_images(sources: Any, allow_urls: bool | Collection[str] = False) -> list[Image.Image]:
+def read_images(sources: Any, *, allow_urls: bool | Collection[str] = False) -> list[Image.Image]:
     """A batch of pictures, decoded on several threads. One source is a batch of one; see `read_image`."""
     batch = list(sources) if isinstance(sources, list | tuple) else [sources]
     if isinstance(sources, np.ndarray | torch.Tensor) and sources.ndim == 4:
         batch = list(sources)
-    return parallel(lambda item: read_image(item[1], allow_urls, index=item[0]), list(enumerate(batch)))
+    return parallel(lambda item: read_image(item[1], allow_urls=allow_urls, index=item[0]), list(enumerate(batch)))
 
 
 def parallel(function: Any, items: list[Any]) -> list[Any]:
@@ -38,7 +38,7 @@ def parallel(function: Any, items: list[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
-def read_image(source: Any, allow_urls: bool | Collection[str] = False, index: int | None = None) -> Image.Image:
+def read_image(source: Any, *, allow_urls: bool | Collection[str] = False, index: int | None = None) -> Image.Image:
     """One picture, decoded, in its own mode.
 
     Args:
@@ -64,36 +64,41 @@ def read_image(source: Any, allow_urls: bool | Collection[str] = False, index: i
         raise MediaError(f"{name}: damaged or truncated picture ({error}).") from error
 
 
-def _read(source: Any, name: str, allow_urls: bool | Collection[str]) -> Image.Image:
+def _read(source: Any, name: str, allow_urls: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decoded(source, name)
     if isinstance(source, np.ndarray | torch.Tensor):
         return array_to_image(source, name)
-    if isinstance(source, Mapping) and (source.get("bytes") is not None or source.get("path") is not None):
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
-    if isinstance(source, str) and "://" in source[:16].lower():
-        source = _from_url(source, allow_urls)
-    elif isinstance(source, str) and source.startswith("data:"):
-        source = _from_data_url(source, name)
-    if isinstance(source, bytes | bytearray | memoryview):
-        source = io.BytesIO(source)
+    source = _opened(source, name, allow_urls)
+    if not hasattr(source, "read"):
+        raise MediaError(f"{name}: a picture is a path, bytes, an open file, an array, a tensor or a PIL image.")
+    return _decoded(Image.open(source, formats=FORMATS), name)
+
+
+def _opened(source: Any, name: str, allow_urls: Any) -> Any:
+    """Whatever names or holds a file, as an open one."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, str) and ("://" in source[:16] or source.startswith("data:")):
+        source = _from_url(source, name, allow_urls)
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if not path.is_file():
+        if not Path(source).is_file():
             raise MediaError(f"{name}: no such file.")
-        with path.open("rb") as file:
-            return _decoded(Image.open(file, formats=FORMATS), name)
-    if hasattr(source, "read"):
-        return _decoded(Image.open(source, formats=FORMATS), name)
-    raise MediaError(f"{name}: a picture is a path, bytes, an open file, an array, a tensor or a PIL image.")
+        source = Path(source).read_bytes()
+    return io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"{name}: {width} x {height} pixels; more than {MAX_PIXELS} are refused. Scale it down first.")
+    _check_pixels(*image.size, name)
     image.load()
     return image
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{name}: {width} x {height} pixels; more than {MAX_PIXELS} are refused. Scale it down first."
+        )
 
 
 def array_to_image(array: Any, name: str) -> Image.Image:
@@ -103,25 +108,25 @@ def array_to_image(array: Any, name: str) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise MediaError(f"{name}: shape {array.shape} is not (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise MediaError(f"{name}: {array.shape[1]} x {array.shape[0]} pixels; more than {MAX_PIXELS} are refused.")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise MediaError(f"{name}: contains NaN or infinity.")
-        if array.min() < 0 or array.max() > 1:
-            raise MediaError(
-                f"{name}: floating-point values in {array.min():g}..{array.max():g}; pass 0..1, or uint8 in 0..255."
-            )
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        if array.min() < 0 or array.max() > 255:
-            raise MediaError(f"{name}: integers in {array.min()}..{array.max()}; pass 0..255.")
-        array = array.astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
+    _check_pixels(array.shape[1], array.shape[0], name)
+    return Image.fromarray(np.ascontiguousarray(_to_bytes(array, name)))
+
+
+def _to_bytes(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    floating = np.issubdtype(array.dtype, np.floating)
+    if floating and not np.isfinite(array).all():
+        raise MediaError(f"{name}: contains NaN or infinity.")
+    low, high = array.min(), array.max()
+    if low < 0 or high > (1 if floating else 255):
+        kind = "floating-point values" if floating else "integers"
+        raise MediaError(f"{name}: {kind} in {low:g}..{high:g}; pass 0..1 as floating point or 0..255 as integers.")
+    return (np.rint(array * 255) if floating else array).astype(np.uint8)
 
 
 def to_8_bits(image: Image.Image, name: str = "image") -> Image.Image:
@@ -133,28 +138,28 @@ def to_8_bits(image: Image.Image, name: str = "image") -> Image.Image:
         return image.convert({"PA": "RGBA", "La": "LA"}[image.mode])
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)) if values.max() > 255 else image.convert("L")
+        return (
+            Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)) if values.max() > 255 else image.convert("L")
+        )
     if image.mode == "F":
-        low, high = image.getextrema()
-        if not (0 <= low and high <= 255) or 0 < high <= 1:
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if not (low >= 0 and high <= 255) or 0 < high <= 1:
             raise MediaError(f"{name}: floating-point picture with values in {low:g}..{high:g}; scale it to 0..255.")
     return image
 
 
-def _from_url(url: str, allow_urls: bool | Collection[str]) -> bytes:
+def _from_url(url: str, name: str, allow_urls: Any) -> bytes:
+    if url.startswith("data:"):
+        head, _, body = url.partition(",")
+        if not head.endswith(";base64"):
+            raise MediaError(f"{name}: only base64 data URLs are read.")
+        try:
+            return base64.b64decode(body, validate=True)
+        except binascii.Error as error:
+            raise MediaError(f"{name}: damaged base64 ({error}).") from error
     if not allow_urls:
-        raise MediaError(f"{url[:200]}: URLs are refused. Download the file, or pass allow_urls=True or a set of hosts.")
+        raise MediaError(f"{name}: URLs are refused. Download the file, or pass allow_urls=True or a set of hosts.")
     return urls.fetch(url, None if allow_urls is True else allow_urls)
-
-
-def _from_data_url(url: str, name: str) -> bytes:
-    head, _, body = url.partition(",")
-    if not head.endswith(";base64"):
-        raise MediaError(f"{name}: only base64 data URLs are read.")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise MediaError(f"{name}: damaged base64 ({error}).") from error
 
 
 def _name(source: Any, index: int | None) -> str:

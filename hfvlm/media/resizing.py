@@ -18,7 +18,7 @@ def squash(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
 
 
 def squash_sampled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Exactly (height, width), bilinear between the four nearest pixels, fractions cut: TensorFlow's resize of uint8."""
+    """Exactly (height, width), bilinear between the four nearest pixels, fractions cut: TensorFlow's, of uint8."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     sampled = interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
     return Image.fromarray(sampled.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
@@ -64,9 +64,7 @@ def crop_or_pad(image: Image.Image, size: tuple[int, int], fill: Any) -> Image.I
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
-def _resize_centre(
-    image: Image.Image, fitted: tuple[int, int], size: tuple[int, int], resample: int
-) -> Image.Image:
+def _resize_centre(image: Image.Image, fitted: tuple[int, int], size: tuple[int, int], resample: int) -> Image.Image:
     """What `crop_or_pad` would keep of the picture resized to `fitted`, without the rest of it."""
     top, left = _offsets(fitted, size)
     down, across = image.height / fitted[0], image.width / fitted[1]

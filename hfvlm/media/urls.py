@@ -74,4 +74,4 @@ def _public_address(url: str, host: str, port: int) -> str:
     for address in addresses:
         if not ipaddress.ip_address(address).is_global:
             raise MediaError(f"{url}: host {host!r} is not public ({address}).")
-    return sorted(addresses)[0]
+    return min(addresses)

@@ -16,8 +16,8 @@ def check_positions(tokens: Tensor, position: Tensor, pixel_values: Tensor, imag
     """A position for every token of (B, N, D), or an error about the pictures' size."""
     if tokens.shape[1] != len(position):
         raise ValueError(
-            f"pixel_values are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: resize "
-            "the pictures, or pass interpolate_pos_encoding=True."
+            f"pixel_values are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
+            "resize the pictures, or pass interpolate_pos_encoding=True."
         )
 
 

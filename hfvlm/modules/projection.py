@@ -14,7 +14,7 @@ class Projection(nn.Linear):
 
 
 def projection(config: TowerConfig, *, bias: bool = False) -> nn.Module:
-    """The projection of a tower whose config says a `projection_dim`; without one the pooled vector is the embedding."""
+    """For a tower whose config says a `projection_dim`; without one the pooled vector is the embedding."""
     if config.projection_dim is None:
         return nn.Identity()
     return Projection(config.hidden_size, config.projection_dim, bias=bias)

@@ -55,9 +55,7 @@ class Attention(nn.Module):
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs
-        )
+        out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
         return self.out_proj(out.flatten(2)), weights
 
 

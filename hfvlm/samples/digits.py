@@ -59,7 +59,7 @@ def caption(label: int, template: str) -> str:
 def jitter(image: Image.Image, random: np.random.RandomState) -> Image.Image:
     """A little turned, scaled and moved, as another hand might have written it."""
     edge = round(image.width * random.uniform(0.9, 1.1))
-    offset = tuple(int(v) for v in random.randint(-2, 3, 2))
+    offset = (int(random.randint(-2, 3)), int(random.randint(-2, 3)))
     turned = image.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC, translate=offset)
     canvas = Image.new("RGB", image.size)
     corner = (image.width - edge) // 2

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from hfvlm.conversion.clip import special_tokens
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForZeroShotImageClassification
 
-from hfvlm.conversion.clip import special_tokens
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPForImageClassification,
@@ -146,12 +146,18 @@ class TestCLIP(ModelSuite):
         again = HfvlmCLIPModel.from_pretrained(tmp_path)
         assert again.config.vision_config.grid == (2, 4)
         pictures, ids = torch.randn(2, 3, 28, 56), IDS[:2]
-        same(self.run(again, {"input_ids": ids, "pixel_values": pictures}), self.run(model.eval(), {"input_ids": ids, "pixel_values": pictures}), 1e-6)
+        same(
+            self.run(again, {"input_ids": ids, "pixel_values": pictures}),
+            self.run(model.eval(), {"input_ids": ids, "pixel_values": pictures}),
+            1e-6,
+        )
         with pytest.raises(ValueError, match="positions for 6"):
             again.text_model(torch.zeros(1, 7, dtype=torch.long))
 
     def test_widths_must_agree(self):
-        with pytest.raises(StrictDataclassClassValidationError, match="projection_dim differs: 16 in vision_config, 8 in text_config"):
+        with pytest.raises(
+            StrictDataclassClassValidationError, match="projection_dim differs: 16 in vision_config, 8 in text_config"
+        ):
             HfvlmCLIPConfig(vision_config=VISION, text_config=TEXT | {"projection_dim": 8})
 
 

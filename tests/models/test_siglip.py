@@ -43,7 +43,10 @@ class TestVision(ModelSuite):
 
     def test_any_size_with_interpolated_positions(self, model, batch):
         close(
-            model(**batch, interpolate_pos_encoding=True).pooler_output, model(**batch).pooler_output, 1e-6, "same size"
+            model(**batch, interpolate_pos_encoding=True).pooler_output,
+            model(**batch).pooler_output,
+            1e-6,
+            "same size",
         )
         assert model(torch.randn(1, 3, 42, 70), interpolate_pos_encoding=True).last_hidden_state.shape == (1, 15, 32)
         with pytest.raises(ValueError, match="image_size 28"):
@@ -119,7 +122,9 @@ class TestSigLIP(ModelSuite):
         assert "siglip" in self.config().model_type
 
     def test_widths_must_agree(self):
-        with pytest.raises(StrictDataclassClassValidationError, match="hidden_size 32 in vision_config.* 16 in text_config"):
+        with pytest.raises(
+            StrictDataclassClassValidationError, match="hidden_size 32 in vision_config.* 16 in text_config"
+        ):
             HfvlmSigLIPConfig(vision_config=dict(VISION), text_config=TEXT | {"projection_dim": 16})
 
 

@@ -2,11 +2,11 @@ import re
 from pathlib import Path
 
 import torch
+from hfvlm.conversion import FILTERS
+from hfvlm.conversion.clip import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.conversion import FILTERS
-from hfvlm.conversion.clip import config_from_original, layout_of
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPImageProcessor,

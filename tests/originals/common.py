@@ -13,7 +13,9 @@ from hfvlm.converter import conversion_module, empty_model
 from hfvlm.key_table import convert_keys
 
 
-def converted(architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str) -> PreTrainedModel:
+def converted(
+    architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str
+) -> PreTrainedModel:
     """The original's weights in our model, as a user's `from_pretrained` would give it."""
     rows = conversion_module(architecture).keys_for(config, layout, state_dict)
     empty = empty_model(config)
@@ -34,4 +36,6 @@ def vocabulary(folder: Path, name: str) -> Path:
     for place in folders:
         if (place / name).exists():
             return place / name
-    pytest.skip(f"{name} is not at hand: set HFVLM_VOCABULARIES to its folder, or pip install --no-deps open_clip_torch")
+    pytest.skip(
+        f"{name} is not at hand: set HFVLM_VOCABULARIES to its folder, or pip install --no-deps open_clip_torch"
+    )

@@ -2,11 +2,11 @@ import re
 from pathlib import Path
 
 import torch
+from hfvlm.conversion import FILTERS
+from hfvlm.conversion.siglip import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.conversion import FILTERS
-from hfvlm.conversion.siglip import config_from_original, layout_of
 from hfvlm.models.siglip import HfvlmSigLIPImageProcessor, HfvlmSigLIPModel, HfvlmSigLIPTokenizer
 from hfvlm.modules.positions import ALIGNED_CORNERS, resize_grid
 from tests.golden import Golden, Recorder, compare_pixels
@@ -112,11 +112,13 @@ def big_vision(golden: Golden) -> None:
         stored = golden.case["outputs"][name]["shape"]
         if name == "resampled_pos_embedding":
             edge = int(stored[1] ** 0.5)
-            table = resize_grid(model.vision_model.position, model.config.vision_config.grid, (edge, edge), **ALIGNED_CORNERS)
+            table = resize_grid(
+                model.vision_model.position, model.config.vision_config.grid, (edge, edge), **ALIGNED_CORNERS
+            )
             golden.compare(name, table[None])
             continue
         value = values[name].reshape(stored) if name == "img/stem" else values[name]
-        padded = real is not None and (name == "img/encoded" or "block" in name and name.startswith("img"))
+        padded = real is not None and (name == "img/encoded" or ("block" in name and name.startswith("img")))
         golden.compare(name, value, real if padded else None)
 
 

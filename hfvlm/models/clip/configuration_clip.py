@@ -52,7 +52,9 @@ class HfvlmCLIPResNetConfig(HfvlmConfig):
         if len(self.depths) != 4:
             raise ValueError(f"{type(self).__name__}: depths {self.depths} must name the blocks of four stages.")
         if self.image_size % 32:
-            raise ValueError(f"{type(self).__name__}: image_size {self.image_size} is not a multiple of 32, the stride.")
+            raise ValueError(
+                f"{type(self).__name__}: image_size {self.image_size} is not a multiple of 32, the stride."
+            )
 
 
 @strict
@@ -78,7 +80,9 @@ class HfvlmCLIPConfig(HfvlmConfig):
     model_type = "hfvlm_clip"
     sub_configs = {"vision_config": HfvlmCLIPVisionConfig, "text_config": HfvlmCLIPTextConfig}
 
-    vision_config: SubConfig[HfvlmCLIPVisionConfig] = field(default_factory=HfvlmCLIPVisionConfig)
+    vision_config: SubConfig[HfvlmCLIPVisionConfig | HfvlmCLIPResNetConfig] = field(
+        default_factory=HfvlmCLIPVisionConfig
+    )
     text_config: SubConfig[HfvlmCLIPTextConfig] = field(default_factory=HfvlmCLIPTextConfig)
     logit_scale_init_value: float = 2.6592
 

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
+from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
@@ -45,7 +45,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: HfvlmCLIPVisionConfig):
         super().__init__(config)
@@ -69,7 +69,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens before the last norm, class token first, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
@@ -95,7 +95,7 @@ class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
     config: HfvlmCLIPTextConfig
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _input_embed_layer = "token"
 
     def __init__(self, config: HfvlmCLIPTextConfig):
@@ -135,7 +135,9 @@ class HfvlmCLIPModel(DualEncoder):
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """The embedding of each text; `last_hidden_state` is zero after a text's own end.
 
         Nothing after the batch's last end-of-text token can change an embedding, and it is not computed, unless hidden
@@ -147,11 +149,11 @@ class HfvlmCLIPModel(DualEncoder):
         wanted = any(kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags)
         computed = length if wanted or torch.compiler.is_compiling() else int(ends.max()) + 1
         mask = None if attention_mask is None else attention_mask[:, :computed]
-        features = super().encode_text(input_ids[:, :computed], mask, **kwargs)
-        read = torch.arange(computed, device=ends.device) <= ends.unsqueeze(-1)
-        tokens = features.last_hidden_state * read.unsqueeze(-1)
-        features.last_hidden_state = F.pad(tokens, (0, 0, 0, length - computed))
-        return features
+        output = self.text_model(input_ids[:, :computed], mask, **kwargs)
+        unread = torch.arange(computed, device=ends.device) > ends.unsqueeze(-1)
+        tokens = output.last_hidden_state.masked_fill(unread.unsqueeze(-1), 0)
+        output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - computed))
+        return as_features(output)
 
     @can_return_tuple
     def forward(
@@ -159,6 +161,7 @@ class HfvlmCLIPModel(DualEncoder):
         input_ids: Tensor,
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
+        *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
@@ -174,10 +177,11 @@ class HfvlmCLIPModel(DualEncoder):
         """
         image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         text = self.encode_text(input_ids, attention_mask, **kwargs)
-        output = self.compare(image, text)
-        if return_loss:
-            output.loss = contrastive_loss(output.image_embeds, output.text_embeds, self.logit_scale.exp())
-        return output
+        return self.compare(image, text, self.pair_loss if return_loss else None)
+
+    def pair_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Softmax over the whole batch, in both directions."""
+        return contrastive_loss(image_embeds, text_embeds, self.logit_scale.exp())
 
     def resize_positions(
         self, image_size: int | tuple[int, int] | None = None, context_length: int | None = None

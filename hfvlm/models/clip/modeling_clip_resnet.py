@@ -1,4 +1,7 @@
-"""CLIP's modified ResNet (https://arxiv.org/abs/2103.00020, section 2.4; https://github.com/openai/CLIP at d05afc4)."""
+"""CLIP's modified ResNet (https://arxiv.org/abs/2103.00020, section 2.4).
+
+Source: https://github.com/openai/CLIP at d05afc4.
+"""
 
 from typing import Any
 
@@ -74,7 +77,7 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
     base_model_prefix = "vision_model"
     _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     # Recomputing a batch norm in training would count its batch twice in the running statistics.
     supports_gradient_checkpointing = False
     _no_split_modules = ["Bottleneck"]
@@ -108,7 +111,7 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the last feature map as tokens `(B, H/32 * W/32, D)`, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
@@ -126,4 +129,4 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
     def position_for(self, feature_map: Tensor) -> Tensor:
         """The position table for pictures of another size."""
         edge = self.config.image_size // 32
-        return resize_grid(self.position, (edge, edge), tuple(feature_map.shape[-2:]), **BICUBIC)
+        return resize_grid(self.position, (edge, edge), (feature_map.shape[-2], feature_map.shape[-1]), **BICUBIC)

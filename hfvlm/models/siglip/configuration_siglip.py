@@ -76,7 +76,9 @@ class HfvlmSigLIPConfig(HfvlmConfig):
     model_type = "hfvlm_siglip"
     sub_configs = {"vision_config": HfvlmSigLIPVisionConfig, "text_config": HfvlmSigLIPTextConfig}
 
-    vision_config: SubConfig[HfvlmSigLIPVisionConfig] = field(default_factory=HfvlmSigLIPVisionConfig)
+    vision_config: SubConfig[HfvlmSigLIPVisionConfig | HfvlmSigLIPNaFlexVisionConfig] = field(
+        default_factory=HfvlmSigLIPVisionConfig
+    )
     text_config: SubConfig[HfvlmSigLIPTextConfig] = field(default_factory=HfvlmSigLIPTextConfig)
     logit_scale_init_value: float = 2.3026
     logit_bias_init_value: float = -10.0
@@ -85,6 +87,6 @@ class HfvlmSigLIPConfig(HfvlmConfig):
         image, text = self.vision_config.pooled_size, self.text_config.joint_size
         if image != text:
             raise ValueError(
-                f"The embeddings' widths differ: hidden_size {image} in vision_config, projection_dim (or hidden_size) "
-                f"{text} in text_config."
+                f"The embeddings' widths differ: hidden_size {image} in vision_config, projection_dim (or "
+                f"hidden_size) {text} in text_config."
             )

@@ -50,7 +50,7 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: HfvlmSigLIPVisionConfig):
         super().__init__(config)
@@ -70,7 +70,7 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens after the last norm, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
@@ -96,7 +96,7 @@ class HfvlmSigLIPNaFlexVisionModel(HfvlmSigLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: HfvlmSigLIPNaFlexVisionConfig):
         super().__init__(config)
@@ -149,7 +149,7 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
     config: HfvlmSigLIPTextConfig
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _input_embed_layer = "token"
 
     def __init__(self, config: HfvlmSigLIPTextConfig):
@@ -163,7 +163,7 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
-        """`(B, N)` token ids, padded to `max_position_embeddings` -> all tokens after the last norm, and the summary.
+        """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the summary.
 
         Trained on texts padded to full length without a mask: padding is read like any token, the last position is
         always the summary, and `attention_mask` is ignored.
@@ -171,8 +171,8 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
         if input_ids.shape[1] < self.config.max_position_embeddings:
             logger.warning_once(
                 f"SigLIP got texts of {input_ids.shape[1]} tokens but was trained on texts padded to "
-                f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with padding='max_length', "
-                "as the processor does by default."
+                f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
+                "padding='max_length', as the processor does by default."
             )
         x = self.post_norm(self.layers(self.embeddings(input_ids), **kwargs))
         pooled = x[:, -1]
@@ -184,6 +184,7 @@ class HfvlmSigLIPModel(DualEncoder):
 
     config: HfvlmSigLIPConfig
     base_model_prefix = "siglip"
+    logit_scale: BiasedLogitScale
 
     def __init__(self, config: HfvlmSigLIPConfig):
         super().__init__(config)
@@ -200,6 +201,7 @@ class HfvlmSigLIPModel(DualEncoder):
         attention_mask: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
@@ -219,11 +221,11 @@ class HfvlmSigLIPModel(DualEncoder):
         options = naflex if spatial_shapes is not None else {"interpolate_pos_encoding": interpolate_pos_encoding}
         image = self.encode_image(pixel_values, **options, **kwargs)
         text = self.encode_text(input_ids, attention_mask, **kwargs)
-        output = self.compare(image, text)
-        if return_loss:
-            scale = self.logit_scale
-            output.loss = sigmoid_loss(output.image_embeds, output.text_embeds, scale.exp(), scale.bias)
-        return output
+        return self.compare(image, text, self.pair_loss if return_loss else None)
+
+    def pair_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """A sigmoid for each pair."""
+        return sigmoid_loss(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_scale.bias)
 
 
 class HfvlmSigLIPForImageClassification(ImageClassifier):

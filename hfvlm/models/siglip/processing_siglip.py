@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature
+from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.resizing import squash
 from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
@@ -39,9 +39,7 @@ class HfvlmSigLIPNaFlexImageProcessor(HfvlmImageProcessor):
         rows, columns = fitting_grid(image.height, image.width, settings["patch_size"], settings["max_num_patches"])
         return squash(image, (rows * settings["patch_size"], columns * settings["patch_size"]), settings["resample"])
 
-    def batch(
-        self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None
-    ) -> BatchFeature:
+    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
         """`pixel_values` `(B, N, patch_size * patch_size * 3)`, `pixel_attention_mask` `(B, N)`, `spatial_shapes`
         `(B, 2)` as rows and columns."""
         size, length = settings["patch_size"], settings["max_num_patches"]
@@ -51,8 +49,8 @@ class HfvlmSigLIPNaFlexImageProcessor(HfvlmImageProcessor):
         for i, (array, (rows, columns)) in enumerate(zip(arrays, shapes, strict=True)):
             if rows * columns > length or array.shape[1:] != (rows * size, columns * size):
                 raise ValueError(
-                    f"image {i} of {array.shape[1]} x {array.shape[2]} pixels is not made of at most {length} patches of "
-                    f"{size} x {size}: leave do_resize on, or raise max_num_patches."
+                    f"image {i} of {array.shape[1]} x {array.shape[2]} pixels is not made of at most {length} "
+                    f"patches of {size} x {size}: leave do_resize on, or raise max_num_patches."
                 )
             grid = array.reshape(3, rows, size, columns, size).transpose(1, 3, 2, 4, 0)
             patches[i, : rows * columns] = grid.reshape(rows * columns, -1)
@@ -81,12 +79,14 @@ class HfvlmSigLIPTokenizer(HfvlmTokenizer):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids"]
-    padding = "max_length"
+    default_padding = "max_length"
 
     def __init__(self, clean: str = "canonical", model_max_length: int = 64, **kwargs: Any):
         super().__init__(clean=clean, model_max_length=model_max_length, **kwargs)
 
-    def __call__(self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any
+    ) -> Any:
         """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what SigLIP reads."""
         padding = "max_length" if padding is True else padding
         max_length = min(max_length or self.model_max_length, self.model_max_length)

@@ -1,0 +1,26 @@
+"""The demo does what the README says it does."""
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoProcessor
+
+from hfvlm.cli.demo import demo
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_demo(tmp_path):
+    output = demo(tmp_path / "demo", seed=0)
+    folder = output / "clip-tiny-ten-digits"
+    card = ModelCard.load(folder / "README.md")
+    one_prompt, ensemble, known, new = (result.metric_value for result in card.data.eval_results)
+    assert min(one_prompt, ensemble) >= 0.95
+    assert known >= 0.94
+    assert new >= 0.5
+    for name in ("confusion.png", "retrieval.png"):
+        assert (folder / name).stat().st_size > 10_000
+    assert "before fine-tuning" in card.text
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "HfvlmCLIPModel"
+    assert AutoProcessor.from_pretrained(output / "clip-tiny")
+    assert sorted(path.name for path in output.iterdir()) == ["clip-tiny", "clip-tiny-ten-digits"]
+    demo(output, seed=1)

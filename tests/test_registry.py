@@ -1,0 +1,157 @@
+"""`import hfvlm`: cheap, silent, repeatable, and found by every Auto class."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+
+import hfvlm
+from hfvlm.registry import architectures
+
+MEMORY = "int(open('/proc/self/statm').read().split()[1]) * 4096"
+AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor, AutoTokenizer, pipeline"
+
+
+def run(code: str) -> str:
+    """A fresh interpreter; what it prints last."""
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_costs_little_beyond_the_auto_classes():
+    printed = run(f"""
+        import sys, time
+        {AUTO}
+        start, memory = time.process_time(), {MEMORY}
+        import hfvlm
+        seconds, grown = time.process_time() - start, {MEMORY} - memory
+        loaded = [name for name in sys.modules if "modeling_" in name and name.startswith("hfvlm")]
+        import json; print(json.dumps([seconds, grown, loaded]))
+    """)
+    seconds, grown, loaded = json.loads(printed)
+    assert seconds <= 0.3
+    assert grown <= 20e6
+    assert loaded == []
+
+
+def test_touches_no_network_and_needs_no_extra():
+    assert (
+        run("""
+        import socket, sys
+        def refuse(*_, **__): raise AssertionError("network")
+        socket.socket.connect = socket.getaddrinfo = refuse
+        for name in ("peft", "sklearn", "matplotlib", "datasets", "evaluate", "sentencepiece", "av", "bitsandbytes"):
+            sys.modules[name] = None
+        import hfvlm
+        hfvlm.HfvlmCLIPModel, hfvlm.HfvlmSigLIPProcessor
+        print("fine")
+    """)
+        == "fine"
+    )
+
+
+def test_a_missing_extra_names_its_pip_line():
+    assert "pip install 'hfvlm[train]'" in run("""
+        import sys
+        sys.modules["peft"] = None
+        import hfvlm
+        try: hfvlm.lora(None)
+        except ImportError as error: print(error)
+    """)
+
+
+@pytest.mark.parametrize("order", [("hfvlm", "peft"), ("peft", "hfvlm")])
+def test_peft_knows_the_default_layers(order):
+    printed = run(f"""
+        import {order[0]}, {order[1]}
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+        print(all(table[t] == ["q_proj", "v_proj"] for t in ("hfvlm_clip", "hfvlm_siglip", "hfvlm_clip_vision")))
+    """)
+    assert printed == "True"
+
+
+def test_survives_upstream_taking_its_names():
+    assert (
+        run("""
+        from transformers.models.auto import configuration_auto as auto
+        auto.CONFIG_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPConfig"
+        auto.CONFIG_MAPPING._mapping["hfvlm_clip"] = "HfvlmCLIPConfig"
+        from transformers import AutoConfig, AutoModel
+        import hfvlm
+        config = AutoConfig.for_model("hfvlm_clip")
+        print(type(config).__module__, AutoModel._model_mapping[type(config)].__name__)
+    """)
+        == "hfvlm.models.clip.configuration_clip HfvlmCLIPModel"
+    )
+
+
+def test_registering_again_changes_nothing():
+    before = dict(architectures())
+    hfvlm.register()
+    assert architectures() == before
+
+
+def test_everything_is_found_by_name_before_anything_is_loaded(clip_folder):
+    printed = run(f"""
+        import hfvlm
+        from transformers import AutoProcessor, AutoTokenizer, AutoImageProcessor
+        folder = {str(clip_folder)!r}
+        parts = [auto.from_pretrained(folder) for auto in (AutoTokenizer, AutoImageProcessor, AutoProcessor)]
+        print([type(part).__name__ for part in parts])
+    """)
+    assert printed == "['HfvlmCLIPTokenizer', 'HfvlmCLIPImageProcessor', 'HfvlmCLIPProcessor']"
+
+
+def test_auto_classes(clip_folder):
+    assert type(AutoConfig.from_pretrained(clip_folder)).__name__ == "HfvlmCLIPConfig"
+    assert type(AutoModel.from_pretrained(clip_folder)).__name__ == "HfvlmCLIPModel"
+    assert type(AutoProcessor.from_pretrained(clip_folder)).__name__ == "HfvlmCLIPProcessor"
+    assert type(AutoTokenizer.from_pretrained(clip_folder)).__name__ == "HfvlmCLIPTokenizer"
+    assert type(AutoImageProcessor.from_pretrained(clip_folder)).__name__ == "HfvlmCLIPImageProcessor"
+
+
+def test_every_public_class_is_reachable_from_the_top():
+    for architecture in architectures().values():
+        for name in architecture.names:
+            found = getattr(hfvlm, name)
+            assert found.__name__ == name
+            assert found.__doc__, name
+
+
+def test_a_model_made_from_a_configuration_alone_is_found():
+    assert (
+        run("""
+        from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPTextConfig
+        from transformers import AutoModel
+        print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__name__)
+    """)
+        == "HfvlmSigLIPTextModel"
+    )
+
+
+def test_vllm_finds_the_entry_point():
+    from importlib.metadata import entry_points
+
+    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "hfvlm"]
+    assert entry.load() is hfvlm.register
+
+
+def test_stock_pipeline(clip_folder):
+    from hfvlm.samples import digits
+
+    classify = pipeline("zero-shot-image-classification", model=str(clip_folder))
+    seven = next(d.image for d in digits.load_digits("test") if d.label == 7)
+    answers = classify(seven, candidate_labels=["zero", "three", "seven"], hypothesis_template="a handwritten {}")
+    assert answers[0]["label"] == "seven"
+    assert answers[0]["score"] > 0.9
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="hfvlm has no 'nothing'"):
+        hfvlm.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match=r"hfvlm.models.clip has no 'HfvlmCLAPModel'; it has HfvlmCLIPConfig"):
+        hfvlm.models.clip.HfvlmCLAPModel  # noqa: B018
