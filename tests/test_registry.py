@@ -6,13 +6,16 @@ import sys
 import textwrap
 
 import pytest
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+
+# Under this name it needs no torchvision in any transformers 5.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hfvlm
 from hfvlm.registry import architectures
 
 MEMORY = "int(open('/proc/self/statm').read().split()[1]) * 4096"
-AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor, AutoTokenizer, pipeline"
+AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline"
 
 
 def run(code: str) -> str:
@@ -77,10 +80,12 @@ def test_peft_knows_the_default_layers(order):
 def test_survives_upstream_taking_its_names():
     assert (
         run("""
-        from transformers.models.auto import configuration_auto as auto
-        auto.CONFIG_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPConfig"
-        auto.CONFIG_MAPPING._mapping["hfvlm_clip"] = "HfvlmCLIPConfig"
         from transformers import AutoConfig, AutoModel
+        from transformers.models.auto import configuration_auto, modeling_auto
+        configuration_auto.CONFIG_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPConfig"
+        configuration_auto.CONFIG_MAPPING._mapping["hfvlm_clip"] = "HfvlmCLIPConfig"
+        modeling_auto.MODEL_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPModel"
+        modeling_auto.MODEL_MAPPING._reverse_config_mapping["HfvlmCLIPConfig"] = "hfvlm_clip"
         import hfvlm
         config = AutoConfig.for_model("hfvlm_clip")
         print(type(config).__module__, AutoModel._model_mapping[type(config)].__name__)
@@ -98,7 +103,8 @@ def test_registering_again_changes_nothing():
 def test_everything_is_found_by_name_before_anything_is_loaded(clip_folder):
     printed = run(f"""
         import hfvlm
-        from transformers import AutoProcessor, AutoTokenizer, AutoImageProcessor
+        from transformers import AutoProcessor, AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
         folder = {str(clip_folder)!r}
         parts = [auto.from_pretrained(folder) for auto in (AutoTokenizer, AutoImageProcessor, AutoProcessor)]
         print([type(part).__name__ for part in parts])
