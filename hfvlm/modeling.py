@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -62,7 +63,8 @@ class HfvlmPreTrainedModel(PreTrainedModel):
 class DualEncoder(HfvlmPreTrainedModel):
     """A vision tower and a text tower whose embeddings meet in a cosine similarity.
 
-    A subclass builds `vision_model`, `text_model` and `logit_scale`, and hands its loss to `compare`.
+    A subclass builds `vision_model`, `text_model` and `logit_scale`, and names its loss, one of `hfvlm.losses`, in
+    `pair_loss`.
     """
 
     input_modalities = ["image", "text"]
@@ -73,6 +75,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     vision_model: Any
     text_model: Any
     logit_scale: LogitScale
+    pair_loss: Callable[..., Tensor]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -101,23 +104,35 @@ class DualEncoder(HfvlmPreTrainedModel):
         return as_features(self.text_model(input_ids, attention_mask, **kwargs))
 
     def compare(
-        self,
-        image: BaseModelOutputWithPooling,
-        text: BaseModelOutputWithPooling,
-        pair_loss: Callable[[Tensor, Tensor], Tensor] | None,
+        self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, *, return_loss: bool | None
     ) -> DualEncoderOutput:
-        """The features of images and of texts -> their similarities and, for pairs, a loss."""
+        """The features of images and of texts -> their similarities and, for pairs, the loss."""
         image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
         logits = self.logit_scale(image_embeds @ text_embeds.t())
-        return DualEncoderOutput(
-            loss=pair_loss(image_embeds, text_embeds) if pair_loss else None,
+        output = DualEncoderOutput(
             logits_per_image=logits,
             logits_per_text=logits.t(),
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text,
             vision_model_output=image,
+            logit_scale=self.logit_scale.exp(),
+            logit_bias=self.logit_scale.bias,
         )
+        if return_loss:
+            output.loss = self.contrast(output)
+        return output
+
+    def contrast(
+        self,
+        output: DualEncoderOutput,
+        pair_loss: Callable[..., Tensor] | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """The loss of pairs of embeddings, by the model's own objective or another of `hfvlm.losses`, over one or
+        several processes."""
+        loss = pair_loss or self.pair_loss
+        return loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
 
 
 class ImageClassifier(HfvlmPreTrainedModel):

@@ -32,6 +32,8 @@ class DualEncoderOutput(ModelOutput):
         image_embeds: `(images, projection_dim)`, of unit length.
         text_model_output: the text tower's whole output.
         vision_model_output: the vision tower's whole output.
+        logit_scale: `(1,)`, the temperature's inverse that the similarities were multiplied by.
+        logit_bias: `(1,)`, what was added to them, if anything.
     """
 
     loss: Tensor | None = None
@@ -41,6 +43,8 @@ class DualEncoderOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())

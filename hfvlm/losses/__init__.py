@@ -1,5 +1,15 @@
-"""Objectives on embeddings, independent of any model."""
+"""Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
 
-from hfvlm.losses.contrastive import contrastive_loss, sigmoid_loss
+from hfvlm.losses.captioning import captioning_loss
+from hfvlm.losses.contrastive import contrastive_loss
+from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
+from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
-__all__ = ["contrastive_loss", "sigmoid_loss"]
+__all__ = [
+    "captioning_loss",
+    "contrastive_loss",
+    "focal_contrastive_loss",
+    "late_interaction_loss",
+    "late_interaction_scores",
+    "sigmoid_loss",
+]

@@ -12,10 +12,13 @@ class LogitScale(nn.Module):
     it and FSDP2 shards it.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, initial: float):
         super().__init__()
         self.initial = initial
         self.scale = nn.Parameter(torch.zeros(1))
+        self.register_parameter("bias", None)
 
     def init_own_weights(self, std: float) -> None:
         init.constant_(self.scale, self.initial)
@@ -30,6 +33,8 @@ class LogitScale(nn.Module):
 
 class BiasedLogitScale(LogitScale):
     """`exp(scale) * cosine + bias`: for losses that look at each pair alone."""
+
+    bias: nn.Parameter
 
     def __init__(self, initial: float, initial_bias: float):
         super().__init__(initial)

@@ -127,6 +127,7 @@ class HfvlmCLIPModel(DualEncoder):
 
     config: HfvlmCLIPConfig
     base_model_prefix = "clip"
+    pair_loss = staticmethod(contrastive_loss)
 
     def __init__(self, config: HfvlmCLIPConfig):
         super().__init__(config)
@@ -177,11 +178,7 @@ class HfvlmCLIPModel(DualEncoder):
         """
         image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         text = self.encode_text(input_ids, attention_mask, **kwargs)
-        return self.compare(image, text, self.pair_loss if return_loss else None)
-
-    def pair_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Softmax over the whole batch, in both directions."""
-        return contrastive_loss(image_embeds, text_embeds, self.logit_scale.exp())
+        return self.compare(image, text, return_loss=return_loss)
 
     def resize_positions(
         self, image_size: int | tuple[int, int] | None = None, context_length: int | None = None

@@ -185,6 +185,7 @@ class HfvlmSigLIPModel(DualEncoder):
     config: HfvlmSigLIPConfig
     base_model_prefix = "siglip"
     logit_scale: BiasedLogitScale
+    pair_loss = staticmethod(sigmoid_loss)
 
     def __init__(self, config: HfvlmSigLIPConfig):
         super().__init__(config)
@@ -221,11 +222,7 @@ class HfvlmSigLIPModel(DualEncoder):
         options = naflex if spatial_shapes is not None else {"interpolate_pos_encoding": interpolate_pos_encoding}
         image = self.encode_image(pixel_values, **options, **kwargs)
         text = self.encode_text(input_ids, attention_mask, **kwargs)
-        return self.compare(image, text, self.pair_loss if return_loss else None)
-
-    def pair_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """A sigmoid for each pair."""
-        return sigmoid_loss(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_scale.bias)
+        return self.compare(image, text, return_loss=return_loss)
 
 
 class HfvlmSigLIPForImageClassification(ImageClassifier):

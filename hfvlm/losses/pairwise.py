@@ -1,0 +1,116 @@
+"""Each pair of rows judged on its own: a match or not."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from hfvlm.losses.blocks import check_pairs, in_full_precision, row_blocks
+from hfvlm.losses.processes import check_equal_rows, pass_on, rank_and_size, sum_over
+
+
+def sigmoid_loss(
+    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *, group: ProcessGroup | None = None
+) -> Tensor:
+    """`-log sigmoid(z * logit)` summed over all pairs, z = 1 for a match and -1 otherwise, per row
+    (SigLIP, https://arxiv.org/abs/2303.15343, algorithm 1).
+
+    Value and gradient come out of one pass over blocks of the logits. Over several processes, the rows of `b` travel
+    round a ring, so that no process ever holds all of them.
+
+    Args:
+        a: `(B, D)` embeddings of unit length.
+        b: `(B, D)`, row i belongs to row i of `a`.
+        logit_scale: the temperature's inverse, already exponentiated; of one element.
+        logit_bias: added to every logit; of one element.
+        group: see `contrastive_loss`.
+
+    Raises:
+        ValueError: `a` and `b` are of different shape, the processes hold different numbers of rows, or there is no
+            bias.
+    """
+    return focal_contrastive_loss(a, b, logit_scale, logit_bias, gamma=0.0, group=group)
+
+
+def focal_contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    gamma: float = 2.0,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """`sigmoid_loss` whose terms are weighted by `(1 - p) ** gamma`, p the probability given to the truth: pairs that
+    are told apart already count little (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.2; used by MaMMUT,
+    https://arxiv.org/abs/2303.16839).
+
+    The papers average both directions of the double sum, which are equal. Arguments and errors as `sigmoid_loss`.
+    """
+    check_pairs(a, b)
+    check_equal_rows(a, group)
+    if logit_bias is None:
+        raise ValueError(
+            "A loss of single pairs needs a logit_bias, which this model has not: it was trained with a softmax. Use "
+            "contrastive_loss, or pass a bias, such as -10 at the start of training."
+        )
+    with in_full_precision(a) as dtype:
+        scale, bias = (torch.as_tensor(x, dtype=dtype, device=a.device).reshape(()) for x in (logit_scale, logit_bias))
+        return _Pairwise.apply(a.to(dtype), b.to(dtype), scale, bias, gamma, group)
+
+
+class _Pairwise(torch.autograd.Function):
+    """No term needs another one, so the gradient is complete when the value is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, gamma: float, group: ProcessGroup | None
+    ) -> Tensor:
+        _, size = rank_and_size(group)
+        value, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        grad_a, visitors, grad_visitors = torch.zeros_like(a), b, torch.zeros_like(b)
+        for step in range(size):
+            for rows, logits in row_blocks(a, visitors, scale):
+                logits += bias
+                matches = logits.diagonal(rows.start).clone() if step == 0 else None
+                terms, slope = mismatch(logits, gamma)
+                value += terms
+                if matches is not None:
+                    # A match's term is that of a mismatch of the opposite logit.
+                    wrong_terms, wrong_slope = mismatch(matches.clone(), gamma)
+                    right_terms, right_slope = mismatch(-matches, gamma)
+                    value += right_terms - wrong_terms
+                    slope.diagonal(rows.start).sub_(right_slope + wrong_slope)
+                grad_a[rows].addmm_(slope, visitors)
+                grad_visitors.addmm_(slope.t(), a[rows])
+                grad_bias += slope.sum()
+            visitors, grad_visitors = pass_on([visitors, grad_visitors], group)
+        grad_scale = (a * grad_a).sum()
+        each, total = scale / len(a), len(a) * size
+        ctx.save_for_backward(
+            grad_a.mul_(each),
+            grad_visitors.mul_(each),
+            sum_over(grad_scale, group) / total,
+            sum_over(grad_bias, group) / total,
+        )
+        return sum_over(value, group) / total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None)
+
+
+def mismatch(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The sum of `q ** gamma * softplus(logits)`, `q = sigmoid(logits)`, and its derivative; `logits` are used up."""
+    costs = F.softplus(logits)
+    wrong = logits.sigmoid_()
+    if gamma == 0:
+        return costs.sum(), wrong
+    weights = wrong**gamma
+    costs *= weights
+    slope = costs * (gamma * (1 - wrong)) + weights.mul_(wrong)
+    return costs.sum(), slope
