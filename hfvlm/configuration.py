@@ -108,3 +108,16 @@ class TextConfig(TowerConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+
+
+@strict
+class BertTextConfig(TextConfig):
+    """A BERT. Without `type_vocab_size` there are no token types; `hidden_dropout` is on every branch, in training."""
+
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    layer_norm_eps: float = 1e-12
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 0
+    pad_token_id: int | None = 0

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hfvlm.configuration import TextConfig, VisionConfig
+from hfvlm.configuration import BertTextConfig, TextConfig, VisionConfig
 
 
 class PatchEmbedding(nn.Module):
@@ -38,3 +38,46 @@ class TokenEmbedding(nn.Module):
                 "(max_position_embeddings): truncate the texts, or add positions with `resize_positions`."
             )
         return self.token(input_ids) + self.position[:length]
+
+
+class BertEmbedding(nn.Module):
+    """(B, N) -> (B, N, D): token plus learned absolute position plus, where there are any, token type; then a norm."""
+
+    def __init__(self, config: BertTextConfig):
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.position, std=std)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Token ids `(B, N)`, their positions `(B, N)` or `(1, N)` and types, by default 0."""
+        x = self.token(input_ids) + self.position[position_ids]
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        return self.dropout(self.norm(x))
+
+
+def text_positions(input_ids: Tensor, attention_mask: Tensor | None, longest: int, past: int = 0) -> Tensor:
+    """Positions of ids `(B, N)` that follow `past` others, counted from each text's first token.
+
+    Padding on the left has no positions of its own; on the right it goes on counting.
+
+    Args:
+        attention_mask: `(B, past + N)` with 0 for padding, or None for no padding.
+        longest: how many positions the text tower has.
+    """
+    length = past + input_ids.shape[1]
+    if length > longest:
+        raise ValueError(
+            f"input_ids have {length} tokens, the text tower has positions for {longest} (max_position_embeddings): "
+            "truncate the texts, or generate fewer tokens."
+        )
+    positions = torch.arange(past, length, device=input_ids.device).unsqueeze(0)
+    if attention_mask is None:
+        return positions
+    return (positions - attention_mask.argmax(dim=1, keepdim=True)).clamp_min(0)

@@ -8,6 +8,8 @@ from torch.nn.functional import interpolate
 
 # open_clip and timm
 BICUBIC = {"mode": "bicubic", "antialias": True}
+# BLIP
+BICUBIC_SAMPLED = {"mode": "bicubic", "align_corners": False}
 # big_vision: scipy.ndimage.zoom, order 1
 ALIGNED_CORNERS = {"mode": "bilinear", "align_corners": True}
 

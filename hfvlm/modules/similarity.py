@@ -31,6 +31,17 @@ class LogitScale(nn.Module):
         return cosine * self.exp()
 
 
+class Temperature(LogitScale):
+    """Divides by a learned temperature, kept as it is: `cosine / scale`."""
+
+    def exp(self) -> Tensor:
+        return self.scale.reciprocal()
+
+    @torch.no_grad()
+    def clamp_(self, lowest: float, highest: float) -> None:
+        self.scale.clamp_(lowest, highest)
+
+
 class BiasedLogitScale(LogitScale):
     """`exp(scale) * cosine + bias`: for losses that look at each pair alone."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,8 +30,8 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class Attention(nn.Module):
-    """Multi-head attention of `x` over itself, or over `context` (of width `context_size`) when one is given."""
+class MultiHead(nn.Module):
+    """The projections and the arithmetic that every kind of attention shares; the kinds differ in what they read."""
 
     is_causal = False
 
@@ -44,19 +45,89 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_size or width, width)
         self.out_proj = nn.Linear(width, out_size or width)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, heads, N, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) -> its keys and values, (B, heads, M, head_dim) each."""
+        return self.heads(self.k_proj(source)), self.heads(self.v_proj(source))
+
+    def attend(
+        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D), (B, 1, N, M) or None, (B, M, C) -> (B, N, D) and, where the implementation has them, weights."""
-        source = x if context is None else context
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in (self.q_proj(x), self.k_proj(source), self.v_proj(source))
-        )
+        """(B, N, D) over keys and values -> (B, N, D) and, where the implementation has them, weights."""
+        query = self.heads(self.q_proj(x))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
         return self.out_proj(out.flatten(2)), weights
+
+
+class Attention(MultiHead):
+    """Multi-head attention of `x` over itself, or over `context` (of width `context_size`) when one is given."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D), (B, 1, N, M) or None, (B, M, C) -> (B, N, D) and, where the implementation has them, weights."""
+        return self.attend(x, *self.read(x if context is None else context), mask, **kwargs)
+
+
+class CausalAttention(MultiHead):
+    """Attention of each token to itself and to those before it, which a cache of transformers' kind may hold."""
+
+    is_causal = True
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D), (B, 1, N, past + N) or None -> (B, N, D) and, where the implementation has them, weights."""
+        key, value = self.read(x)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.attend(x, key, value, mask, **kwargs)
+
+
+class CrossAttention(MultiHead):
+    """Attention over a context, which several rows may share: the texts of one picture, the beams of one caption.
+
+    `x` has `T` consecutive rows for each row of the context. They are laid side by side as the queries of one row, so
+    that the context's keys and values are computed once and never copied.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, context_size: int | None = None):
+        super().__init__(config, context_size)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        kept: dict[int, tuple[Tensor, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B * T, N, D), (B, M, C), (B, 1, T * N, M) or None -> (B * T, N, D) and, as above, weights.
+
+        With `kept`, the keys and values are taken from there, or put there for the next call.
+        """
+        if len(x) % len(context):
+            raise ValueError(f"{len(x)} texts cannot be shared out evenly among the {len(context)} rows of a context.")
+        if kept is None:
+            key, value = self.read(context)
+        else:
+            if self.layer_idx not in kept:
+                kept[self.layer_idx] = self.read(context)
+            key, value = kept[self.layer_idx]
+        out, weights = self.attend(x.reshape(len(context), -1, x.shape[-1]), key, value, mask, **kwargs)
+        if weights is not None:
+            weights = weights.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+        return out.reshape(len(x), x.shape[1], -1), weights
 
 
 class MLP(nn.Module):
@@ -72,19 +143,50 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class PreNormLayer(GradientCheckpointingLayer):
-    """x + f(norm(x)), for attention and MLP: ViT, CLIP, SigLIP."""
+class DropPath(nn.Module):
+    """Stochastic depth: in training, whole rows become zero at `rate`, and the others grow to make up for them."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+class PreNormLayer(GradientCheckpointingLayer):
+    """x + f(norm(x)), for attention and MLP: ViT, CLIP, SigLIP. In training, f is left out at a rate `drop_path`."""
+
+    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, **kwargs)[0]
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.drop_path(self.attention(self.attention_norm(x), mask, **kwargs)[0])
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+
+class PostNormLayer(GradientCheckpointingLayer):
+    """norm(x + f(x)), for attention and MLP: BERT. Its `attention` may be of another kind than the plain one."""
+
+    def __init__(self, config: PreTrainedConfig, attention: MultiHead | None = None):
+        super().__init__()
+        self.attention = attention or Attention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, **kwargs)[0]))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 class Stack(nn.ModuleList):

@@ -1,0 +1,21 @@
+"""Hidden states to scores over a vocabulary."""
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from hfvlm.configuration import BertTextConfig
+
+
+class BertLanguageHead(nn.Module):
+    """BERT's: one more layer, then a product with the word embeddings, which the model ties to `decoder`."""
+
+    def __init__(self, config: BertTextConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, vocabulary)."""
+        return self.decoder(self.norm(self.act(self.fc(x))))
