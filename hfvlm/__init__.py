@@ -22,6 +22,8 @@ _LAZY = {
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",
     "lora": "hfvlm.lora_recipes",
+    "ContrastiveTrainer": "hfvlm.training",
+    "ContrastiveTrainingArguments": "hfvlm.training",
     "push": "hfvlm.hub",
 }
 

@@ -75,13 +75,15 @@ class TowerConfig(HfvlmConfig):
 
 @strict
 class VisionConfig(TowerConfig):
-    """A tower over square patches of an image. `image_size` is one edge in pixels, or (height, width)."""
+    """A tower over square patches of an image. `image_size` is one edge in pixels, or (height, width);
+    `patch_dropout` is the share of patches that is left out in training."""
 
     base_config_key = "vision_config"
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
+    patch_dropout: float | int = 0.0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -95,6 +97,10 @@ class VisionConfig(TowerConfig):
             raise ValueError(
                 f"{type(self).__name__}: image_size {self.image_size} is smaller than patch_size {self.patch_size}."
             )
+
+    def validate_patch_dropout(self) -> None:
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"{type(self).__name__}: patch_dropout {self.patch_dropout} is no share in 0..1.")
 
 
 @strict

@@ -64,7 +64,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     """A vision tower and a text tower whose embeddings meet in a cosine similarity.
 
     A subclass builds `vision_model`, `text_model` and `logit_scale`, and names its loss, one of `hfvlm.losses`, in
-    `pair_loss`.
+    `pair_loss`, and in `max_logit_scale` the temperature's bound in training, if there is one.
     """
 
     input_modalities = ["image", "text"]
@@ -76,6 +76,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     text_model: Any
     logit_scale: LogitScale
     pair_loss: Callable[..., Tensor]
+    max_logit_scale: float | None = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

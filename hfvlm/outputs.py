@@ -48,3 +48,12 @@ class DualEncoderOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`), and factors
+    of all of them (`logit_*`, one number each)."""
+    tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    rows = {name: value for name, value in tensors.items() if name.endswith(("_embeds", "_mask"))}
+    factors = {name: value for name, value in tensors.items() if name.startswith("logit_")}
+    return rows, factors

@@ -23,7 +23,8 @@ def run_processes(function: Callable[..., Any], size: int, *args: Any) -> list[A
 
 def _process(rank: int, function: Callable[..., Any], size: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     try:
         torch.save(function(rank, *args), folder / str(rank))

@@ -260,6 +260,6 @@ def test_processes_must_hold_equally_many_rows():
     run_processes(unequal, 2)
 
 
-def test_losses_of_single_pairs_need_an_offset(pairs):
+def test_the_sigmoid_loss_needs_an_offset(pairs):
     with pytest.raises(ValueError, match="needs a logit_bias, which this model has not"):
         sigmoid_loss(*pairs, SCALE, None)

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|card|push|demo`."""
+"""`hfvlm list|info|convert|export|verify|card|push|train|demo`."""
 
 import json
 from pathlib import Path
@@ -134,6 +134,18 @@ def push(
 ) -> None:
     """Upload a folder with its card to the Hub."""
     say(hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as those in examples/recipes.", exists=True)],
+    changes: Annotated[list[str] | None, typer.Argument(help="field=value, in place of the file's.")] = None,
+) -> None:
+    """Train as a recipe says."""
+    from hfvlm.training.recipes import run_recipe
+
+    for name, value in run_recipe(recipe, changes or []).items():
+        say(f"{name}: {value}")
 
 
 @app.command()

@@ -32,6 +32,11 @@ def sigmoid_loss(
         ValueError: `a` and `b` are of different shape, the processes hold different numbers of rows, or there is no
             bias.
     """
+    if logit_bias is None:
+        raise ValueError(
+            "sigmoid_loss needs a logit_bias, which this model has not: it was trained with a softmax. Use "
+            "contrastive_loss, or pass a bias, such as -10 at the start of training."
+        )
     return focal_contrastive_loss(a, b, logit_scale, logit_bias, gamma=0.0, group=group)
 
 
@@ -39,7 +44,7 @@ def focal_contrastive_loss(
     a: Tensor,
     b: Tensor,
     logit_scale: Tensor,
-    logit_bias: Tensor | None,
+    logit_bias: Tensor | None = None,
     *,
     gamma: float = 2.0,
     group: ProcessGroup | None = None,
@@ -48,15 +53,12 @@ def focal_contrastive_loss(
     are told apart already count little (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.2; used by MaMMUT,
     https://arxiv.org/abs/2303.16839).
 
-    The papers average both directions of the double sum, which are equal. Arguments and errors as `sigmoid_loss`.
+    The papers average both directions of the double sum, which are equal, and add no bias. Arguments and errors as
+    `sigmoid_loss`.
     """
     check_pairs(a, b)
     check_equal_rows(a, group)
-    if logit_bias is None:
-        raise ValueError(
-            "A loss of single pairs needs a logit_bias, which this model has not: it was trained with a softmax. Use "
-            "contrastive_loss, or pass a bias, such as -10 at the start of training."
-        )
+    logit_bias = torch.zeros(()) if logit_bias is None else logit_bias
     with in_full_precision(a) as dtype:
         scale, bias = (torch.as_tensor(x, dtype=dtype, device=a.device).reshape(()) for x in (logit_scale, logit_bias))
         return _Pairwise.apply(a.to(dtype), b.to(dtype), scale, bias, gamma, group)

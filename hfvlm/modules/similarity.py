@@ -1,5 +1,7 @@
 """Cosine similarities to logits."""
 
+from math import log
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -27,6 +29,11 @@ class LogitScale(nn.Module):
         """The factor itself, shape (1,)."""
         return self.scale.exp()
 
+    @torch.no_grad()
+    def clamp_(self, highest: float) -> None:
+        """Let the factor be at most `highest`."""
+        self.scale.clamp_(max=log(highest))
+
     def forward(self, cosine: Tensor) -> Tensor:
         return cosine * self.exp()
 
@@ -38,8 +45,8 @@ class Temperature(LogitScale):
         return self.scale.reciprocal()
 
     @torch.no_grad()
-    def clamp_(self, lowest: float, highest: float) -> None:
-        self.scale.clamp_(lowest, highest)
+    def clamp_(self, highest: float) -> None:
+        self.scale.clamp_(min=1 / highest)
 
 
 class BiasedLogitScale(LogitScale):

@@ -50,6 +50,40 @@ def all_scenes() -> list[Scene]:
     return [Scene(*parts) for parts in product(COLOURS, SHAPES, SIZES)]
 
 
+PAIR_TEMPLATES = (
+    "a {left} left of a {right}",
+    "a {right} right of a {left}",
+    "on the left a {left}, on the right a {right}",
+    "a {left} and, to its right, a {right}",
+)
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """Two shapes side by side; which of them is on the left is half of what the caption says."""
+
+    left: tuple[str, str]
+    right: tuple[str, str]
+
+    def caption(self, template: str = PAIR_TEMPLATES[0]) -> str:
+        return template.format(left=" ".join(self.left), right=" ".join(self.right))
+
+    def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
+        edge = 4 * pixels
+        image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
+        draw = ImageDraw.Draw(image)
+        for i, (colour, shape) in enumerate((self.left, self.right)):
+            radius = edge * random.uniform(0.18, 0.23)
+            x, y = edge * (0.26 + 0.48 * i), random.uniform(radius, edge - radius)
+            _draw(draw, shape, (x, y), radius, COLOURS[colour])
+        return image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+
+
+def all_pairs() -> list[ScenePair]:
+    shapes = list(product(COLOURS, SHAPES))
+    return [ScenePair(left, right) for left, right in product(shapes, shapes) if left != right]
+
+
 def _draw(
     draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
 ) -> None:

@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
+from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid, resize_line
@@ -53,6 +54,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         self.patches = PatchEmbedding(config, bias=False)
         self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
         self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -78,7 +80,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(x + position), **kwargs)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         pooled = self.post_norm(x[:, 0])
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
@@ -128,6 +130,7 @@ class HfvlmCLIPModel(DualEncoder):
     config: HfvlmCLIPConfig
     base_model_prefix = "clip"
     pair_loss = staticmethod(contrastive_loss)
+    max_logit_scale = 100.0
 
     def __init__(self, config: HfvlmCLIPConfig):
         super().__init__(config)

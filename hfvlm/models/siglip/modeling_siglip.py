@@ -23,6 +23,7 @@ from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPTextConfig,
     HfvlmSigLIPVisionConfig,
 )
+from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import AttentionPool
 from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, resize_grid, sampled_grid
@@ -57,6 +58,7 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
         rows, columns = config.grid
         self.patches = PatchEmbedding(config)
         self.position = nn.Parameter(torch.zeros(rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pool = AttentionPool(config)
@@ -78,7 +80,7 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
         x = self.patches(pixel_values)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.post_norm(self.layers(x + position, **kwargs))
+        x = self.post_norm(self.layers(self.patch_dropout(x + position), **kwargs))
         pooled = self.pool(x, **kwargs)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
 

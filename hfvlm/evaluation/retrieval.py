@@ -1,0 +1,59 @@
+"""Finding the partner of a row among those of another modality."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**24
+
+
+def recall_at(
+    queries: Tensor,
+    gallery: Tensor,
+    ks: Sequence[int],
+    query_ids: Tensor | None = None,
+    gallery_ids: Tensor | None = None,
+    *,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[int, float]:
+    """The share of queries that have one of their partners among the k best of the gallery.
+
+    Equal scores count against a query: a model whose embeddings are all the same finds nothing.
+
+    Args:
+        queries: `(N, D)` embeddings.
+        gallery: `(M, D)` embeddings.
+        ks: as (1, 5, 10).
+        query_ids: `(N,)`, by default 0, 1, 2, ...
+        gallery_ids: `(M,)`; rows with equal ids are partners, as a picture and each of its captions.
+        score: queries `(B, D)` and a gallery `(M, D)` -> `(B, M)`; by default their product.
+
+    Raises:
+        ValueError: a query has no partner in the gallery.
+    """
+    ranks = partner_ranks(queries, gallery, query_ids, gallery_ids, score=score)
+    return {k: (ranks < k).double().mean().item() for k in ks}
+
+
+def partner_ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    query_ids: Tensor | None = None,
+    gallery_ids: Tensor | None = None,
+    *,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`(N,)`: how many others of the gallery score as high as a query's best partner; see `recall_at`."""
+    query_ids = torch.arange(len(queries), device=queries.device) if query_ids is None else query_ids
+    gallery_ids = torch.arange(len(gallery), device=gallery.device) if gallery_ids is None else gallery_ids
+    ranks = []
+    for part, ids in zip(*(x.split(max(1, BLOCK // max(1, len(gallery)))) for x in (queries, query_ids)), strict=True):
+        scores = part @ gallery.t() if score is None else score(part, gallery)
+        partner = ids[:, None] == gallery_ids
+        if not partner.any(dim=1).all():
+            raise ValueError(f"Query {int(ids[~partner.any(dim=1)][0])} has no partner in the gallery.")
+        best = scores.masked_fill(~partner, -torch.inf).amax(dim=1, keepdim=True)
+        # Written so that a score that is not a number counts, too.
+        ranks.append((~(scores < best) & ~partner).sum(dim=1))
+    return torch.cat(ranks)

@@ -1,0 +1,16 @@
+"""Training on transformers' Trainer."""
+
+from hfvlm.training.arguments import ContrastiveTrainingArguments
+from hfvlm.training.augmentation import RandomCropAndFlip, RandomResizedCrop
+from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.gradient_cache import cached_backward
+from hfvlm.training.trainer import ContrastiveTrainer
+
+__all__ = [
+    "ContrastiveCollator",
+    "ContrastiveTrainer",
+    "ContrastiveTrainingArguments",
+    "RandomCropAndFlip",
+    "RandomResizedCrop",
+    "cached_backward",
+]

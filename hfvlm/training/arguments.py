@@ -1,0 +1,61 @@
+"""What can be set for contrastive training."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+LOSSES = ("softmax", "sigmoid", "focal")
+
+
+@dataclass
+class ContrastiveTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what contrastive training adds to them.
+
+    `per_device_train_batch_size` is the number of rows that are compared with one another on each device.
+
+    Args:
+        mini_batch_size: rows whose activations are held at a time; None for all. The gradients are those of the whole
+            batch, for the time of one more forward pass.
+        gather_negatives: compare the rows of all processes with one another.
+        loss: "softmax" (CLIP), "sigmoid" (SigLIP) or "focal" (MaMMUT); None for the architecture's own.
+        max_logit_scale: bound of the temperature's factor; None for the architecture's own.
+        tower_learning_rates: {"vision": 1e-6, "text": 1e-5, ...}; towers that are not named have `learning_rate`, and
+            so has everything outside of the towers.
+        frozen_towers: ["vision"] is locked-image tuning (LiT, https://arxiv.org/abs/2111.07991); these towers are left
+            as they are and run as in inference.
+        patch_dropout: share of a picture's patches that is left out in training (FLIP,
+            https://arxiv.org/abs/2212.00794); None for what the model's configuration says.
+        recall_at: in evaluations, the shares of rows whose partner is among so many nearest ones.
+    """
+
+    mini_batch_size: int | None = field(default=None, metadata={"help": "Rows whose activations are held at a time."})
+    gather_negatives: bool = field(default=True, metadata={"help": "Compare the rows of all processes."})
+    loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}."})
+    max_logit_scale: float | None = field(default=None, metadata={"help": "Bound of the temperature's factor."})
+    tower_learning_rates: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Learning rates of towers, as {"vision": 1e-6}.'}
+    )
+    frozen_towers: list[str] = field(default_factory=list, metadata={"help": "Towers that are not trained."})
+    patch_dropout: float | None = field(default=None, metadata={"help": "Share of patches that is left out."})
+    recall_at: list[int] = field(default_factory=lambda: [1, 5, 10], metadata={"help": "The k of recall@k."})
+    # Raw columns go to the collator, and batches of unequal sizes cannot be compared between processes.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator reads them."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an incomplete last batch."})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "tower_learning_rates"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in (None, *LOSSES):
+            raise ValueError(f"loss {self.loss!r} is none of {', '.join(LOSSES)}.")
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradient_accumulation_steps would compare each part of a batch with itself alone, which is another "
+                "loss. For large batches set per_device_train_batch_size to the whole batch, and mini_batch_size to "
+                "what fits into memory."
+            )
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size {self.mini_batch_size} is no number of rows.")
+        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout {self.patch_dropout} is no share in 0..1.")

@@ -1,0 +1,76 @@
+"""Seeded augmentations of pictures: each takes a picture and a `numpy.random.Generator`."""
+
+from dataclasses import dataclass
+from math import exp, log, sqrt
+
+import numpy as np
+from PIL import Image
+
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the picture, resized to a square: CLIP's and OpenCLIP's only augmentation.
+
+    Args:
+        size: edge of the result in pixels.
+        scale: share of the picture's area, lowest and highest. OpenCLIP trains with 0.9 to 1.
+        ratio: of width and height, lowest and highest.
+        resample: Pillow's filter; 3 is bicubic.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    resample: int = 3
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        box = self.box(*image.size, random)
+        return image.convert("RGB").resize((self.size, self.size), Image.Resampling(self.resample), box=box)
+
+    def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom: drawn until a box fits, else the largest one in the middle."""
+        low, high = self.ratio
+        for _ in range(TRIES):
+            area = width * height * random.uniform(*self.scale)
+            ratio = exp(random.uniform(log(low), log(high)))
+            w, h = round(sqrt(area * ratio)), round(sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+                return left, top, left + w, top + h
+        w, h = min(width, round(height * high)), min(height, round(width / low))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class RandomCropAndFlip:
+    """A square of the resized picture, mirrored half of the time: ALIGN's (346 pixels, of which 289 are cut out).
+
+    Captions that say left or right do not go with flipping.
+
+    Args:
+        size: edge of the result in pixels.
+        resized: length of the picture's shorter edge before the crop.
+        flip: how often to mirror.
+        resample: Pillow's filter; 2 is bilinear.
+    """
+
+    size: int
+    resized: int
+    flip: float = 0.5
+    resample: int = 2
+
+    def __post_init__(self) -> None:
+        if self.resized < self.size:
+            raise ValueError(f"No crop of {self.size} pixels fits into {self.resized}.")
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        scale = self.resized / min(image.size)
+        width, height = (max(self.resized, round(edge * scale)) for edge in image.size)
+        left, top = int(random.integers(width - self.size + 1)), int(random.integers(height - self.size + 1))
+        mirrored = random.random() < self.flip
+        image = image.convert("RGB").resize((width, height), Image.Resampling(self.resample))
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image

@@ -1,0 +1,186 @@
+"""Rows of data sets on their way to a model: drawn, read, augmented, put into batches. All but the drawing happens in
+the data loader's workers."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+logger = logging.getLogger(__name__)
+
+# What readers raise for a file that is damaged; errors in code, as KeyError, go through.
+UNREADABLE = (OSError, ValueError, EOFError, SyntaxError)
+MOST_TRIES = 10
+ID_BYTES = 7
+
+
+class Reader(Protocol):
+    """What makes the values of one row: reads its files and, where there are random numbers, augments."""
+
+    def __call__(self, row: Mapping[str, Any], random: np.random.Generator | None) -> Mapping[str, Any]: ...
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """All indices in an order that depends on the seed and the epoch alone, so that a run can be continued exactly.
+
+    Yields `(index, epoch)`, as `Rows` takes them.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return ((int(index), self.epoch) for index in order)
+
+
+class Rows(Dataset[Any]):
+    """A view of a data set whose rows are read, augmented and, where they cannot be read, replaced by others.
+
+    An index is for evaluation: nothing is random. An `(index, epoch)` is for training: what is random about a row
+    depends on the seed, its index and the epoch alone. Rows come with their "index" and with "replaced": how many
+    others, that could not be read, they stand in for. Without `read`, rows are as the data set gives them.
+
+    Raises:
+        ValueError: ten rows in turn cannot be read.
+    """
+
+    def __init__(self, dataset: Any, read: Reader | None, seed: int = 0):
+        self.dataset, self.read, self.seed = dataset, read, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        if self.read is None:
+            return self.dataset[index]
+        random = np.random.default_rng((self.seed, index, epoch or 0))
+        for replaced in range(MOST_TRIES):
+            try:
+                row = self.read(self.dataset[index], None if epoch is None else random)
+                return {**row, "index": index, "replaced": replaced}
+            except UNREADABLE as error:
+                logger.warning("Row %d is passed over: %s", index, error)
+            index = int(random.integers(len(self)))
+        raise ValueError(f"{MOST_TRIES} rows in turn cannot be read, the last is row {index}: is this the right data?")
+
+
+class ContrastiveCollator:
+    """Rows with several modalities to the inputs of a model.
+
+    Args:
+        processor: of the model.
+        columns: {"image": "photo", "text": "caption"}: the columns that hold each modality. By default those that are
+            called as modalities are: "image", "text", "audio", "video", "depth", "thermal", "imu"; the text may be
+            in a column "caption" or "captions", and webdataset's names ("jpg", "txt", ...) are known.
+        id_column: rows with the same value there count as partners of one another in evaluations, as several captions
+            of one picture; numbers or texts. By default each row is its own.
+        augment: {"image": RandomResizedCrop(224)}: what is done in training to a value of a modality, given it and a
+            `numpy.random.Generator`.
+        **options: for every call of the processor, as `max_length`.
+
+    A column of texts may hold a list of captions for each row: training draws one of them, evaluation uses all.
+    Values are whatever `hfvlm.media` reads: paths, bytes, arrays, PIL images, `datasets` rows.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        columns: Mapping[str, str] | None = None,
+        *,
+        id_column: str | None = None,
+        augment: Mapping[str, Callable[[Any, np.random.Generator], Any]] | None = None,
+        **options: Any,
+    ):
+        self.processor, self.columns, self.id_column = processor, columns, id_column
+        self.augment, self.options = dict(augment or {}), options
+
+    def read(self, row: Mapping[str, Any], random: np.random.Generator | None) -> dict[str, Any]:
+        """A row of the data set -> its values by modality, decoded; a list of texts."""
+        values = {}
+        for modality, column in self.columns_of(row).items():
+            if column not in row:
+                raise KeyError(f"The data set has no column {column!r} for {modality}; it has {', '.join(row)}.")
+            read = READERS.get(modality, lambda value: value)
+            value = read(row[column])
+            if random is not None and modality == "text":
+                value = [value[int(random.integers(len(value)))]]
+            if random is not None and modality in self.augment:
+                value = self.augment[modality](value, random)
+            values[modality] = value
+        if self.id_column is not None:
+            values["id"] = row[self.id_column]
+        return values
+
+    def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
+        if self.columns is not None:
+            return self.columns
+        found = {m: next((c for c in names if c in row), None) for m, names in COLUMNS.items()}
+        return {modality: column for modality, column in found.items() if column is not None}
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows of `Rows` -> the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each, which the
+        trainer takes out again."""
+        modalities = [name for name in COLUMNS if name in rows[0]]
+        values = {ARGUMENTS[name]: [row[name] for row in rows] for name in modalities}
+        counts = [len(row.get("text", "1")) for row in rows]
+        if "text" in values:
+            values["text"] = [text for texts in values["text"] for text in texts]
+        inputs = self.processor(**values, return_tensors="pt", padding=True, truncation=True, **self.options)
+        return {
+            **inputs,
+            "row_ids": torch.tensor([row_id(row.get("id", row["index"])) for row in rows]),
+            "caption_counts": torch.tensor(counts),
+            "replaced": torch.tensor([row["replaced"] for row in rows]),
+        }
+
+
+def row_id(value: Any) -> int:
+    """A number for an identifier of any kind: numbers as they are, texts by their hash."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:ID_BYTES], "big")
+
+
+def as_texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text: a caption or a list of captions is needed, not {str(value)[:80]!r}.")
+    return texts
+
+
+def _image(value: Any) -> Any:
+    from hfvlm.media.images import read_image
+
+    return read_image(value)
+
+
+READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": as_texts}
+# The columns that hold a modality when nobody says.
+COLUMNS = {
+    "image": ("image", "jpg", "png"),
+    "video": ("video", "mp4"),
+    "text": ("text", "caption", "captions", "txt"),
+    "audio": ("audio", "wav", "flac"),
+    "depth": ("depth",),
+    "thermal": ("thermal",),
+    "imu": ("imu",),
+}
+# What processors call them.
+ARGUMENTS = {
+    "image": "images",
+    "video": "videos",
+    "text": "text",
+    "audio": "audio",
+    "depth": "depth",
+    "thermal": "thermal",
+    "imu": "imu",
+}

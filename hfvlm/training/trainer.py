@@ -1,0 +1,282 @@
+"""Contrastive training on transformers' Trainer."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import ModelOutput
+
+from hfvlm.evaluation.retrieval import recall_at
+from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
+from hfvlm.outputs import contrastive_fields
+from hfvlm.training.arguments import ContrastiveTrainingArguments
+from hfvlm.training.data import ContrastiveCollator, EpochSampler, Rows
+from hfvlm.training.gradient_cache import cached_backward
+from hfvlm.training.parameters import clamp_logit_scale, set_patch_dropout, split_by_tower, tower_modules
+
+PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softmax": contrastive_loss,
+    "sigmoid": sigmoid_loss,
+    "focal": focal_contrastive_loss,
+}
+# What a collator adds to the model's inputs.
+BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
+
+
+class ContrastiveTrainer(Trainer):
+    """Trains a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast`.
+
+    It is transformers' Trainer, with
+
+    - the loss over the whole batch: over all processes, and in mini-batches where the batch does not fit into memory;
+    - evaluations of the whole evaluation set: its loss, which depends on its size, and recall@k between modalities;
+    - data that is read, augmented and put into batches in the loader's workers. Rows that cannot be read are replaced
+      (counted as `replaced_rows` in the log) or, in evaluations, left out;
+    - runs that continue from a checkpoint exactly as if they had not been interrupted.
+
+    Args:
+        model: the model, or a PEFT model around it.
+        args: ContrastiveTrainingArguments.
+        data_collator: a ContrastiveCollator, or any function from a list of rows to the model's inputs. By default a
+            ContrastiveCollator around `processing_class`.
+        processing_class: the model's processor, saved beside it.
+        compute_metrics: takes an EvalPrediction whose `predictions` are the embeddings by name, and returns further
+            metrics.
+        **options: of `transformers.Trainer`.
+    """
+
+    args: ContrastiveTrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: ContrastiveTrainingArguments | None = None,
+        data_collator: Any = None,
+        *,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **options: Any,
+    ):
+        args = args or ContrastiveTrainingArguments("contrastive")
+        if not isinstance(args, ContrastiveTrainingArguments):
+            raise TypeError(f"ContrastiveTrainer needs ContrastiveTrainingArguments, not {type(args).__name__}.")
+        if args.n_gpu > 1:
+            raise ValueError("Start one process for each GPU: `torchrun --nproc_per_node N script.py`.")
+        if data_collator is None and processing_class is None:
+            raise ValueError("Without a data_collator, ContrastiveTrainer needs the processor: processing_class=.")
+        self.further_metrics = compute_metrics
+        super().__init__(
+            model,
+            args,
+            data_collator or ContrastiveCollator(processing_class),
+            processing_class=processing_class,
+            compute_metrics=self.whole_set_metrics,
+            **options,
+        )
+        if args.mini_batch_size and self.is_deepspeed_enabled:
+            raise ValueError("mini_batch_size does not go with DeepSpeed; use FSDP2, or leave it out.")
+        if not callable(getattr(self.model, "contrast", None)):
+            raise TypeError(f"{type(self.model).__name__} has no `contrast`: it is no model that compares rows.")
+        self.bare_model: Any = getattr(self.model, "get_base_model", lambda: self.model)()
+        self.frozen = self.freeze()
+        self.group = dist.group.WORLD if args.world_size > 1 and args.gather_negatives else None
+        self.sampler: EpochSampler | None = None
+        self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
+        self.add_callback(_BetweenSteps(self))
+
+    def freeze(self) -> dict[str, nn.Module]:
+        """Apply the arguments to the model; the towers that are not trained."""
+        if self.args.patch_dropout is not None:
+            set_patch_dropout(self.bare_model, self.args.patch_dropout)
+        frozen = tower_modules(self.bare_model, self.args.frozen_towers)
+        for tower in frozen.values():
+            tower.requires_grad_(requires_grad=False)
+        return frozen
+
+    # Loss
+
+    def contrast(self, output: ModelOutput) -> Tensor:
+        """The loss of a whole batch, in the precision of the embeddings or better."""
+        loss = PAIR_LOSSES.get(self.args.loss or "")
+        with torch.autocast(self.args.device.type, enabled=False):
+            return self.bare_model.contrast(output, loss, self.group)
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 (the host's)
+        **_: Any,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
+        self.leave_frozen()
+        output = model(**without_bookkeeping(inputs))
+        loss = self.contrast(output)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.rows_seen += len(next(v for v in inputs.values() if isinstance(v, Tensor))) * self.args.world_size
+        self.rows_replaced += int(inputs["replaced"].sum()) if "replaced" in inputs else 0
+        inputs = without_bookkeeping(inputs)
+        if not self.args.mini_batch_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        self.leave_frozen()
+        return cached_backward(
+            model,
+            self.contrast,
+            self._prepare_inputs(inputs),
+            self.args.mini_batch_size,
+            precision=self.compute_loss_context_manager,
+            backward=self.accelerator.backward,
+            unsynchronised=partial(self.accelerator.no_sync, model),
+        )
+
+    def leave_frozen(self) -> None:
+        """Towers that are not trained do not drop anything out, and their batch norms learn nothing."""
+        for tower in self.frozen.values():
+            tower.eval()
+
+    # Parameters
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices decay; biases, norms and temperatures do not."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = self.args.tower_learning_rates
+        if made and isinstance(rates, Mapping):
+            towers = tower_modules(self.bare_model, list(rates))
+            split_by_tower(optimizer, towers, {name: float(rate) for name, rate in rates.items()})
+        return optimizer
+
+    # Data
+
+    @property
+    def data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        self.sampler = EpochSampler(len(dataset), self.data_seed)
+        return self.sampler
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
+    ) -> DataLoader[Any]:
+        if not isinstance(dataset, IterableDataset):
+            whole = batch_size * self.args.world_size
+            if is_training and self.args.dataloader_drop_last and len(dataset) < whole:
+                raise ValueError(
+                    f"{len(dataset)} rows make no batch of {whole}: lower per_device_train_batch_size, or set "
+                    "dataloader_drop_last=False."
+                )
+            dataset = Rows(dataset, getattr(self.data_collator, "read", None), self.data_seed)
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    # Evaluation
+
+    def prediction_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """The embeddings of a batch, `(B, ...)`, and of its captions, `(B, captions, ...)`; `(B, 2)`, the rows'
+        identifiers and whether they only stand in for others."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**without_bookkeeping(inputs))
+        self.output_type = type(output)
+        rows, self.factors = contrastive_fields(output)
+        rows = {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
+        self.unnamed = "row_ids" not in inputs
+        if self.unnamed:
+            return (
+                None,
+                rows,
+                torch.zeros(len(next(iter(rows.values()))), 2, dtype=torch.long, device=self.args.device),
+            )
+        counts = inputs["caption_counts"]
+        captions = {k: list(v.split(counts.tolist())) for k, v in rows.items() if k.startswith("text_")}
+        rows |= {k: nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in captions.items()}
+        rows["caption_counts"] = counts
+        return None, rows, torch.stack([inputs["row_ids"], inputs["replaced"]], dim=1)
+
+    def whole_set_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The loss of all rows, each with its first caption, and recall between every two modalities."""
+        ids, replaced = torch.as_tensor(prediction.label_ids).unbind(dim=1)
+        predictions: Any = prediction.predictions
+        rows = {name: torch.as_tensor(value)[replaced == 0] for name, value in predictions.items()}
+        ids = torch.arange(len(ids)) if self.unnamed else ids[replaced == 0]
+        counts = rows.pop("caption_counts", None)
+        first = rows if counts is None else {k: v[:, 0] if k.startswith("text_") else v for k, v in rows.items()}
+        output = self.output_type(**first, **{name: value.float().cpu() for name, value in self.factors.items()})
+        metrics = {"loss": self.bare_model.contrast(output, PAIR_LOSSES.get(self.args.loss or "")).item()}
+        sets = {}
+        for name, value in rows.items():
+            if name.endswith("_embeds"):
+                modality = name.removesuffix("_embeds")
+                if modality == "text" and counts is not None:
+                    there = torch.arange(value.shape[1]) < counts[:, None]
+                    sets[modality] = value[there], ids[:, None].expand_as(there)[there]
+                else:
+                    sets[modality] = first_of_each(value, ids)
+        for (a, (queries, query_ids)), (b, (gallery, gallery_ids)) in permutations(sets.items(), 2):
+            recalls = recall_at(queries, gallery, self.args.recall_at, query_ids, gallery_ids)
+            metrics |= {f"{a}_to_{b}_recall@{k}": share for k, share in recalls.items()}
+        if replaced.any():
+            metrics["unreadable_rows"] = int((replaced > 0).sum())
+        if self.further_metrics is not None:
+            metrics |= self.further_metrics(prediction)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds, to the training loss, rows per second, the temperature and the rows that were replaced so far."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["samples_per_second"] = round(self.rows_seen / (now - self.logged_at), 3)
+            self.rows_seen, self.logged_at = 0, now
+            if self.rows_replaced:
+                logs["replaced_rows"] = self.rows_replaced
+        super().log(logs, *args, **kwargs)
+
+
+class _BetweenSteps(TrainerCallback):
+    """Bounds the temperature after each step, and gives each epoch its own order."""
+
+    def __init__(self, trainer: ContrastiveTrainer):
+        self.trainer = trainer
+        self.highest = trainer.args.max_logit_scale or getattr(trainer.bare_model, "max_logit_scale", None)
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.highest is not None:
+            clamp_logit_scale(self.trainer.bare_model, self.highest)
+
+
+def first_of_each(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows without those whose identifier came before: one picture of several captions is there once."""
+    _, inverse = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids)).flip(0)
+    first = torch.empty(int(inverse.max()) + 1, dtype=torch.long).scatter_(0, inverse.flip(0), places).sort().values
+    return values[first], ids[first]
+
+
+def without_bookkeeping(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
