@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 import hfvlm
 from hfvlm.evaluation.retrieval import recall_at
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
+from hfvlm.modeling import unit
 from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPModel
 from hfvlm.models.siglip import HfvlmSigLIPConfig, HfvlmSigLIPModel
 from hfvlm.modules.dropout import PatchDropout
@@ -28,6 +29,7 @@ from hfvlm.training import (
     RandomCropAndFlip,
     RandomResizedCrop,
     cached_backward,
+    near_duplicates,
 )
 from hfvlm.training.data import EpochSampler, Rows
 from hfvlm.training.gradient_cache import split
@@ -228,6 +230,15 @@ def test_patch_dropout_keeps_the_class_token_and_whole_patches():
     assert torch.equal(places[0], places[2])
     assert torch.equal(places[3], places[5])
     assert all(len(set(row.tolist())) == 4 and min(row) >= 1 for row in places)
+
+
+def test_duplicates_point_at_the_first_of_them(monkeypatch):
+    monkeypatch.setattr("hfvlm.training.duplicates.BLOCK", 12)
+    torch.manual_seed(0)
+    rows = unit(torch.randn(5, 16))
+    rows = torch.cat([rows, unit(rows[[1, 3]] + 0.01 * torch.randn(2, 16)), rows[1:2]])
+    assert near_duplicates(rows).tolist() == [-1, -1, -1, -1, -1, 1, 3, 1]
+    assert near_duplicates(rows, of=rows[3:4]).tolist() == [-1, -1, -1, 0, -1, -1, 0, -1]
 
 
 # Recall

@@ -3,6 +3,7 @@
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomCropAndFlip, RandomResizedCrop
 from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.trainer import ContrastiveTrainer
 
@@ -13,4 +14,5 @@ __all__ = [
     "RandomCropAndFlip",
     "RandomResizedCrop",
     "cached_backward",
+    "near_duplicates",
 ]
