@@ -52,8 +52,8 @@ class DualEncoderOutput(ModelOutput):
 
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`), and factors
-    of all of them (`logit_*`, one number each)."""
+    of all of them (`*_scale`, `*_bias`, one number each)."""
     tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     rows = {name: value for name, value in tensors.items() if name.endswith(("_embeds", "_mask"))}
-    factors = {name: value for name, value in tensors.items() if name.startswith("logit_")}
+    factors = {name: value for name, value in tensors.items() if name.endswith(("_scale", "_bias"))}
     return rows, factors
