@@ -146,12 +146,13 @@ class MLP(nn.Module):
 
 
 class PreNormLayer(GradientCheckpointingLayer):
-    """x + f(norm(x)), for attention and MLP: ViT, CLIP, SigLIP. In training, f is left out at a rate `drop_path`."""
+    """x + f(norm(x)), for attention and MLP: ViT, CLIP, SigLIP. In training, f is left out at a rate `drop_path`.
+    Its `attention` may be of another kind than the plain one."""
 
-    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0):
+    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0, attention: MultiHead | None = None):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
+        self.attention = attention or Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.drop_path = DropPath(drop_path)
