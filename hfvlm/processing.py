@@ -9,8 +9,9 @@ from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hfvlm.media.images import parallel, read_images, to_8_bits
+from hfvlm.media.images import read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
+from hfvlm.media.sources import parallel
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 # Options of transformers' own image processors that its pipelines pass to every one.

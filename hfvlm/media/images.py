@@ -1,28 +1,20 @@
 """Pictures from paths, bytes, arrays and open files."""
 
-import base64
-import binascii
-import io
-import os
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from hfvlm.media import urls
 from hfvlm.media.errors import MediaError
+from hfvlm.media.sources import AllowUrls, name_of, opened, parallel
 
 MAX_PIXELS = 89_478_485  # Pillow warns from here on; here it is the end
 # Pillow reads more, but some of those formats run other programs (EPS) or are documents.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-THREADS = min(8, os.cpu_count() or 1)
 
 
-def read_images(sources: Any, *, allow_urls: bool | Collection[str] = False) -> list[Image.Image]:
+def read_images(sources: Any, *, allow_urls: AllowUrls = False) -> list[Image.Image]:
     """A batch of pictures, decoded on several threads. One source is a batch of one; see `read_image`."""
     batch = list(sources) if isinstance(sources, list | tuple) else [sources]
     if isinstance(sources, np.ndarray | torch.Tensor) and sources.ndim == 4:
@@ -30,15 +22,9 @@ def read_images(sources: Any, *, allow_urls: bool | Collection[str] = False) -> 
     return parallel(lambda item: read_image(item[1], allow_urls=allow_urls, index=item[0]), list(enumerate(batch)))
 
 
-def parallel(function: Any, items: list[Any]) -> list[Any]:
-    """`map` on threads; Pillow and NumPy release the interpreter while they work."""
-    if len(items) < 2 or THREADS < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
-
-
-def read_image(source: Any, *, allow_urls: bool | Collection[str] = False, index: int | None = None) -> Image.Image:
+def read_image(
+    source: Any, *, allow_urls: AllowUrls = False, index: int | None = None, name: str | None = None
+) -> Image.Image:
     """One picture, decoded, in its own mode.
 
     Args:
@@ -47,11 +33,12 @@ def read_image(source: Any, *, allow_urls: bool | Collection[str] = False, index
             or floating point in 0..1.
         allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
         index: position in a batch, for the error's message.
+        name: what the error calls it; by default its place, path, size or type.
 
     Raises:
         MediaError: naming the input and what is wrong with it.
     """
-    name = _name(source, index)
+    name = name or name_of("image", source, index)
     try:
         return _read(source, name, allow_urls)
     except MediaError:
@@ -69,23 +56,10 @@ def _read(source: Any, name: str, allow_urls: Any) -> Image.Image:
         return _decoded(source, name)
     if isinstance(source, np.ndarray | torch.Tensor):
         return array_to_image(source, name)
-    source = _opened(source, name, allow_urls)
-    if not hasattr(source, "read"):
-        raise MediaError(f"{name}: a picture is a path, bytes, an open file, an array, a tensor or a PIL image.")
-    return _decoded(Image.open(source, formats=FORMATS), name)
-
-
-def _opened(source: Any, name: str, allow_urls: Any) -> Any:
-    """Whatever names or holds a file, as an open one."""
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, str) and ("://" in source[:16] or source.startswith("data:")):
-        source = _from_url(source, name, allow_urls)
-    if isinstance(source, str | os.PathLike):
-        if not Path(source).is_file():
-            raise MediaError(f"{name}: no such file.")
-        source = Path(source).read_bytes()
-    return io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    with opened(source, name, allow_urls) as file:
+        if file is None:
+            raise MediaError(f"{name}: a picture is a path, bytes, an open file, an array, a tensor or a PIL image.")
+        return _decoded(Image.open(file, formats=FORMATS), name)
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
@@ -146,26 +120,3 @@ def to_8_bits(image: Image.Image, name: str = "image") -> Image.Image:
         if not (low >= 0 and high <= 255) or 0 < high <= 1:
             raise MediaError(f"{name}: floating-point picture with values in {low:g}..{high:g}; scale it to 0..255.")
     return image
-
-
-def _from_url(url: str, name: str, allow_urls: Any) -> bytes:
-    if url.startswith("data:"):
-        head, _, body = url.partition(",")
-        if not head.endswith(";base64"):
-            raise MediaError(f"{name}: only base64 data URLs are read.")
-        try:
-            return base64.b64decode(body, validate=True)
-        except binascii.Error as error:
-            raise MediaError(f"{name}: damaged base64 ({error}).") from error
-    if not allow_urls:
-        raise MediaError(f"{name}: URLs are refused. Download the file, or pass allow_urls=True or a set of hosts.")
-    return urls.fetch(url, None if allow_urls is True else allow_urls)
-
-
-def _name(source: Any, index: int | None) -> str:
-    place = "" if index is None else f"image {index}: "
-    if isinstance(source, str | os.PathLike):
-        return place + str(source)[:200]
-    if isinstance(source, Mapping) and source.get("path"):
-        return place + str(source["path"])
-    return place + (f"{type(source).__name__}" if not isinstance(source, bytes) else f"{len(source)} bytes")

@@ -1,0 +1,118 @@
+"""Depth maps: how far away each pixel is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hfvlm.media.errors import MediaError
+from hfvlm.media.images import MAX_PIXELS, read_image
+from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, parallel, read_array
+
+MAX_METRES = 1000.0
+
+
+def _sun_rgbd(values: np.ndarray) -> np.ndarray:
+    """The dataset's toolbox: millimetres with their bits rotated by three, and nothing beyond 8 m."""
+    values = values.astype(np.uint16)
+    return np.minimum(((values >> 3) | (values << 13)).astype(np.float32) / 1000, 8)
+
+
+# What a file's integers mean.
+ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "millimetres": lambda values: values.astype(np.float32) / 1000,
+    "sun_rgbd": _sun_rgbd,
+    "kitti": lambda values: values.astype(np.float32) / 256,
+    "tum": lambda values: values.astype(np.float32) / 5000,
+}
+
+
+def read_depths(sources: Any, *, encoding: str = "millimetres", allow_urls: AllowUrls = False) -> list[np.ndarray]:
+    """A batch of depth maps: a list, or an array of (B, H, W). Anything else is a batch of one; see `read_depth`."""
+    batch = sources if isinstance(sources, list) else [sources]
+    if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
+        batch = list(sources)
+    return parallel(
+        lambda item: read_depth(item[1], encoding=encoding, allow_urls=allow_urls, index=item[0]),
+        list(enumerate(batch)),
+    )
+
+
+def read_depth(
+    source: Any,
+    *,
+    encoding: str = "millimetres",
+    allow_urls: AllowUrls = False,
+    index: int | None = None,
+) -> np.ndarray:
+    """One depth map -> `(H, W)`, float32, in metres; 0 where nothing was measured.
+
+    Depth is the distance to the plane of the camera, as sensors give it, not its inverse and not the length of a ray.
+
+    Example:
+        >>> read_depth(np.full((480, 640), 1.5))  # metres, as floating point
+        >>> read_depth(np.full((480, 640), 1500, np.uint16))  # millimetres, as integers
+        >>> read_depth("frame-0001.depth.png")  # 16 bits a pixel, millimetres: RealSense, Kinect, Azure, ScanNet
+        >>> read_depth("0000103.png", encoding="sun_rgbd")
+
+    Args:
+        source: an array or tensor of (H, W), (1, H, W) or (H, W, 1), floating point in metres or integers in
+            `encoding`; a `.npy` file of one; a PNG or TIFF with one channel of 16 bits (in `encoding`) or of floating
+            point (in metres), as a path, bytes, an open file, a `data:` URL, a PIL image, or a `datasets` row.
+        encoding: what integers mean: "millimetres"; "sun_rgbd", SUN RGB-D's files; "kitti", metres times 256; "tum",
+            metres times 5000.
+        allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
+        index: position in a batch, for the error's message.
+
+    Raises:
+        MediaError: naming the input and what is wrong with it.
+    """
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, not {encoding!r}.")
+    name = name_of("depth map", source, index)
+    array = one_channel(source, name, allow_urls)
+    if array.dtype.kind in "iu" and array.dtype.itemsize > 1:
+        if array.min() < 0 or array.max() > 65535:
+            raise MediaError(f"{name}: integers in {array.min()}..{array.max()}; depth maps hold 16 bits a pixel.")
+        array = ENCODINGS[encoding](array)
+    elif array.dtype.kind != "f":
+        raise MediaError(
+            f"{name}: {array.dtype} holds no distances; it is a picture of a depth map. Pass metres as floating "
+            "point, or the sensor's 16-bit file."
+        )
+    check_finite(array, name, "Set what was not measured to 0.")
+    if array.min() < 0 or array.max() > MAX_METRES:
+        raise MediaError(
+            f"{name}: {array.min():g}..{array.max():g} m is no depth in metres; at most {MAX_METRES:g} are read. "
+            "Pass millimetres as integers."
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
+    """The values of a sensor with one channel, as they are stored, `(H, W)`."""
+    source = fetched(source, name, allow_urls)
+    array = read_array(source, name)
+    if array is None:
+        image = read_image(source, name=name)
+        if image.mode not in ("L", "F", "I") and not image.mode.startswith("I;16"):
+            image = _grey(image, name)
+        array = np.asarray(image)
+    array = np.squeeze(array, axis=tuple(axis for axis in (0, -1) if array.ndim == 3 and array.shape[axis] == 1)[:1])
+    if array.ndim != 2 or array.size == 0:
+        raise MediaError(f"{name}: shape {array.shape} is not (H, W), (1, H, W) or (H, W, 1).")
+    if array.size > MAX_PIXELS:
+        raise MediaError(f"{name}: {array.size} pixels; more than {MAX_PIXELS} are refused. Scale it down first.")
+    return array
+
+
+def _grey(image: Any, name: str) -> Any:
+    """One channel of a picture whose channels are equal, as cameras without colour often write them."""
+    values = np.asarray(image.convert("RGB")).astype(np.int16)
+    # JPEG blurs even what has no colour by a few levels.
+    if (values.max(axis=-1) - values.min(axis=-1)).max() > 8:
+        raise MediaError(
+            f"{name}: is in colours, in which the sensor's values are lost. Pass the single-channel file that the "
+            "colours were made from."
+        )
+    return image.convert("L")

@@ -1,0 +1,76 @@
+"""Thermal pictures: one channel of infrared brightness."""
+
+from typing import Any
+
+import numpy as np
+
+from hfvlm.media.depth import one_channel
+from hfvlm.media.errors import MediaError
+from hfvlm.media.sources import AllowUrls, check_finite, name_of, parallel
+
+
+def read_thermals(
+    sources: Any, *, limits: tuple[float, float] | None = None, allow_urls: AllowUrls = False
+) -> list[np.ndarray]:
+    """A batch of thermal pictures: a list, or an array of (B, H, W). Anything else is a batch of one; see
+    `read_thermal`."""
+    batch = sources if isinstance(sources, list) else [sources]
+    if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
+        batch = list(sources)
+    return parallel(
+        lambda item: read_thermal(item[1], limits=limits, allow_urls=allow_urls, index=item[0]),
+        list(enumerate(batch)),
+    )
+
+
+def read_thermal(
+    source: Any,
+    *,
+    limits: tuple[float, float] | None = None,
+    allow_urls: AllowUrls = False,
+    index: int | None = None,
+) -> np.ndarray:
+    """One thermal picture -> `(H, W)`, float32, 0 for cold to 1 for hot.
+
+    Models were trained on what cameras show, 8 bits a pixel with hot in white. Counts of 16 bits and temperatures have
+    to be fitted to that first: by default from the picture's own lowest to its highest value, as cameras do.
+
+    Example:
+        >>> read_thermal("FLIR_00001.jpeg")  # 8 bits: as it is
+        >>> read_thermal("FLIR_00001.tiff")  # 16 bits: from its lowest to its highest count
+        >>> read_thermal(celsius, limits=(10, 40))  # an array of temperatures, the same scale for every picture
+
+    Args:
+        source: an array or tensor of (H, W), (1, H, W) or (H, W, 1): `uint8`, 16-bit counts, floating point in 0..1,
+            or, with `limits`, of any unit; a `.npy` file of one; a picture with one channel of 8 or 16 bits or with
+            equal channels, as a path, bytes, an open file, a `data:` URL, a PIL image, or a `datasets` row. Pictures
+            in false colours are refused: a palette has no order.
+        limits: the values that become 0 and 1; others are cut to them.
+        allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
+        index: position in a batch, for the error's message.
+
+    Raises:
+        MediaError: naming the input and what is wrong with it.
+    """
+    name = name_of("thermal picture", source, index)
+    array = one_channel(source, name, allow_urls)
+    check_finite(array, name, "Cut those pixels out, or set them to the nearest that was measured.")
+    if limits is None:
+        limits = _own_limits(array, name)
+    low, high = limits
+    if not low <= high:
+        raise ValueError(f"limits must be (coldest, hottest), not {limits}.")
+    return np.clip((array.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
+
+
+def _own_limits(array: np.ndarray, name: str) -> tuple[float, float]:
+    low, high = float(array.min()), float(array.max())
+    if array.dtype == np.uint8:
+        return 0, 255
+    if array.dtype.kind in "iu":
+        return low, high
+    if low < 0 or high > 1:
+        raise MediaError(
+            f"{name}: floating-point values in {low:g}..{high:g}; pass 0..1, or the coldest and the hottest as limits."
+        )
+    return 0, 1
