@@ -1,6 +1,7 @@
 """The configuration every architecture builds on: fields all towers share, and their checks."""
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -51,6 +52,51 @@ class HfvlmConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+
+
+@strict
+class MultiEncoderConfig(HfvlmConfig):
+    """A composite of towers of which a model may have some: the configuration of each of the others is None.
+
+    A subclass names its towers in `sub_configs`, and in `towers` which of them embeds a modality:
+    `{"audio": "audio_model"}` for one with an `audio_config`.
+
+    Args:
+        modalities: the towers of which to keep; by default all. Not a field: what it leaves out is gone, so
+            `from_pretrained(folder, modalities=["image", "audio"])` neither builds nor reads the other towers.
+    """
+
+    towers: ClassVar[dict[str, str]]
+
+    def __post_init__(self, modalities: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if modalities is None:
+            return
+        if unknown := [name for name in modalities if name not in self.modalities]:
+            raise ValueError(
+                f"{type(self).__name__} embeds no {', '.join(unknown)}; modalities may name "
+                f"{', '.join(self.modalities)}."
+            )
+        kept = {config_of(self.towers[name]) for name in modalities}
+        for name in self.sub_configs:
+            if name not in kept:
+                setattr(self, name, None)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a model of this configuration embeds."""
+        return tuple(name for name, tower in self.towers.items() if getattr(self, config_of(tower)) is not None)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "modalities" in kwargs:
+            config_dict = config_dict | {"modalities": kwargs.pop("modalities")}
+        return super().from_dict(config_dict, **kwargs)
+
+
+def config_of(tower: str) -> str:
+    """The field of the configuration for a tower: "audio_config" for "audio_model"."""
+    return tower.removesuffix("_model") + "_config"
 
 
 @strict

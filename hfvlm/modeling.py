@@ -1,7 +1,7 @@
 """Base classes of the models."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class DualEncoder(HfvlmPreTrainedModel):
     """
 
     input_modalities = ["image", "text"]
+    # Which tower embeds a modality. What `get_<modality>_features` is fed, the processor's `prepare` makes.
+    towers: ClassVar[dict[str, str]] = {"image": "vision_model", "text": "text_model"}
     _keep_in_fp32_modules_strict = ["logit_scale"]
     # The loss looks at whole batches of pairs; the Trainer must not rescale it by counted tokens.
     accepts_loss_kwargs = False
@@ -77,6 +79,11 @@ class DualEncoder(HfvlmPreTrainedModel):
     logit_scale: LogitScale
     pair_loss: Callable[..., Tensor]
     max_logit_scale: float | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model embeds: it has a `get_<modality>_features` for each."""
+        return tuple(self.towers)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

@@ -50,6 +50,71 @@ class DualEncoderOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
+@dataclass
+class MultiEncoderOutput(ModelOutput):
+    """Several modalities in one space. Only what was given has values.
+
+    `<m>` stands for image, video, text, audio, depth, thermal and imu.
+
+    Args:
+        loss: scalar, with `return_loss=True`.
+        logits_per_<m>: `(rows of m, texts)`, the similarities with the texts, scaled by both sides' scales; those of
+            the texts, `(texts, images)`, with the images. `logits` gives any other pair's.
+        <m>_embeds: `(rows, projection_dim)`, of unit length; of several clips, the mean of theirs, which is shorter.
+        <m>_scale: `(1,)`, what the modality's embeddings are multiplied by.
+        <m>_model_output: the tower's whole output; that of images is `vision_model_output`.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_video: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    logits_per_audio: Tensor | None = None
+    logits_per_depth: Tensor | None = None
+    logits_per_thermal: Tensor | None = None
+    logits_per_imu: Tensor | None = None
+    image_embeds: Tensor | None = None
+    video_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    audio_embeds: Tensor | None = None
+    depth_embeds: Tensor | None = None
+    thermal_embeds: Tensor | None = None
+    imu_embeds: Tensor | None = None
+    image_scale: Tensor | None = None
+    video_scale: Tensor | None = None
+    text_scale: Tensor | None = None
+    audio_scale: Tensor | None = None
+    depth_scale: Tensor | None = None
+    thermal_scale: Tensor | None = None
+    imu_scale: Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    video_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    audio_model_output: BaseModelOutputWithPooling | None = None
+    depth_model_output: BaseModelOutputWithPooling | None = None
+    thermal_model_output: BaseModelOutputWithPooling | None = None
+    imu_model_output: BaseModelOutputWithPooling | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What was given."""
+        return tuple(name.removesuffix("_embeds") for name in self if name.endswith("_embeds"))
+
+    def logits(self, a: str, b: str) -> Tensor:
+        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given.
+
+        Raises:
+            ValueError: one was not given.
+        """
+        if missing := [name for name in (a, b) if name not in self.modalities]:
+            raise ValueError(f"No {' and no '.join(missing)} was given to the model.")
+        left, right = (self[f"{name}_embeds"] * self[f"{name}_scale"] for name in (a, b))
+        return left @ right.t()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`), and factors
     of all of them (`*_scale`, `*_bias`, one number each)."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import FeatureExtractionMixin, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -25,7 +25,36 @@ FOREIGN_OPTIONS = {
 }
 
 
-class HfvlmImageProcessor(BaseImageProcessor):
+class Settings:
+    """Named settings with defaults as class attributes, that a file saves and a call may override."""
+
+    SETTINGS: tuple[str, ...] = ()
+
+    def take_settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Set what a constructor was given, and return the rest."""
+        settings = {name: kwargs.pop(name, getattr(type(self), name)) for name in self.SETTINGS}
+        for name, value in self.checked(settings).items():
+            setattr(self, name, value)
+        return kwargs
+
+    def settings_for(self, kwargs: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
+        """The settings of one call.
+
+        Raises:
+            TypeError: an unknown setting.
+        """
+        unknown = sorted(set(kwargs) - set(self.SETTINGS) - set(ignored))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}.")
+        given = {name: value for name, value in kwargs.items() if name in self.SETTINGS and value is not None}
+        return self.checked({name: getattr(self, name) for name in self.SETTINGS} | given)
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings in their saved form, or a ValueError that names the wrong one."""
+        return settings
+
+
+class HfvlmImageProcessor(Settings, BaseImageProcessor):
     """Pictures to normalised pixels, as the originals' PIL pipelines make them: resize in the picture's own mode,
     convert to RGB, scale, normalise.
 
@@ -51,13 +80,9 @@ class HfvlmImageProcessor(BaseImageProcessor):
     do_normalize: bool = True
 
     def __init__(self, **kwargs: Any):
-        settings = {name: kwargs.pop(name, getattr(type(self), name)) for name in self.SETTINGS}
-        super().__init__(**kwargs)
-        for name, value in self.checked(settings).items():
-            setattr(self, name, value)
+        super().__init__(**self.take_settings(kwargs))
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings in their saved form, or a ValueError that names the wrong one."""
         return settings | {"resample": int(settings["resample"])}
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
@@ -85,11 +110,7 @@ class HfvlmImageProcessor(BaseImageProcessor):
             MediaError: a picture cannot be read; the message names it.
             TypeError: an unknown setting.
         """
-        unknown = sorted(set(kwargs) - set(self.SETTINGS) - FOREIGN_OPTIONS)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}.")
-        given = {name: value for name, value in kwargs.items() if name in self.SETTINGS and value is not None}
-        settings = self.checked({name: getattr(self, name) for name in self.SETTINGS} | given)
+        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
         pictures = enumerate(read_images(images, allow_urls=allow_urls))
         arrays = parallel(lambda item: self.pixels(item[1], settings, f"image {item[0]}"), list(pictures))
         return self.batch(arrays, settings, return_tensors)
@@ -168,8 +189,90 @@ class FixedSizeImageProcessor(HfvlmImageProcessor):
         return cover(image, size, resample)
 
 
+class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin):
+    """Recordings, films and maps to one of a model's inputs, in what the subclass names in `model_input_names`.
+
+    A subclass reads its kind of source in `read`, and makes the array of one in `features`. What is said of the
+    sources in a call, such as their sampling rate, it names in `SOURCE_OPTIONS`; the settings describe the result.
+    """
+
+    model_input_names: list[str]
+    SOURCE_OPTIONS: tuple[str, ...] = ()
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**self.take_settings(kwargs))
+
+    def __call__(
+        self,
+        sources: Any,
+        return_tensors: str | None = None,
+        *,
+        allow_urls: bool | Collection[str] = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Sources -> the model's input.
+
+        Args:
+            sources: one or a list; the class says what each may be.
+            return_tensors: "pt", "np", or None for a list of arrays.
+            allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts. An argument of
+                the call alone: what is downloaded with a model cannot switch it on.
+            **kwargs: what the class says of sources, and settings for this call.
+
+        Raises:
+            MediaError: a source cannot be read; the message names it.
+            TypeError: an unknown setting.
+        """
+        options = {name: kwargs.pop(name) for name in self.SOURCE_OPTIONS if kwargs.get(name) is not None}
+        settings = self.settings_for(kwargs, (*FOREIGN_OPTIONS, *self.SOURCE_OPTIONS))
+        media = self.read(sources, allow_urls=allow_urls, **options)
+        arrays = parallel(lambda medium: self.features(medium, settings), media)
+        name = self.model_input_names[0]
+        if return_tensors is None:
+            return BatchFeature({name: arrays})
+        if not arrays:
+            raise ValueError(f"{type(self).__name__} was given an empty batch.")
+        return BatchFeature({name: np.stack(arrays)}, tensor_type=return_tensors)
+
+    def read(self, sources: Any, **options: Any) -> list[Any]:
+        """What users have, as `hfvlm.media` reads it."""
+        raise NotImplementedError
+
+    def features(self, medium: Any, settings: Mapping[str, Any]) -> np.ndarray:
+        """One source, read -> one row of the batch."""
+        raise NotImplementedError
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoFeatureExtractor") -> None:
+        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+
+
 class HfvlmProcessor(ProcessorMixin):
-    """Base of every processor."""
+    """Base of every processor. `parts` says which of its parts prepares a modality."""
+
+    parts: dict[str, str] = {}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What can be prepared."""
+        return tuple(name for name, part in self.parts.items() if getattr(self, part, None) is not None)
+
+    def prepare(self, modality: str, sources: Any, return_tensors: str | None = "pt", **options: Any) -> BatchFeature:
+        """Sources of one modality -> what the model's `get_<modality>_features` takes.
+
+        Args:
+            modality: one of `modalities`.
+            sources: one or a list.
+            return_tensors: "pt", "np", or None for lists.
+            **options: of the part.
+
+        Raises:
+            ValueError: the processor has no part for the modality.
+        """
+        if modality not in self.modalities:
+            raise ValueError(f"{type(self).__name__} prepares {', '.join(self.modalities)}, not {modality}.")
+        part = getattr(self, self.parts[modality])
+        return BatchFeature(dict(part(sources, return_tensors=return_tensors, **options)))
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
@@ -185,6 +288,8 @@ class HfvlmProcessor(ProcessorMixin):
 
 class DualEncoderProcessor(HfvlmProcessor):
     """An image processor and a tokenizer side by side."""
+
+    parts = {"image": "image_processor", "text": "tokenizer"}
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -219,3 +324,55 @@ class DualEncoderProcessor(HfvlmProcessor):
             options = {k: v for k, v in kwargs.items() if k in for_images} | dict(images_kwargs or {})
             data |= self.image_processor(images, return_tensors=return_tensors, **options)
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+class MultiEncoderProcessor(HfvlmProcessor):
+    """A part for each modality, side by side."""
+
+    def __call__(  # noqa: PLR0913  (an argument a modality)
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        depth: Any = None,
+        thermal: Any = None,
+        imu: Any = None,
+        *,
+        return_tensors: str | None = "pt",
+        allow_urls: bool | Collection[str] = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Whatever is given -> the model's inputs.
+
+        Args:
+            images: one or a list, as `hfvlm.media.read_image` reads them.
+            text: one or a list.
+            videos: one or a list, see `read_video`.
+            audio: one or a list, see `read_audio`.
+            depth: one or a list, see `read_depth`.
+            thermal: one or a list, see `read_thermal`.
+            imu: one or a list, see `read_imu`.
+            return_tensors: "pt", "np", or None for lists.
+            allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
+            **kwargs: `images_kwargs`, `text_kwargs`, `videos_kwargs`, `audio_kwargs`, `depth_kwargs`, `thermal_kwargs`
+                and `imu_kwargs`, options of each part for this call: `audio_kwargs={"sampling_rate": 44_100}`.
+
+        Raises:
+            MediaError: a source cannot be read; the message names it.
+        """
+        names = ("images", "text", "videos", "audio", "depth", "thermal", "imu")
+        given = dict(zip(names, (images, text, videos, audio, depth, thermal, imu), strict=True))
+        if unknown := sorted(set(kwargs) - {f"{name}_kwargs" for name in names}):
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}; options go into <input>_kwargs.")
+        if all(sources is None for sources in given.values()):
+            raise ValueError(f"{type(self).__name__} needs one of {', '.join(names)}.")
+        data: dict[str, Any] = {}
+        for name, sources in given.items():
+            if sources is not None:
+                options = {} if name == "text" else {"allow_urls": allow_urls}
+                modality = name.removesuffix("s") if name in ("images", "videos") else name
+                data |= self.prepare(
+                    modality, sources, return_tensors, **options | dict(kwargs.get(f"{name}_kwargs") or {})
+                )
+        return BatchFeature(data)

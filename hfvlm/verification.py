@@ -1,7 +1,7 @@
 """Checks of a folder that need nothing but the folder: what would show silent wrongness."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ def verify(folder: str | Path) -> list[Check]:
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = sample_inputs(processor)
+    modalities = [modality for modality in model.modalities if modality in processor.modalities]
+    inputs = sample_inputs(processor, modalities)
     with torch.no_grad():
         expected = outputs_of(model.eval(), inputs)
         for name, actual in (
@@ -46,17 +47,36 @@ def verify(folder: str | Path) -> list[Check]:
             ("saving and loading changes nothing", lambda: outputs_of(saved_and_loaded(model), inputs)),
         ):
             checks.append(compare(name, actual, expected))
-        checks += [tower_check(folder, model, name, inputs) for name in towers(model)]
-        checks.append(sensitivity(model, inputs, expected))
-    checks.append(processor_check(processor, inputs))
+        checks += [tower_check(folder, model, modality, processor) for modality in modalities]
+        checks.append(sensitivity(model, modalities[0], inputs, expected))
+    checks.append(processor_check(processor, modalities, inputs))
     return checks
 
 
-def sample_inputs(processor: Any) -> dict[str, Tensor]:
-    """Two pictures of noise and two texts."""
+def sample_inputs(processor: Any, modalities: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Two examples of each modality, by default of all that the processor prepares: texts, and noise."""
+    inputs: dict[str, Tensor] = {}
+    for modality in processor.modalities if modalities is None else modalities:
+        inputs |= processor.prepare(modality, samples(modality))
+    return inputs
+
+
+def samples(modality: str) -> list[Any]:
+    """Two examples, as users would bring them."""
     noise = np.random.RandomState(0)
-    pictures = [Image.fromarray(noise.randint(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((240, 320), (300, 180))]
-    return dict(processor(images=pictures, text=list(TEXTS)))
+    pictures = [
+        noise.randint(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((240, 320), (300, 180))
+    ]
+    kinds: dict[str, Callable[[], list[Any]]] = {
+        "image": lambda: [Image.fromarray(picture) for picture in pictures],
+        "video": lambda: [(np.stack([picture, 255 - picture]), 1.0) for picture in pictures],
+        "text": lambda: list(TEXTS),
+        "audio": lambda: [(noise.uniform(-0.5, 0.5, 16_000 * seconds), 16_000) for seconds in (1, 3)],
+        "depth": lambda: [picture[..., 0] / 64 + 0.5 for picture in pictures],
+        "thermal": lambda: [picture[..., 0] for picture in pictures],
+        "imu": lambda: [(noise.standard_normal((6, 200 * seconds)), 200) for seconds in (3, 6)],
+    }
+    return kinds[modality]()
 
 
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,32 +104,33 @@ def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
         return type(model).from_pretrained(temporary, dtype=torch.float32).eval()
 
 
-def towers(model: PreTrainedModel) -> list[str]:
-    return [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+def tower_check(folder: Path, model: Any, modality: str, processor: Any) -> Check:
+    name, inputs = model.towers[modality], sample_inputs(processor, [modality])
+    inside, features = getattr(model, name), getattr(model, f"get_{modality}_features")
+    expected = {"embeds": features(**inputs).pooler_output}
+    setattr(model, name, type(inside).from_pretrained(folder, dtype=torch.float32).eval())
+    try:
+        alone = {"embeds": features(**inputs).pooler_output}
+    finally:
+        setattr(model, name, inside)
+    return compare(f"{modality}: {name} alone equals the one inside", lambda: alone, expected)
 
 
-def tower_check(folder: Path, model: PreTrainedModel, name: str, inputs: Mapping[str, Tensor]) -> Check:
-    inside = getattr(model, name)
-    alone = type(inside).from_pretrained(folder, dtype=torch.float32).eval()
-    arguments = {key: value for key, value in inputs.items() if key.startswith("input_") == ("text" in name)}
-    arguments.pop("attention_mask", None)
-    return compare(
-        f"{name} alone equals the one inside",
-        lambda: outputs_of(alone, arguments),
-        outputs_of(inside, arguments),
+def sensitivity(
+    model: PreTrainedModel, modality: str, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Check:
+    name = f"{modality}_embeds"
+    difference = relative(
+        outputs_of(model, {key: value.flip(0) for key, value in inputs.items()})[name], expected[name]
     )
+    kind = "picture" if modality == "image" else f"{modality} input"
+    return Check(f"another {kind} gives another answer", difference > 1e-3, f"differs by {difference:.1%}", difference)
 
 
-def sensitivity(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Check:
-    changed = dict(inputs) | {"pixel_values": inputs["pixel_values"].flip(0)}
-    difference = relative(outputs_of(model, changed)["logits_per_image"], expected["logits_per_image"])
-    return Check("another picture gives another answer", difference > 1e-3, f"differs by {difference:.1%}", difference)
-
-
-def processor_check(processor: Any, inputs: Mapping[str, Tensor]) -> Check:
+def processor_check(processor: Any, modalities: Iterable[str], inputs: Mapping[str, Tensor]) -> Check:
     with tempfile.TemporaryDirectory() as temporary:
         processor.save_pretrained(temporary)
-        again = sample_inputs(AutoProcessor.from_pretrained(temporary))
+        again = sample_inputs(AutoProcessor.from_pretrained(temporary), modalities)
     same = again.keys() == inputs.keys() and all(torch.equal(again[name], inputs[name]) for name in inputs)
     return Check("the processor survives a round trip", same, "equal" if same else "its inputs differ")
 

@@ -111,7 +111,7 @@ class ModelSuite:
             for name, value in alone.items():
                 if expected[name].ndim == 2 and name.startswith("logits_per"):
                     value, row = value[0, 0], expected[name][i, i]
-                elif name in ("logit_scale", "logit_bias"):
+                elif name.endswith(("_scale", "_bias")):
                     row = expected[name]
                 else:
                     value, row = value[0], expected[name][i]
