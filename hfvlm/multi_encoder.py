@@ -23,7 +23,8 @@ class MultiEncoder(HfvlmPreTrainedModel):
     """Towers whose embeddings meet in one space, one a modality or two; those that its configuration has are built.
 
     A subclass names in `anchor` the modality that every other was trained against, says each modality's `scale`, and
-    names its loss, one of `hfvlm.losses`, in `pair_loss`. Its `get_<modality>_features` are fed what the processor's
+    names its loss, one of `hfvlm.losses`, in `pair_loss`, and in `max_logit_scale` the bound of learned scales in
+    training, if there is one. Its `get_<modality>_features` are fed what the processor's
     `prepare(modality, ...)` makes.
     """
 
@@ -34,6 +35,7 @@ class MultiEncoder(HfvlmPreTrainedModel):
     config: MultiEncoderConfig
     anchor: str
     pair_loss: Callable[..., Tensor]
+    max_logit_scale: float | None = None
 
     def __init__(self, config: MultiEncoderConfig):
         super().__init__(config)

@@ -356,23 +356,21 @@ class MultiEncoderProcessor(HfvlmProcessor):
             return_tensors: "pt", "np", or None for lists.
             allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
             **kwargs: `images_kwargs`, `text_kwargs`, `videos_kwargs`, `audio_kwargs`, `depth_kwargs`, `thermal_kwargs`
-                and `imu_kwargs`, options of each part for this call: `audio_kwargs={"sampling_rate": 44_100}`.
+                and `imu_kwargs`, options of each part for this call: `audio_kwargs={"sampling_rate": 44_100}`. All
+                else goes to the tokenizer.
 
         Raises:
             MediaError: a source cannot be read; the message names it.
         """
         names = ("images", "text", "videos", "audio", "depth", "thermal", "imu")
         given = dict(zip(names, (images, text, videos, audio, depth, thermal, imu), strict=True))
-        if unknown := sorted(set(kwargs) - {f"{name}_kwargs" for name in names}):
-            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}; options go into <input>_kwargs.")
+        options = {name: dict(kwargs.pop(f"{name}_kwargs", None) or {}) for name in names}
         if all(sources is None for sources in given.values()):
             raise ValueError(f"{type(self).__name__} needs one of {', '.join(names)}.")
         data: dict[str, Any] = {}
         for name, sources in given.items():
             if sources is not None:
-                options = {} if name == "text" else {"allow_urls": allow_urls}
+                shared = kwargs if name == "text" else {"allow_urls": allow_urls}
                 modality = name.removesuffix("s") if name in ("images", "videos") else name
-                data |= self.prepare(
-                    modality, sources, return_tensors, **options | dict(kwargs.get(f"{name}_kwargs") or {})
-                )
+                data |= self.prepare(modality, sources, return_tensors, **shared | options[name])
         return BatchFeature(data)

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,7 +109,7 @@ class Golden:
             assert torch.equal(actual[mask], expected[mask]), f"{name}: differs"
             return
         error = (actual.double() - expected.double())[mask].abs().max().item() if mask.any() else 0.0
-        tolerance = self.case.get("tolerance", {})
+        tolerance = self.tolerance
         if "absolute_error" in tolerance:
             allowed = tolerance["absolute_error"]
         else:
@@ -117,9 +118,22 @@ class Golden:
             )
         assert error <= allowed, f"{name}: differs by {error:.2e}, allowed is {allowed:.2e}"
 
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """As the case says it: a mapping, or words such as "1e-4 absolute" or "relative_error < 1e-5"."""
+        stated = self.case.get("tolerance", {})
+        if isinstance(stated, str):
+            number = re.search(r"\d+(\.\d+)?e-\d+", stated)
+            assert number, f"no tolerance can be read from {stated!r}"
+            return {"absolute_error" if "absolute" in stated else "relative_error": float(number[0])}
+        return stated
+
     def _description(self, name: str) -> dict[str, Any]:
         described = self.case.get("outputs", {})
-        return described.get(name, {}) if isinstance(described, dict) else {}
+        stored = described.get(name, {}) if isinstance(described, dict) else {}
+        if isinstance(stored, list):  # a shape
+            return {"shape": stored}
+        return stored if isinstance(stored, dict) else {}
 
     def in_order(self) -> list[str]:
         """Names of the outputs in the order of the computation, so that the first wrong one is named first."""

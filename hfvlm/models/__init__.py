@@ -3,4 +3,5 @@
 ARCHITECTURES = (
     "clip",
     "siglip",
+    "imagebind",
 )

@@ -1,0 +1,373 @@
+"""ImageBind (https://arxiv.org/abs/2305.05665; https://github.com/facebookresearch/ImageBind at 53680b0)."""
+
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.losses import contrastive_loss
+from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.models.imagebind.configuration_imagebind import (
+    HfvlmImageBindAudioConfig,
+    HfvlmImageBindConfig,
+    HfvlmImageBindDepthConfig,
+    HfvlmImageBindIMUConfig,
+    HfvlmImageBindTextConfig,
+    HfvlmImageBindThermalConfig,
+    HfvlmImageBindVisionConfig,
+)
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.pooling import end_of_text
+from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, resize_grid
+from hfvlm.modules.projection import Projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
+from hfvlm.multi_encoder import MultiEncoder
+from hfvlm.outputs import TowerOutput
+
+# An image is a clip of so many equal frames, however many frames a clip has.
+IMAGE_FRAMES = 2
+# No scale grows beyond this.
+MAX_SCALE = 100.0
+# Of each modality's embeddings; images and films have none. That of texts is learned.
+TEXT_SCALE = 1 / 0.07
+FIXED_SCALES = {"audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
+
+
+def not_of(tower: str) -> list[str]:
+    """Patterns of the keys that a tower may leave unread in its composite's file."""
+    return [*other_towers(tower), r"^logit_scales\."]
+
+
+class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
+    """A vision transformer over patches that reach through time, read at its class token."""
+
+    config: HfvlmImageBindVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = not_of("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "video"]
+
+    def __init__(self, config: HfvlmImageBindVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        slots = config.num_frames // config.temporal_patch_size
+        self.patches = TubeEmbedding(config)
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + slots * rows * columns, config.hidden_size))
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = Projection(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
+        init.normal_(self.position, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+        """Images `(B, C, H, W)` or clips `(B, C, T, H, W)`, normalised -> all tokens before the last norm, class token
+        first, and the summary.
+
+        With `interpolate_pos_encoding`, images, and clips as long as an image, may have any size; the position table
+        is resized to it.
+        """
+        x = self.patches(pixel_values)
+        position = self.position_for(pixel_values, x, resize=interpolate_pos_encoding)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        check_positions(x, position, pixel_values, self.config.image_size)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        pooled = self.post_norm(x[:, 0])
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def position_for(self, pixel_values: Tensor, patches: Tensor, *, resize: bool) -> Tensor:
+        """The position table; for an image, of a model whose clips are longer, the first moment's, as the original."""
+        grid, size = self.config.grid, self.config.patch_size
+        height, width = (edge // size for edge in pixel_values.shape[-2:])
+        moments, slots = patches.shape[1] // (height * width), (len(self.position) - 1) // (grid[0] * grid[1])
+        if moments > 1 or (moments == slots and (height, width) == grid):
+            return self.position
+        first = self.position[: 1 + grid[0] * grid[1]]
+        return resize_grid(first, grid, (height, width), **BICUBIC_SAMPLED) if resize else first
+
+
+class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
+    """A causal transformer that reads its end-of-text token."""
+
+    config: HfvlmImageBindTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = not_of("text_model")
+    input_modalities = ["text"]
+    _input_embed_layer = "token"
+
+    def __init__(self, config: HfvlmImageBindTextConfig):
+        super().__init__(config)
+        self.embeddings = TokenEmbedding(config)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = Projection(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+        """`(B, N)` token ids, padded on the right -> all tokens before the last norm, and the summary.
+
+        Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
+        """
+        x = self.embeddings(input_ids)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
+        )
+        x = self.layers(x, mask, **kwargs | {"is_causal": True})
+        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        pooled = self.post_norm(pooled)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+
+class HfvlmImageBindSensorModel(HfvlmPreTrainedModel):
+    """What the towers of audio, depth, thermal and IMU share: normed patches, a class token, and attention with one
+    learned key and value."""
+
+    def __init__(self, config: PreTrainedConfig, patches: nn.Module, num_patches: int):
+        super().__init__(config)
+        width, depth = config.hidden_size, config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.patches = patches
+        # PyTorch's default epsilon, unlike those of the layers
+        self.patch_norm = nn.LayerNorm(width, eps=1e-5)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.position = nn.Parameter(torch.zeros(1 + num_patches, width))
+        self.patch_dropout = PatchDropout(getattr(config, "patch_dropout", 0.0), prefix=1)
+        self.layers = Stack(PreNormLayer(config, rate, BiasedAttention(config)) for rate in rates)
+        self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection_dropout = nn.Dropout(getattr(config, "projection_dropout", 0.0))
+        self.projection = Projection(width, config.projection_dim, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
+        init.normal_(self.position, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    def embed(self, values: Tensor, **kwargs: Any) -> TowerOutput:
+        """Batches of what `patches` takes -> all tokens before the last norm, class token first, and the summary."""
+        x = self.patch_norm(self.patches(values))
+        if x.shape[1] + 1 != len(self.position):
+            raise ValueError(
+                f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1]} patches; {type(self).__name__} "
+                f"has positions for {len(self.position) - 1}, and they cannot be interpolated: use the processor."
+            )
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position
+        x = self.layers(self.patch_dropout(x), **kwargs)
+        pooled = self.post_norm(x[:, 0])
+        embeds = self.projection(self.projection_dropout(pooled))
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=embeds)
+
+
+class HfvlmImageBindAudioModel(HfvlmImageBindSensorModel):
+    """Sounds, as overlapping patches of their spectrograms."""
+
+    config: HfvlmImageBindAudioConfig
+    base_model_prefix = "audio_model"
+    _keys_to_ignore_on_load_unexpected = not_of("audio_model")
+    main_input_name = "input_features"
+    input_modalities = ["audio"]
+
+    def __init__(self, config: HfvlmImageBindAudioConfig):
+        rows, columns = config.grid
+        super().__init__(config, SpectrogramEmbedding(config), rows * columns)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, input_features: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 1, bins, frames)`, normalised -> all tokens, class token first, and the summary."""
+        return self.embed(input_features, **kwargs)
+
+
+class HfvlmImageBindDepthModel(HfvlmImageBindSensorModel):
+    """Depth maps, as patches of their disparity."""
+
+    config: HfvlmImageBindDepthConfig
+    base_model_prefix = "depth_model"
+    _keys_to_ignore_on_load_unexpected = not_of("depth_model")
+    main_input_name = "depth_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmImageBindDepthConfig):
+        rows, columns = config.grid
+        super().__init__(config, PatchEmbedding(config, bias=False), rows * columns)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, depth_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 1, H, W)`, normalised disparity -> all tokens, class token first, and the summary."""
+        return self.embed(depth_values, **kwargs)
+
+
+class HfvlmImageBindThermalModel(HfvlmImageBindSensorModel):
+    """Thermal pictures."""
+
+    config: HfvlmImageBindThermalConfig
+    base_model_prefix = "thermal_model"
+    _keys_to_ignore_on_load_unexpected = not_of("thermal_model")
+    main_input_name = "thermal_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmImageBindThermalConfig):
+        rows, columns = config.grid
+        super().__init__(config, PatchEmbedding(config, bias=False), rows * columns)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, thermal_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 1, H, W)`, cold to hot as 0 to 1 -> all tokens, class token first, and the summary."""
+        return self.embed(thermal_values, **kwargs)
+
+
+class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
+    """Motion, in pieces of a few samples."""
+
+    config: HfvlmImageBindIMUConfig
+    base_model_prefix = "imu_model"
+    _keys_to_ignore_on_load_unexpected = not_of("imu_model")
+    main_input_name = "imu_values"
+    input_modalities = ["time"]
+
+    def __init__(self, config: HfvlmImageBindIMUConfig):
+        super().__init__(config, TraceEmbedding(config), config.num_samples // config.patch_size)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, imu_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 6, N)`, m/s^2 and rad/s -> all tokens, class token first, and the summary."""
+        return self.embed(imu_values, **kwargs)
+
+
+class HfvlmImageBindModel(MultiEncoder):
+    """Images, films, texts, sounds, depth maps, thermal pictures and motion in one space.
+
+    Embeddings of all but images and films are multiplied by a scale of their modality: that is what the original
+    returns, and dot products of them are its logits.
+    """
+
+    config: HfvlmImageBindConfig
+    base_model_prefix = "imagebind"
+    input_modalities = ["image", "video", "text", "audio"]
+    anchor = "image"
+    pair_loss = staticmethod(contrastive_loss)
+    max_logit_scale = MAX_SCALE
+    logit_scales: Any
+    one: Tensor
+
+    def __init__(self, config: HfvlmImageBindConfig):
+        super().__init__(config)
+        scales: dict[str, nn.Module] = {name: FixedScale(value) for name, value in FIXED_SCALES.items()}
+        scales["text"] = CappedScale(log(TEXT_SCALE))
+        self.logit_scales = nn.ModuleDict({name: scales[name] for name in self.modalities if name in scales})
+        self.register_buffer("one", torch.ones(1), persistent=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.ones_(self.one)
+
+    def scale(self, modality: str) -> Tensor:
+        return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
+
+
+class CappedScale(LogitScale):
+    """A learned temperature that stays finite."""
+
+    def exp(self) -> Tensor:
+        return super().exp().clamp_max(MAX_SCALE)
+
+
+class FixedScale(nn.Module):
+    """A temperature that came with the weights and is not trained, kept as a logarithm."""
+
+    scale: Tensor
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.register_buffer("scale", torch.zeros(1))
+
+    def init_own_weights(self, std: float) -> None:
+        init.constant_(self.scale, log(self.initial))
+
+    def exp(self) -> Tensor:
+        """The factor itself, shape (1,)."""
+        return self.scale.exp().clamp_max(MAX_SCALE)
+
+
+class BiasedAttention(Attention):
+    """Attention to the sequence and to one learned key and value."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.bias_k = nn.Parameter(torch.zeros(config.hidden_size))
+        self.bias_v = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.bias_k, std=len(self.bias_k) ** -0.5)
+        init.normal_(self.bias_v, std=len(self.bias_v) ** -0.5)
+
+    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = super().read(source)
+        one = (len(source), 1, -1)
+        key = torch.cat([key, self.heads(self.bias_k.expand(one)).to(key.dtype)], dim=2)
+        return key, torch.cat([value, self.heads(self.bias_v.expand(one)).to(value.dtype)], dim=2)
+
+
+class TubeEmbedding(nn.Module):
+    """(B, C, H, W) or (B, C, T, H, W) -> (B, T/t * H/p * W/p, D), one moment after the other."""
+
+    def __init__(self, config: HfvlmImageBindVisionConfig):
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.projection = nn.Conv3d(config.num_channels, config.hidden_size, size, stride=size, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
+        if clips.shape[2] == 1:
+            clips = clips.expand(-1, -1, IMAGE_FRAMES, -1, -1)
+        return self.projection(clips.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class SpectrogramEmbedding(nn.Module):
+    """(B, 1, bins, frames) -> (B, N, D), rows of overlapping patches from the lowest bins to the highest."""
+
+    def __init__(self, config: HfvlmImageBindAudioConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.stride, bias=False)
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        return self.projection(input_features.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class TraceEmbedding(nn.Module):
+    """(B, channels, N) -> (B, N/p, D): p samples of the first channel, then of the second, and so on."""
+
+    def __init__(self, config: HfvlmImageBindIMUConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.projection = nn.Linear(config.num_channels * config.patch_size, config.hidden_size, bias=False)
+
+    def forward(self, imu_values: Tensor) -> Tensor:
+        pieces = imu_values.to(self.projection.weight.dtype).unfold(-1, self.patch_size, self.patch_size)
+        return self.projection(pieces.transpose(1, 2).flatten(2))
