@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
+
 
 @dataclass
 class TowerOutput(BaseModelOutputWithPooling):

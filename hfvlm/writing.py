@@ -1,5 +1,6 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,3 +32,14 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             beside.rename(output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into; it takes that name when the block ends well, and goes when it fails."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|card|push|train|demo`."""
+"""`hfvlm list|info|convert|export|verify|card|push|embed|search|train|demo`."""
 
 import json
 from pathlib import Path
@@ -137,6 +137,61 @@ def push(
 
 
 @app.command()
+def embed(  # noqa: PLR0913 (an option each)
+    source: Annotated[str, typer.Argument(help="A folder of media, webdataset tars, Parquet, or a Hub id.")],
+    output: Output,
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's folder or Hub id.")],
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    column: Annotated[list[str] | None, typer.Option(help="modality=column, as image=photo.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="What rows are called.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that the model takes at a time.")] = 64,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a Parquet file.")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+) -> None:
+    """Embed a data set to Parquet shards; a run that was killed goes on where it was."""
+    from hfvlm.inference.embed import embed as run
+
+    columns = dict(pair.split("=", 1) for pair in checked_pairs(column)) or None
+    folder = run(
+        source, output, model, split=split, columns=columns, id_column=id_column, batch_size=batch_size,
+        shard_rows=shard_rows, device=device, dtype=dtype,
+    )  # fmt: skip
+    say(str(folder))
+
+
+@app.command()
+def search(  # noqa: PLR0913 (an option each)
+    index: Annotated[Path, typer.Argument(help="A folder that `hfvlm embed` wrote.", exists=True)],
+    text: Annotated[list[str] | None, typer.Option(help="A query; `words::0.5` weighs it.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="A picture to search with.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="A sound to search with.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A film to search with.")] = None,
+    among: Annotated[str, typer.Option(help="The modality that is searched.")] = "image",
+    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write the hits to a page.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write the hits to one picture.")] = None,
+) -> None:
+    """Search what was embedded; several queries are added up."""
+    from hfvlm.inference.embed import read_settings, read_vectors
+    from hfvlm.inference.embedder import Embedder
+    from hfvlm.inference.pages import draw_grid, write_page
+    from hfvlm.inference.search import query_vector
+
+    given = {"text": text or [], "image": image or [], "audio": audio or [], "video": video or []}
+    used = [modality for modality, queries in given.items() if queries]
+    embedder = Embedder.from_pretrained(read_settings(index)["model"], used or None)
+    vectors, paths = read_vectors(index, among)
+    hits = vectors.search(query_vector(embedder, given), k)
+    for name, score in hits:
+        say(f"{score:.4f}  {name}")
+    if html is not None:
+        write_page(hits, paths, " + ".join(query for queries in given.values() for query in queries), html)
+    if grid is not None:
+        draw_grid(hits, paths, grid)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, as those in examples/recipes.", exists=True)],
     changes: Annotated[list[str] | None, typer.Argument(help="field=value, in place of the file's.")] = None,
@@ -159,6 +214,13 @@ def demo(
     from hfvlm.cli.demo import demo as run
 
     run(output, seed)
+
+
+def checked_pairs(pairs: list[str] | None) -> list[str]:
+    """Options written as name=value."""
+    if wrong := [pair for pair in pairs or [] if "=" not in pair]:
+        raise ValueError(f"{wrong[0]!r}: write modality=column.")
+    return pairs or []
 
 
 def say(text: str) -> None:

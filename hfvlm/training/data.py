@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from hfvlm.media.rows import COLUMNS, columns_by_name
+
 logger = logging.getLogger(__name__)
 
 # What readers raise for a file that is damaged; errors in code, as KeyError, go through.
@@ -121,10 +123,7 @@ class ContrastiveCollator:
         return values
 
     def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
-        if self.columns is not None:
-            return self.columns
-        found = {m: next((c for c in names if c in row), None) for m, names in COLUMNS.items()}
-        return {modality: column for modality, column in found.items() if column is not None}
+        return columns_by_name(row) if self.columns is None else self.columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows of `Rows` -> the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each, which the
@@ -164,16 +163,6 @@ def _image(value: Any) -> Any:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": as_texts}
-# The columns that hold a modality when nobody says.
-COLUMNS = {
-    "image": ("image", "jpg", "png"),
-    "video": ("video", "mp4"),
-    "text": ("text", "caption", "captions", "txt"),
-    "audio": ("audio", "wav", "flac"),
-    "depth": ("depth",),
-    "thermal": ("thermal",),
-    "imu": ("imu",),
-}
 # What processors call them.
 ARGUMENTS = {
     "image": "images",

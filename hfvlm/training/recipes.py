@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from hfvlm.lora_recipes import lora
+from hfvlm.media.rows import load_rows
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.curves import draw_curve
@@ -110,8 +111,8 @@ def train_contrastive(
         model,
         arguments,
         ContrastiveCollator(processor, data.columns, id_column=data.id_column, augment=augment),
-        train_dataset=load_rows(data, data.train_split),
-        eval_dataset=load_rows(data, data.eval_split) if data.eval_split else None,
+        train_dataset=load_rows(data.dataset, data.subset, split=data.train_split),
+        eval_dataset=load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -122,20 +123,3 @@ def train_contrastive(
     if trainer.is_world_process_zero() and find_spec("matplotlib"):
         draw_curve(trainer.state.log_history, Path(arguments.output_dir or ".") / "curve.png")
     return metrics
-
-
-def load_rows(data: DataArguments, split: str) -> Any:
-    """A split whose media stay encoded until a worker needs them.
-
-    Raises:
-        ImportError: `datasets` is not installed.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("Recipes read data with `datasets`: `pip install 'hfvlm[train]'`.") from error
-    rows = load_dataset(data.dataset, data.subset, split=split)
-    for name, feature in rows.features.items():
-        if hasattr(feature, "decode"):
-            rows = rows.cast_column(name, type(feature)(decode=False))
-    return rows

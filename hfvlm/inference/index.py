@@ -1,0 +1,234 @@
+"""Nearest neighbours by cosine."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfvlm.inference.embedder import unit_rows
+from hfvlm.writing import new_folder
+
+BLOCK = 2**24
+
+
+class Index:
+    """Exact search: every vector is compared, in blocks.
+
+    Args:
+        vectors: `(N, D)`, scaled to unit length here; None to begin empty.
+        ids: N numbers or texts that stand for the vectors; by default their numbers.
+    """
+
+    backend = "exact"
+
+    def __init__(self, vectors: Any = None, ids: Sequence[int | str] | None = None):
+        self.vectors = np.empty((0, 0), np.float32)
+        self.ids: list[int | str] = []
+        if vectors is not None:
+            self.add(vectors, ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, vectors: Any, ids: Sequence[int | str] | None = None) -> None:
+        """Add `(N, D)` vectors.
+
+        Raises:
+            ValueError: they are of another length than those before, are zero or not numbers, or there are more or
+                fewer ids than vectors.
+        """
+        rows = self.checked(vectors)
+        ids = list(range(len(self), len(self) + len(rows))) if ids is None else list(ids)
+        if len(ids) != len(rows):
+            raise ValueError(f"{len(rows)} vectors need as many ids, not {len(ids)}.")
+        self.extend(rows)
+        self.ids += ids
+
+    def checked(self, vectors: Any) -> np.ndarray:
+        rows = np.asarray(vectors, np.float32)
+        if rows.ndim != 2 or (len(self) and rows.shape[1] != self.size):
+            raise ValueError(f"An index of vectors of {self.size or 'any'} numbers got {rows.shape}.")
+        return unit_rows(rows)
+
+    @property
+    def size(self) -> int:
+        """How long a vector is; 0 while there is none."""
+        return self.vectors.shape[1]
+
+    def extend(self, rows: np.ndarray) -> None:
+        self.vectors = np.concatenate([self.vectors, rows]) if len(self) else rows
+
+    def search(self, queries: Any, k: int = 10) -> list[Any]:
+        """The nearest vectors, the nearest first; of equal ones, the one that was added first.
+
+        Args:
+            queries: `(D,)`, or `(N, D)`.
+            k: how many.
+
+        Returns:
+            `[(id, cosine), ...]`, for `(N, D)` a list of such lists.
+
+        Raises:
+            ValueError: the queries are of another length than the vectors, or are zero or not numbers.
+        """
+        queries = np.asarray(queries, np.float32)
+        rows = self.checked(queries[None] if queries.ndim == 1 else queries)
+        scores, places = self.nearest(rows, min(k, len(self)))
+        found = [
+            [(self.ids[place], float(score)) for score, place in zip(*row, strict=True)]
+            for row in zip(scores, places, strict=True)
+        ]
+        return found[0] if queries.ndim == 1 else found
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(N, k)` cosines and places, best first."""
+        scores = np.empty((len(queries), 0), np.float32)
+        places = np.empty((len(queries), 0), np.int64)
+        step = max(k, BLOCK // max(1, self.size))
+        for start in range(0, len(self), step):
+            found = queries @ self.vectors[start : start + step].T
+            scores = np.concatenate([scores, found], axis=1)
+            block = np.arange(start, start + found.shape[1])
+            places = np.concatenate([places, np.broadcast_to(block, found.shape)], axis=1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores, places = np.take_along_axis(scores, best, 1), np.take_along_axis(places, best, 1)
+        return scores, places
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder that `load_index` reads; it appears when it is complete.
+
+        Raises:
+            FileExistsError: the folder is there already.
+        """
+        with new_folder(folder, overwrite=overwrite) as target:
+            self.write(target)
+            (target / "ids.json").write_text(json.dumps(self.ids) + "\n", encoding="utf-8")
+            about = {"backend": self.backend, "count": len(self), "size": self.size}
+            (target / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        np.save(folder / "vectors.npy", np.ascontiguousarray(self.vectors))
+
+    def read(self, folder: Path) -> None:
+        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+
+
+class FaissIndex(Index):
+    """Search by FAISS (`pip install faiss-cpu`).
+
+    Args:
+        vectors, ids: as for `Index`.
+        factory: FAISS' description of an index, as "IVF1024,Flat", which the first vectors that are added train;
+            "Flat" is exact.
+    """
+
+    backend = "faiss"
+
+    def __init__(self, vectors: Any = None, ids: Sequence[int | str] | None = None, *, factory: str = "Flat"):
+        self.faiss = import_backend("faiss", "faiss-cpu")
+        self.factory = factory
+        self.index: Any = None
+        super().__init__(vectors, ids)
+
+    @property
+    def size(self) -> int:
+        return self.index.d if self.index is not None else 0
+
+    def extend(self, rows: np.ndarray) -> None:
+        if self.index is None:
+            self.index = self.faiss.index_factory(rows.shape[1], self.factory, self.faiss.METRIC_INNER_PRODUCT)
+            self.index.train(rows)
+        self.index.add(rows)
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, places = self.index.search(queries, k)
+        # FAISS does not say which of equal scores comes first; -1 is a place that it did not find.
+        order = np.lexsort((places, -scores), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+
+    def write(self, folder: Path) -> None:
+        if self.index is not None:
+            self.faiss.write_index(self.index, str(folder / "vectors.faiss"))
+
+    def read(self, folder: Path) -> None:
+        if (folder / "vectors.faiss").exists():
+            self.index = self.faiss.read_index(str(folder / "vectors.faiss"))
+
+
+class LanceIndex(Index):
+    """Search in a LanceDB table (`pip install lancedb`), which is exact until an index is made in it."""
+
+    backend = "lancedb"
+
+    def __init__(self, vectors: Any = None, ids: Sequence[int | str] | None = None):
+        self.lancedb = import_backend("lancedb", "lancedb")
+        self.database = self.lancedb.connect("memory://")
+        self.table: Any = None
+        super().__init__(vectors, ids)
+
+    @property
+    def size(self) -> int:
+        return self.table.schema.field("vector").type.list_size if self.table is not None else 0
+
+    def extend(self, rows: np.ndarray) -> None:
+        import pyarrow
+
+        columns = {
+            "place": pyarrow.array(np.arange(len(self), len(self) + len(rows))),
+            "vector": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.ravel()), rows.shape[1]),
+        }
+        table = pyarrow.table(columns)
+        if self.table is None:
+            self.table = self.database.create_table("vectors", table)
+        else:
+            self.table.add(table)
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, places = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for i, query in enumerate(queries):
+            found = self.table.search(query).distance_type("cosine").limit(k).to_arrow()
+            scores[i], places[i] = 1 - found["_distance"].to_numpy(), found["place"].to_numpy()
+        return scores, places
+
+    def write(self, folder: Path) -> None:
+        if self.table is not None:
+            self.lancedb.connect(str(folder / "lancedb")).create_table("vectors", self.table.to_arrow())
+
+    def read(self, folder: Path) -> None:
+        self.database = self.lancedb.connect(str(folder / "lancedb"))
+        self.table = self.database.open_table("vectors")
+
+
+BACKENDS: dict[str, type[Index]] = {kind.backend: kind for kind in (Index, FaissIndex, LanceIndex)}
+
+
+def load_index(folder: str | Path) -> Index:
+    """An index that `save` wrote; exact ones stay on disk, and only the rows that are compared are read.
+
+    Raises:
+        FileNotFoundError: the folder holds no index.
+    """
+    folder = Path(folder)
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(f"{folder}: no index.json: this is no folder of an index.")
+    about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if about.get("backend") not in BACKENDS:
+        raise ValueError(f"{folder}/index.json: backend {about.get('backend')!r} is none of {', '.join(BACKENDS)}.")
+    index = BACKENDS[about["backend"]]()
+    index.read(folder)
+    index.ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+    if len(index.ids) != about["count"]:
+        raise ValueError(f"{folder}: {len(index.ids)} ids for {about['count']} vectors.")
+    return index
+
+
+def import_backend(module: str, package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This index needs {package}: `pip install 'hfvlm[{package}]'`.") from error

@@ -1,0 +1,42 @@
+"""Searching what was embedded, with queries of any modality and sums of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfvlm.inference.embedder import Embedder, combine
+
+# "snow::0.5" has half the weight of "snow".
+SEPARATOR = "::"
+
+
+def weighed(query: str) -> tuple[str, float]:
+    """A query and its weight, written behind `::`, by default 1.
+
+    Raises:
+        ValueError: what is behind `::` is no number.
+    """
+    source, separator, weight = query.rpartition(SEPARATOR)
+    if not separator:
+        return query, 1.0
+    try:
+        return source, float(weight)
+    except ValueError as error:
+        raise ValueError(f"{query!r}: {weight!r} is no weight; write source{SEPARATOR}number.") from error
+
+
+def query_vector(embedder: Embedder, queries: Mapping[str, Sequence[str]]) -> Any:
+    """`(D,)`, of unit length: the weighted sum of all queries.
+
+    Args:
+        embedder: of the model that made the vectors that are searched.
+        queries: {"text": ["a beach", "people::-0.5"], "audio": ["rain.wav"]}.
+
+    Raises:
+        ValueError: there is no query, or the sum is nothing.
+    """
+    parts = [(modality, *weighed(query)) for modality, given in queries.items() for query in given]
+    if not parts:
+        raise ValueError("Nothing to search for: give a --text, --image or --audio.")
+    sources: list[dict[str, Any]] = [{modality: source} for modality, source, _ in parts]
+    vectors = [embedder.encode(**source) for source in sources]
+    return combine(*vectors, weights=[weight for _, _, weight in parts])

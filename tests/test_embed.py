@@ -1,0 +1,175 @@
+"""`hfvlm embed` and `hfvlm search` on folders, tars and Parquet."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from typer.testing import CliRunner
+
+import hfvlm
+from hfvlm.cli.commands import app
+from hfvlm.inference.embed import embed, read_vectors
+from hfvlm.inference.search import weighed
+from hfvlm.samples import scenes
+
+KINDS = scenes.all_scenes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 pictures with captions, of which two are damaged."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.RandomState(0)
+    with (folder / "metadata.jsonl").open("w") as metadata:
+        for i, kind in enumerate(KINDS):
+            kind.render(random).save(folder / f"{i:02}.png")
+            metadata.write(json.dumps({"file_name": f"{i:02}.png", "captions": [kind.caption(), "other"]}) + "\n")
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:60])
+    (folder / "40.png").write_bytes(b"")
+    return folder
+
+
+def read(output):
+    names = sorted(path.name for path in output.iterdir() if path.suffix == ".parquet")
+    return {name: parquet.read_table(output / name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def embedded(folder, clip_folder, tmp_path_factory):
+    return embed(folder, tmp_path_factory.mktemp("embedded"), clip_folder, batch_size=8, shard_rows=20)
+
+
+def test_every_row_is_embedded_or_an_error(embedded, folder, clip_folder):
+    tables = read(embedded)
+    assert list(tables) == [f"errors-{i:05}.parquet" for i in (0, 2)] + [f"vectors-{i:05}.parquet" for i in range(3)]
+    rows = [row for name, table in tables.items() if name.startswith("vectors") for row in table["row"].to_pylist()]
+    assert rows == [i for i in range(48) if i not in (5, 40)]
+    errors = [row for name, table in tables.items() if name.startswith("errors") for row in table.to_pylist()]
+    assert [(row["row"], row["modality"]) for row in errors] == [(5, "image"), (40, "image")]
+    assert "05.png: damaged or truncated" in errors[0]["error"]
+    embedder = hfvlm.Embedder.from_pretrained(clip_folder)
+    images, paths = read_vectors(embedded, "image")
+    name, score = images.search(embedder.encode(image=str(folder / "07.png")), 1)[0]
+    assert score == pytest.approx(1, abs=1e-5)
+    assert paths[name].endswith("07.png")
+    texts, _ = read_vectors(embedded, "text")
+    np.testing.assert_allclose(texts.vectors[3], embedder.encode(text=KINDS[3].caption()), atol=1e-5)
+    with pytest.raises(ValueError, match="vectors of image, text, not of audio"):
+        read_vectors(embedded, "audio")
+
+
+def test_a_killed_run_goes_on_where_it_was(embedded, folder, clip_folder, tmp_path):
+    script = "import sys; from hfvlm.inference.embed import embed; embed(*sys.argv[1:4], batch_size=8, shard_rows=20)"
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path), str(clip_folder)]
+    slow = "import time, hfvlm.inference.embedder as e; f = e.Embedder.features\n"
+    slow += "e.Embedder.features = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
+    process = subprocess.Popen([*command[:2], slow + script, *command[3:]], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "vectors-00001.parquet").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # in the midst of the last shard
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("vectors-*.parquet")}
+    assert sorted(before) == ["vectors-00000.parquet", "vectors-00001.parquet"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+    expected = read(embedded)
+    found = read(tmp_path)
+    assert set(found) == set(expected)
+    assert all(found[name].equals(expected[name]) for name in expected)
+
+
+def test_processes_share_the_shards(embedded, folder, clip_folder, tmp_path, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        embed(folder, tmp_path, clip_folder, batch_size=8, shard_rows=20)
+        if rank == "1":
+            assert [path.name for path in tmp_path.glob("vectors-*")] == ["vectors-00001.parquet"]
+    expected = read(embedded)
+    assert all(table.equals(expected[name]) for name, table in read(tmp_path).items())
+
+
+def test_other_settings_are_refused(embedded, folder, clip_folder, tmp_path):
+    with pytest.raises(ValueError, match="begun with another shard_rows"):
+        embed(folder, embedded, clip_folder, shard_rows=10)
+    (tmp_path / "x.jsonl").write_text('{"number": 1}\n')
+    with pytest.raises(ValueError, match="no column of it holds image, text"):
+        embed(tmp_path, tmp_path / "out", clip_folder)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_tars_and_tables(form, folder, clip_folder, tmp_path):
+    good = [i for i in range(10) if i != 5]
+    if form == "webdataset":
+        with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+            for i in good:
+                for suffix, content in (("png", (folder / f"{i:02}.png").read_bytes()), ("txt", b"a caption")):
+                    info = tarfile.TarInfo(f"key{i}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    else:
+        import datasets
+
+        files = [{"bytes": (folder / f"{i:02}.png").read_bytes(), "path": None} for i in good]
+        rows = [{"image": file, "text": "a caption", "name": f"key{i}"} for i, file in zip(good, files, strict=True)]
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / "pictures.parquet"
+        )
+    output = tmp_path / "out"
+    id_column = "name" if form == "parquet" else None
+    (tmp_path / "pictures").mkdir()
+    for path in tmp_path.glob("pictures.*"):
+        path.rename(tmp_path / "pictures" / path.name)
+    embed(tmp_path / "pictures", output, clip_folder, id_column=id_column)
+    table = parquet.read_table(output / "vectors-00000.parquet")
+    assert table["id"].to_pylist() == [f"key{i}" for i in good]
+    expected = hfvlm.Embedder.from_pretrained(clip_folder).encode(image=[str(folder / f"{i:02}.png") for i in good])
+    np.testing.assert_allclose(np.array(table["image"].to_pylist()), expected, atol=1e-5)
+
+
+def test_the_commands(folder, clip_folder, tmp_path):
+    run = CliRunner().invoke
+    result = run(app, ["embed", str(folder), "-o", str(tmp_path / "out"), "-m", str(clip_folder)])
+    assert result.exit_code == 0, result.output
+    kind = KINDS[10]
+    page, grid = tmp_path / "page.html", tmp_path / "grid.png"
+    search = ["search", str(tmp_path / "out"), "--text", kind.caption(), "-k", "7"]
+    result = run(app, [*search, "--html", str(page), "--grid", str(grid)])
+    assert result.exit_code == 0, result.output
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 7
+    assert "10.png" in lines[0]
+    assert page.read_text().count("data:image/jpeg;base64") == 7
+    with Image.open(grid) as picture:
+        assert picture.size == (5 * 248, 2 * 248)
+    # a small red circle, with less of what is small and more of what is large
+    query = [f"a small {kind.colour} {kind.shape}", "small::-0.7", "large::0.7"]
+    result = run(app, ["search", str(tmp_path / "out"), *[part for text in query for part in ("--text", text)]])
+    assert result.exit_code == 0, result.output
+    result = run(
+        app, ["search", str(tmp_path / "out"), "--image", str(folder / "11.png"), "--among", "text", "-k", "1"]
+    )
+    assert "11.png" in result.output
+
+
+def test_weights_are_written_behind_colons():
+    assert weighed("a cat") == ("a cat", 1.0)
+    assert weighed("C::\\cat.png::-2") == ("C::\\cat.png", -2.0)
+    with pytest.raises(ValueError, match="'much' is no weight"):
+        weighed("cat::much")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["search", str(tmp_path), "--text", "x"])
+    assert isinstance(result.exception, FileNotFoundError)
+    assert "no folder of `hfvlm embed`" in str(result.exception)
