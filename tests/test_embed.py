@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +174,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["search", str(tmp_path), "--text", "x"])
     assert isinstance(result.exception, FileNotFoundError)
     assert "no folder of `hfvlm embed`" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
+    pytest.importorskip("ray.data", reason="comes with ray[data]")
+    script = Path(hfvlm.__file__).parent.parent / "examples" / "embed_with_ray.py"
+    options = {"--model": clip_folder, "--pictures": folder, "--output": tmp_path / "out", "--batch-size": 10}
+    command = [sys.executable, str(script), *[str(part) for pair in options.items() for part in pair]]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    rows = [row for path in (tmp_path / "out").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
+    expected, _ = read_vectors(embedded, "image")
+    vectors = {row["path"]: row["image"] for row in rows if not row["error"]}
+    assert len(rows) == 48
+    assert {Path(row["path"]).name for row in rows if row["error"]} == {"05.png", "40.png"}
+    for name, vector in zip(expected.ids, expected.vectors, strict=True):
+        np.testing.assert_allclose(vectors[name], vector, atol=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfvlm.inference.embedder import unit_rows
+from hfvlm.media.sources import import_extra
 from hfvlm.writing import new_folder
 
 BLOCK = 2**24
@@ -117,7 +118,7 @@ class Index:
 
 
 class FaissIndex(Index):
-    """Search by FAISS (`pip install faiss-cpu`).
+    """Search by FAISS (`pip install 'hfvlm[faiss]'`).
 
     Args:
         vectors, ids: as for `Index`.
@@ -128,7 +129,7 @@ class FaissIndex(Index):
     backend = "faiss"
 
     def __init__(self, vectors: Any = None, ids: Sequence[int | str] | None = None, *, factory: str = "Flat"):
-        self.faiss = import_backend("faiss", "faiss-cpu")
+        self.faiss = import_backend("faiss")
         self.factory = factory
         self.index: Any = None
         super().__init__(vectors, ids)
@@ -159,12 +160,12 @@ class FaissIndex(Index):
 
 
 class LanceIndex(Index):
-    """Search in a LanceDB table (`pip install lancedb`), which is exact until an index is made in it."""
+    """Search in a LanceDB table (`pip install 'hfvlm[lancedb]'`), which is exact until an index is made in it."""
 
     backend = "lancedb"
 
     def __init__(self, vectors: Any = None, ids: Sequence[int | str] | None = None):
-        self.lancedb = import_backend("lancedb", "lancedb")
+        self.lancedb = import_backend("lancedb")
         self.database = self.lancedb.connect("memory://")
         self.table: Any = None
         super().__init__(vectors, ids)
@@ -225,10 +226,6 @@ def load_index(folder: str | Path) -> Index:
     return index
 
 
-def import_backend(module: str, package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"This index needs {package}: `pip install 'hfvlm[{package}]'`.") from error
+def import_backend(module: str) -> Any:
+    """A library that is named as the extra which brings it."""
+    return import_extra(module, module, "This index")
