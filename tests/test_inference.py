@@ -3,7 +3,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-import hfvlm
 from hfvlm.inference.embedder import Embedder, Embeddings, combine, similarity
 from hfvlm.inference.index import BACKENDS, FaissIndex, Index, load_index
 from hfvlm.media import MediaError
@@ -78,12 +77,18 @@ def test_damaged_sources_are_told_apart(embedder, pictures):
     assert embedder.encode_readable("image", [b""])[0].shape == (0, embedder.size)
 
 
-def test_several_modalities_from_one_folder(tmp_path):
-    torch.manual_seed(0)
-    preset = hfvlm.load_preset("imagebind/tiny")
-    model = AutoModel.from_config(preset.make_config())
-    model.save_pretrained(tmp_path)
-    assert {"image", "text", "audio", "depth", "thermal", "imu"} <= set(model.modalities)
+def test_many_modalities_from_arrays_and_only_their_towers(imagebind_folder, pictures):
+    embedder = Embedder.from_pretrained(imagebind_folder, modalities=["image", "text", "audio", "depth"])
+    assert {"thermal", "imu"}.isdisjoint(embedder.model.modalities)
+    wave = np.sin(np.arange(16_000) / 10).astype(np.float32)
+    found = embedder.encode(
+        image=[pictures[0]], text=["rain"], audio=[wave, wave[:9000]], depth=[np.full((40, 50), 2.0)],
+        options={"audio": {"sampling_rate": 16_000}},
+    )  # fmt: skip
+    assert found.similarity("audio", "image").shape == (2, 1)
+    for vectors in found.values():
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert combine(found["image"], found["audio"], weights=(0.5, 0.5)).shape == (2, embedder.size)
 
 
 def test_arithmetic():

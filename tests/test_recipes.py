@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -121,8 +122,27 @@ def test_a_recipe_trains_what_it_says(name, changes, tmp_path, clip_folder, sigl
     assert moved == {key for key in before if re.fullmatch(TRAINED[name], key)}
 
 
+def test_adapters_for_a_new_pair_of_modalities(imagebind_folder, tmp_path):
+    random = np.random.RandomState(0)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        audio = [{"array": random.randn(8000).round(3).tolist(), "sampling_rate": 16_000} for _ in range(10)]
+        rows = [{"audio": sound, "depth": random.rand(16, 16).round(3).tolist()} for sound in audio]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    small = {"model": imagebind_folder, "dataset": tmp_path / "data", "output_dir": tmp_path / "out"}
+    small |= {"per_device_train_batch_size": 8, "mini_batch_size": 4, "max_steps": 2, "bf16": False, "use_cpu": True}
+    small |= {"dataloader_num_workers": 0, "warmup_steps": 0}
+    metrics = run_recipe(EXAMPLES / "recipes" / "imagebind-lora.yaml", [f"{k}={v}" for k, v in small.items()])
+    assert metrics["eval_audio_to_depth_recall@10"] == 1
+    model = AutoModel.from_pretrained(imagebind_folder, modalities=["audio", "depth"])
+    adapter = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path / "out"))
+    assert {key.split(".")[2] for key in adapter} == {"audio_model", "depth_model"}
+    assert all("lora_" in key and value.any() for key, value in adapter.items())
+
+
 def test_every_recipe_is_tried():
-    assert {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")} == {*TRAINED, "scenes"}
+    names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
+    assert names == {*TRAINED, "scenes", "imagebind-lora"}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

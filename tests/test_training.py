@@ -453,6 +453,31 @@ def test_bfloat16_and_gradient_checkpointing(tmp_path, clip_folder, processor):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_any_two_modalities(tmp_path, imagebind_folder, mini_batch_size, caplog):
+    random = np.random.RandomState(0)
+    rows = [
+        {"audio": (random.randn(16_000).astype(np.float32), 16_000), "depth": random.rand(32, 32)} for _ in range(9)
+    ]
+    rows[4]["depth"] = np.full((32, 32), np.nan)
+    model = AutoModel.from_pretrained(imagebind_folder, modalities=["audio", "depth"])
+    model = hfvlm.lora(model, "audio", quiet=True)
+    processor = AutoProcessor.from_pretrained(imagebind_folder)
+    trainer = trainer_for(
+        tmp_path, None, processor, model=model, rows=rows, evaluation=rows, per_device_train_batch_size=8,
+        mini_batch_size=mini_batch_size, num_train_epochs=2, max_steps=-1, recall_at=[1, 9],
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    changed = moved(before, weights(trainer))
+    assert changed
+    assert all(name.startswith("audio_model.") and "lora_" in name for name in changed)
+    metrics = trainer.evaluate()
+    assert metrics["eval_unreadable_rows"] == 1
+    assert metrics["eval_audio_to_depth_recall@9"] == metrics["eval_depth_to_audio_recall@9"] == 1
+    assert "Row 4 is passed over" in caplog.text
+
+
 # Several processes
 
 

@@ -87,7 +87,7 @@ class ContrastiveCollator:
             of one picture; numbers or texts. By default each row is its own.
         augment: {"image": RandomResizedCrop(224)}: what is done in training to a value of a modality, given it and a
             `numpy.random.Generator`.
-        **options: for every call of the processor, as `max_length`.
+        **options: of the tokenizer, as `max_length`.
 
     A column of texts may hold a list of captions for each row: training draws one of them, evaluation uses all.
     Values are whatever `hfvlm.media` reads: paths, bytes, arrays, PIL images, `datasets` rows.
@@ -106,13 +106,13 @@ class ContrastiveCollator:
         self.augment, self.options = dict(augment or {}), options
 
     def read(self, row: Mapping[str, Any], random: np.random.Generator | None) -> dict[str, Any]:
-        """A row of the data set -> its values by modality, decoded; a list of texts."""
+        """A row of the data set -> its values by modality: a picture, a list of texts, else the model's inputs."""
         values = {}
         for modality, column in self.columns_of(row).items():
             if column not in row:
                 raise KeyError(f"The data set has no column {column!r} for {modality}; it has {', '.join(row)}.")
-            read = READERS.get(modality, lambda value: value)
-            value = read(row[column])
+            read = READERS.get(modality)
+            value = read(row[column]) if read else self.processor.prepare(modality, [row[column]])
             if random is not None and modality == "text":
                 value = [value[int(random.integers(len(value)))]]
             if random is not None and modality in self.augment:
@@ -128,12 +128,17 @@ class ContrastiveCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows of `Rows` -> the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each, which the
         trainer takes out again."""
-        modalities = [name for name in COLUMNS if name in rows[0]]
-        values = {ARGUMENTS[name]: [row[name] for row in rows] for name in modalities}
+        values: dict[str, Any] = {}
+        if "image" in rows[0]:
+            values["images"] = [row["image"] for row in rows]
+        if "text" in rows[0]:
+            values["text"] = [text for row in rows for text in row["text"]]
+            values |= {"padding": True, "truncation": True} | self.options
+        inputs = dict(self.processor(**values, return_tensors="pt")) if values else {}
+        for modality in [name for name in COLUMNS if name in rows[0] and name not in READERS]:
+            for name in rows[0][modality]:
+                inputs[name] = torch.cat([row[modality][name] for row in rows])
         counts = [len(row.get("text", "1")) for row in rows]
-        if "text" in values:
-            values["text"] = [text for texts in values["text"] for text in texts]
-        inputs = self.processor(**values, return_tensors="pt", padding=True, truncation=True, **self.options)
         return {
             **inputs,
             "row_ids": torch.tensor([row_id(row.get("id", row["index"])) for row in rows]),
@@ -163,13 +168,3 @@ def _image(value: Any) -> Any:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": as_texts}
-# What processors call them.
-ARGUMENTS = {
-    "image": "images",
-    "video": "videos",
-    "text": "text",
-    "audio": "audio",
-    "depth": "depth",
-    "thermal": "thermal",
-    "imu": "imu",
-}

@@ -24,12 +24,14 @@ class ModelArguments:
 
     Args:
         model: a folder or a Hub id.
+        modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
         lora_recipe: as "vision+text+scale", for `hfvlm.lora`; None trains all weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
     """
 
     model: str = field(metadata={"help": "A folder or a Hub id."})
+    modalities: list[str] | None = field(default=None, metadata={"help": "The towers to load, of more than two."})
     lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale; without it all trains."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
@@ -98,7 +100,8 @@ def train_contrastive(
     picture of the run, `curve.png`; the metrics of a last evaluation."""
     set_seed(arguments.seed)  # adapters begin at random
     processor = AutoProcessor.from_pretrained(model_arguments.model)
-    model = AutoModel.from_pretrained(model_arguments.model)
+    towers = {"modalities": model_arguments.modalities} if model_arguments.modalities else {}
+    model = AutoModel.from_pretrained(model_arguments.model, **towers)
     augment = {}
     if data.crop_scale is not None:
         size = processor.image_processor.size["height"]

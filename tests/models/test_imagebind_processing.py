@@ -5,7 +5,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
-from hfvlm.conversion.imagebind import keys_for, processor_for
+from hfvlm.conversion.imagebind import keys_for
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipeline
 
@@ -21,24 +21,15 @@ from hfvlm.models.imagebind import (
     HfvlmImageBindThermalFeatureExtractor,
     HfvlmImageBindVideoFeatureExtractor,
 )
-from hfvlm.presets import load_preset
 from hfvlm.verification import samples, verify
 
 WAVE = np.random.RandomState(0).uniform(-0.5, 0.5, 16_000 * 5).astype(np.float32)
 PICTURES = np.random.RandomState(0).randint(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The tiny preset with the small CLIP's vocabulary."""
-    folder = tmp_path_factory.mktemp("imagebind")
-    preset = load_preset("imagebind/tiny")
-    config = preset.make_config()
-    torch.manual_seed(0)
-    AutoModel.from_config(config).save_pretrained(folder)
-    vocabulary = files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz"
-    processor_for(config, preset.processor, vocabulary).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def folder(imagebind_folder):
+    return imagebind_folder
 
 
 def test_a_folder_is_whole(folder):
