@@ -1,6 +1,7 @@
-"""The last step into the joint space."""
+"""The last step into the joint space, or into a language model."""
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from hfvlm.configuration import TowerConfig
@@ -18,3 +19,20 @@ def projection(config: TowerConfig, *, bias: bool = False) -> nn.Module:
     if config.projection_dim is None:
         return nn.Identity()
     return Projection(config.hidden_size, config.projection_dim, bias=bias)
+
+
+class Projector(nn.Module):
+    """A picture's features at the width of the language model: `depth` linear layers with GELU between them.
+
+    One layer is LLaVA's, two are LLaVA-1.5's; without any the features stay as they are.
+    """
+
+    def __init__(self, in_size: int, out_size: int, depth: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(out_size if i else in_size, out_size) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_size) -> (..., out_size)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(F.gelu(x) if i else x)
+        return x

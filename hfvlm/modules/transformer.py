@@ -181,7 +181,16 @@ class PostNormLayer(GradientCheckpointingLayer):
 class Stack(nn.ModuleList):
     """Layers applied one after the other; a list, so `Stack(PreNormLayer(config) for _ in range(n))`."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        for layer in self:
+    def forward(self, x: Tensor, mask: Tensor | None = None, depth: int | None = None, **kwargs: Any) -> Tensor:
+        """Through the first `depth` layers, by default through all."""
+        for layer in list(self)[:depth]:
             x = layer(x, mask, **kwargs)
         return x
+
+    def depth_of(self, index: int) -> int:
+        """How many layers make `hidden_states[index]`, whose first entry is the input of the first layer.
+
+        Raises:
+            IndexError: there are fewer layers.
+        """
+        return range(len(self) + 1)[index]

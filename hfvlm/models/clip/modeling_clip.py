@@ -71,18 +71,34 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        interpolate_pos_encoding: bool = False,
+        until: int | None = None,
+        **kwargs: Any,
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens before the last norm, class token first, and the summary.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it. With `until`,
+        the tokens are `hidden_states[until]`, and nothing is computed that comes after them: there is no summary.
         """
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        depth = None if until is None else self.layers.depth_of(until)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), depth=depth, **kwargs)
+        if until is not None:
+            return TowerOutput(last_hidden_state=x)
         pooled = self.post_norm(x[:, 0])
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def unread(self, until: int) -> list[str]:
+        """Names of the modules that `hidden_states[until]` does not depend on."""
+        depth = self.layers.depth_of(until)
+        return [*(f"layers.{i}" for i in range(depth, len(self.layers))), "post_norm", "projection"]
 
     def position_for(self, pixel_values: Tensor) -> Tensor:
         """The position table for pictures of another size."""
