@@ -30,10 +30,18 @@ from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIP
 VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
 # Sizes that the archives repeat as entries of their own.
 ARCHIVE_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+# Fields that mean the same in transformers' configurations.
+NATIVE_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "layer_norm_eps", "attention_dropout"),
+)
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
-    return "transformers" if original.get("model_type") == "clip" else "openai"
+    model_type = original.get("model_type", "")
+    if model_type.startswith("hfvlm_clip"):
+        return "hfvlm"
+    return "transformers" if model_type in ("clip", "clip_vision_model") else "openai"
 
 
 def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str] = ()) -> list[Row]:
@@ -100,18 +108,13 @@ def resnet_rows() -> list[Row]:
 
 
 def transformers_rows() -> list[Row]:
-    vision, text = "vision_model", "text_model"
+    text = "text_model"
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
+        *transformers_vision_rows("vision_model", "vision_model"),
+        Row("visual_projection.weight", "vision_model.projection.weight"),
         # Files from before transformers 4.31 store the counting numbers.
-        Row("{}.embeddings.position_ids", None, optional=True),
-        Row(f"{vision}.embeddings.patch_embedding.weight", f"{vision}.patches.projection.weight"),
-        Row(f"{vision}.embeddings.class_embedding", f"{vision}.class_token"),
-        Row(f"{vision}.embeddings.position_embedding.weight", f"{vision}.position"),
-        Row(f"{vision}.pre_layrnorm.{{}}", f"{vision}.pre_norm.{{}}"),
-        *transformers_layers(vision),
-        Row(f"{vision}.post_layernorm.{{}}", f"{vision}.post_norm.{{}}"),
-        Row("visual_projection.weight", f"{vision}.projection.weight"),
+        Row(f"{text}.embeddings.position_ids", None, optional=True),
         Row(f"{text}.embeddings.token_embedding.weight", f"{text}.embeddings.token.weight"),
         Row(f"{text}.embeddings.position_embedding.weight", f"{text}.embeddings.position"),
         *transformers_layers(text),
@@ -120,15 +123,57 @@ def transformers_rows() -> list[Row]:
     ]
 
 
-def transformers_layers(tower: str) -> list[Row]:
+def transformers_vision_rows(source: str, target: str) -> list[Row]:
+    """The vision tower without its projection."""
+    return [
+        Row(f"{source}.embeddings.position_ids", None, optional=True),
+        Row(f"{source}.embeddings.patch_embedding.weight", f"{target}.patches.projection.weight"),
+        Row(f"{source}.embeddings.class_embedding", f"{target}.class_token"),
+        Row(f"{source}.embeddings.position_embedding.weight", f"{target}.position"),
+        Row(f"{source}.pre_layrnorm.{{}}", f"{target}.pre_norm.{{}}"),
+        *transformers_layers(source, target),
+        Row(f"{source}.post_layernorm.{{}}", f"{target}.post_norm.{{}}"),
+    ]
+
+
+def transformers_layers(source: str, target: str = "") -> list[Row]:
     """The layers of transformers' CLIP, which its SigLIP shares."""
-    source, target = f"{tower}.encoder.layers.{{}}", f"{tower}.layers.{{}}"
+    source, target = f"{source}.encoder.layers.{{}}", f"{target or source}.layers.{{}}"
     return [
         Row(f"{source}.self_attn.{{}}.{{}}", f"{target}.attention.{{}}.{{}}"),
         Row(f"{source}.layer_norm1.{{}}", f"{target}.attention_norm.{{}}"),
         Row(f"{source}.mlp.{{}}.{{}}", f"{target}.mlp.{{}}.{{}}"),
         Row(f"{source}.layer_norm2.{{}}", f"{target}.mlp_norm.{{}}"),
     ]
+
+
+def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
+    """For models that read a CLIP's vision transformer: its rows without the projection, and what they leave out.
+
+    `layout` is "openai", "transformers" (CLIPModel's or CLIPVisionModel's folder) or "hfvlm".
+    """
+    if layout == "openai":
+        rows = [row for row in vision_rows("visual", "vision_model") if row.source != "visual.proj"]
+        left_out = [
+            "visual.proj",
+            "text_projection",
+            "transformer.{...}",
+            "text.{...}",
+            "ln_final.{}",
+            *ARCHIVE_ENTRIES,
+        ]
+        left_out += ["token_embedding.weight", "positional_embedding", "logit_scale"]
+    elif layout == "transformers":
+        prefix = "vision_model" if any(key.startswith("vision_model.") for key in keys) else ""
+        rows = transformers_vision_rows(prefix, "vision_model")
+        rows = [row._replace(source=row.source.removeprefix(".")) for row in rows]
+        left_out = ["visual_projection.weight", "text_projection.weight", "text_model.{...}", "logit_scale"]
+    else:
+        parts = ("patches.{...}", "class_token", "position", "pre_norm.{}", "layers.{...}", "post_norm.{}")
+        rows = [Row(f"vision_model.{part}", f"vision_model.{part}") for part in parts]
+        left_out = ["vision_model.projection.weight", "text_model.{...}", "logit_scale.{}"]
+    # The text tower, the temperature and the projections are for comparing pictures with texts.
+    return [*rows, *(Row(name, None, optional=True) for name in left_out)]
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
@@ -211,21 +256,22 @@ def _from_transformers(original: Mapping[str, Any]) -> HfvlmCLIPConfig:
     from transformers import CLIPConfig
 
     native: Any = CLIPConfig(**original)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared = (*sizes, "hidden_act", "layer_norm_eps", "attention_dropout")
-    vision, text = native.vision_config, native.text_config
+    text = native.text_config
     return HfvlmCLIPConfig(
-        vision_config=HfvlmCLIPVisionConfig(
-            projection_dim=native.projection_dim,
-            **{name: getattr(vision, name) for name in (*shared, "image_size", "patch_size", "num_channels")},
-        ),
+        vision_config=vision_config_of(native.vision_config, native.projection_dim),
         text_config=HfvlmCLIPTextConfig(
             projection_dim=native.projection_dim,
-            **{name: getattr(text, name) for name in (*shared, "vocab_size", "max_position_embeddings")},
+            **{name: getattr(text, name) for name in (*NATIVE_SIZES, "vocab_size", "max_position_embeddings")},
             **special_tokens(text.vocab_size) | _native_tokens(text),
         ),
         logit_scale_init_value=native.logit_scale_init_value,
     )
+
+
+def vision_config_of(native: Any, projection_dim: int | None = None) -> HfvlmCLIPVisionConfig:
+    """Of transformers' CLIPVisionConfig; without a projection the tower is one that other models read."""
+    sizes = {name: getattr(native, name) for name in (*NATIVE_SIZES, "image_size", "patch_size", "num_channels")}
+    return HfvlmCLIPVisionConfig(projection_dim=projection_dim, **sizes)
 
 
 def _native_tokens(text: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from transformers.utils import logging
 import hfvlm
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
 from hfvlm.hub import write_card
-from hfvlm.key_table import KeyTableError, convert_keys, fit, restore_keys
+from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architectures
@@ -30,6 +30,15 @@ logger = logging.get_logger(__name__)
 NO_VOCABULARY = "none"
 # What authors and libraries call the configuration that lies beside the weights.
 ORIGINAL_CONFIGS = ("open_clip_config.json", "config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the files that a model is made of, and the settings that lie beside it."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ def convert(
     preset: str,
     output: str | Path,
     *,
+    parts: Mapping[str, str | Path] | None = None,
     original: Mapping[str, Any] | None = None,
     vocabulary: str | Path | None = None,
     dtype: str | None = None,
@@ -60,6 +70,8 @@ def convert(
         preset: a preset's name (`hfvlm.list_presets()`); or an architecture's, for a checkpoint without preset, whose
             own configuration then lies beside the weights or is given as `original`.
         output: the new folder; it is written beside and moved into place.
+        parts: the other files or folders that the model is made of, by their names in the architecture: "base", the
+            language model that an adapter, a projector or a difference was trained on, and "vision", its vision tower.
         original: the checkpoint's own configuration, in its authors' names.
         vocabulary: the tokenizer's original file, where it is not beside the source; "none" leaves the tokenizer out.
         dtype: store floating-point weights as "float32", "float16" or "bfloat16"; by default as they are.
@@ -76,18 +88,61 @@ def convert(
     """
     source = Path(source)
     with new_folder(output, overwrite=overwrite) as folder:
-        checkpoint = read_checkpoint(source)
-        plan = make_plan(source, preset, checkpoint, original)
+        sources = read_sources(source, preset, parts or {})
+        plan = make_plan(source, preset, sources, original)
         model = empty_model(plan.config)
-        tensors = cast(translate(source, checkpoint, plan, model), model, dtype)
+        tensors = cast(translate(plan, sources, model), model, dtype)
         write_model(folder, tensors, model)
-        write_processor(folder, source, plan, vocabulary)
-        write_record(folder, source, plan, checkpoint, tensors)
+        write_processor(folder, [source, *map(Path, (parts or {}).values())], plan, vocabulary)
+        write_record(folder, source, plan, sources, len(tensors))
         write_card(folder, plan.preset, name=Path(output).name)
     return Path(output)
 
 
-def make_plan(source: Path, name: str, checkpoint: Checkpoint, original: Mapping[str, Any] | None = None) -> Plan:
+def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> dict[str, Source]:
+    """The released file as "main", what else its release holds, and the `parts`.
+
+    Raises:
+        ValueError: the architecture has no such part.
+    """
+    architecture = name if name in architectures() else load_preset(name).architecture
+    module = conversion_module(architecture)
+    known = getattr(module, "PARTS", {})
+    if unknown := sorted(set(parts) - set(known)):
+        has = "; ".join(f"{part}: {what}" for part, what in known.items()) or "it is one file"
+        raise ValueError(f"{architecture} has no part {', '.join(unknown)} ({has}).")
+    roles = getattr(module, "FILES", {}).get(released_layout(source, name), {})
+    paths = {role: _beside(source, names) for role, names in roles.items()}
+    if source.is_file() and not any(source.name in names for names in roles.values()):
+        paths["main"] = source
+    missing = [" or ".join(roles[role]) for role, path in paths.items() if path is None]
+    if missing:
+        raise FileNotFoundError(f"{source}: the release of {name} also has {', '.join(missing)}, which is not there.")
+    found = {"main": source} | {role: path for role, path in paths.items() if path} | dict(parts)
+    return {role: read_source(Path(path)) for role, path in found.items()}
+
+
+def read_source(path: Path) -> Source:
+    """A file or folder with the configuration beside it."""
+    if path.is_dir():
+        path = weights_in(path)
+    names = ("adapter_config.json",) if path.name.startswith("adapter_model.") else ORIGINAL_CONFIGS
+    return Source(path, read_checkpoint(path).tensors, _json_beside(path, names))
+
+
+def released_layout(source: Path, name: str) -> str | None:
+    """The preset's; for an architecture's name, the one whose files are there. None: it is in the configuration."""
+    if name not in architectures():
+        return load_preset(name).source.get("layout")
+    for layout, roles in getattr(conversion_module(name), "FILES", {}).items():
+        if source.name in roles["main"] or (source.is_dir() and all(_beside(source, n) for n in roles.values())):
+            return layout
+    return None
+
+
+def make_plan(
+    source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None = None
+) -> Plan:
     """What the preset says; or, for an architecture's name, what the checkpoint's own configuration says."""
     if name not in architectures():
         preset = load_preset(name)
@@ -97,18 +152,23 @@ def make_plan(source: Path, name: str, checkpoint: Checkpoint, original: Mapping
         config.licence = preset.licence["id"]
         return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
     module = conversion_module(name)
-    original = original or _json_beside(source, ORIGINAL_CONFIGS)
+    main = sources["main"]
+    original = dict(original or main.settings or _json_beside(source, ORIGINAL_CONFIGS))
+    for role in getattr(module, "PARTS", {}):
+        if role in sources:
+            original[f"{role}_config"] = sources[role].settings
     preprocessing = _json_beside(source, ("preprocessor_config.json", "processor_config.json"))
     try:
-        config = module.config_from_original(original, checkpoint.tensors)
+        config = module.config_from_original(original, main.tensors)
     except KeyError as error:
         raise CheckpointError(
             f"{source}: not a checkpoint of {name}, or its own configuration ({' or '.join(ORIGINAL_CONFIGS)}) is not "
-            f"beside it: no {error.args[0]!r}. {_likely(checkpoint)}"
+            f"beside it: no {error.args[0]!r}. {_likely(main)}"
         ) from error
     config.licence = UNKNOWN
     settings = module.settings_from_original(original, preprocessing)
-    return Plan(Preset(name=name, architecture=name), module, config, module.layout_of(original), settings)
+    layout = released_layout(source, name) or module.layout_of(original)
+    return Plan(Preset(name=name, architecture=name), module, config, layout, settings)
 
 
 def conversion_module(architecture: str) -> ModuleType:
@@ -121,14 +181,23 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
-def translate(source: Path, checkpoint: Checkpoint, plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The checkpoint's tensors under the model's names, every key accounted for."""
-    rows = plan.module.keys_for(plan.config, plan.layout, checkpoint.tensors)
+def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of all sources under the model's names, every key accounted for."""
     try:
-        return convert_keys(checkpoint.tensors, rows, model.state_dict())
+        parts = convert_tables(tables_for(plan, sources), model.state_dict())
     except KeyTableError as error:
-        error.context = f"{source} is not what {plan.preset.name} ({plan.layout}) expects. {_likely(checkpoint)} "
+        main = sources["main"]
+        error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {_likely(main)} "
         raise
+    return {key: tensor for part in parts for key, tensor in part.items()}
+
+
+def tables_for(plan: Plan, sources: Mapping[str, Source]) -> list[Table]:
+    """One table a source; an architecture of several files combines them itself."""
+    if hasattr(plan.module, "tables_for"):
+        return plan.module.tables_for(plan.config, plan.layout, sources)
+    tensors = sources["main"].tensors
+    return [Table(tensors, plan.module.keys_for(plan.config, plan.layout, tensors))]
 
 
 def cast(tensors: dict[str, Tensor], model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
@@ -159,28 +228,28 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedMo
     model.config.save_pretrained(folder)
 
 
-def write_processor(folder: Path, source: Path, plan: Plan, vocabulary: str | Path | None) -> None:
+def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
     """The processor's files; without a vocabulary, the image processor's alone."""
     if vocabulary == NO_VOCABULARY:
         plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
-    path = Path(vocabulary) if vocabulary else _beside(source, plan.module.VOCABULARIES)
+    beside = (_beside(source, plan.module.VOCABULARIES) for source in sources)
+    path = Path(vocabulary) if vocabulary else next((found for found in beside if found), None)
     if path is None or not path.exists():
         wanted = plan.preset.source.get("vocabulary", {})
         where = f" It is at {wanted['url']}." if "url" in wanted else ""
         names = " or ".join(plan.module.VOCABULARIES)
         raise FileNotFoundError(
-            f"{path or source}: the tokenizer's vocabulary ({names}) is not there.{where} "
+            f"{path or sources[0]}: the tokenizer's vocabulary ({names}) is not there.{where} "
             "Put it beside the source, pass its path as `vocabulary`, or pass 'none' to convert without a tokenizer."
         )
     plan.module.processor_for(plan.config, plan.settings, path).save_pretrained(folder)
 
 
-def write_record(
-    folder: Path, source: Path, plan: Plan, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]
-) -> None:
+def write_record(folder: Path, source: Path, plan: Plan, sources: Mapping[str, Source], written: int) -> None:
     """conversion.json: what was made from what."""
-    digest, published = sha256_of(source), plan.preset.source.get("sha256")
+    main = sources["main"].path
+    digest, published = sha256_of(main), plan.preset.source.get("sha256")
     if published and published != digest:
         logger.warning(f"{source}: its sha256 is not the one published for {plan.preset.name}.")
     record = {
@@ -188,15 +257,21 @@ def write_record(
         "preset": plan.preset.name,
         "layout": plan.layout,
         "hfvlm": hfvlm.__version__,
-        "keys": {"read": len(checkpoint.tensors), "written": len(tensors)},
+        "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": written},
     }
+    others = {role: part.path for role, part in sources.items() if role != "main"}
+    if others:
+        record["parts"] = {
+            role: {"name": f"{path.parent.name}/{path.name}", "sha256": sha256_of(path)}
+            for role, path in others.items()
+        }
     (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def sha256_of(source: Path) -> str:
     """Of the weights file; of an index, where a folder holds shards."""
     digest = hashlib.sha256()
-    with (weights_in(source) if source.is_dir() else source).open("rb") as file:
+    with source.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -224,6 +299,8 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         native = module.config_to_transformers(config)
         rows = module.keys_for(config, "transformers")
         tensors = restore_keys(read_checkpoint(folder).tensors, rows)
+        if hasattr(module, "tensors_to_transformers"):
+            tensors = module.tensors_to_transformers(tensors, native)
         native.dtype = config.dtype
         save_file(
             {k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
@@ -233,7 +310,7 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
     return Path(output)
 
 
-def _likely(checkpoint: Checkpoint) -> str:
+def _likely(checkpoint: Checkpoint | Source) -> str:
     """Which tables know the keys of a file, for the message about one that does not fit."""
     tables: dict[tuple[str, ...], float] = {}
     for name in list_presets():

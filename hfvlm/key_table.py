@@ -86,6 +86,15 @@ def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
+@dataclass(frozen=True)
+class Table:
+    """One file's tensors and the rows that name where each goes; `name` tells the parts of a composed model apart."""
+
+    tensors: Mapping[str, Tensor]
+    rows: Iterable[tuple[Any, ...]]
+    name: str = ""
+
+
 def convert_keys(
     tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -100,24 +109,40 @@ def convert_keys(
         KeyTableError: unless every key meets exactly one row, every row meets a key, every parameter is filled, and
             all shapes fit.
     """
-    table = [Row(*row) for row in rows]
-    patterns = [_pattern(row.source) for row in table]
-    unused, error = set(range(len(table))), KeyTableError()
+    return convert_tables([Table(tensors, rows)], expected)[0]
+
+
+def convert_tables(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """As `convert_keys`, for a model that is made of several files: what each of them contributes."""
+    error = KeyTableError()
+    parts = [_convert(table, error) for table in tables]
+    # Batch norms count their batches; not every framework stores the count, and nothing reads it.
+    counts = {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        error.ambiguous += [f"{key}, from several files" for key in part if key in whole]
+        whole |= part
+    _compare(counts | whole, expected, error)
+    if error:
+        raise error
+    return [counts | parts[0], *parts[1:]]
+
+
+def _convert(table: Table, error: KeyTableError) -> dict[str, Tensor]:
+    rows = [Row(*row) for row in table.rows]
+    patterns = [_pattern(row.source) for row in rows]
+    prefix = f"{table.name}: " if table.name else ""
+    unused = set(range(len(rows)))
     converted: dict[str, Tensor] = {}
-    for key in tensors:
+    for key in table.tensors:
         hits = [(i, match) for i, pattern in enumerate(patterns) if (match := pattern.fullmatch(key))]
         unused -= {i for i, _ in hits}
         if len(hits) != 1:
-            (error.ambiguous if hits else error.unknown).append(key)
+            (error.ambiguous if hits else error.unknown).append(prefix + key)
             continue
         (i, match) = hits[0]
-        converted |= _targets(table[i], match.groups(), tensors[key], error)
-    error.unused = [table[i].source for i in sorted(unused) if not table[i].optional]
-    # Batch norms count their batches; not every framework stores the count, and nothing reads it.
-    converted = {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")} | converted
-    _compare(converted, expected, error)
-    if error:
-        raise error
+        converted |= _targets(rows[i], match.groups(), table.tensors[key], error)
+    error.unused += [prefix + rows[i].source for i in sorted(unused) if not rows[i].optional]
     return converted
 
 

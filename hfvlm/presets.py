@@ -20,7 +20,8 @@ class Preset:
         architecture: the folder's name, "clip".
         config: the configuration's fields that differ from its defaults.
         processor: settings of the processor's parts that differ from theirs.
-        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer.
+        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer, and
+            `parts`, what else the model is made of.
         licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
         parameters: of the whole model.
         notes: what a user should know.

@@ -153,7 +153,8 @@ def read_key_list(path: Path) -> dict[str, Tensor]:
 def notes_of(path: Path) -> dict[str, Any]:
     """What is known of a released file, from the list beside its folder."""
     notes = json.loads((path.parent.parent / "full-notes.json").read_text())
-    return notes[path.name.removesuffix(".gz").removesuffix(".json")]
+    name = path.name.removesuffix(".gz")
+    return notes.get(name) or notes[name.removesuffix(".json")]
 
 
 class Recorder:
