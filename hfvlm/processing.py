@@ -1,6 +1,6 @@
 """Base classes of the processors: what models are fed is made here, equal to what the originals make."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from hfvlm.media.resizing import contain, cover, squash, squash_sampled
 from hfvlm.media.sources import parallel
 
 RESIZE_MODES = ("shortest", "longest", "squash")
+# The label that no loss is computed of.
+IGNORE = -100
 # Options of transformers' own image processors that its pipelines pass to every one.
 FOREIGN_OPTIONS = {
     "device",
@@ -374,3 +376,147 @@ class MultiEncoderProcessor(HfvlmProcessor):
                 modality = name.removesuffix("s") if name in ("images", "videos") else name
                 data |= self.prepare(modality, sources, return_tensors, **shared | options[name])
         return BatchFeature(data)
+
+
+class ImageTextProcessor(HfvlmProcessor):
+    """Texts with pictures in them, for models built on `hfvlm.image_text.ImageTextModel`.
+
+    In a text, `image_token` stands for a picture, and becomes as many placeholders as the picture has tokens. The
+    texts between pictures are encoded one by one, as the originals do. A subclass says in `count_tokens` how many
+    tokens pictures have.
+    """
+
+    image_token = "<image>"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts that end an answer beside the end token."""
+        return []
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Placeholders of pictures of these heights and widths in pixels."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        return_tensors: str | None = "pt",
+        *,
+        max_length: int | None = None,
+        truncation: bool | str = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Texts and their pictures -> the model's inputs, padded where there are several.
+
+        Args:
+            images: one picture, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
+            text: one text or a list, with `image_token` where each picture is.
+            return_tensors: "pt", "np", or None for lists.
+            max_length: tokens of the longest row.
+            truncation: cut longer rows, never in a picture. "pictures" drops those that do not fit, and what follows
+                them; True refuses.
+            **kwargs: of the image processor; and `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer.
+
+        Raises:
+            ValueError: texts and pictures do not fit each other, or a row does not fit `max_length`.
+        """
+        if text is None:
+            raise ValueError(f"{type(self).__name__} needs text; a picture alone is asked with {self.image_token!r}.")
+        texts = [text] if isinstance(text, str) else list(text)
+        for_images = {*self.image_processor.SETTINGS, *FOREIGN_OPTIONS, "allow_urls"}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in for_images}
+        special = kwargs.pop("add_special_tokens", True)
+        rows = [self.encode(item, add_special_tokens=special) for item in texts]
+        pictures = self.pictures_of(rows, images, allow_urls=options.pop("allow_urls", False))
+        expanded, kept = [], []
+        for i, (row, own) in enumerate(zip(rows, pictures, strict=True)):
+            counts = self.count_tokens([(picture.height, picture.width) for picture in own])
+            whole = self.expand(row, counts)
+            if truncation and max_length:
+                whole, counts = self.cut(whole, counts, max_length, drop=truncation == "pictures", name=f"text {i}")
+            expanded.append(whole)
+            kept += own[: len(counts)]
+        padding = kwargs.pop("padding", len(expanded) > 1)
+        padded = {name: kwargs.pop(name) for name in ("padding_side", "pad_to_multiple_of") if name in kwargs}
+        if unknown := sorted(set(kwargs) - {"videos", "audio", "return_mm_token_type_ids", "sanitize_control_tokens"}):
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}.")
+        limit = max_length if padding == "max_length" else None
+        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
+        if kept:
+            data |= self.image_processor(kept, return_tensors=return_tensors, **options)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A text to ids, with one `image_token_id` for each picture."""
+        first, *others = text.split(self.image_token)
+        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+        for piece in others:
+            ids += [self.image_token_id, *self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        return ids
+
+    def expand(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Ids with `counts` placeholders for each picture."""
+        remaining = iter(counts)
+        return [same for item in row for same in [item] * (next(remaining) if item == self.image_token_id else 1)]
+
+    def cut(
+        self, row: list[int], counts: list[int], length: int, *, drop: bool, name: str
+    ) -> tuple[list[int], list[int]]:
+        """The first `length` ids of an expanded row, without a picture that is not whole, and its pictures' counts."""
+        if len(row) <= length:
+            return row, counts
+        ends, place, kept = [], 0, 0
+        for count in counts:
+            place = row.index(self.image_token_id, place) + count
+            ends.append(place)
+        kept = sum(end <= length for end in ends)
+        if kept < len(counts) and not drop:
+            raise ValueError(
+                f"{name} has {len(row)} tokens with its pictures, of {counts} tokens, and max_length {length} leaves "
+                f"room for {kept} of them: raise max_length, or pass truncation='pictures' to drop the others."
+            )
+        start = ends[kept] - counts[kept] if kept < len(counts) else length
+        return row[: min(start, length)], counts[:kept]
+
+    def pictures_of(self, rows: Sequence[Sequence[int]], images: Any, *, allow_urls: Any = False) -> list[list[Any]]:
+        """The pictures of each row, read; as many as it has places for them."""
+        wanted = [sum(item == self.image_token_id for item in row) for row in rows]
+        if images is None:
+            groups: list[Any] = [[] for _ in rows]
+        elif isinstance(images, list | tuple) and images and all(isinstance(own, list | tuple) for own in images):
+            groups = [list(own) for own in images]
+        else:
+            remaining = iter(read_images(images, allow_urls=allow_urls))
+            groups = [[picture for _, picture in zip(range(count), remaining, strict=False)] for count in wanted]
+            groups[-1] += list(remaining)
+        given = [len(own) for own in groups]
+        if given != wanted:
+            raise ValueError(
+                f"The texts have places ({self.image_token!r}) for {wanted} pictures, but {given} were given. Each "
+                "picture has one place in the text; a chat template writes it for each {'type': 'image'}."
+            )
+        read = iter(
+            read_images([picture for own in groups for picture in own], allow_urls=allow_urls) if images else ()
+        )
+        return [[next(read) for _ in own] for own in groups]
+
+    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Messages -> ids and labels, each with one `image_token_id` for each picture. Answers are trained on, with
+        what ends them; -100 elsewhere."""
+        messages = [dict(message) for message in messages]
+        ids = self.encode(self.apply_chat_template(messages))
+        labels = [IGNORE] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.encode(self.apply_chat_template(messages[:i], add_generation_prompt=True))
+                through = self.encode(self.apply_chat_template(messages[: i + 1]))
+                labels[len(before) : len(through)] = ids[len(before) : len(through)]
+        return ids, labels

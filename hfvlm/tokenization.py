@@ -4,7 +4,7 @@ import gzip
 import html
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +247,72 @@ def _piece_pairs(proto: Any) -> Tokenizer:
     engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return engine
+
+
+class PieceTokenizer(HfvlmTokenizer):
+    """What transformers' slow LlamaTokenizer made of a sentencepiece model, which LLaMA's descendants were trained on.
+
+    Args:
+        legacy: every text begins with a space, and so does what follows a special token; False, as since Vicuna v1.5,
+            writes the first of these alone.
+        add_bos_token: a text begins with the start token.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, *args: Any, legacy: bool = True, add_bos_token: bool = True, **kwargs: Any):
+        self.legacy = legacy
+        super().__init__(*args, legacy=legacy, add_bos_token=add_bos_token, **{"padding_side": "left"} | kwargs)
+
+    def __call__(
+        self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
+    ) -> Any:
+        """As every tokenizer: nothing is padded or cut unless asked for."""
+        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        path: str | Path,
+        *,
+        legacy: bool = True,
+        add_bos_token: bool = True,
+        added: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """From a sentencepiece `.model`, or a tokenizer.json as it is; `added` tokens get the next ids.
+
+        Raises:
+            ImportError: sentencepiece or protobuf is not installed.
+            ValueError: the file is not such a model.
+        """
+        path = Path(path)
+        engine = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path)
+        names = [str(engine.id_to_token(i)) for i in range(3)]
+        tokens = dict(zip(("unk_token", "bos_token", "eos_token"), names, strict=True)) | {"pad_token": names[0]}
+        if path.suffix != ".json":
+            engine.add_special_tokens([AddedToken(names[0], normalized=False)])
+            if not legacy:
+                engine.normalizer = normalizers.Replace(" ", SPACE)
+            decoding = [
+                decoders.Replace(SPACE, " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+            engine.decoder = decoders.Sequence(decoding)
+        tokens |= {name: value for name, value in kwargs.items() if name.endswith("_token")}
+        engine.post_processor = template(engine, tokens["bos_token"] if add_bos_token else "", "")
+        engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+        return cls(tokenizer_object=engine, legacy=legacy, add_bos_token=add_bos_token, **tokens | kwargs)
+
+    def _cleaned(self, text: Any) -> Any:
+        text = super()._cleaned(text)
+        if self.legacy or text is None:
+            return text
+        return self._spaced(text) if isinstance(text, str) else [self._spaced(item) for item in text]
+
+    def _spaced(self, text: str) -> str:
+        """With the space that a text begins with, unless it begins with a special token."""
+        return text if not text or text.startswith(tuple(self.added_tokens_encoder)) else f" {text}"
