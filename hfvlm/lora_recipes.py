@@ -9,12 +9,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfvlm.modules.projection import Projection
+from hfvlm.modules.projection import Projection, Projector
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.registry import architectures
 
 # Parts that a recipe trains in full, by the class of their modules.
-WHOLE_PARTS: dict[str, type[nn.Module]] = {"projection": Projection, "scale": LogitScale}
+WHOLE_PARTS: dict[str, tuple[type[nn.Module], ...]] = {"projection": (Projection, Projector), "scale": (LogitScale,)}
 
 
 def lora(
@@ -32,13 +32,13 @@ def lora(
 
     Args:
         model: of any architecture of hfvlm.
-        recipe: parts joined by "+": the towers whose attention is adapted ("vision", "text", "audio", ...), and
+        recipe: parts joined by "+": the towers that are adapted ("vision", "text", "audio", "language", ...), and
             "projection" and "scale" for the projections and the temperature, which are trained in full. By default all
-            towers.
+            towers; of a model that answers about pictures, "language+projection".
         r: rank of the adapters.
         alpha: numerator of their scale `alpha / r`; by default twice the rank.
         dropout: on the adapters' inputs.
-        layers: names of the linear layers; by default the architecture's, queries and values.
+        layers: names of the linear layers; by default the architecture's.
         quiet: print nothing.
         **options: of `peft.LoraConfig`.
 
@@ -84,7 +84,9 @@ def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[
     if not chosen:
         raise ValueError(f"Recipe {recipe!r} adapts no tower; name at least one of {', '.join(known)}.")
     prefixes = "|".join(re.escape(f"{known[part]}.") if known[part] else "" for part in chosen)
-    return rf"({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
+    # An adapter of a layer that no output depends on would never learn.
+    unread = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unread_modules", ()))
+    return rf"{unread}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
 
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:
@@ -94,6 +96,7 @@ def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | Non
 
 def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
     known = [*towers(model), *(part for part in WHOLE_PARTS if _instances(model, part))]
+    recipe = recipe or getattr(model, "lora_recipe", None)
     parts = recipe.split("+") if recipe else list(towers(model))
     unknown = [part for part in parts if part not in known]
     if unknown:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from hfvlm.processing import ImageTextProcessor
+
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")
 
@@ -37,6 +39,8 @@ def verify(folder: str | Path) -> list[Check]:
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]
     processor = AutoProcessor.from_pretrained(folder)
+    if isinstance(processor, ImageTextProcessor):
+        return [*checks, *answering_checks(folder, model.eval(), processor)]
     modalities = [modality for modality in model.modalities if modality in processor.modalities]
     inputs = sample_inputs(processor, modalities)
     with torch.no_grad():
@@ -83,11 +87,13 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
     return {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
 
 
-def with_attention(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_attention(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], read: Callable[..., dict[str, Tensor]] = outputs_of
+) -> dict[str, Tensor]:
     before = model.config._attn_implementation
     model.set_attn_implementation("eager" if before != "eager" else "sdpa")
     try:
-        return outputs_of(model, inputs)
+        return read(model, inputs)
     finally:
         model.set_attn_implementation(before)
 
@@ -133,6 +139,48 @@ def processor_check(processor: Any, modalities: Iterable[str], inputs: Mapping[s
         again = sample_inputs(AutoProcessor.from_pretrained(temporary), modalities)
     same = again.keys() == inputs.keys() and all(torch.equal(again[name], inputs[name]) for name in inputs)
     return Check("the processor survives a round trip", same, "equal" if same else "its inputs differ")
+
+
+@torch.no_grad()
+def answering_checks(folder: Path, model: Any, processor: ImageTextProcessor) -> list[Check]:
+    """The same of a model that answers about pictures."""
+    inputs = questions(processor, slice(None))
+    expected = logits_of(model, inputs)
+    rows = [questions(processor, slice(i, i + 1)) for i in range(len(TEXTS))]
+    checks = [
+        compare("eager attention equals sdpa", lambda: with_attention(model, inputs, logits_of), expected),
+        compare(
+            "a batch equals its rows",
+            lambda: {"logits": torch.cat([logits_of(model, row)["logits"] for row in rows])},
+            expected,
+        ),
+        compare("saving and loading changes nothing", lambda: logits_of(saved_and_loaded(model), inputs), expected),
+    ]
+    inside = model.vision_model
+    model.vision_model = type(inside).from_pretrained(folder, dtype=torch.float32).eval()
+    checks.append(compare("vision_model alone equals the one inside", lambda: logits_of(model, inputs), expected))
+    model.vision_model = inside
+    changed = logits_of(model, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+    difference = relative(changed["logits"], expected["logits"])
+    detail = f"differs by {difference:.1%}"
+    checks.append(Check("another picture gives another answer", difference > 1e-3, detail, difference))
+    with tempfile.TemporaryDirectory() as temporary:
+        processor.save_pretrained(temporary)
+        again = questions(AutoProcessor.from_pretrained(temporary), slice(None))
+    same = again.keys() == inputs.keys() and all(torch.equal(again[name], inputs[name]) for name in inputs)
+    checks.append(Check("the processor survives a round trip", same, "equal" if same else "its inputs differ"))
+    return checks
+
+
+def questions(processor: ImageTextProcessor, rows: slice) -> dict[str, Tensor]:
+    """Two texts with a picture of noise each, or one of them."""
+    texts = [f"{processor.image_token}\n{text}" for text in TEXTS]
+    return dict(processor(images=samples("image")[rows], text=texts[rows]))
+
+
+def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tokens that are no padding."""
+    return {"logits": model(**inputs).logits[inputs["attention_mask"].bool()]}
 
 
 def compare(name: str, actual: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]) -> Check:

@@ -1,0 +1,272 @@
+"""Language models that read pictures: the base of LLaVA and its relatives."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from hfvlm.modeling import HfvlmPreTrainedModel
+
+Features = BaseModelOutputWithPooling
+
+
+class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
+    """A language model in whose input the features of pictures take the places of placeholder tokens.
+
+    A subclass builds its towers and `language_model`, one of transformers', and says in `get_image_features` (and
+    `get_video_features`) what becomes of its pictures: an output whose `pooler_output` is a list with one `(tokens,
+    hidden_size)` tensor a picture, in the order of the batch. The placeholders are `config.image_token_id` (and
+    `config.video_token_id`), repeated as often as a picture has tokens. They need no row in the embedding table.
+    """
+
+    base_model_prefix = "image_text"
+    input_modalities = ["image", "text"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
+    media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
+    # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
+    full_precision_modules = ("vision_model", "projector", "lm_head")
+    lora_recipe = "language+projection"
+
+    language_model: Any
+
+    @property
+    def unread_modules(self) -> list[str]:
+        """Names of the modules whose weights no output depends on; they are frozen, and LoRA leaves them out."""
+        return []
+
+    def freeze_unread(self) -> None:
+        """Data-parallel training waits for the gradient of every parameter that asks for one."""
+        for name in self.unread_modules:
+            self.get_submodule(name).requires_grad_(False)  # noqa: FBT003
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers'. In 4 or 8 bits, the vision tower, the projector and the output layer keep their precision
+        unless `quantization_config` says otherwise in `llm_int8_skip_modules`."""
+        if getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
+            quantization_config.llm_int8_skip_modules = list(cls.full_precision_modules)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return super().from_pretrained(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(  # noqa: PLR0913 (the host reads these names: Trainer, generate and the pipelines)
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Features] | None = None,
+        past_key_values: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Texts with pictures in them -> the logits of each next token.
+
+        Args:
+            input_ids: `(B, N)`, with a placeholder for each token of each picture.
+            pixel_values: all pictures of the batch, in the order of their placeholders; see `get_image_features`.
+            attention_mask: `(B, N)`, 0 where a row is padded.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
+            labels: `(B, N)`; the loss leaves out -100.
+            image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
+            pixel_values_videos: likewise, of videos.
+            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
+            past_key_values: of what stands before `input_ids`.
+            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
+            **kwargs: of the language model.
+
+        Raises:
+            ValueError: the pictures do not fit their placeholders; the message says how.
+        """
+        media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
+        return self.language_model(
+            inputs_embeds=self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs)),
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output layer; trainers ask it for the hidden states that a loss is computed from."""
+        return _Backbone(self)
+
+    def merged(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, features: Mapping[str, Features]
+    ) -> Tensor:
+        """What the language model reads: tokens' embeddings with pictures among them, or those that are given."""
+        if inputs_embeds is None:
+            return self.embed(input_ids, features)
+        if features or input_ids is not None:
+            raise ValueError("inputs_embeds have their pictures merged already: give either them or input_ids.")
+        return inputs_embeds
+
+    def encode_media(
+        self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
+    ) -> dict[str, Features]:
+        """Inputs by their names -> features by modality, beside those that are `given`."""
+        features = dict(given or {})
+        for modality, names in self.media_inputs.items():
+            inputs = {name: media[name] for name in names if media.get(name) is not None}
+            if names[0] not in inputs:
+                continue
+            if modality in features:
+                raise ValueError(f"{names[0]} and mm_encoder_outputs[{modality!r}] are the same pictures: give one.")
+            features[modality] = getattr(self, f"get_{modality}_features")(**inputs)
+        return features
+
+    def embed(self, input_ids: Tensor | None, features: Mapping[str, Features]) -> Tensor:
+        """`(B, N)` token ids and features by modality -> `(B, N, D)`, what the language model reads."""
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids or inputs_embeds.")
+        places = {name: input_ids == getattr(self.config, f"{name}_token_id") for name in self.media_inputs}
+        text = input_ids
+        for place in places.values():
+            text = text.masked_fill(place, 0)  # placeholders may lie outside the embedding table
+        embeds = self.get_input_embeddings()(text)
+        for name, place in places.items():
+            # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
+            if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+                self.check_places(name, place, features.get(name))
+            if name in features:
+                rows = torch.cat(each(features[name])).to(embeds)
+                embeds = embeds.masked_scatter(place.unsqueeze(-1), rows)
+        return embeds
+
+    def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
+        """As many placeholders as features, or an error that names both."""
+        counts = [] if features is None else [len(rows) for rows in each(features)]
+        if (found := int(place.sum())) == sum(counts):
+            return
+        token = f"{modality}_token_id {getattr(self.config, f'{modality}_token_id')}"
+        given = f"the {modality}s make {sum(counts)} ({_some(counts)})" if counts else f"no {modality} was given"
+        raise ValueError(
+            f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
+            f"each of its tokens, as {type(self).__name__}'s processor writes them; it must agree with "
+            f"{self.token_count_fields()}."
+        )
+
+    def token_count_fields(self) -> str:
+        """The fields of the configuration that decide how many tokens a picture has, with their values."""
+        vision = self.config.vision_config
+        return ", ".join(f"vision_config.{name} {getattr(vision, name)}" for name in ("image_size", "patch_size"))
+
+    # Generation: transformers' own, with pictures encoded once and placeholders kept apart from the vocabulary.
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Each picture is encoded once, whatever the number of steps, beams and sequences."""
+        names = [name for names in self.media_inputs.values() for name in names]
+        media = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
+            kwargs["mm_encoder_outputs"] = features
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Features go with the prompt alone; without a cache every step reads the prompt again."""
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,  # noqa: FBT001, FBT002 (the host's signature)
+        input_ids: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """A row's pictures are repeated with the row."""
+        features = kwargs.pop("mm_encoder_outputs", None)
+        expanded, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if features and expand_size == 1:
+            kwargs["mm_encoder_outputs"] = features
+        elif features:
+            kwargs["mm_encoder_outputs"] = {
+                name: Features(pooler_output=self._repeat_by_row(name, output, input_ids, expand_size))  # type: ignore[arg-type]
+                for name, output in features.items()
+            }
+        return expanded, kwargs
+
+    def _repeat_by_row(self, modality: str, features: Features, input_ids: Any, times: int) -> list[Tensor]:
+        remaining = iter(each(features))
+        repeated: list[Tensor] = []
+        for count in (input_ids == getattr(self.config, f"{modality}_token_id")).sum(dim=1).tolist():
+            row: list[Tensor] = []
+            while sum(map(len, row)) < count:
+                row.append(next(remaining))
+            repeated += row * times
+        return repeated
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return _WithinVocabulary(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
+
+
+class _Backbone:
+    """Stands for the model without its output layer where the host looks for one; the modules are the model's."""
+
+    def __init__(self, model: ImageTextModel):
+        self.model = model
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Features] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's forward, to the last hidden states."""
+        names = [name for names in self.model.media_inputs.values() for name in names]
+        features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
+        merged = self.model.merged(input_ids, inputs_embeds, features)
+        return self.model.language_model.base_model(inputs_embeds=merged, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # `get_encoder` and `get_decoder` are the model's own, which would ask here again.
+        if name.startswith("__") or name in ("get_encoder", "get_decoder", "set_encoder", "set_decoder"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+
+class _WithinVocabulary(LogitsProcessorList):
+    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        last = scores.shape[-1] - 1
+        known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
+        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
+
+
+def each(features: Features) -> list[Tensor]:
+    """Of each picture its tokens' features, `(tokens, hidden_size)`."""
+    rows: Any = features.pooler_output
+    return list(rows)
+
+
+def _some(counts: list[int], most: int = 8) -> str:
+    return " + ".join(map(str, counts[:most])) + (" + ..." if len(counts) > most else "")

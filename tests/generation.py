@@ -1,0 +1,145 @@
+"""What must hold for every model that answers about pictures."""
+
+import pytest
+import torch
+
+from tests.suite import close, relative
+
+NEW = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+
+
+class GenerationSuite:
+    """For tests that subclass `ModelSuite` after it; the batch has one picture a row and no padding on the right."""
+
+    encoder = "vision_model"
+
+    def test_tuple_output_is_the_same(self, model, batch):
+        model.language_model.config.use_cache = False  # a cache is no tensor
+        super().test_tuple_output_is_the_same(model, batch)
+
+    def test_exports(self, model, batch):
+        model.language_model.config.use_cache = False
+        super().test_exports(model, batch)
+
+    def answer(self, model, batch, **options):
+        return model.generate(**batch, **NEW | {"pad_token_id": 0} | options)[:, batch["input_ids"].shape[1] :]
+
+    def one(self, batch, i):
+        """Row i alone, without its padding."""
+        alone = {name: value[i : i + 1] for name, value in batch.items()}
+        real = alone["attention_mask"][0].bool()
+        return alone | {name: alone[name][:, real] for name in ("input_ids", "attention_mask")}
+
+    def test_prefill_steps_and_one_forward_agree(self, model, batch):
+        batch = self.one(batch, 0)
+        ids = batch.pop("input_ids")
+        with torch.no_grad():
+            whole = model(input_ids=ids, **batch).logits
+            prompt = ids.shape[1] - 3
+            mask = batch.pop("attention_mask")
+            output = model(input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **batch)
+            steps = [output.logits]
+            for i in range(prompt, ids.shape[1]):
+                output = model(
+                    input_ids=ids[:, i : i + 1],
+                    attention_mask=mask[:, : i + 1],
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+                steps.append(output.logits)
+        close(torch.cat(steps, dim=1), whole, 1e-5, "step by step")
+
+    def test_generate_follows_the_forward(self, model, batch):
+        batch = self.one(batch, 0)
+        expected, ids, rest = (
+            [],
+            batch["input_ids"],
+            {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")},
+        )
+        with torch.no_grad():
+            for _ in range(NEW["max_new_tokens"]):
+                best = model(input_ids=ids, **rest).logits[:, -1:].argmax(-1)
+                ids = torch.cat([ids, best], dim=1)
+                expected.append(best)
+        expected = torch.cat(expected, dim=1)
+        assert torch.equal(self.answer(model, batch), expected)
+        assert torch.equal(self.answer(model, batch, use_cache=False), expected)
+        assert torch.equal(self.answer(model, batch, cache_implementation="static"), expected)
+
+    def test_another_picture_changes_the_output(self, model, batch):
+        with torch.no_grad():
+            before = model(**batch).logits
+            after = model(**batch | {"pixel_values": batch["pixel_values"] + 1}).logits
+        assert relative(after[:, -1], before[:, -1]) > 1e-3
+
+    def test_each_picture_is_encoded_once(self, model, batch):
+        calls = []
+        model.get_submodule(self.encoder).register_forward_hook(lambda *_: calls.append(1))
+        for options in ({}, {"num_beams": 2}, {"use_cache": False}):
+            calls.clear()
+            self.answer(model, batch, **options)
+            assert len(calls) == 1, options
+
+    def test_a_batch_answers_as_its_rows(self, model, batch):
+        left = self.answer(model, batch)
+        assert torch.equal(self.answer(model, self.padded(batch, 3)), left)
+        for i in range(len(left)):
+            assert torch.equal(self.answer(model, self.one(batch, i))[0], left[i]), i
+
+    def test_padding_on_either_side_changes_no_logits(self, model, batch):
+        alone = self.one(batch, 0)
+        length = alone["input_ids"].shape[1]
+        with torch.no_grad():
+            expected = model(**alone).logits
+            close(model(**self.padded(alone, 3)).logits[:, 3:], expected, 1e-5, "left")
+            close(model(**self.padded(alone, 3, left=False)).logits[:, :length], expected, 1e-5, "right")
+
+    def padded(self, batch, count, left=True):
+        padding = torch.zeros(len(batch["input_ids"]), count, dtype=torch.long)
+        parts = {name: [padding, batch[name]] for name in ("input_ids", "attention_mask")}
+        return batch | {name: torch.cat(two if left else two[::-1], dim=1) for name, two in parts.items()}
+
+    def test_beams_and_several_answers_keep_each_row_to_its_picture(self, model, batch):
+        alone = [self.answer(model, self.one(batch, i), num_beams=3, num_return_sequences=2) for i in range(3)]
+        together = self.answer(model, batch, num_beams=3, num_return_sequences=2, repetition_penalty=1.0)
+        assert torch.equal(together, torch.cat(alone))
+
+    def test_a_text_alone_beside_texts_with_pictures(self, model, batch):
+        """A row may have no picture; the others keep theirs."""
+        mixed = dict(batch) | {"input_ids": batch["input_ids"].clone()}
+        ids = mixed["input_ids"]
+        ids[1] = ids[1].masked_fill(ids[1] == model.config.image_token_id, 3)
+        media = [name for name in batch if name not in ("input_ids", "attention_mask")]
+        mixed |= {name: mixed[name][[0, 2]] for name in media}
+        with torch.no_grad():
+            expected, actual = model(**batch).logits, model(**mixed).logits
+        close(actual[[0, 2]], expected[[0, 2]], 1e-5, "rows with pictures")
+        assert relative(actual[1, -1], expected[1, -1]) > 1e-4
+
+    def test_hidden_states_without_the_output_layer(self, model, batch):
+        """Trainers that compute the loss in blocks ask the base model for them."""
+        with torch.no_grad():
+            hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+            close(model.get_output_embeddings()(hidden), model(**batch).logits, 1e-6, "hidden states")
+        assert model.get_encoder() is model
+        assert model.get_decoder() is model.language_model
+
+    def test_features_may_be_given(self, model, batch):
+        media = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask")}
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            features = {"image": model.get_image_features(**media)}
+            close(model(**text, mm_encoder_outputs=features).logits, model(**batch).logits, 0.0, "features")
+        given = model.generate(**text, mm_encoder_outputs=features, **NEW)
+        assert torch.equal(given[:, text["input_ids"].shape[1] :], self.answer(model, batch))
+
+    def test_logits_of_the_last_positions_alone(self, model, batch):
+        with torch.no_grad():
+            close(model(**batch, logits_to_keep=2).logits, model(**batch).logits[:, -2:], 1e-6, "last")
+
+    def test_pictures_and_placeholders_must_fit(self, model, batch):
+        media = {name: batch[name][:2] for name in batch if name not in ("input_ids", "attention_mask")}
+        with pytest.raises(ValueError, match=r"image placeholders \(image_token_id .*\), but the images make"):
+            model(input_ids=batch["input_ids"], **media)
+        with pytest.raises(ValueError, match="no image was given"):
+            model(input_ids=batch["input_ids"])
