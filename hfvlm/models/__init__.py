@@ -4,4 +4,5 @@ ARCHITECTURES = (
     "clip",
     "siglip",
     "imagebind",
+    "llava",
 )

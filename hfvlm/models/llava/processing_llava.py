@@ -1,0 +1,207 @@
+"""What LLaVA is fed (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_base import BatchFeature
+
+from hfvlm.conversations import Conversation, Encoder
+from hfvlm.media.images import read_images, to_8_bits
+from hfvlm.media.resizing import contain, squash
+from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
+from hfvlm.models.llava.conversations import CONVERSATIONS
+from hfvlm.processing import IGNORE, HfvlmImageProcessor, ImageTextProcessor
+from hfvlm.tokenization import PieceTokenizer
+
+MODES = ("crop", "pad", "tiles")
+# Padding to a square makes a long picture's area grow with the square of its length; longer ones are resized first.
+LONGEST_PADDED_EDGE = 8192
+
+
+class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
+    """Pictures at the size of CLIP's tower.
+
+    Args:
+        size: the tower's `{"height", "width"}` in pixels, or one edge.
+        resize_mode: "crop" covers the size and crops the centre (v1), "pad" makes a square with CLIP's mean colour
+            around the picture (v1.5), "tiles" adds to the squashed picture tiles of it at a higher resolution (v1.6).
+        grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each picture.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
+
+    image_mean = HfvlmCLIPImageProcessor.image_mean
+    image_std = HfvlmCLIPImageProcessor.image_std
+    size: dict[str, int] = {"height": 336, "width": 336}
+    resize_mode: str = "pad"
+    grid_pinpoints: list[list[int]] | None = None
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        size = settings["size"]
+        edges = {size} if isinstance(size, int) else set(dict(size).values())
+        if len(edges) != 1 or min(edges) < 1:
+            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
+        if settings["resize_mode"] not in MODES:
+            raise ValueError(f"resize_mode must be one of {', '.join(MODES)}, not {settings['resize_mode']!r}.")
+        if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
+            raise ValueError("grid_pinpoints and resize_mode 'tiles' go together.")
+        edge = edges.pop()
+        return super().checked(settings) | {"size": {"height": edge, "width": edge}}
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
+    ) -> BatchFeature:
+        """Pictures -> `pixel_values` `(B, 3, H, W)`; or, of tiles, `(views, 3, H, W)`, each picture's whole first, and
+        `image_sizes` `(B, 2)`, their heights and widths in pixels."""
+        pictures = read_images(images, allow_urls=allow_urls)
+        inputs = super().preprocess(pictures, return_tensors, **kwargs)
+        if (kwargs.get("resize_mode") or self.resize_mode) == "tiles":
+            inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
+        return BatchFeature(inputs.data, tensor_type=return_tensors)
+
+    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
+        """One picture -> its views, (V, 3, H, W), float32."""
+        image = to_8_bits(image, name).convert("RGB")
+        views = self.views(image, settings) if settings["do_resize"] else [image]
+        ready = dict(settings) | {"do_resize": False}
+        return np.stack([super(HfvlmLLaVAImageProcessor, self).pixels(view, ready, name) for view in views])
+
+    def views(self, image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+        edge, resample = settings["size"]["height"], settings["resample"]
+        if settings["resize_mode"] == "tiles":
+            return [squash(image, (edge, edge), resample), *tiles(image, settings["grid_pinpoints"], edge, resample)]
+        if settings["resize_mode"] == "pad":
+            # Cut, not rounded: what surrounds the picture is not exactly zero once it is normalised.
+            color = tuple(int(value * 255) for value in settings["image_mean"])
+            return [pad_to_square(image, edge, resample, color)]
+        return [crop_centre(image, edge, resample)]
+
+    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
+        return super().batch([view for views in arrays for view in views], settings, return_tensors)
+
+
+def tiles(image: Image.Image, pinpoints: Sequence[Sequence[int]], edge: int, resample: int) -> list[Image.Image]:
+    """The picture in the middle of its best pinpoint, black around it, in tiles, row by row."""
+    size = (image.height, image.width)
+    height, width = best_resolution(size, pinpoints)
+    inner = squash(image, fitted(size, (height, width)), resample)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    corners = [(x, y) for y in range(0, height, edge) for x in range(0, width, edge)]
+    return [canvas.crop((x, y, x + edge, y + edge)) for x, y in corners]
+
+
+def pad_to_square(image: Image.Image, edge: int, resample: int, color: tuple[int, ...]) -> Image.Image:
+    longest = max(image.size)
+    if longest > LONGEST_PADDED_EDGE:
+        return contain(image, (edge, edge), resample, color)
+    canvas = Image.new("RGB", (longest, longest), color)
+    canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    return squash(canvas, (edge, edge), resample)
+
+
+def crop_centre(image: Image.Image, edge: int, resample: int) -> Image.Image:
+    """As transformers' CLIPImageProcessor, whose crop of an odd margin lies one pixel off torchvision's."""
+    short, long = sorted(image.size)
+    stretched = int(edge * long / short)
+    width, height = (edge, stretched) if image.width <= image.height else (stretched, edge)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    across, down = image.width / width, image.height / height
+    if width * height > 2**26:  # only what is kept is computed
+        box = (left * across, top * down, (left + edge) * across, (top + edge) * down)
+        return image.resize((edge, edge), resample, box=box)
+    return squash(image, (height, width), resample).crop((left, top, left + edge, top + edge))
+
+
+class HfvlmLLaVATokenizer(PieceTokenizer):
+    """The language model's own, with a token for the places of pictures."""
+
+
+class HfvlmLLaVAProcessor(ImageTextProcessor):
+    """Conversations with pictures as LLaVA reads them.
+
+    Args:
+        image_processor: of the pictures.
+        tokenizer: of the texts.
+        chat_template: by default the conversation's.
+        conversation: the authors' name of the conversation that the checkpoint was trained in; `labels` follow it.
+        image_start: token before each picture, of checkpoints trained with `mm_use_im_start_end`.
+        image_end: token after each picture.
+        patch_size: of the vision tower, in pixels.
+        keep_class_token: as in the model's configuration.
+        patch_merge: likewise.
+    """
+
+    def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
+        conversation: str = "v1",
+        image_start: str = "",
+        image_end: str = "",
+        patch_size: int = 14,
+        keep_class_token: bool = False,  # noqa: FBT001, FBT002
+        patch_merge: str = "flat",
+        **kwargs: Any,
+    ):
+        if conversation not in CONVERSATIONS:
+            raise ValueError(f"conversation must be one of {', '.join(CONVERSATIONS)}, not {conversation!r}.")
+        self.conversation = conversation
+        self.image_start, self.image_end = image_start, image_end
+        self.patch_size, self.keep_class_token, self.patch_merge = patch_size, keep_class_token, patch_merge
+        chat_template = chat_template or CONVERSATIONS[conversation].chat_template()
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @property
+    def style(self) -> Conversation:
+        return CONVERSATIONS[self.conversation]
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return list(self.style.stop)
+
+    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        pixels = self.image_processor
+        merge = (pixels.grid_pinpoints, self.patch_merge, self.keep_class_token)
+        tiling = Tiling(pixels.size["height"], self.patch_size, *merge)
+        return [tiling.count_tokens(size) for size in image_sizes]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        place = f"{self.image_start}{self.image_token}{self.image_end}"
+        return super().encode(text.replace(self.image_token, place), add_special_tokens=add_special_tokens)
+
+    def training_row(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
+        turns = [(message["role"], self.said(message["content"])) for message in messages]
+        system = [turn for turn in turns if turn[0] == "system"]
+        turns = turns[len(system) :]
+        if turns and turns[0][0] == "assistant" and self.style.skips_first_answer:
+            turns = turns[1:]
+        text = self.style.text(turns, lambda turns: self.apply_chat_template(_messages([*system, *turns])))
+        encode = self.encode if self.style.marks_pictures else super().encode
+        ids = encode(text)
+        labels = self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
+        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+
+    def said(self, content: Any) -> str:
+        """A message's text, its picture first, where the authors put it."""
+        if isinstance(content, str):
+            if self.image_token not in content:
+                return content
+            pictures, text = content.count(self.image_token), content.replace(self.image_token, "")
+        else:
+            pictures = sum(part["type"] == "image" for part in content)
+            text = "".join(part["text"] for part in content if part["type"] == "text")
+            if not pictures:
+                return text
+        place = f"<Image>{self.image_token}</Image>" if self.style.tagged else self.image_token
+        return (f"{place}\n" * pictures + text.strip()).strip()
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
