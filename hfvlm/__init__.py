@@ -30,6 +30,7 @@ _LAZY = {
     "ContrastiveTrainer": "hfvlm.training",
     "ContrastiveTrainingArguments": "hfvlm.training",
     "push": "hfvlm.hub",
+    "Chat": "hfvlm.inference.chat",
 }
 
 __all__ = ["__version__", "register", *_LAZY]

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|card|push|embed|search|train|demo`."""
+"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|train|demo`."""
 
 import json
 from pathlib import Path
@@ -57,6 +57,7 @@ def info(preset: Annotated[str, typer.Argument(help="A preset's name, as `hfvlm 
         ("files", " or ".join(known.source.get("files", ("none: sizes only",)))),
         ("source", known.source.get("url", "")),
         ("sha256", known.source.get("sha256", "not published")),
+        ("parts", "; ".join(f"--{part}: {what}" for part, what in known.source.get("parts", {}).items())),
         ("vocabulary", known.source.get("vocabulary", {}).get("url", "")),
         ("licence", licence_text(known)),
         ("notes", known.notes),
@@ -68,10 +69,14 @@ def info(preset: Annotated[str, typer.Argument(help="A preset's name, as `hfvlm 
 
 
 @app.command()
-def convert(
+def convert(  # noqa: PLR0913 (options)
     source: Annotated[Path, typer.Argument(help="The released file, or the folder that holds it.")],
     preset: Annotated[str, typer.Option(help="A preset's name; or an architecture's, for other checkpoints of it.")],
     output: Output,
+    base: Annotated[
+        Path | None, typer.Option(help="The language model that an adapter, a projector or a difference belongs to.")
+    ] = None,
+    vision: Annotated[Path | None, typer.Option(help="The vision tower, where the release leaves it out.")] = None,
     vocabulary: Annotated[
         str | None, typer.Option(help="The tokenizer's original file; 'none' leaves the tokenizer out.")
     ] = None,
@@ -83,7 +88,8 @@ def convert(
     known = Preset(name=preset, architecture=preset) if preset in architectures() else load_preset(preset)
     stderr.print(Panel(licence_text(known), title=f"Licence of {known.name}", title_align="left", expand=False))
     with stderr.status(f"converting {source}"):
-        hfvlm.convert(source, preset, output, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
+        parts = {name: part for name, part in (("base", base), ("vision", vision)) if part}
+        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
     record = json.loads((output / "conversion.json").read_text())
     say(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
     if check:
@@ -112,6 +118,41 @@ def verify(folder: Folder) -> None:
     stdout.print(table)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    folder: Folder,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    ask: Annotated[str | None, typer.Option(help="Answer this alone; without it, talk.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Above 0, answers are drawn.")] = 0.0,
+) -> None:
+    """Talk with a model about pictures. `/image PATH` shows another one, `/reset` begins anew, Ctrl-D ends."""
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    with stderr.status(f"loading {folder}"):
+        talk = hfvlm.Chat.from_pretrained(folder, system=system, dtype="auto")
+    shown: list[Path] = list(image or ())
+    for line in [ask] if ask is not None else iter(ask_user, None):
+        command, _, rest = line.partition(" ")
+        if command == "/image":
+            shown.append(Path(rest.strip()))
+        elif command == "/reset":
+            talk.reset()
+            shown = list(image or ())
+        else:
+            for piece in talk.stream(line, shown, max_new_tokens=max_new_tokens, **drawn):
+                stdout.print(piece, end="", soft_wrap=True, highlight=False, markup=False)
+            stdout.print()
+            shown = []
+
+
+def ask_user() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Models at work: embedding, searching."""
+"""Models at work: embedding, searching, conversations."""

@@ -2,12 +2,14 @@
 
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomCropAndFlip, RandomResizedCrop
+from hfvlm.training.chat import ChatCollator
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.trainer import ContrastiveTrainer
 
 __all__ = [
+    "ChatCollator",
     "ContrastiveCollator",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",

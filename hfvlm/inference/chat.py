@@ -1,0 +1,160 @@
+"""Conversations with models that answer about pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from hfvlm.image_text import Features
+
+
+class Chat:
+    """A conversation. Each picture is encoded once, and what was said before is not computed again.
+
+    `chat.ask("What is this?", images=["cat.jpg"])` answers; `chat.stream(...)` yields the answer as it is written. An
+    answer is what the model gives to the whole conversation afresh; what is kept changes nothing but the time.
+
+    Args:
+        model: an `hfvlm.image_text.ImageTextModel`.
+        processor: its processor.
+        system: what the conversation begins with, in place of the checkpoint's own.
+        **options: of `model.generate`, for all answers; by default the likeliest tokens, 512 of them at most.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, system: str | None = None, **options: Any):
+        self.model, self.processor = model, processor
+        self.options = {"do_sample": False, "max_new_tokens": 512} | options
+        self.system = system
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, system: str | None = None, **kwargs: Any) -> "Chat":
+        """Of a folder; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`, `quantization_config`."""
+        model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
+        return cls(model, AutoProcessor.from_pretrained(folder), system=system)
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.counts: list[int] = []  # placeholders of each picture
+        self.features: list[Tensor] = []
+        self.cache, self.cached = DynamicCache(config=self.model.config.get_text_config(decoder=True)), list[int]()
+
+    def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
+        """What the model answers; pictures stand before the text. Options are of `model.generate`, for this answer."""
+        return "".join(self.stream(text, images, **options)).strip()
+
+    def stream(self, text: str, images: Sequence[Any] = (), **options: Any) -> Iterator[str]:
+        """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten."""
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        counts, features = self.see(images)
+        counts, features = [*self.counts, *counts], [*self.features, *features]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        ids = self.processor.expand(self.processor.encode(prompt), counts)
+        run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | options)
+        pieces = []
+        try:
+            for piece in _until(run, self.processor.stop_strings):
+                pieces.append(piece)
+                yield piece
+        finally:
+            sequence = run.finish()
+            self.cached = sequence[: self.cache.get_seq_length()]
+        self.counts, self.features = counts, features
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    @torch.no_grad()
+    def see(self, images: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
+        """Pictures -> how many tokens they have, and their features."""
+        if not len(images):
+            return [], []
+        inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self.model.device)
+        inputs = inputs.to(self.model.dtype)
+        features = list(self.model.get_image_features(**inputs).pooler_output)
+        return [len(rows) for rows in features], features
+
+    def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
+        """Of `generate`: the keys and values of all that stands in the cache already are used again."""
+        known = next((i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b), len(self.cached))
+        known = min(known, len(ids) - 1)
+        place, new = 0, []
+        for count, rows in zip(counts, features, strict=True):
+            place = ids.index(self.processor.image_token_id, place)
+            if known < place + count:
+                known = min(known, place)
+                new.append(rows)
+            place += count
+        if (surplus := self.cache.get_seq_length() - known) > 0:
+            self.cache.crop(-surplus)
+        table = torch.tensor([ids], device=self.model.device)
+        inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), "past_key_values": self.cache}
+        return inputs | ({"mm_encoder_outputs": {"image": Features(pooler_output=new)}} if new else {})  # type: ignore[arg-type]
+
+
+class _Generation(TextIteratorStreamer):
+    """`generate` on a thread, as an iterator over the pieces of its text."""
+
+    def __init__(self, model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stopped, self.result = Event(), list[int]()
+        self.error: BaseException | None = None
+        stops = processor.stop_strings
+        options = dict(options) | ({"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {})
+        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), _Stop(self.stopped)])
+        arguments = {**inputs, **options, "streamer": self, "stopping_criteria": criteria}
+        self.thread = Thread(target=self._run, args=(model, arguments), daemon=True)
+        self.thread.start()
+
+    def _run(self, model: Any, arguments: Mapping[str, Any]) -> None:
+        try:
+            self.result = model.generate(**arguments)[0].tolist()
+        except BaseException as error:
+            self.error = error
+            self.end()
+
+    def finish(self) -> list[int]:
+        """All ids, once the thread has ended; or its error."""
+        self.stopped.set()
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, stopped: Event):
+        self.stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+def _until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a text up to the first of `stops`, which may be spread over several."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        ends = [place for stop in stops if (place := held.find(stop)) >= 0]
+        if ends:
+            held = held[: min(ends)]
+            break
+        sure = len(held) - max(
+            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+        )
+        if sure:
+            yield held[:sure]
+            held = held[sure:]
+    if held:
+        yield held

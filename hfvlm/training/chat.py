@@ -1,0 +1,116 @@
+"""Fine-tuning of models that answer about pictures: conversations to batches with labels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hfvlm.processing import IGNORE
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+Message = dict[str, Any]
+
+
+class ChatCollator:
+    """Examples -> `input_ids`, `attention_mask`, `labels`, and the pictures' inputs, padded on the right.
+
+    Answers alone are trained on, and of LLaVA's checkpoints exactly those tokens that its authors train on. An example
+    is a mapping in one of two forms, of which the pictures may be whatever `hfvlm.media.read_image` takes:
+
+    - `{"messages": [{"role": "user", "content": ...}, ...], "images": [...]}`, as in TRL. The content is a text, or a
+      list of `{"type": "image"}` (which may hold its "image") and `{"type": "text", "text": ...}`. Pictures that no
+      message has a place for stand before the first question.
+    - `{"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}`, as in LLaVA's own files.
+
+    For `transformers.Trainer`, or TRL's `SFTTrainer` with `dataset_kwargs={"skip_prepare_dataset": True}`; both need
+    `remove_unused_columns=False`.
+
+    Args:
+        processor: an `hfvlm.processing.ImageTextProcessor`.
+        max_length: longer examples are cut, never in a picture.
+        truncation: "pictures" leaves out pictures that do not fit, and what follows them; True refuses.
+        pad_to_multiple_of: of the batch's length.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        truncation: bool | str = True,
+        pad_to_multiple_of: int | None = None,
+    ):
+        self.processor, self.max_length, self.truncation = processor, max_length, truncation
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows, pictures = [], []
+        for i, example in enumerate(examples):
+            ids, labels, own = self.row(example, f"example {i}")
+            rows.append((ids, labels))
+            pictures += own
+        batch: dict[str, Any] = dict(
+            self.processor.tokenizer.pad(
+                {"input_ids": [ids for ids, _ in rows]},
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_tensors="pt",
+            )
+        )
+        length = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
+        if pictures:
+            batch |= self.processor.image_processor(pictures, return_tensors="pt")
+        return batch
+
+    def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[list[int], list[int], list[Any]]:
+        """One example -> ids, labels and pictures."""
+        messages, images = read_example(example, self.processor.image_token)
+        ids, labels = self.processor.training_row(messages)
+        (pictures,) = self.processor.pictures_of([ids], images or None)
+        counts = self.processor.count_tokens([(picture.height, picture.width) for picture in pictures])
+        remaining = iter(counts)
+        labels = [
+            same
+            for i, label in zip(ids, labels, strict=True)
+            for same in [label] * (next(remaining) if i == self.processor.image_token_id else 1)
+        ]
+        ids = self.processor.expand(ids, counts)
+        if self.max_length:
+            drop = self.truncation == "pictures"
+            ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
+        return ids, labels[: len(ids)], pictures[: len(counts)]
+
+
+def read_example(example: Mapping[str, Any], image_token: str) -> tuple[list[Message], list[Any]]:
+    """Either form -> messages, with a place for each picture, and the pictures in their order."""
+    if "conversations" in example:
+        messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in example["conversations"]]
+        images = example.get("image", example.get("images"))
+    else:
+        messages = [dict(message) for message in example["messages"]]
+        images = example.get("images", example.get("image"))
+    images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    inside = [
+        part[key]
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+        for key in ("image", "path", "url")
+        if part.get(key) is not None
+    ]
+    images = inside or images
+    missing = len(images) - sum(_places(message["content"], image_token) for message in messages)
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if missing > 0 and first is not None:
+        content = first["content"]
+        texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        first["content"] = [{"type": "image"}] * missing + texts
+    return messages, images
+
+
+def _places(content: Any, image_token: str) -> int:
+    if isinstance(content, str):
+        return content.count(image_token)
+    return sum(part["type"] == "image" for part in content)
