@@ -1,5 +1,6 @@
 """The base of models with more than two modalities."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
@@ -19,7 +20,7 @@ from hfvlm.outputs import MultiEncoderOutput
 DIMENSIONS = {"image": 4, "video": 5, "text": 2, "audio": 4, "depth": 4, "thermal": 4, "imu": 3}
 
 
-class MultiEncoder(HfvlmPreTrainedModel):
+class MultiEncoder(HfvlmPreTrainedModel, ABC):
     """Towers whose embeddings meet in one space, one a modality or two; those that its configuration has are built.
 
     A subclass names in `anchor` the modality that every other was trained against, says each modality's `scale`, and
@@ -59,9 +60,9 @@ class MultiEncoder(HfvlmPreTrainedModel):
         """What the model embeds: it has a `get_<modality>_features` for each."""
         return self.config.modalities
 
+    @abstractmethod
     def scale(self, modality: str) -> Tensor:
         """`(1,)`, what a modality's embeddings are multiplied by."""
-        raise NotImplementedError
 
     def tower(self, modality: str) -> PreTrainedModel:
         """The tower that embeds a modality.

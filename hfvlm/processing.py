@@ -1,5 +1,6 @@
 """Base classes of the processors: what models are fed is made here, equal to what the originals make."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -191,7 +192,7 @@ class FixedSizeImageProcessor(HfvlmImageProcessor):
         return cover(image, size, resample)
 
 
-class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin):
+class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
     """Recordings, films and maps to one of a model's inputs, in what the subclass names in `model_input_names`.
 
     A subclass reads its kind of source in `read`, and makes the array of one in `features`. What is said of the
@@ -236,13 +237,13 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin):
             raise ValueError(f"{type(self).__name__} was given an empty batch.")
         return BatchFeature({name: np.stack(arrays)}, tensor_type=return_tensors)
 
+    @abstractmethod
     def read(self, sources: Any, **options: Any) -> list[Any]:
         """What users have, as `hfvlm.media` reads it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, medium: Any, settings: Mapping[str, Any]) -> np.ndarray:
         """One source, read -> one row of the batch."""
-        raise NotImplementedError
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoFeatureExtractor") -> None:
@@ -252,7 +253,7 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin):
 class HfvlmProcessor(ProcessorMixin):
     """Base of every processor. `parts` says which of its parts prepares a modality."""
 
-    parts: dict[str, str] = {}
+    parts: dict[str, str] = {"image": "image_processor", "text": "tokenizer"}
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -290,8 +291,6 @@ class HfvlmProcessor(ProcessorMixin):
 
 class DualEncoderProcessor(HfvlmProcessor):
     """An image processor and a tokenizer side by side."""
-
-    parts = {"image": "image_processor", "text": "tokenizer"}
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
