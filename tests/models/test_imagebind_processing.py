@@ -154,7 +154,8 @@ def test_sounds_are_resampled_and_the_first_channel_is_read():
     features = extractor([(WAVE, 16_000), (WAVE[::2], 8_000), (stereo, 16_000)], return_tensors="pt")["input_features"]
     assert features.shape == (3, 3, 1, 128, 204)
     assert not torch.allclose(features[0], features[1], atol=1.0)
-    assert torch.allclose(features[0], features[2], atol=0.05)
+    one = extractor([(WAVE, 16_000), (stereo, 16_000)], num_clips=1, return_tensors="pt")["input_features"]
+    assert torch.allclose(one[0], one[1], atol=1e-4)
     assert torch.all(features[..., 198:] == torch.tensor(4.268) / 9.138)
     with pytest.raises(MediaError, match="too short; it takes 25 ms"):
         extractor((WAVE[:300], 16_000))
