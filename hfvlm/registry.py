@@ -91,11 +91,11 @@ class Architecture:
             self._loaded.append(True)
             self._register({name: getattr(self, name) for name in self.names})
             for auto, names in self.models.items():
-                for name in names:
-                    model = getattr(self, name)
-                    getattr(importlib.import_module("transformers"), auto).register(
-                        model.config_class, model, exist_ok=True
-                    )
+                by_config: dict[type, list[type]] = {}
+                for model in (getattr(self, name) for name in names):
+                    by_config.setdefault(model.config_class, []).append(model)
+                for config, models in by_config.items():
+                    _register_models(getattr(importlib.import_module("transformers"), auto), config, models)
         return modules
 
     def announce(self) -> None:
@@ -120,6 +120,21 @@ class Architecture:
             _table(video_processing_auto.VIDEO_PROCESSOR_MAPPING, key, _backends(classes[name]))
         for key, name in zip(configs, self.feature_extractors, strict=False):
             _table(feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING, key, classes[name])
+
+
+def _register_models(auto: Any, config: type, models: list[type]) -> None:
+    """Of several models of one configuration, `config.architectures` selects; the first is the default."""
+    auto.register(config, models[0], exist_ok=True)
+    if len(models) > 1:
+        _table(auto._model_mapping, config, Models(models))
+
+
+class Models(tuple[type, ...]):
+    """Several models in the place of one; transformers 5.4's pipelines ask what is there for its name."""
+
+    @property
+    def __name__(self) -> str:
+        return self[0].__name__
 
 
 def _table(mapping: auto_factory._LazyAutoMapping, key: type, value: Any) -> None:
