@@ -35,6 +35,11 @@ def split(parts: int) -> Change:
     return Change(lambda tensor: tensor.chunk(parts), lambda *tensors: torch.cat(tensors))
 
 
+def tied(parameters: int) -> Change:
+    """One tensor fills several parameters, which the model ties."""
+    return Change(lambda tensor: (tensor,) * parameters, lambda first, *_: first)
+
+
 def reshape(*shape: int) -> Change:
     return Change(lambda tensor: tensor.reshape(shape))
 
@@ -186,7 +191,8 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
         targets = row.target if isinstance(row.target, tuple) else (row.target,)
         pattern = _pattern(targets[0])
         for names in [match.groups() for key in remaining if (match := pattern.fullmatch(key))]:
-            parts = [remaining.pop(_fill(target, names)) for target in targets]
+            # Of tensors that a model ties, a folder may hold the first alone.
+            parts: list[Any] = [remaining.pop(_fill(target, names), None) for target in targets]
             undo = row.change.undo if row.change else None
             restored[_fill(row.source, names)] = undo(*parts) if undo else parts[0]
     error.unknown = list(remaining)
