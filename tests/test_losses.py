@@ -19,6 +19,7 @@ from hfvlm.losses import (
     late_interaction_loss,
     late_interaction_scores,
     sigmoid_loss,
+    token_losses,
 )
 from tests.processes import run_processes
 
@@ -128,6 +129,19 @@ def test_captioning_loss_averages_over_what_counts():
     expected = torch.stack([-logits[r, c].log_softmax(-1)[t] for r, c, t in [(0, 0, 1), (0, 1, 0), (1, 0, 4)]]).mean()
     torch.testing.assert_close(captioning_loss(logits, labels), expected)
     assert captioning_loss(logits, torch.full((2, 3), -100)) == 0
+
+
+def test_captioning_losses_of_tokens_add_up():
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 4, -100], [0, -100, -100]])
+    losses = token_losses(logits, labels, label_smoothing=0.1)
+    assert (losses == 0).tolist() == [[False, False, True], [False, True, True]]
+    whole = captioning_loss(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(losses.sum() / 3, whole)
+    parts = [
+        captioning_loss(a[None], b[None], label_smoothing=0.1, num_items=3)
+        for a, b in zip(logits, labels, strict=True)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_single_precision_is_as_exact_as_the_plain_formula():

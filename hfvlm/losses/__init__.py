@@ -1,6 +1,6 @@
 """Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
 
-from hfvlm.losses.captioning import captioning_loss
+from hfvlm.losses.captioning import captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
@@ -12,4 +12,5 @@ __all__ = [
     "late_interaction_loss",
     "late_interaction_scores",
     "sigmoid_loss",
+    "token_losses",
 ]

@@ -8,12 +8,20 @@ from torch.nn import functional as F
 from hfvlm.losses.processes import rank_and_size, sum_over
 
 
+def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each token, `(B, N)`, 0 where it does not count; see `captioning_loss`."""
+    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
+    losses = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    return losses.view(labels.shape)
+
+
 def captioning_loss(
     logits: Tensor,
     labels: Tensor,
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    num_items: Tensor | int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy per token, averaged over the tokens that count.
@@ -23,10 +31,13 @@ def captioning_loss(
         labels: `(B, N)`, the token that each row of logits is to predict: already shifted.
         ignore_index: the label of places that do not count.
         label_smoothing: share of the target that is spread over the vocabulary.
+        num_items: how many tokens count, where the caller knows of more of them: the Trainer, of those of all the
+            batches whose gradients it adds up.
         group: processes whose tokens are averaged as one batch; see `contrastive_loss`.
     """
-    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
-    total = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
+    total = token_losses(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing).sum()
+    if num_items is not None:
+        return total / num_items
     _, size = rank_and_size(group)
     count = sum_over((labels != ignore_index).sum(), group)
     loss = total * size / count.clamp_min(1)
