@@ -70,6 +70,11 @@ class Golden:
     def case(self) -> dict[str, Any]:
         return json.loads((self.folder / "case.json").read_text())
 
+    @property
+    def architecture(self) -> str:
+        """As the case says, or as the folder is called that it lies in."""
+        return self.case.get("architecture", self.folder.parent.name)
+
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
         path = self.folder / "spec.json"
@@ -151,10 +156,10 @@ def read_key_list(path: Path) -> dict[str, Tensor]:
 
 
 def notes_of(path: Path) -> dict[str, Any]:
-    """What is known of a released file, from the list beside its folder."""
+    """What is known of a released file, from the list beside its folder; nothing, where its shapes say all."""
     notes = json.loads((path.parent.parent / "full-notes.json").read_text())
     name = path.name.removesuffix(".gz")
-    return notes.get(name) or notes[name.removesuffix(".json")]
+    return notes.get(name) or notes.get(name.removesuffix(".json"), {})
 
 
 class Recorder:

@@ -21,6 +21,7 @@ class ModelSuite:
     auto_class: type
     records = ("hidden_states", "attentions")
     lora_layers = LORA
+    implementations = ("sdpa", "flex_attention")  # a composite may leave the second, which compiles, to its towers
     row_inputs: tuple[str, ...] | None = None  # inputs with a row an example; all, unless said otherwise
 
     def config(self):
@@ -98,6 +99,8 @@ class ModelSuite:
 
     @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
     def test_attention_implementations_agree(self, model, batch, implementation):
+        if implementation not in self.implementations:
+            pytest.skip("its towers' own suites compare this")
         if implementation == "flex_attention" and not model._supports_flex_attn:
             pytest.skip("the architecture has no attention that flex could compute")
         model.set_attn_implementation("eager")
@@ -163,7 +166,12 @@ class ModelSuite:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-        same(self.gradients(model, batch), plain, 1e-5)
+        # Keys' biases have no gradient but rounding, which depends on the order of additions.
+        largest = max(float(grad.abs().max()) for grad in plain.values())
+        alive = {name for name, grad in plain.items() if float(grad.abs().max()) > 1e-6 * largest}
+        again = self.gradients(model, batch)
+        assert again.keys() == plain.keys()
+        same({name: again[name] for name in alive}, {name: plain[name] for name in alive}, 1e-5)
 
     def test_lora_starts_as_identity_and_trains_alone(self, model, batch):
         expected = self.run(model, batch)

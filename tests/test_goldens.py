@@ -14,7 +14,7 @@ RUNNERS = {path.stem for path in (Path(__file__).parent / "originals").glob("*.p
 @pytest.mark.parametrize("folder", case_folders(), ids=name_of)
 def test_equals_the_original(folder):
     golden = Golden(folder)
-    name = golden.case.get("architecture") or folder.parent.name
+    name = golden.architecture
     if name not in architectures() and name not in RUNNERS:
         pytest.skip(f"hfvlm has no architecture called {name!r} yet")
     importlib.import_module(f"tests.originals.{name}").compare(golden)
