@@ -3,6 +3,7 @@
 import gzip
 import html
 import json
+import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,10 +39,25 @@ def clean_case(text: str) -> str:
     return text.lower()
 
 
+def clean_caption(text: str) -> str:
+    """BLIP's cleaning of captions: lower case, a space for most punctuation, one space between words."""
+    return re.sub(r"\s{2,}", " ", PUNCTUATION.sub(" ", text.lower())).rstrip("\n").strip(" ")
+
+
+def clean_question(text: str) -> str:
+    """BLIP's cleaning of questions: lower case, without most punctuation."""
+    return PUNCTUATION.sub("", text.lower()).rstrip(" ")
+
+
+# The question mark, the comma and the apostrophe stay.
+PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "lower": clean_lower,
     "canonical": clean_canonical,
     "case": clean_case,
+    "caption": clean_caption,
+    "question": clean_question,
     "none": str,
 }
 
@@ -51,7 +67,7 @@ class HfvlmTokenizer(TokenizersBackend):
 
     Args:
         clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "canonical" as open_clip's SigLIP, "case" as
-            big_vision, or "none".
+            big_vision, "caption" and "question" as BLIP, or "none".
         model_max_length: tokens of the longest text, special tokens included.
     """
 
@@ -171,6 +187,35 @@ def _byte_letters() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def wordpiece(path: str | Path) -> Tokenizer:
+    """BERT's engine, from a list of pieces (`vocab.txt`) or a tokenizer.json: splits at spaces, punctuation and
+    Chinese characters, and changes no letters; texts come out between [CLS] and [SEP].
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        try:
+            vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the tokenizer.json of a BERT ({error!r}).") from error
+    else:
+        pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    missing = sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocabulary))
+    if missing:
+        raise ValueError(f"{path}: not BERT's vocabulary, it has no {', '.join(missing)}.")
+    engine = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    engine.normalizer = normalizers.BertNormalizer(
+        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
+    )
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
+    engine.post_processor = template(engine, "[CLS]", "[SEP]")
+    return engine
 
 
 def sentencepiece(path: str | Path) -> Tokenizer:

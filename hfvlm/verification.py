@@ -41,8 +41,11 @@ def verify(folder: str | Path) -> list[Check]:
     processor = AutoProcessor.from_pretrained(folder)
     if isinstance(processor, ImageTextProcessor):
         return [*checks, *answering_checks(folder, model.eval(), processor)]
-    modalities = [modality for modality in model.modalities if modality in processor.modalities]
+    known = getattr(model, "modalities", model.input_modalities)
+    modalities = [modality for modality in known if modality in processor.modalities]
     inputs = sample_inputs(processor, modalities)
+    if (together := getattr(model, "pictures_per_text", 1)) > 1:
+        inputs["pixel_values"] = torch.stack([inputs["pixel_values"]] * together, dim=1)
     with torch.no_grad():
         expected = outputs_of(model.eval(), inputs)
         for name, actual in (
@@ -51,9 +54,10 @@ def verify(folder: str | Path) -> list[Check]:
             ("saving and loading changes nothing", lambda: outputs_of(saved_and_loaded(model), inputs)),
         ):
             checks.append(compare(name, actual, expected))
-        checks += [tower_check(folder, model, modality, processor) for modality in modalities]
+        alone = [modality for modality in modalities if modality in getattr(model, "towers", {})]
+        checks += [tower_check(folder, model, modality, processor) for modality in alone]
         checks.append(sensitivity(model, modalities[0], inputs, expected))
-    checks.append(processor_check(processor, modalities, inputs))
+    checks.append(processor_check(processor, modalities))
     return checks
 
 
@@ -99,9 +103,10 @@ def with_attention(
 
 
 def row_by_row(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embeddings of each row alone; the logits follow from them."""
+    """Embeddings of each row alone, from which logits of pairs follow; or the logits of each."""
     rows = [outputs_of(model, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(TEXTS))]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name.endswith("_embeds")}
+    names = [name for name in rows[0] if name.endswith("_embeds") or name == "logits"]
+    return {name: torch.cat([row[name] for row in rows]) for name in names}
 
 
 def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,15 +130,16 @@ def tower_check(folder: Path, model: Any, modality: str, processor: Any) -> Chec
 def sensitivity(
     model: PreTrainedModel, modality: str, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Check:
-    name = f"{modality}_embeds"
-    difference = relative(
-        outputs_of(model, {key: value.flip(0) for key, value in inputs.items()})[name], expected[name]
-    )
+    name = f"{modality}_embeds" if f"{modality}_embeds" in expected else "logits"
+    kept = ("input_ids", "attention_mask") if name == "logits" else ()
+    changed = {key: value if key in kept else value.flip(0) for key, value in inputs.items()}
+    difference = relative(outputs_of(model, changed)[name], expected[name])
     kind = "picture" if modality == "image" else f"{modality} input"
     return Check(f"another {kind} gives another answer", difference > 1e-3, f"differs by {difference:.1%}", difference)
 
 
-def processor_check(processor: Any, modalities: Iterable[str], inputs: Mapping[str, Tensor]) -> Check:
+def processor_check(processor: Any, modalities: Iterable[str]) -> Check:
+    inputs = sample_inputs(processor, modalities)
     with tempfile.TemporaryDirectory() as temporary:
         processor.save_pretrained(temporary)
         again = sample_inputs(AutoProcessor.from_pretrained(temporary), modalities)

@@ -1,6 +1,7 @@
 """The architectures, one folder each."""
 
 ARCHITECTURES = (
+    "blip",
     "clip",
     "siglip",
     "imagebind",

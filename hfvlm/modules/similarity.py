@@ -49,6 +49,15 @@ class Temperature(LogitScale):
         self.scale.clamp_(min=1 / highest)
 
 
+class FixedTemperature(Temperature):
+    """Divides by a temperature that is neither learned nor in a file."""
+
+    def __init__(self, initial: float):
+        super().__init__(initial)
+        del self.scale
+        self.register_buffer("scale", torch.zeros(1), persistent=False)
+
+
 class BiasedLogitScale(LogitScale):
     """`exp(scale) * cosine + bias`: for losses that look at each pair alone."""
 

@@ -1,0 +1,459 @@
+"""BLIP's released files, and transformers' folders.
+
+Source: https://github.com/salesforce/BLIP at 056a169.
+"""
+
+from collections.abc import Iterable, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
+from torch import Tensor
+
+from hfvlm.key_table import Change, Row, scalar, split, tied, transpose
+from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
+from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
+
+VOCABULARIES = ("vocab.txt", "tokenizer.json")
+# transformers' classes for these heads; it has none for the others. Its BlipModel has projections of its own.
+NATIVE = {
+    "HfvlmBLIPForConditionalGeneration": "BlipForConditionalGeneration",
+    "HfvlmBLIPForQuestionAnswering": "BlipForQuestionAnswering",
+    "HfvlmBLIPForImageTextRetrieval": "BlipForImageTextRetrieval",
+}
+
+
+# A leading axis for a batch of one.
+unbatched = Change(lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0))
+flattened = Change(lambda tensor: tensor.flatten(), lambda tensor: tensor.reshape(1, 1, -1))
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    return "transformers" if original.get("model_type") == "blip" else "salesforce"
+
+
+def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows for a file of `layout`, "salesforce" or "transformers", for the head in `config.architectures`."""
+    vision = native_vision_rows() if layout == "transformers" else vision_rows("visual_encoder", "vision_model")
+    head = head_of(config)
+    if layout == "transformers" and head not in NATIVE:
+        raise UnsupportedOriginalError(f"transformers has no BLIP like {head}; it has {', '.join(NATIVE.values())}.")
+    encoder, decoder = text_rows("text_encoder", "text_model"), decoder_rows("text_decoder")
+    heads = {
+        "HfvlmBLIPModel": [*encoder, *joint_rows(config)],
+        "HfvlmBLIPForConditionalGeneration": decoder,
+        "HfvlmBLIPForQuestionAnswering": [*encoder, *decoder],
+        "HfvlmBLIPForImageTextRetrieval": [*encoder, *matching_rows(config), *untrained_rows()],
+        "HfvlmBLIPForRetrievalTraining": [*encoder, *matching_rows(config), *teacher_rows("ptr_queue"), ID_QUEUE],
+        "HfvlmBLIPForPreTraining": [*pretraining_rows(), *matching_rows(config), *teacher_rows("queue_ptr")],
+        "HfvlmBLIPForVisualReasoning": pair_rows("text_encoder", "text_model"),
+    }
+    return [*vision, *heads[head]]
+
+
+def head_of(config: HfvlmBLIPConfig) -> str:
+    return (config.architectures or ["HfvlmBLIPModel"])[0]
+
+
+def vision_rows(source: str, target: str) -> list[Row]:
+    block, layer = f"{source}.blocks.{{}}", f"{target}.layers.{{}}"
+    return [
+        Row(f"{source}.cls_token", f"{target}.class_token", flattened),
+        Row(f"{source}.pos_embed", f"{target}.position", unbatched),
+        Row(f"{source}.patch_embed.proj.{{}}", f"{target}.patches.projection.{{}}"),
+        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
+        Row(f"{block}.attn.qkv.{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
+        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
+        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+        Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
+    ]
+
+
+def native_vision_rows() -> list[Row]:
+    embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
+    return [
+        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flattened),
+        Row(f"{embeddings}.position_embedding", "vision_model.position", unbatched),
+        Row(f"{embeddings}.patch_embedding.{{}}", "vision_model.patches.projection.{}"),
+        Row(f"{block}.layer_norm1.{{}}", f"{layer}.attention_norm.{{}}"),
+        Row(f"{block}.self_attn.qkv.{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
+        Row(f"{block}.self_attn.projection.{{}}", f"{layer}.attention.out_proj.{{}}"),
+        Row(f"{block}.layer_norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+        Row("vision_model.post_layernorm.{}", "vision_model.post_norm.{}"),
+    ]
+
+
+def row(source: str, *targets: str) -> Row:
+    """To one parameter, or to several that the model ties."""
+    return Row(source, targets, tied(len(targets))) if len(targets) > 1 else Row(source, targets[0])
+
+
+def text_rows(source: str, target: str) -> list[Row]:
+    """A BERT with cross-attention."""
+    return [
+        row(f"{source}.embeddings.word_embeddings.weight", f"{target}.embeddings.token.weight"),
+        *attention_rows(source, target, "attention", "attention"),
+        *shared_rows(source, target),
+        *attention_rows(source, target, "crossattention", "cross_attention"),
+    ]
+
+
+def shared_rows(source: str, *targets: str) -> list[Row]:
+    """What is neither attention nor the table of words."""
+    names = {
+        "embeddings.position_embeddings.weight": "embeddings.position",
+        "embeddings.LayerNorm.{}": "embeddings.norm.{}",
+        "encoder.layer.{}.intermediate.dense.{}": "layers.{}.mlp.fc1.{}",
+        "encoder.layer.{}.output.dense.{}": "layers.{}.mlp.fc2.{}",
+        "encoder.layer.{}.output.LayerNorm.{}": "layers.{}.mlp_norm.{}",
+    }
+    return [
+        # The counting numbers.
+        Row(f"{source}.embeddings.position_ids", None, optional=True),
+        *(row(f"{source}.{key}", *(f"{target}.{name}" for target in targets)) for key, name in names.items()),
+    ]
+
+
+def attention_rows(source: str, target: str, kind: str, name: str) -> list[Row]:
+    return [
+        row(f"{source}.encoder.layer.{{}}.{kind}.{part}.{{}}", f"{target}.layers.{{}}.{name}{place}.{{}}")
+        for part, place in ATTENTION.items()
+    ]
+
+
+ATTENTION = {
+    "self.query": ".q_proj",
+    "self.key": ".k_proj",
+    "self.value": ".v_proj",
+    "output.dense": ".out_proj",
+    "output.LayerNorm": "_norm",
+}
+
+
+def decoder_rows(name: str) -> list[Row]:
+    words = f"{name}.embeddings.token.weight", f"{name}.lm_head.decoder.weight"
+    rows = text_rows(f"{name}.bert", name)
+    return [row(f"{name}.bert.embeddings.word_embeddings.weight", *words), *rows[1:], *language_head_rows(name)]
+
+
+def language_head_rows(name: str) -> list[Row]:
+    head = f"{name}.cls.predictions"
+    return [
+        Row(f"{head}.bias", f"{name}.lm_head.decoder.bias"),
+        # The same tensors as the bias and the table of words.
+        Row(f"{head}.decoder.{{}}", None, optional=True),
+        Row(f"{head}.transform.dense.{{}}", f"{name}.lm_head.fc.{{}}"),
+        Row(f"{head}.transform.LayerNorm.{{}}", f"{name}.lm_head.norm.{{}}"),
+    ]
+
+
+def pretraining_rows() -> list[Row]:
+    """The decoder's tensors are the encoder's, under a second name, but for its self-attention and its head."""
+    both, decoder = ("text_model", "text_decoder"), "text_decoder.bert"
+    layer = f"{decoder}.encoder.layer.{{}}"
+    words = [*(f"{name}.embeddings.token.weight" for name in both), "text_decoder.lm_head.decoder.weight"]
+    second_names = [
+        f"{decoder}.embeddings.word_embeddings.weight",
+        f"{decoder}.embeddings.position_embeddings.weight",
+        f"{decoder}.embeddings.position_ids",
+        f"{decoder}.embeddings.LayerNorm.{{}}",
+        f"{layer}.crossattention.{{...}}",
+        f"{layer}.intermediate.{{...}}",
+        f"{layer}.output.{{...}}",
+    ]
+    return [
+        row("text_encoder.embeddings.word_embeddings.weight", *words),
+        *attention_rows("text_encoder", "text_model", "attention", "attention"),
+        *attention_rows(decoder, "text_decoder", "attention", "attention"),
+        *shared_rows("text_encoder", *both),
+        *(
+            row(
+                f"text_encoder.encoder.layer.{{}}.crossattention.{part}.{{}}",
+                *(f"{name}.layers.{{}}.cross_attention{place}.{{}}" for name in both),
+            )
+            for part, place in ATTENTION.items()
+        ),
+        *(Row(name, None, optional=True) for name in second_names),
+        *language_head_rows("text_decoder"),
+    ]
+
+
+def pair_rows(source: str, target: str) -> list[Row]:
+    """NLVR2's encoder: a cross-attention for each picture, one norm, and from the seventh layer on a merging layer."""
+    theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
+    pairs = [
+        row
+        for i, place in enumerate(("first", "second"))
+        for row in (
+            *(
+                Row(f"{theirs}.self{i}.{name}.{{}}", f"{ours}.{place}.{name[0]}_proj.{{}}")
+                for name in ("query", "key", "value")
+            ),
+            Row(f"{theirs}.output.dense{i}.{{}}", f"{ours}.{place}.out_proj.{{}}"),
+        )
+    ]
+    return [
+        *text_rows(source, target)[: -len(ATTENTION)],
+        *pairs,
+        Row(f"{theirs}.output.merge_layer.{{}}", f"{ours}.merge_layer.{{}}", optional=True),
+        Row(f"{theirs}.output.LayerNorm.{{}}", f"{ours}_norm.{{}}"),
+        Row("cls_head.{}.{}", "classifier.{}.{}"),
+    ]
+
+
+def joint_rows(config: HfvlmBLIPConfig) -> list[Row]:
+    rows = []
+    if config.vision_config.projection_dim is not None:
+        rows += [
+            Row("vision_proj.{}", "vision_model.projection.{}"),
+            Row("text_proj.{}", "text_model.projection.{}"),
+        ]
+    if config.similarity_temperature is not None:
+        rows += [Row("temp", "logit_scale.scale", scalar)]
+    return rows
+
+
+def matching_rows(config: HfvlmBLIPConfig) -> list[Row]:
+    return [*joint_rows(config), Row("itm_head.{}", "itm_head.{}")]
+
+
+def untrained_rows() -> list[Row]:
+    """Of use in training alone, which `HfvlmBLIPForRetrievalTraining` goes on with a new copy and an empty queue."""
+    towers = ("visual_encoder_m", "text_encoder_m", "vision_proj_m", "text_proj_m")
+    queues = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+    return [
+        *(Row(f"{tower}.{{...}}", None, optional=True) for tower in towers),
+        *(Row(queue, None, optional=True) for queue in queues),
+    ]
+
+
+def teacher_rows(pointer: str) -> list[Row]:
+    return [
+        *vision_rows("visual_encoder_m", "teacher.vision_model"),
+        *text_rows("text_encoder_m", "teacher.text_model"),
+        Row("vision_proj_m.{}", "teacher.vision_model.projection.{}"),
+        Row("text_proj_m.{}", "teacher.text_model.projection.{}"),
+        Row("image_queue", "teacher.image_queue", transpose),
+        Row("text_queue", "teacher.text_queue", transpose),
+        Row(pointer, "teacher.pointer"),
+    ]
+
+
+ID_QUEUE = Row("idx_queue", "teacher.id_queue", unbatched)
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIPConfig:
+    """The constructor's arguments (none are needed for released files), or transformers' config.json.
+
+    The head is the one that the tensors are for. The position of [SEP] in a vocabulary that is not BERT's is no
+    argument of the original's: say it as `sep_token_id`.
+    """
+    if original.get("model_type") == "blip":
+        return _from_transformers(original)
+    arguments = original.get("arguments", {})
+    check_options("BLIP's constructor", arguments, ARGUMENTS)
+    med, vit = arguments.get("med_config", {}), arguments.get("create_vit_override", {})
+    check_options("BLIP's med_config", med, MED_FIELDS)
+    check_options("BLIP's vision transformer", vit, ("patch_size", "embed_dim", "depth", "num_heads"))
+    shapes = {key: tensor.shape for key, tensor in state_dict.items()}
+    head, joint = _head_of_file(shapes), shapes.get("vision_proj.weight", (None,))[0]
+    vision = _vision_config(shapes, arguments, joint)
+    if head in ("HfvlmBLIPForQuestionAnswering", "HfvlmBLIPForVisualReasoning") or vision.hidden_size == 1024:
+        vision.drop_path_rate = 0.1
+    config = HfvlmBLIPConfig(
+        architectures=[head],
+        vision_config=vision,
+        text_config=_text_config(shapes, med, joint, vision.hidden_size, original.get("sep_token_id")),
+        negatives_from_all_ranks=arguments.get("negative_all_rank", False),
+        momentum=arguments.get("momentum", 0.995),
+    )
+    if head in ("HfvlmBLIPModel", "HfvlmBLIPForImageTextRetrieval") and "temp" not in shapes:
+        config.similarity_temperature = None
+    if "image_queue" in shapes:
+        config.queue_size = shapes["image_queue"][1]
+    return config
+
+
+ARGUMENTS = (
+    *("med_config", "image_size", "vit", "create_vit_override", "prompt", "embed_dim", "queue_size", "momentum"),
+    # Whether activations are kept or computed again changes no value.
+    *("negative_all_rank", "vit_grad_ckpt", "vit_ckpt_layer"),
+)
+MED_FIELDS = (
+    *("architectures", "model_type", "vocab_size", "type_vocab_size", "pad_token_id", "max_position_embeddings"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+    *("encoder_width", "add_cross_attention"),
+)
+
+
+def _head_of_file(shapes: Mapping[str, Any]) -> str:
+    encoder, decoder = (any(key.startswith(part) for key in shapes) for part in ("text_encoder.", "text_decoder."))
+    if "cls_head.0.weight" in shapes:
+        return "HfvlmBLIPForVisualReasoning"
+    if encoder and decoder:
+        return "HfvlmBLIPForPreTraining" if "itm_head.weight" in shapes else "HfvlmBLIPForQuestionAnswering"
+    if decoder:
+        return "HfvlmBLIPForConditionalGeneration"
+    return "HfvlmBLIPForImageTextRetrieval" if "itm_head.weight" in shapes else "HfvlmBLIPModel"
+
+
+def _vision_config(
+    shapes: Mapping[str, Any], arguments: Mapping[str, Any], joint: int | None
+) -> HfvlmBLIPVisionConfig:
+    """`image_size` is the file's; for another, `resize_positions` does what the original does when it loads a file."""
+    width, channels, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
+    return HfvlmBLIPVisionConfig(
+        image_size=patch * isqrt(shapes["visual_encoder.pos_embed"][1] - 1),
+        patch_size=patch,
+        num_channels=channels,
+        hidden_size=width,
+        intermediate_size=shapes["visual_encoder.blocks.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count_layers(shapes, "visual_encoder.blocks."),
+        num_attention_heads=arguments.get("create_vit_override", {}).get("num_heads", width // 64),
+        projection_dim=joint,
+    )
+
+
+def _text_config(
+    shapes: Mapping[str, Any], med: Mapping[str, Any], joint: int | None, context: int, sep: int | None
+) -> HfvlmBLIPTextConfig:
+    prefix = "text_encoder" if "text_encoder.embeddings.word_embeddings.weight" in shapes else "text_decoder.bert"
+    vocabulary, width = shapes[f"{prefix}.embeddings.word_embeddings.weight"]
+    return HfvlmBLIPTextConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=shapes[f"{prefix}.embeddings.position_embeddings.weight"][0],
+        hidden_size=width,
+        intermediate_size=shapes[f"{prefix}.encoder.layer.0.intermediate.dense.weight"][0],
+        num_hidden_layers=count_layers(shapes, f"{prefix}.encoder.layer."),
+        num_attention_heads=med.get("num_attention_heads", width // 64),
+        hidden_act=med.get("hidden_act", "gelu"),
+        layer_norm_eps=med.get("layer_norm_eps", 1e-12),
+        hidden_dropout=med.get("hidden_dropout_prob", 0.1),
+        attention_dropout=med.get("attention_probs_dropout_prob", 0.1),
+        pad_token_id=med.get("pad_token_id", 0),
+        context_size=context,
+        projection_dim=joint,
+        **special_tokens(vocabulary, sep),
+    )
+
+
+def special_tokens(vocabulary: int, sep: int | None = None) -> dict[str, Any]:
+    """[DEC] and [ENC] are the last two ids; [SEP] is BERT's."""
+    end = 102 if sep is None and vocabulary == 30524 else sep
+    return {"bos_token_id": vocabulary - 2, "encoder_token_id": vocabulary - 1, "eos_token_id": end}
+
+
+def _from_transformers(original: Mapping[str, Any]) -> HfvlmBLIPConfig:
+    from transformers import BlipConfig
+
+    native: Any = BlipConfig(**original)
+    ours = {theirs: name for name, theirs in NATIVE.items()}
+    head = ours.get(next(iter(native.architectures or ()), ""))
+    if head is None:
+        raise UnsupportedOriginalError(
+            f"transformers' {native.architectures} is no model that BLIP's authors released; of its classes, "
+            f"{', '.join(ours)} can be converted."
+        )
+    vision, text = native.vision_config, native.text_config
+    joint = native.image_text_hidden_size if head == "HfvlmBLIPForImageTextRetrieval" else None
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    return HfvlmBLIPConfig(
+        architectures=[head],
+        vision_config=HfvlmBLIPVisionConfig(
+            projection_dim=joint,
+            **{name: getattr(vision, name) for name in (*sizes, "layer_norm_eps", "attention_dropout")},
+            **{name: getattr(vision, name) for name in ("image_size", "patch_size")},
+        ),
+        text_config=HfvlmBLIPTextConfig(
+            projection_dim=joint,
+            context_size=text.encoder_hidden_size,
+            hidden_dropout=text.hidden_dropout_prob,
+            attention_dropout=text.attention_probs_dropout_prob,
+            **{name: getattr(text, name) for name in (*sizes, "layer_norm_eps", "vocab_size", "pad_token_id")},
+            max_position_embeddings=text.max_position_embeddings,
+            **special_tokens(text.vocab_size, text.sep_token_id) | {"bos_token_id": text.bos_token_id},
+        ),
+        similarity_temperature=0.07 if joint is None else None,
+        label_smoothing=native.label_smoothing,
+    )
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor, from the constructor's prompt or transformers' preprocessor_config.json."""
+    prompt = original.get("arguments", {}).get("prompt", "")
+    return {"image_processor": transformers_pixels(preprocessing), "prompt": prompt}
+
+
+def image_processor_for(config: HfvlmBLIPConfig, settings: Mapping[str, Any]) -> HfvlmBLIPImageProcessor:
+    return HfvlmBLIPImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmBLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmBLIPProcessor:
+    """The processor; `vocabulary` is one of VOCABULARIES."""
+    text = config.text_config
+    length = {"model_max_length": min(35, text.max_position_embeddings)}
+    tokenizer = HfvlmBLIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
+    ours = len(tokenizer), tokenizer.bos_token_id, tokenizer.sep_token_id
+    if ours != (text.vocab_size, text.bos_token_id, text.eos_token_id):
+        raise ValueError(
+            f"{vocabulary}: its pieces, [DEC] and [SEP] are {ours}, the model's "
+            f"{(text.vocab_size, text.bos_token_id, text.eos_token_id)} (text_config.vocab_size, bos_token_id, "
+            "eos_token_id): this is the vocabulary of another model."
+        )
+    return HfvlmBLIPProcessor(image_processor_for(config, settings), tokenizer, prompt=settings.get("prompt", ""))
+
+
+def config_to_transformers(config: HfvlmBLIPConfig) -> Any:
+    """transformers' BlipConfig of the same model."""
+    from transformers import BlipConfig
+
+    head, vision, text = head_of(config), config.vision_config, config.text_config
+    if head not in NATIVE:
+        raise UnsupportedOriginalError(f"transformers has no BLIP like {head}; it has {', '.join(NATIVE.values())}.")
+    if head == "HfvlmBLIPForQuestionAnswering" and vision.hidden_size != text.hidden_size:
+        raise UnsupportedOriginalError("transformers' BlipForQuestionAnswering needs towers of the same width.")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    return BlipConfig(
+        architectures=[NATIVE[head]],
+        vision_config={
+            name: getattr(vision, name)
+            for name in (*sizes, "layer_norm_eps", "attention_dropout", "image_size", "patch_size")
+        },
+        text_config={
+            **{name: getattr(text, name) for name in (*sizes, "layer_norm_eps", "vocab_size", "pad_token_id")},
+            "max_position_embeddings": text.max_position_embeddings,
+            "encoder_hidden_size": text.context_size,
+            "hidden_dropout_prob": text.hidden_dropout,
+            "attention_probs_dropout_prob": text.attention_dropout,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "sep_token_id": text.eos_token_id,
+            "label_smoothing": config.label_smoothing,
+        },
+        image_text_hidden_size=vision.projection_dim or 256,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def processor_to_transformers(processor: HfvlmBLIPProcessor) -> Any:
+    """transformers' BlipProcessor of the same vocabulary and pixels; it neither cleans texts nor knows a prompt."""
+    import json
+
+    from transformers import BertTokenizer, BlipImageProcessorPil, BlipProcessor
+
+    pixels, tokenizer = processor.image_processor, processor.tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    native = BertTokenizer(
+        vocab=model["vocab"],
+        model_max_length=tokenizer.model_max_length,
+        bos_token="[DEC]",
+        extra_special_tokens=["[ENC]"],
+    )
+    image_processor = BlipImageProcessorPil(
+        size=pixels.size, resample=pixels.resample, image_mean=pixels.image_mean, image_std=pixels.image_std
+    )
+    return BlipProcessor(image_processor, native)
