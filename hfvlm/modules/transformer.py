@@ -181,7 +181,7 @@ class PostNormLayer(GradientCheckpointingLayer):
 class Stack(nn.ModuleList):
     """Layers applied one after the other; a list, so `Stack(PreNormLayer(config) for _ in range(n))`."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, depth: int | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, depth: int | None = None, **kwargs: Any) -> Tensor:
         """Through the first `depth` layers, by default through all."""
         for layer in list(self)[:depth]:
             x = layer(x, mask, **kwargs)
