@@ -1,7 +1,8 @@
 """Reads the tensors of a released file without running anything that is in it.
 
-safetensors, PyTorch's zip files (`.pt .pth .bin`), TorchScript archives, NumPy's `.npz`, and folders of shards. The
-format is told by content, never by name. Tensors of the first three stay in the file until they are used.
+safetensors, PyTorch's zip files (`.pt .pth .bin`), TorchScript archives, NumPy's `.npz`, TensorFlow's checkpoints, and
+folders of shards. The format is told by content, never by name. Tensors of the first three, and TensorFlow's, stay in
+the file until they are used.
 """
 
 import argparse
@@ -30,6 +31,8 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+# The end of every table of LevelDB's kind, such as TensorFlow's index.
+TABLE_END = struct.pack("<Q", 0xDB4775248B80FB57)
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -69,9 +72,23 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(_read_safetensors(path))
     if head.startswith((b"\x80\x02\x8a\x0al\xfc\x9cF", b"ustar")) or b"ustar" in head:
         return _read_legacy(path)
+    return _read_bundle(path, head)
+
+
+def _read_bundle(path: Path, head: bytes) -> Checkpoint:
+    """TensorFlow's index, which is told by its end; what is not even that is refused."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, len(TABLE_END)), io.SEEK_END)
+        tail = file.read()
+    if tail == TABLE_END:
+        from hfvlm.tensor_bundle import TensorBundle
+
+        return Checkpoint(TensorBundle(path))
     if head.startswith(b"\x80"):
         raise CheckpointError(f"{path}: a bare pickle, not a checkpoint; nothing was read from it.")
-    raise CheckpointError(f"{path}: not a safetensors file, PyTorch file, TorchScript archive or .npz.")
+    raise CheckpointError(
+        f"{path}: not a safetensors file, PyTorch file, TorchScript archive, .npz or TensorFlow index."
+    )
 
 
 def weights_in(folder: Path) -> Path:
@@ -79,6 +96,9 @@ def weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).exists():
             return folder / name
+    indices = sorted(folder.glob("*.index"))
+    if len(indices) == 1:
+        return indices[0]
     raise FileNotFoundError(f"{folder}: holds none of {', '.join(WEIGHTS)}. Name the weights file itself.")
 
 
