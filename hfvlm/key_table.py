@@ -2,7 +2,8 @@
 
 A row is `(source, target)` or `(source, target, change)`. In a source, `{}` stands for one name between separators
 and `{...}` for any rest; the target repeats them in the same order. A tuple of targets takes the parts of a `split`.
-Target None drops a key; a comment beside the row says why.
+Target None drops a key; a comment beside the row says why. So does a target of (), whose change makes the tensor anew
+on the way back.
 """
 
 import re
@@ -189,6 +190,9 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
         if row.target is None or (row.change and row.change.undo is None):
             continue
         targets = row.target if isinstance(row.target, tuple) else (row.target,)
+        if not targets and row.change and row.change.undo:
+            restored[row.source] = row.change.undo()
+            continue
         pattern = _pattern(targets[0])
         for names in [match.groups() for key in remaining if (match := pattern.fullmatch(key))]:
             # Of tensors that a model ties, a folder may hold the first alone.

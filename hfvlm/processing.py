@@ -124,6 +124,10 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         if settings["do_resize"]:
             image = self.resize(image, settings)
         array = np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(np.float32, order="C")
+        return self.scaled(array, settings)
+
+    def scaled(self, array: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+        """(3, H, W) in 0..255 -> what the model takes; in place."""
         if settings["do_rescale"]:
             array /= 255
         if settings["do_normalize"]:

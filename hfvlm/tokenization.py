@@ -8,6 +8,7 @@ import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import category, normalize
 
 import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -52,12 +53,30 @@ def clean_question(text: str) -> str:
 # The question mark, the comma and the apostrophe stay.
 PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
+
+# Of Unicode's characters of the kind Default_Ignorable_Code_Point, those that occur.
+IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
+def clean_fold(text: str) -> str:
+    """TensorFlow Text's cleaning for BERT: letters that look alike become one, in lower case without accents; what is
+    not seen goes; control characters become spaces."""
+    text = IGNORABLE.sub("", normalize("NFD", text))
+    text = normalize("NFKC", normalize("NFKC", text.casefold()).casefold())
+    letters = (letter for letter in normalize("NFD", IGNORABLE.sub("", text)) if category(letter) != "Mn")
+    return "".join(" " if category(letter) in ("Cc", "Cf") else letter for letter in letters)
+
+
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "lower": clean_lower,
     "canonical": clean_canonical,
     "case": clean_case,
     "caption": clean_caption,
     "question": clean_question,
+    "fold": clean_fold,
     "none": str,
 }
 
@@ -67,7 +86,7 @@ class HfvlmTokenizer(TokenizersBackend):
 
     Args:
         clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "canonical" as open_clip's SigLIP, "case" as
-            big_vision, "caption" and "question" as BLIP, or "none".
+            big_vision, "caption" and "question" as BLIP, "fold" as TensorFlow Text, or "none".
         model_max_length: tokens of the longest text, special tokens included.
     """
 

@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hfvlm.tensor_bundle import variable_names
+
 GOLDENS = Path(os.environ.get("HFVLM_GOLDENS", Path(__file__).parent / "goldens"))
 
 
@@ -152,14 +154,19 @@ def read_key_list(path: Path) -> dict[str, Tensor]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt") as file:
         rows = json.load(file)
-    return {row["key"]: torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="meta") for row in rows}
+    names = variable_names({row["key"]: row.get("variable", row["key"]) for row in rows})
+    return {
+        names[row["key"]]: torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="meta") for row in rows
+    }
 
 
 def notes_of(path: Path) -> dict[str, Any]:
-    """What is known of a released file, from the list beside its folder; nothing, where its shapes say all."""
+    """What is known of a released file, from the list beside its folder; a name that begins with "transformers" says
+    that the file is of the class there, in its default sizes."""
     notes = json.loads((path.parent.parent / "full-notes.json").read_text())
-    name = path.name.removesuffix(".gz")
-    return notes.get(name) or notes.get(name.removesuffix(".json"), {})
+    name, stem = path.name.removesuffix(".gz"), path.name.removesuffix(".gz").removesuffix(".json")
+    native = {"model_type": path.parent.parent.name} if stem.startswith("transformers-") else {}
+    return notes.get(name) or notes.get(stem, native)
 
 
 class Recorder:

@@ -47,7 +47,7 @@ def test_all_released_openai_models_are_here():
 
 def test_names_may_be_short_where_they_are_unique():
     assert load_preset("vit-b-32").name == load_preset("clip/vit-b-32").name == "clip/vit-b-32"
-    with pytest.raises(ValueError, match="Did you mean .*clip/tiny.* siglip/tiny"):
+    with pytest.raises(ValueError, match="Did you mean .*clip/tiny.*siglip/tiny"):
         load_preset("tiny")
     with pytest.raises(ValueError, match="No preset is called 'vit-b-31'. Did you mean vit-b-32"):
         load_preset("vit-b-31")

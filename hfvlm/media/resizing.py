@@ -19,9 +19,20 @@ def squash(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
 
 def squash_sampled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Exactly (height, width), bilinear between the four nearest pixels, fractions cut: TensorFlow's, of uint8."""
+    pixels = sampled(image, size).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def sampled(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The same with its fractions: (3, height, width), float32 in 0..255."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
-    sampled = interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
-    return Image.fromarray(sampled.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    return interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0].numpy()
+
+
+def centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(C, H, W) -> its middle (C, height, width), one pixel nearer to the top left where there are two."""
+    top, left = ((larger - smaller) // 2 for larger, smaller in zip(pixels.shape[1:], size, strict=True))
+    return pixels[:, top : top + size[0], left : left + size[1]]
 
 
 def cover(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:

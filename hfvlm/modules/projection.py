@@ -2,9 +2,8 @@
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers import initialization as init
-
-from hfvlm.configuration import TowerConfig
 
 
 class Projection(nn.Linear):
@@ -14,7 +13,7 @@ class Projection(nn.Linear):
         init.normal_(self.weight, std=self.in_features**-0.5)
 
 
-def projection(config: TowerConfig, *, bias: bool = False) -> nn.Module:
+def projection(config: PreTrainedConfig, *, bias: bool = False) -> nn.Module:
     """For a tower whose config says a `projection_dim`; without one the pooled vector is the embedding."""
     if config.projection_dim is None:
         return nn.Identity()
