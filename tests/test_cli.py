@@ -66,7 +66,7 @@ def test_verify_fails_loudly(tmp_path, clip_folder):
     ("arguments", "words"),
     [
         (["info", "vit-b-31"], "Did you mean vit-b-32"),
-        (["list", "clap"], "No architecture is called 'clap'; there are .*clip"),
+        (["list", "clap"], "No architecture is called 'clap'; there are "),
         (["convert", "absent.pt", "--preset", "clip/tiny", "-o", "out"], "absent.pt: no such file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 ARCHITECTURES = (
     "blip",
+    "align",
     "clip",
     "siglip",
     "imagebind",

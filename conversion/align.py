@@ -1,0 +1,373 @@
+"""ALIGN's released files: Kakao Brain's TensorFlow checkpoint, by its variables' names, and transformers' folders.
+
+Source: https://github.com/kakaobrain/coyo-align at 8cea82e. Google released no weights.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hfvlm.conversion import UnsupportedOriginalError, count_layers
+from torch import Tensor
+
+from hfvlm.key_table import Change, Row, permute, reshape, scalar, transpose
+from hfvlm.models.align.configuration_align import (
+    EFFICIENTNETS,
+    STEM_CHANNELS,
+    HfvlmALIGNConfig,
+    HfvlmALIGNTextConfig,
+    HfvlmALIGNVisionConfig,
+)
+from hfvlm.models.align.processing_align import HfvlmALIGNImageProcessor, HfvlmALIGNProcessor, HfvlmALIGNTokenizer
+
+VOCABULARIES = ("vocab.txt", "tokenizer.json")
+# Fields of the vision tower that transformers calls the same: numbers of each stage, and others.
+STAGES = ("kernel_sizes", "out_channels", "strides", "num_block_repeats", "expand_ratios")
+SAME = ("num_channels", "width_coefficient", "depth_coefficient", "depth_divisor", "hidden_act", "batch_norm_eps")
+# TensorFlow's kernels are (height, width, in, out), or (height, width, channels, 1) where each channel is by itself.
+convolution, depthwise = permute(3, 2, 0, 1), permute(2, 3, 0, 1)
+# One value a channel: (C,), or (1, 1, 1, 1, C) since the original's batch norms see a batch in parts.
+channels = reshape(-1)
+# Our squeeze-and-excitation is linear on the mean, the originals' are convolutions on a map of one pixel.
+kernel_to_linear = Change(lambda kernel: kernel[0, 0].t(), lambda weight: weight.t()[None, None])
+pixel_to_linear = Change(lambda kernel: kernel[:, :, 0, 0], lambda weight: weight[:, :, None, None])
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    return "transformers" if original.get("model_type") == "align" else "tensorflow"
+
+
+def keys_for(config: HfvlmALIGNConfig, layout: str = "tensorflow", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows for a file of `layout`: "tensorflow" or "transformers"."""
+    return transformers_rows(config) if layout == "transformers" else tensorflow_rows(config, set(keys))
+
+
+def tensorflow_rows(config: HfvlmALIGNConfig, keys: set[str]) -> list[Row]:
+    *image, text = dense_layers(keys)
+    return [
+        Row("{...}.OPTIMIZER_SLOT{...}", None, optional=True),
+        Row("optimizer/{...}", None, optional=True),
+        Row("save_counter{...}", None, optional=True),
+        # Running means of the loss, for the progress bar.
+        Row("{}_tracker/{}/.ATTRIBUTES/VARIABLE_VALUE", None, optional=True),
+        # The original's code gives it no name; the release, which is older, has one.
+        *(Row(name, "logit_scale.scale", scalar, optional=True) for name in ("Variable", "temperature")),
+        *conv_norm("stem_conv/kernel", "stem_bn", "stem", convolution),
+        *(row for i, name in enumerate(block_names(config.vision_config)) for row in block(config, i, name)),
+        *(row for name in image for row in dense(name, "vision_model.projection")),
+        *bert(bert_name(keys)),
+        *dense(text, "text_model.projection"),
+    ]
+
+
+def dense_layers(keys: Iterable[str]) -> list[str]:
+    """Keras numbers layers of a kind in the order of their making: the image projection, if any, then the text's."""
+    names = {key.split("/")[0] for key in keys if re.fullmatch(r"dense(_\d+)?/kernel", key)}
+    return sorted(names, key=lambda name: (len(name), name)) or ["dense"]
+
+
+def bert_name(keys: Iterable[str]) -> str:
+    """Keras numbers this too, if it is not the first that a program makes."""
+    return next((key.split("/")[0] for key in keys if "/bert/" in key), "tf_bert_model")
+
+
+def block_names(config: HfvlmALIGNVisionConfig) -> list[str]:
+    """A number for the stage, a letter for the block in it."""
+    return [f"block{i + 1}{chr(ord('a') + j)}" for i, depth in enumerate(config.stage_depths) for j in range(depth)]
+
+
+def block(config: HfvlmALIGNConfig, index: int, name: str) -> list[Row]:
+    target, sizes = f"layers.{index}", config.vision_config.blocks[index]
+    expand = conv_norm(f"{name}_expand_conv/kernel", f"{name}_expand_bn", f"{target}.expand", convolution)
+    excite = f"vision_model.{target}.excite"
+    return [
+        *(expand if sizes.expand_ratio > 1 else []),
+        *conv_norm(f"{name}_dwconv/depthwise_kernel", f"{name}_bn", f"{target}.depthwise", depthwise),
+        Row(f"{name}_se_reduce/kernel", f"{excite}.fc1.weight", kernel_to_linear),
+        Row(f"{name}_se_reduce/bias", f"{excite}.fc1.bias"),
+        Row(f"{name}_se_expand/kernel", f"{excite}.fc2.weight", kernel_to_linear),
+        Row(f"{name}_se_expand/bias", f"{excite}.fc2.bias"),
+        *conv_norm(f"{name}_project_conv/kernel", f"{name}_project_bn", f"{target}.project", convolution),
+    ]
+
+
+def conv_norm(kernel: str, norm: str, target: str, change: Change) -> list[Row]:
+    ours = f"vision_model.{target}.norm"
+    return [
+        Row(kernel, f"vision_model.{target}.conv.weight", change),
+        Row(f"{norm}/gamma", f"{ours}.weight", channels),
+        Row(f"{norm}/beta", f"{ours}.bias", channels),
+        Row(f"{norm}/moving_mean", f"{ours}.running_mean", channels),
+        Row(f"{norm}/moving_variance", f"{ours}.running_var", channels),
+    ]
+
+
+def bert(prefix: str) -> list[Row]:
+    source, target = f"{prefix}/bert/encoder/layer_._{{}}", "text_model.layers.{}"
+    table, ours = f"{prefix}/bert/embeddings", "text_model.embeddings"
+    return [
+        Row(f"{table}/word_embeddings/weight", f"{ours}.token.weight"),
+        Row(f"{table}/position_embeddings/embeddings", f"{ours}.position"),
+        Row(f"{table}/token_type_embeddings/embeddings", f"{ours}.token_type.weight"),
+        *norm(f"{table}/LayerNorm", f"{ours}.norm"),
+        *(
+            row
+            for theirs, part in (("query", "q"), ("key", "k"), ("value", "v"))
+            for row in dense(f"{source}/attention/self/{theirs}", f"{target}.attention.{part}_proj")
+        ),
+        *dense(f"{source}/attention/output/dense", f"{target}.attention.out_proj"),
+        *norm(f"{source}/attention/output/LayerNorm", f"{target}.attention_norm"),
+        *dense(f"{source}/intermediate/dense", f"{target}.mlp.fc1"),
+        *dense(f"{source}/output/dense", f"{target}.mlp.fc2"),
+        *norm(f"{source}/output/LayerNorm", f"{target}.mlp_norm"),
+        # BERT's pooler is made but never read, nor trained.
+        Row(f"{prefix}/bert/pooler/dense/{{}}", None, optional=True),
+    ]
+
+
+def dense(source: str, target: str) -> list[Row]:
+    return [Row(f"{source}/kernel", f"{target}.weight", transpose), Row(f"{source}/bias", f"{target}.bias")]
+
+
+def norm(source: str, target: str) -> list[Row]:
+    return [Row(f"{source}/gamma", f"{target}.weight"), Row(f"{source}/beta", f"{target}.bias")]
+
+
+def transformers_rows(config: HfvlmALIGNConfig) -> list[Row]:
+    width = config.text_config.hidden_size
+    source, target = "vision_model.encoder.blocks.{}", "vision_model.layers.{}"
+    layer, ours = "text_model.encoder.layer.{}", "text_model.layers.{}"
+    return [
+        Row("temperature", "logit_scale.scale", scalar),
+        # Files of 2023 store the counting numbers.
+        Row("text_model.embeddings.position_ids", None, optional=True),
+        Row("vision_model.embeddings.convolution.weight", "vision_model.stem.conv.weight"),
+        Row("vision_model.embeddings.batchnorm.{}", "vision_model.stem.norm.{}"),
+        Row(f"{source}.expansion.expand_conv.weight", f"{target}.expand.conv.weight"),
+        Row(f"{source}.expansion.expand_bn.{{}}", f"{target}.expand.norm.{{}}"),
+        Row(f"{source}.depthwise_conv.depthwise_conv.weight", f"{target}.depthwise.conv.weight"),
+        Row(f"{source}.depthwise_conv.depthwise_norm.{{}}", f"{target}.depthwise.norm.{{}}"),
+        Row(f"{source}.squeeze_excite.reduce.weight", f"{target}.excite.fc1.weight", pixel_to_linear),
+        Row(f"{source}.squeeze_excite.reduce.bias", f"{target}.excite.fc1.bias"),
+        Row(f"{source}.squeeze_excite.expand.weight", f"{target}.excite.fc2.weight", pixel_to_linear),
+        Row(f"{source}.squeeze_excite.expand.bias", f"{target}.excite.fc2.bias"),
+        Row(f"{source}.projection.project_conv.weight", f"{target}.project.conv.weight"),
+        Row(f"{source}.projection.project_bn.{{}}", f"{target}.project.norm.{{}}"),
+        Row("text_model.embeddings.word_embeddings.weight", "text_model.embeddings.token.weight"),
+        Row("text_model.embeddings.position_embeddings.weight", "text_model.embeddings.position"),
+        Row("text_model.embeddings.token_type_embeddings.weight", "text_model.embeddings.token_type.weight"),
+        Row("text_model.embeddings.LayerNorm.{}", "text_model.embeddings.norm.{}"),
+        *(
+            Row(f"{layer}.attention.self.{theirs}.{{}}", f"{ours}.attention.{part}_proj.{{}}")
+            for theirs, part in (("query", "q"), ("key", "k"), ("value", "v"))
+        ),
+        Row(f"{layer}.attention.output.dense.{{}}", f"{ours}.attention.out_proj.{{}}"),
+        Row(f"{layer}.attention.output.LayerNorm.{{}}", f"{ours}.attention_norm.{{}}"),
+        Row(f"{layer}.intermediate.dense.{{}}", f"{ours}.mlp.fc1.{{}}"),
+        Row(f"{layer}.output.dense.{{}}", f"{ours}.mlp.fc2.{{}}"),
+        Row(f"{layer}.output.LayerNorm.{{}}", f"{ours}.mlp_norm.{{}}"),
+        # BERT's pooler is never read, nor trained; transformers' class has one all the same.
+        Row("text_model.pooler.dense.weight", (), zeros(width, width)),
+        Row("text_model.pooler.dense.bias", (), zeros(width)),
+        Row("text_projection.{}", "text_model.projection.{}"),
+    ]
+
+
+def zeros(*shape: int) -> Change:
+    """A tensor that is dropped, and that an exported file has zeros for."""
+    return Change(lambda _: (), lambda: torch.zeros(shape))
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmALIGNConfig:
+    """The constructor's arguments, or none: the shapes tell which EfficientNet it is; or transformers' config.json."""
+    if original.get("model_type") == "align":
+        return _from_transformers(original)
+    arguments = original.get("arguments", original)
+    shapes = {key: tensor.shape for key, tensor in state_dict.items()}
+    *image, text = dense_layers(shapes)
+    prefix = bert_name(shapes)
+    table = f"{prefix}/bert/embeddings"
+    vocabulary, width = shapes[f"{table}/word_embeddings/weight"]
+    layers = count_layers((key.replace("/", ".") for key in shapes), f"{prefix}.bert.encoder.layer_._")
+    return HfvlmALIGNConfig(
+        vision_config=_efficientnet(arguments, shapes, shapes[f"{image[0]}/kernel"][1] if image else None),
+        text_config=HfvlmALIGNTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=arguments.get("bert_config", {}).get("num_attention_heads", width // 64),
+            intermediate_size=shapes[f"{prefix}/bert/encoder/layer_._0/intermediate/dense/bias"][0],
+            max_position_embeddings=shapes[f"{table}/position_embeddings/embeddings"][0],
+            projection_dim=shapes[f"{text}/kernel"][1],
+        ),
+    )
+
+
+def _efficientnet(
+    arguments: Mapping[str, Any], shapes: Mapping[str, Any], projection_dim: int | None
+) -> HfvlmALIGNVisionConfig:
+    """The one that was named or, if none was, the one of those sizes."""
+    own = arguments.get("efficientnet")
+    if own is not None:
+        return _own_efficientnet(own, projection_dim)
+    named = str(arguments.get("img_encoder_name", "")).lower()
+    for name, (width, depth) in EFFICIENTNETS.items():
+        config = HfvlmALIGNVisionConfig(
+            width_coefficient=width, depth_coefficient=depth, projection_dim=projection_dim
+        )
+        if name == named or (not named and _has_sizes(shapes, config)):
+            return config
+    raise UnsupportedOriginalError(
+        f"The image encoder {named or 'in the file'} is none of {', '.join(EFFICIENTNETS)}."
+    )
+
+
+def _has_sizes(shapes: Mapping[str, Any], config: HfvlmALIGNVisionConfig) -> bool:
+    kernels = [shapes.get(f"{name}_project_conv/kernel") for name in block_names(config)]
+    count = sum(key.endswith("_project_conv/kernel") for key in shapes)
+    return count == len(kernels) and all(
+        kernel is not None and kernel[-1] == sizes.out_channels
+        for kernel, sizes in zip(kernels, config.blocks, strict=True)
+    )
+
+
+def _own_efficientnet(own: Mapping[str, Any], projection_dim: int | None) -> HfvlmALIGNVisionConfig:
+    stages = own["blocks_args"]
+    _check_chain([stage["filters_in"] for stage in stages], [stage["filters_out"] for stage in stages])
+    ratios = {stage["se_ratio"] for stage in stages}
+    if len(ratios) > 1 or not all(stage["id_skip"] for stage in stages):
+        raise UnsupportedOriginalError("hfvlm's blocks all have shortcuts and the same se_ratio.")
+    return HfvlmALIGNVisionConfig(
+        width_coefficient=own["width_coefficient"],
+        depth_coefficient=own["depth_coefficient"],
+        depth_divisor=own["depth_divisor"],
+        kernel_sizes=[stage["kernel_size"] for stage in stages],
+        out_channels=[stage["filters_out"] for stage in stages],
+        strides=[stage["strides"] for stage in stages],
+        num_block_repeats=[stage["repeats"] for stage in stages],
+        expand_ratios=[stage["expand_ratio"] for stage in stages],
+        squeeze_ratio=ratios.pop(),
+        projection_dim=projection_dim,
+    )
+
+
+def _check_chain(into: list[int], out: list[int]) -> None:
+    if into != [STEM_CHANNELS, *out[:-1]]:
+        raise UnsupportedOriginalError(f"Stages that take {into} channels do not follow on stages that give {out}.")
+
+
+def _from_transformers(original: Mapping[str, Any]) -> HfvlmALIGNConfig:
+    from transformers import AlignConfig
+
+    native: Any = AlignConfig(**original)
+    vision, text = native.vision_config, native.text_config
+    _check_chain(list(vision.in_channels), list(vision.out_channels))
+    if vision.depthwise_padding or vision.pooling_type != "mean":
+        raise UnsupportedOriginalError(
+            "hfvlm pads as the original and pools by the mean: no depthwise_padding, no max."
+        )
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    tables = ("layer_norm_eps", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
+    stages: dict[str, Any] = {name: tuple(getattr(vision, name)) for name in STAGES}
+    return HfvlmALIGNConfig(
+        vision_config=HfvlmALIGNVisionConfig(
+            squeeze_ratio=vision.squeeze_expansion_ratio,
+            drop_connect_rate=vision.drop_connect_rate,
+            **{name: getattr(vision, name) for name in SAME},
+            **stages,
+        ),
+        text_config=HfvlmALIGNTextConfig(
+            hidden_dropout=text.hidden_dropout_prob,
+            attention_dropout=text.attention_probs_dropout_prob,
+            projection_dim=native.projection_dim,
+            **{name: getattr(text, name) for name in (*sizes, *tables)},
+        ),
+        temperature_init_value=native.temperature_init_value,
+    )
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor, from transformers' preprocessor_config.json; its antialiasing is not taken over."""
+    settings = preprocessing.get("image_processor", preprocessing)
+    pixels: dict[str, Any] = {}
+    if "crop_size" in settings:
+        pixels["size"] = settings["crop_size"]
+    if "size" in settings:
+        pixels["resized"] = settings["size"]["height"]
+    return {"image_processor": pixels}
+
+
+def image_processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any]) -> HfvlmALIGNImageProcessor:
+    return HfvlmALIGNImageProcessor(**settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmALIGNProcessor:
+    """The processor; `vocabulary` is one of VOCABULARIES."""
+    tokenizer = HfvlmALIGNTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {}))
+    if len(tokenizer) != config.text_config.vocab_size:
+        raise ValueError(
+            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
+            "(text_config.vocab_size): this is the vocabulary of another model."
+        )
+    return HfvlmALIGNProcessor(image_processor_for(config, settings), tokenizer)
+
+
+def config_to_transformers(config: HfvlmALIGNConfig) -> Any:
+    """transformers' AlignConfig of the same model."""
+    from transformers import AlignConfig
+
+    vision, text = config.vision_config, config.text_config
+    if vision.projection_dim is not None:
+        raise UnsupportedOriginalError("transformers' AlignModel has no image projection; this model has one.")
+    native = text.to_diff_dict() | {
+        "model_type": "align_text_model",
+        "hidden_dropout_prob": text.hidden_dropout,
+        "attention_probs_dropout_prob": text.attention_dropout,
+    }
+    return AlignConfig(
+        architectures=["AlignModel"],
+        projection_dim=text.projection_dim,
+        temperature_init_value=float(config.temperature_init_value),
+        vision_config={
+            "model_type": "align_vision_model",
+            "in_channels": [STEM_CHANNELS, *vision.out_channels[:-1]],
+            "squeeze_expansion_ratio": float(vision.squeeze_ratio),
+            "drop_connect_rate": vision.drop_connect_rate,
+            # transformers' momentum is the share of the new batch, the original's 0.99 that of the past.
+            "batch_norm_momentum": 0.01,
+            **{name: list(getattr(vision, name)) for name in STAGES},
+            **{name: getattr(vision, name) for name in SAME},
+            **{name: float(getattr(vision, name)) for name in ("width_coefficient", "depth_coefficient")},
+        },
+        text_config={
+            name: value for name, value in native.items() if name not in ("hidden_dropout", "projection_dim")
+        },
+    )
+
+
+def processor_to_transformers(processor: HfvlmALIGNProcessor) -> Any:
+    """transformers' AlignProcessor of the same vocabulary and sizes.
+
+    It averages when it shrinks pictures, where the original samples, and folds fewer letters; see `antialias` and
+    `clean` of ours.
+    """
+    from transformers import AlignProcessor, BertTokenizer
+    from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+
+    pixels = processor.image_processor
+    image_processor = EfficientNetImageProcessorPil(
+        size={"height": pixels.resized, "width": pixels.resized},
+        crop_size=pixels.size,
+        resample=pixels.resample,
+        do_center_crop=True,
+        rescale_factor=1 / 127.5,
+        rescale_offset=True,
+        do_normalize=False,
+        include_top=False,
+    )
+    tokenizer = BertTokenizer(
+        vocab=processor.tokenizer.get_vocab(), model_max_length=processor.tokenizer.model_max_length
+    )
+    return AlignProcessor(image_processor, tokenizer)

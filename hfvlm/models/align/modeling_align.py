@@ -1,0 +1,254 @@
+"""ALIGN (https://arxiv.org/abs/2102.05918; https://github.com/kakaobrain/coyo-align at 8cea82e)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.losses import contrastive_loss
+from hfvlm.modeling import (
+    LAYER_ATTENTIONS,
+    DualEncoder,
+    HfvlmPreTrainedModel,
+    ImageClassifier,
+    other_towers,
+)
+from hfvlm.models.align.configuration_align import (
+    BlockSizes,
+    HfvlmALIGNConfig,
+    HfvlmALIGNTextConfig,
+    HfvlmALIGNVisionConfig,
+)
+from hfvlm.modules.dropout import DropPath
+from hfvlm.modules.embeddings import BertEmbedding, text_positions
+from hfvlm.modules.projection import projection
+from hfvlm.modules.similarity import Temperature
+from hfvlm.modules.transformer import PostNormLayer, Stack
+from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+
+def pad_for(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Zeros around `(B, C, H, W)`, so that a convolution divides its size by its stride.
+
+    With a stride, as TensorFlow pads pictures of even size; the original does so whatever their size is.
+    """
+    after = kernel_size // 2
+    before = after - 1 if stride > 1 else after
+    return F.pad(x, (before, after, before, after))
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, and a batch norm.
+
+    The original takes a batch's statistics over 16 pictures at a time (`virtual_batch_size`), here over all.
+    """
+
+    def __init__(
+        self, config: HfvlmALIGNVisionConfig, channels: tuple[int, int], kernel_size: int = 1, stride: int = 1
+    ):
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+        self.conv = nn.Conv2d(*channels, kernel_size, stride=stride, groups=self.groups(channels), bias=False)
+        self.norm = nn.BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
+        self.act = ACT2FN[config.hidden_act]
+
+    def groups(self, channels: tuple[int, int]) -> int:
+        return 1
+
+    def init_own_weights(self, std: float) -> None:
+        height, width = self.conv.kernel_size
+        fan_out = height * width * self.conv.out_channels / self.conv.groups
+        init.normal_(self.conv.weight, std=(2 / fan_out) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(pad_for(x, self.kernel_size, self.stride))))
+
+
+class DepthwiseConvNorm(ConvNorm):
+    """Each channel by itself."""
+
+    def groups(self, channels: tuple[int, int]) -> int:
+        return channels[0]
+
+
+class LinearConvNorm(ConvNorm):
+    """Without an activation: the narrow end of a block, where one would lose too much."""
+
+    def __init__(self, config: HfvlmALIGNVisionConfig, channels: tuple[int, int]):
+        super().__init__(config, channels)
+        self.act = nn.Identity()
+
+
+class SqueezeExcite(nn.Module):
+    """Weighs the channels by what the whole feature map says."""
+
+    def __init__(self, config: HfvlmALIGNVisionConfig, channels: int, squeezed: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, squeezed)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(squeezed, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3))))).sigmoid()
+        return x * weights[:, :, None, None]
+
+
+class MBConv(nn.Module):
+    """Widen, filter each channel, weigh the channels, narrow; and a shortcut where the shape stays the same."""
+
+    def __init__(self, config: HfvlmALIGNVisionConfig, sizes: BlockSizes, drop_path: float):
+        super().__init__()
+        narrow, out, kernel_size, stride, ratio = sizes
+        wide = narrow * ratio
+        self.expand = ConvNorm(config, (narrow, wide)) if ratio > 1 else nn.Identity()
+        self.depthwise = DepthwiseConvNorm(config, (wide, wide), kernel_size, stride)
+        self.excite = SqueezeExcite(config, wide, max(1, int(narrow * config.squeeze_ratio)))
+        self.project = LinearConvNorm(config, (wide, out))
+        self.shortcut = stride == 1 and narrow == out
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.excite(self.depthwise(self.expand(x))))
+        return x + self.drop_path(y) if self.shortcut else y
+
+
+class HfvlmALIGNVisionModel(HfvlmPreTrainedModel):
+    """An EfficientNet up to its last block, and the mean of what that says: there is no convolution on top."""
+
+    config: HfvlmALIGNVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    # Recomputing a batch norm in training would count its batch twice in the running statistics.
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["MBConv"]
+    _can_record_outputs = {"hidden_states": MBConv}
+
+    def __init__(self, config: HfvlmALIGNVisionConfig):
+        super().__init__(config)
+        self.stem = ConvNorm(config, (config.num_channels, config.stem_size), kernel_size=3, stride=2)
+        share = config.drop_connect_rate / len(config.blocks)
+        self.layers = Stack(MBConv(config, sizes, share * i) for i, sizes in enumerate(config.blocks))
+        self.projection = projection(config, bias=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.stem
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, C, H, W)` pixels in -1..1 -> the last feature map as tokens `(B, H/32 * W/32, D)`, and their mean."""
+        x = self.stem(pixel_values.to(self.dtype))
+        for layer in self.layers:
+            x = layer(x)
+        x = x.flatten(2).transpose(1, 2)
+        pooled = x.mean(dim=1)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+
+class HfvlmALIGNTextModel(HfvlmPreTrainedModel):
+    """A BERT that reads its first token."""
+
+    config: HfvlmALIGNTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
+    input_modalities = ["text"]
+    _input_embed_layer = "token"
+    _no_split_modules = ["PostNormLayer"]
+    _can_record_outputs = {"hidden_states": PostNormLayer, "attentions": LAYER_ATTENTIONS}
+
+    def __init__(self, config: HfvlmALIGNTextConfig):
+        super().__init__(config)
+        self.embeddings = BertEmbedding(config)
+        self.layers = Stack(PostNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.projection = projection(config, bias=True)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TowerOutput:
+        """`(B, N)` token ids, padded on the right -> all tokens after the last layer, and the first of them.
+
+        Args:
+            input_ids: begins with [CLS].
+            attention_mask: `(B, N)` with 0 for padding; None for no padding.
+            token_type_ids: `(B, N)`; trained on type 0 alone, the default.
+        """
+        positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
+        x = self.embeddings(input_ids, positions, token_type_ids)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
+        x = self.layers(x, mask, **kwargs)
+        return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
+
+
+class HfvlmALIGNModel(DualEncoder):
+    """Pictures and texts in one space."""
+
+    config: HfvlmALIGNConfig
+    base_model_prefix = "align"
+
+    def __init__(self, config: HfvlmALIGNConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.text_model = AutoModel.from_config(config.text_config)
+        self.logit_scale = Temperature(config.temperature_init_value)
+        self.post_init()
+
+    def pair_loss(
+        self,
+        a: Tensor,
+        b: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """The original adds the losses of both directions up, instead of averaging them as others do."""
+        return 2 * contrastive_loss(a, b, logit_scale, label_smoothing=self.config.label_smoothing, group=group)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        return_loss: bool | None = None,
+        **kwargs: Any,
+    ) -> DualEncoderOutput:
+        """Every text against every picture; with `return_loss`, text i must belong to picture i.
+
+        Args:
+            input_ids: `(T, N)`, padded on the right.
+            pixel_values: `(I, C, H, W)` in -1..1, of any size.
+            attention_mask: `(T, N)` with 0 for padding; None for no padding.
+            token_type_ids: `(T, N)`; trained on type 0 alone, the default.
+            return_loss: also compute the contrastive loss of the batch.
+        """
+        image = self.encode_image(pixel_values, **kwargs)
+        text = self.encode_text(input_ids, attention_mask, token_type_ids=token_type_ids, **kwargs)
+        return self.compare(image, text, return_loss=return_loss)
+
+
+class HfvlmALIGNForImageClassification(ImageClassifier):
+    """A linear layer on the vision tower's mean."""
+
+    config: HfvlmALIGNConfig
+    base_model_prefix = "align"
+    supports_gradient_checkpointing = False
