@@ -125,14 +125,21 @@ def most_alike(
 
     `(B, N, D)` -> `(B, top_k, D)`, and which of them count, `(B, top_k)`.
     """
-    if top_k > tokens.shape[1]:
-        raise ValueError(f"top_k is {top_k}, a row has {tokens.shape[1]} tokens.")
-    with torch.no_grad():
-        weight = None if partner_mask is None else partner_mask.to(partner.dtype).unsqueeze(-1)
-        whole = (partner if weight is None else partner * weight).sum(dim=1)
-        likeness = torch.einsum("bnd,bd->bn", tokens, whole)
-        if mask is not None:
-            likeness = likeness.masked_fill(~mask.bool(), -torch.inf)
-        places = likeness.topk(top_k, dim=1).indices
+    places = places_of_most_alike(tokens, partner, mask, partner_mask, top_k)
     chosen = tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
     return chosen, None if mask is None else mask.gather(1, places)
+
+
+@torch.no_grad()
+def places_of_most_alike(
+    tokens: Tensor, partner: Tensor, mask: Tensor | None, partner_mask: Tensor | None, top_k: int
+) -> Tensor:
+    """Where those tokens are, `(B, top_k)`."""
+    if top_k > tokens.shape[1]:
+        raise ValueError(f"top_k is {top_k}, a row has {tokens.shape[1]} tokens.")
+    weight = None if partner_mask is None else partner_mask.to(partner.dtype).unsqueeze(-1)
+    whole = (partner if weight is None else partner * weight).sum(dim=1)
+    likeness = torch.einsum("bnd,bd->bn", tokens, whole)
+    if mask is not None:
+        likeness = likeness.masked_fill(~mask.bool(), -torch.inf)
+    return likeness.topk(top_k, dim=1).indices

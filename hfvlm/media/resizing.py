@@ -35,8 +35,10 @@ def centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-def cover(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """The smallest size that covers (height, width), then its centre.
+def cover(
+    image: Image.Image, size: tuple[int, int], resample: int, kept: tuple[int, int] | None = None
+) -> Image.Image:
+    """The smallest size that covers (height, width), then its centre: of that size, or of what is to be `kept`.
 
     A square target follows torchvision's `Resize(n)`, which cuts the fraction of the long edge; another follows
     open_clip's `ResizeKeepRatio`, which rounds and is always bicubic.
@@ -50,8 +52,8 @@ def cover(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Ima
         ratio = min(height / size[0], width / size[1])
         fitted, resample = (round(height / ratio), round(width / ratio)), BICUBIC
     if fitted[0] * fitted[1] > MAX_RESIZED_PIXELS:
-        return _resize_centre(image, fitted, size, resample)
-    return crop_or_pad(_resize(image, fitted, resample), size, fill=0)
+        return _resize_centre(image, fitted, kept or size, resample)
+    return crop_or_pad(_resize(image, fitted, resample), kept or size, fill=0)
 
 
 def contain(image: Image.Image, size: tuple[int, int], resample: int, fill: Any) -> Image.Image:
