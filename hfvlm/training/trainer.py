@@ -31,7 +31,8 @@ BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
 
 
 class ContrastiveTrainer(Trainer):
-    """Trains a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast`.
+    """Trains a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast` and,
+    if its embeddings are compared in another way than by their product, `score`.
 
     It is transformers' Trainer, with
 
@@ -227,15 +228,16 @@ class ContrastiveTrainer(Trainer):
         metrics = {"loss": self.bare_model.contrast(output, PAIR_LOSSES.get(self.args.loss or "")).item()}
         sets = {}
         for name, value in rows.items():
-            if name.endswith("_embeds"):
-                modality = name.removesuffix("_embeds")
+            modality = name.removesuffix("_embeds")
+            if modality != name and hasattr(self.bare_model, f"get_{modality}_features"):
                 if modality == "text" and counts is not None:
                     there = torch.arange(value.shape[1]) < counts[:, None]
                     sets[modality] = value[there], ids[:, None].expand_as(there)[there]
                 else:
                     sets[modality] = first_of_each(value, ids)
         for (a, (queries, query_ids)), (b, (gallery, gallery_ids)) in permutations(sets.items(), 2):
-            recalls = recall_at(queries, gallery, self.args.recall_at, query_ids, gallery_ids)
+            score = getattr(self.bare_model, "score", None)  # of embeddings that are compared in their own way
+            recalls = recall_at(queries, gallery, self.args.recall_at, query_ids, gallery_ids, score=score)
             metrics |= {f"{a}_to_{b}_recall@{k}": share for k, share in recalls.items()}
         if replaced.any():
             metrics["unreadable_rows"] = int((replaced > 0).sum())
