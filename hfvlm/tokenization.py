@@ -149,11 +149,15 @@ def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostPr
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def openai_bpe(path: str | Path) -> Tokenizer:
+def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
     """CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
 
+    Args:
+        path: the file.
+        more: special pieces that come before the start token.
+
     Raises:
-        ValueError: the file is neither.
+        ValueError: the file is neither, or a tokenizer.json without those pieces.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -162,8 +166,10 @@ def openai_bpe(path: str | Path) -> Tokenizer:
         merges = _openai_merges(path)
         letters = _byte_letters()
         words = (letter + "</w>" for letter in letters)
-        pieces = [*letters, *words, *("".join(merge) for merge in merges), START, END]
+        pieces = [*letters, *words, *("".join(merge) for merge in merges), *more, START, END]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if missing := [piece for piece in more if piece not in vocabulary]:
+        raise ValueError(f"{path}: this vocabulary has no {', '.join(missing)}; it is another model's.")
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
     engine.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -4,6 +4,7 @@ ARCHITECTURES = (
     "blip",
     "align",
     "clip",
+    "filip",
     "siglip",
     "imagebind",
     "llava",

@@ -1,0 +1,301 @@
+"""FILIP (https://arxiv.org/abs/2111.07783), with what https://github.com/Sense-GVT/DeCLIP at 5d99a85 adds to it.
+
+The authors released nothing; DeCLIP's reproduction is the one with weights. Where the two differ: the paper compares
+the tokens of a text that are not padding, the reproduction all 77 (here, those that `attention_mask` keeps; the
+embeddings of others are zero); and the reproduction's loss matches with 16 tokens of each pair (`top_k`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
+from hfvlm.modeling import DualEncoder, ImageClassifier, other_towers, unit
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
+from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.pooling import end_of_text
+from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.projection import Projection, projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import PreNormLayer, Stack
+from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+# What is in the composite beside its towers.
+SUMMARIES = r"^(image|text)_summary\.|^summary_scale\."
+
+
+@dataclass
+class FILIPFeatures(BaseModelOutputWithPooling):
+    """What is known of pictures or of texts.
+
+    Args:
+        pooler_output: `(B, N, projection_dim)`, the tokens in the space where they are compared, not normalised; zero
+            for tokens that do not count.
+        summary: `(B, summary_dim)`, the picture or the text as a whole, not normalised.
+    """
+
+    summary: Tensor | None = None
+
+
+@dataclass
+class FILIPOutput(DualEncoderOutput):
+    """Images against texts, token by token.
+
+    Args:
+        logits_per_image: `(images, texts)`, scaled means over the patches of their best match among the tokens.
+        logits_per_text: `(texts, images)`, scaled means over the tokens of their best match among the patches: not the
+            transpose of the other.
+        image_embeds: `(images, patches, projection_dim)`, each patch of unit length.
+        text_embeds: `(texts, tokens, projection_dim)`, each token of unit length, or zero if it does not count.
+        image_summary_embeds: `(images, summary_dim)`, whole pictures, of unit length.
+        text_summary_embeds: `(texts, summary_dim)`, whole texts, of unit length.
+        summary_scale: `(1,)`, the inverse of the temperature for these.
+    """
+
+    image_summary_embeds: Tensor | None = None
+    text_summary_embeds: Tensor | None = None
+    summary_scale: Tensor | None = None
+
+
+class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
+    """CLIP's vision transformer, whose patches are the embedding."""
+
+    config: HfvlmFILIPVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = [*other_towers("vision_model"), SUMMARIES]
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmFILIPVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.projection = projection(config, bias=True)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
+        init.normal_(self.position, std=0.01)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+        """`(B, C, H, W)` normalised pixels -> all tokens, class token first, the mean of the patches, and the patches
+        in the joint space `(B, N, D)`.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.patches(pixel_values)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values, self.config.image_size)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        patches = x[:, 1:]
+        return TowerOutput(last_hidden_state=x, pooler_output=patches.mean(dim=1), embeds=self.projection(patches))
+
+    def position_for(self, pixel_values: Tensor) -> Tensor:
+        """The position table for pictures of another size."""
+        height, width = pixel_values.shape[-2:]
+        size = self.config.patch_size
+        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
+
+
+class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
+    """CLIP's causal text transformer, whose tokens are the embedding."""
+
+    config: HfvlmFILIPTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = [*other_towers("text_model"), SUMMARIES]
+    input_modalities = ["text"]
+    _input_embed_layer = "token"
+
+    def __init__(self, config: HfvlmFILIPTextConfig):
+        super().__init__(config)
+        self.embeddings = TokenEmbedding(config)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config, bias=True)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+        """`(B, N)` token ids, padded on the right -> all tokens, the end-of-text token, and all in the joint space
+        `(B, N, D)`."""
+        x = self.embeddings(input_ids)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
+        )
+        x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
+        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
+
+
+class ImageSummary(nn.Module):
+    """The class token as the whole picture, as in CLIP."""
+
+    def __init__(self, config: HfvlmFILIPConfig):
+        super().__init__()
+        vision = config.vision_config
+        self.norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
+        self.projection = Projection(vision.hidden_size, config.summary_dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D), the class token first -> (B, summary_dim)."""
+        return self.projection(self.norm(tokens[:, 0]))
+
+
+class HfvlmFILIPModel(DualEncoder):
+    """Pictures and texts, compared token by token."""
+
+    config: HfvlmFILIPConfig
+    base_model_prefix = "filip"
+    _keep_in_fp32_modules_strict = ["logit_scale", "summary_scale"]
+    pair_loss = staticmethod(late_interaction_loss)
+    # As the reproduction, which also kept it above exp(3).
+    max_logit_scale = exp(6)
+
+    def __init__(self, config: HfvlmFILIPConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.text_model = AutoModel.from_config(config.text_config)
+        self.logit_scale = LogitScale(config.logit_scale_init_value)
+        self.image_summary = ImageSummary(config)
+        self.text_summary = Projection(config.text_config.hidden_size, config.summary_dim)
+        self.summary_scale = LogitScale(config.logit_scale_init_value)
+        self.post_init()
+
+    def encode_image(self, pixel_values: Tensor, **kwargs: Any) -> FILIPFeatures:
+        output = self.vision_model(pixel_values, **kwargs)
+        return features(output, output.embeds, self.image_summary(output.last_hidden_state))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> FILIPFeatures:
+        output = self.text_model(input_ids, attention_mask, **kwargs)
+        tokens = output.embeds
+        if attention_mask is not None:
+            tokens = tokens * attention_mask.unsqueeze(-1)
+        return features(output, tokens, self.text_summary(output.pooler_output))
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> FILIPFeatures:
+        """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, patches, D)`, are the embeddings of the patches, not
+        normalised."""
+        return self.encode_image(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> FILIPFeatures:
+        """`(B, N)` -> an output whose `pooler_output`, `(B, N, D)`, are the embeddings of the tokens, not normalised,
+        and zero where `attention_mask` is."""
+        return self.encode_text(input_ids, attention_mask, **kwargs)
+
+    @staticmethod
+    def score(queries: Tensor, gallery: Tensor) -> Tensor:
+        """`(A, N, D)`, `(B, M, D)` tokens -> `(A, B)`, means over the queries' tokens of their best match."""
+        return late_interaction_scores(queries, gallery, queries.any(dim=-1), gallery.any(dim=-1))
+
+    def compare(  # type: ignore[override]
+        self, image: FILIPFeatures, text: FILIPFeatures, *, return_loss: bool | None
+    ) -> FILIPOutput:
+        image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
+        scale = self.logit_scale.exp()
+        output = FILIPOutput(
+            logits_per_image=scale * self.score(image_embeds, text_embeds),
+            logits_per_text=scale * self.score(text_embeds, image_embeds),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=image,
+            logit_scale=scale,
+            image_summary_embeds=unit(image.summary),
+            text_summary_embeds=unit(text.summary),
+            summary_scale=self.summary_scale.exp(),
+        )
+        if return_loss:
+            output.loss = self.contrast(output)
+        return output
+
+    def contrast(
+        self, output: Any, pair_loss: Callable[..., Tensor] | None = None, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """The loss of pairs of rows of tokens, by `late_interaction_loss` or another that takes its arguments, over
+        one or several processes."""
+        image, text = output.image_embeds, output.text_embeds
+        loss = (pair_loss or self.pair_loss)(
+            image,
+            text,
+            output.logit_scale,
+            a_mask=image.any(dim=-1),
+            b_mask=text.any(dim=-1),
+            top_k=self.config.top_k,
+            group=group,
+        )
+        summaries = output.image_summary_embeds, output.text_summary_embeds
+        whole = contrastive_loss(*summaries, output.summary_scale, group=group)
+        return loss + self.config.summary_loss_weight * whole
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> FILIPOutput:
+        """Every text against every picture; with `return_loss`, text i must belong to picture i.
+
+        Args:
+            input_ids: `(T, N)`, padded on the right.
+            pixel_values: `(I, C, H, W)`, normalised.
+            attention_mask: `(T, N)`, 0 for tokens that do not count, as in the paper; None if all count, as in the
+                reproduction.
+            return_loss: also compute the contrastive loss of the batch.
+            interpolate_pos_encoding: take pictures of any size.
+        """
+        image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.encode_text(input_ids, attention_mask, **kwargs)
+        return self.compare(image, text, return_loss=return_loss)
+
+
+def features(output: TowerOutput, tokens: Tensor | None, summary: Tensor) -> FILIPFeatures:
+    """The tower's output with the joint embedding where every `get_*_features` has it."""
+    return FILIPFeatures(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=tokens,
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+        summary=summary,
+    )
+
+
+class HfvlmFILIPForImageClassification(ImageClassifier):
+    """A linear layer on the mean of the patches."""
+
+    config: HfvlmFILIPConfig
+    base_model_prefix = "filip"
+    _keys_to_ignore_on_load_unexpected = [*ImageClassifier._keys_to_ignore_on_load_unexpected, SUMMARIES]
