@@ -1,11 +1,11 @@
 """The architectures, one folder each."""
 
 ARCHITECTURES = (
-    "blip",
-    "align",
     "clip",
-    "filip",
     "siglip",
+    "align",
+    "filip",
     "imagebind",
+    "blip",
     "llava",
 )
