@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|train|demo`."""
+"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|eval|train|demo`."""
 
 import json
 from pathlib import Path
@@ -230,6 +230,42 @@ def search(  # noqa: PLR0913 (an option each)
         write_page(hits, paths, " + ".join(query for queries in given.values() for query in queries), html)
     if grid is not None:
         draw_grid(hits, paths, grid)
+
+
+@app.command("eval")
+def evaluate(  # noqa: PLR0913 (an option each)
+    folder: Folder,
+    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, few-shot, caption or vqa.")],
+    data: Annotated[str, typer.Option(help="A folder of pictures, tars, Parquet, or a Hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for report.json and .html.")] = None,
+    split: Annotated[str, typer.Option(help="The rows that are judged.")] = "test",
+    train_split: Annotated[str, typer.Option(help="The rows that probes learn from.")] = "train",
+    column: Annotated[list[str] | None, typer.Option(help="name=column, as image=photo, label=species.")] = None,
+    templates: Annotated[str | None, typer.Option(help="single, imagenet-7, imagenet, name, or 'a {}'.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
+    limit: Annotated[int | None, typer.Option(help="No more rows than these.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Write the numbers into the model's card.")] = False,
+) -> None:
+    """Measure what a model can do; every number with its protocol."""
+    from hfvlm.evaluation.tasks import Data
+    from hfvlm.evaluation.tasks import evaluate as run
+    from hfvlm.hub import write_card
+    from hfvlm.writing import new_folder
+
+    columns = dict(pair.split("=", 1) for pair in checked_pairs(column)) or None
+    options = {name: value for name, value in (("templates", templates), ("labels", label)) if value}
+    if options and task != "zero-shot":
+        raise ValueError(f"--{next(iter(options))} goes with zero-shot alone.")
+    report = run(task, folder, Data(data, split, train_split, columns, limit), device=device, **options)
+    for result in report.results:
+        say(str(result))
+    if output is not None:
+        with new_folder(output, overwrite=True) as target:
+            report.write(target)
+        say(str(output))
+    if card:
+        write_card(folder, results=report.for_card())
 
 
 @app.command()

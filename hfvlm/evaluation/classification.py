@@ -1,0 +1,49 @@
+"""How often classes are right."""
+
+import numpy as np
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """The share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row."""
+    best = scores[np.arange(len(labels)), labels][:, None]
+    # Written so that a score that is not a number counts, too.
+    ranks = (~(scores < best)).sum(axis=1) - np.where(np.isnan(best[:, 0]), 0, 1)
+    return float((ranks < k).mean())
+
+
+def mean_per_class_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the classes that occur of the share of their rows that are right."""
+    return float(np.mean([(predictions[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+def mean_average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
+    """The mean over classes of the area under precision over recall, not interpolated.
+
+    Args:
+        scores: `(N, classes)`.
+        relevant: `(N, classes)`, True where a row has a class; a row may have several. Classes that no row has are
+            left out.
+
+    Raises:
+        ValueError: no row has any class.
+    """
+    columns = [j for j in range(relevant.shape[1]) if relevant[:, j].any()]
+    if not columns:
+        raise ValueError("No row has a class.")
+    return float(np.mean([average_precision(scores[:, j], relevant[:, j]) for j in columns]))
+
+
+def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
+    """Of one class; rows of equal score are taken together, as one threshold."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(relevant[order])
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    precision, recall = hits[ends] / (ends + 1), hits[ends] / hits[-1]
+    return float((np.diff(recall, prepend=0.0) * precision).sum())
+
+
+def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """`(classes, classes)`, rows are what is true, columns what was predicted."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts

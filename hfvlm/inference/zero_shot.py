@@ -1,0 +1,118 @@
+"""Classification by names alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfvlm.evaluation.templates import template_set
+from hfvlm.inference.embedder import Embedder, unit_rows
+from hfvlm.writing import replaced
+
+
+class ZeroShotClassifier:
+    """Names pictures, or whatever else a model embeds, by classes that are only words.
+
+    The weights of a class are the mean of the embeddings of its name in several wordings
+    (https://arxiv.org/abs/2103.00020, section 3.1.4).
+
+    Args:
+        embedder: of a model that embeds texts.
+        labels: the classes' names; or {class: [name, another name]}.
+        templates: "single", "imagenet-7", "imagenet" (80), "name", or wordings with one `{}` each.
+        cache: a folder in which weights are kept, found again by the content of all they depend on.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        labels: Sequence[str] | Mapping[str, Sequence[str]],
+        templates: str | Sequence[str] = "single",
+        *,
+        cache: str | Path | None = None,
+    ):
+        embedder.check(["text"])
+        names = dict(labels) if isinstance(labels, Mapping) else {label: [label] for label in labels}
+        if not names or len(names) != len(labels):
+            raise ValueError("A classifier needs classes, each once.")
+        self.embedder, self.labels = embedder, list(names)
+        self.templates = template_set(templates if isinstance(templates, str) else list(templates))
+        self.weights = self.cached({label: list(given) for label, given in names.items()}, cache)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        labels: Sequence[str] | Mapping[str, Sequence[str]],
+        templates: str | Sequence[str] = "single",
+        *,
+        cache: str | Path | None = None,
+        **options: Any,
+    ) -> "ZeroShotClassifier":
+        """Of a model's folder; `options` are of `Embedder.from_pretrained`."""
+        return cls(Embedder.from_pretrained(folder, **options), labels, templates, cache=cache)
+
+    def cached(self, names: Mapping[str, list[str]], cache: str | Path | None) -> np.ndarray:
+        if cache is None:
+            return self.class_weights(names)
+        path = Path(cache) / f"{self.content_hash(names)}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as file, file.open("wb") as opened:
+                np.save(opened, self.class_weights(names))
+        return np.load(path)
+
+    def class_weights(self, names: Mapping[str, list[str]]) -> np.ndarray:
+        """`(classes, D)`, of unit length."""
+        texts = [
+            [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
+        ]
+        vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
+        ends = np.cumsum([len(wordings) for wordings in texts])[:-1]
+        return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))
+
+    def content_hash(self, names: Mapping[str, list[str]]) -> str:
+        """Of the names, the wordings and the text tower's weights, which alone decide the result."""
+        digest = hashlib.sha256(json.dumps([dict(names), self.templates]).encode())
+        model = self.embedder.model
+        for name, tensor in getattr(model, model.towers["text"]).state_dict().items():
+            digest.update(name.encode())
+            digest.update(str(tensor.dtype).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def scores(self, sources: list[Any], modality: str = "image", **options: Any) -> np.ndarray:
+        """`(N, classes)`, the cosines."""
+        given: dict[str, Any] = {modality: sources}
+        return self.embedder.encode(**given, **options) @ self.weights.T
+
+    def predict(self, sources: Any, modality: str = "image", *, top_k: int = 1, **options: Any) -> list[Any]:
+        """The best classes of each source with their probabilities, as the model's temperature has it.
+
+        Args:
+            sources: one or a list.
+            modality: of the sources.
+            top_k: how many.
+            **options: of `Embedder.encode`.
+
+        Returns:
+            `[(class, probability), ...]`, of a list a list of such.
+        """
+        several = isinstance(sources, list)
+        cosines = self.scores(sources if several else [sources], modality, **options)
+        logits = self.temperature * cosines
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
+        found = [[(self.labels[j], float(row[j])) for j in best] for row, best in zip(shares, order, strict=True)]
+        return found if several else found[0]
+
+    @property
+    def temperature(self) -> float:
+        """What cosines are multiplied by; 100, CLIP's, where the model has none for pairs of modalities."""
+        scale = getattr(self.embedder.model, "logit_scale", None)
+        return 100.0 if scale is None else float(scale.exp())

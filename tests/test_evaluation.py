@@ -1,0 +1,181 @@
+"""`hfvlm eval` on the small CLIP that ships with hfvlm: it was trained on such scenes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hfvlm.conversion.blip import processor_for
+from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
+
+import hfvlm
+from hfvlm.cli.commands import app
+from hfvlm.evaluation.tasks import Data, evaluate
+from hfvlm.evaluation.templates import SETS, template_set
+from hfvlm.inference.zero_shot import ZeroShotClassifier
+from hfvlm.models.blip import HfvlmBLIPConfig
+from hfvlm.samples import scenes
+
+CLASSES = ("circle", "square", "triangle", "cross")
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """Pictures in folders of their classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    random = np.random.RandomState(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for i, kind in enumerate([kind for kind in scenes.all_scenes() for _ in range(count)]):
+            (folder / split / kind.shape).mkdir(parents=True, exist_ok=True)
+            kind.render(random).save(folder / split / kind.shape / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Pictures with two captions, a question and ten answers each."""
+    folder = tmp_path_factory.mktemp("captions") / "test"
+    folder.mkdir()
+    random = np.random.RandomState(0)
+    with (folder / "metadata.jsonl").open("w") as metadata:
+        for i, kind in enumerate(scenes.all_scenes()[:20]):
+            kind.render(random).save(folder / f"{i}.png")
+            row = {"file_name": f"{i}.png", "captions": [kind.caption(t) for t in scenes.TEMPLATES[:2]]}
+            metadata.write(json.dumps(row | {"question": "what shape?", "answers": [kind.shape] * 10}) + "\n")
+    return folder.parent
+
+
+def value(report, metric):
+    return next(result for result in report.results if result.metric == metric)
+
+
+def test_zero_shot_equals_the_same_by_hand(clip_folder, by_class):
+    report = evaluate("zero-shot", clip_folder, Data(str(by_class)), templates="a {}")
+    model, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
+    rows = Data(str(by_class)).rows()
+    names = rows.features["label"].names
+    with torch.no_grad():
+        output = model(
+            **processor(images=list(rows["image"]), text=[f"a {name}" for name in names], return_tensors="pt")
+        )
+    right = (output.logits_per_image.argmax(1).numpy() == np.array(rows["label"])).mean()
+    found = value(report, "accuracy")
+    assert found.value == pytest.approx(right)
+    assert found.low <= found.value <= found.high
+    assert right > 0.5
+    assert len(report.mistakes) == min(24, round((1 - right) * 48))
+
+
+def test_retrieval_equals_the_trainers(clip_folder, captioned, tmp_path):
+    report = evaluate("retrieval", clip_folder, Data(str(captioned)))
+    rows = Data(str(captioned)).rows()
+    arguments = hfvlm.ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = hfvlm.ContrastiveTrainer(
+        AutoModel.from_pretrained(clip_folder), arguments, eval_dataset=rows,
+        processing_class=AutoProcessor.from_pretrained(clip_folder),
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    for direction in ("image to text", "text to image"):
+        for k in (1, 5, 10):
+            name = f"eval_{direction.replace(' ', '_')}_recall@{k}"
+            assert value(report, f"{direction} recall@{k}").value == pytest.approx(metrics[name])
+
+
+def test_probes_learn_from_the_training_rows(clip_folder, by_class):
+    probe = evaluate("linear-probe", clip_folder, Data(str(by_class)))
+    assert value(probe, "accuracy").value > 0.85
+    assert "C chosen on" in probe.protocol
+    shots = evaluate("few-shot", clip_folder, Data(str(by_class)), shots=(1, 4, 16, 100))
+    curve = [result.value for result in shots.results]
+    assert [result.metric for result in shots.results] == [f"accuracy, {n} shots" for n in (1, 4, 16)]
+    assert curve[0] < curve[-1]
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory):
+    """A captioner that learned nothing yet."""
+    folder = tmp_path_factory.mktemp("blip")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\npicture\nof\nwhat\nshape\n?\ncircle\nsquare\n")
+    preset = hfvlm.load_preset("blip/tiny")
+    ids = {"vocab_size": 15, "bos_token_id": 13, "encoder_token_id": 14, "eos_token_id": 3, "pad_token_id": 0}
+    sizes = preset.config
+    config = HfvlmBLIPConfig(**sizes | {"text_config": sizes["text_config"] | ids})
+    torch.manual_seed(0)
+    hfvlm.HfvlmBLIPForConditionalGeneration(config).save_pretrained(folder)
+    processor_for(config, preset.processor, vocabulary).save_pretrained(folder)
+    return folder
+
+
+def test_captions_and_answers_are_written_and_judged(blip_folder, captioned):
+    report = evaluate("caption", blip_folder, Data(str(captioned)), generate={"max_new_tokens": 5})
+    metrics = {result.metric for result in report.results}
+    assert metrics == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"}
+    assert len(report.mistakes) == 20
+    captioner = hfvlm.Captioner.from_pretrained(blip_folder, device="cpu")
+    images = list(Data(str(captioned)).rows()["image"])
+    several = captioner(images[:5], batch_size=2, max_new_tokens=5)
+    assert several[0] == captioner(images[0], max_new_tokens=5)
+    assert len(several) == 5
+    vqa = evaluate("vqa", blip_folder, Data(str(captioned)), generate={"max_new_tokens": 2})
+    assert 0 <= value(vqa, "VQA accuracy").value <= 1
+
+
+def test_a_report_is_written_and_goes_into_the_card(clip_folder, by_class, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(clip_folder, tmp_path / "model")
+    command = ["eval", str(folder), "--task", "zero-shot", "--data", str(by_class), "-o", str(tmp_path / "report")]
+    result = CliRunner().invoke(app, [*command, "--templates", "single", "--limit", "30", "--card"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["rows"] == 30
+    assert report["protocol"] == {"templates": "single", "classes": 4, "split": "test"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert page.count("<figure>") == len(report["mistakes"])
+    card = (folder / "README.md").read_text()
+    accuracy = next(r["value"] for r in report["results"] if r["metric"] == "accuracy")
+    assert f"{accuracy:.4f}".rstrip("0") in card
+
+
+def test_class_weights_are_kept_by_their_content(clip_folder, tmp_path):
+    first = ZeroShotClassifier.from_pretrained(clip_folder, CLASSES, "imagenet-7", cache=tmp_path)
+    kept = list(tmp_path.glob("*.npy"))
+    assert len(kept) == 1
+    stamp = kept[0].stat().st_mtime_ns
+    again = ZeroShotClassifier.from_pretrained(clip_folder, CLASSES, "imagenet-7", cache=tmp_path)
+    assert np.array_equal(first.weights, again.weights)
+    assert kept[0].stat().st_mtime_ns == stamp
+    ZeroShotClassifier.from_pretrained(clip_folder, CLASSES, "single", cache=tmp_path)
+    other = ZeroShotClassifier.from_pretrained(clip_folder, {name: [name] for name in CLASSES}, "imagenet-7")
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+    np.testing.assert_allclose(other.weights, first.weights, atol=1e-6)
+    picture = scenes.all_scenes()[0].render(np.random.RandomState(0))
+    best = first.predict(picture, top_k=4)
+    assert sum(share for _, share in best) == pytest.approx(1, abs=1e-5)
+    assert first.predict([picture], top_k=1) == [best[:1]]
+
+
+def test_templates():
+    assert [len(SETS[name]) for name in ("single", "imagenet-7", "imagenet")] == [1, 7, 80]
+    assert set(SETS["imagenet-7"]) < set(SETS["imagenet"])
+    assert template_set("a scan of {}") == ("a scan of {}",)
+    with pytest.raises(ValueError, match="No set of templates is called 'all'"):
+        template_set("all")
+    with pytest.raises(ValueError, match="a template has one"):
+        template_set(["{} {}"])
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("guess", {}, "No task is called 'guess'; there are zero-shot"),
+        ("zero-shot", {}, "has no column for label; name one of image, captions"),
+        ("vqa", {"columns": {"question": "query"}}, "has no column for question"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(task, options, message, clip_folder, captioned):
+    with pytest.raises(ValueError, match=message):
+        evaluate(task, clip_folder, Data(str(captioned), **options))
