@@ -1,4 +1,5 @@
 import os
+from functools import cache
 from pathlib import Path
 
 # Nothing in the tests needs the network; whatever tries it fails at once.
@@ -8,10 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+from hfvlm.conversion import blip
 from hfvlm.conversion.imagebind import processor_for
 from transformers import AutoModel
 
 import hfvlm
+from hfvlm.models.blip import HfvlmBLIPConfig
 from hfvlm.presets import load_preset
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -37,6 +40,26 @@ def imagebind_folder(tmp_path_factory):
     AutoModel.from_config(config).save_pretrained(folder)
     processor_for(config, preset.processor, SHIPPED / "bpe_simple_vocab.txt.gz").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_blip(tmp_path_factory):
+    """A BLIP of a given class that learned nothing yet: the tiny preset with a few words. Read only."""
+
+    @cache
+    def make(name):
+        folder = tmp_path_factory.mktemp("blip")
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a picture of what shape ? circle square".split()]  # noqa: SIM905
+        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+        preset = load_preset("blip/tiny")
+        ids = {"vocab_size": 15, "bos_token_id": 13, "encoder_token_id": 14, "eos_token_id": 3, "pad_token_id": 0}
+        config = HfvlmBLIPConfig(**preset.config | {"text_config": preset.config["text_config"] | ids})
+        torch.manual_seed(0)
+        getattr(hfvlm, name)(config).save_pretrained(folder)
+        blip.processor_for(config, preset.processor, folder / "vocab.txt").save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)

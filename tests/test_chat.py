@@ -1,17 +1,12 @@
 """Conversations: processors, answers, and what is trained on."""
 
-import importlib.util
 import io
-import json
-import shutil
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
 from typer.testing import CliRunner
 
@@ -22,20 +17,9 @@ from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing import ImageTextProcessor
 from hfvlm.training.chat import ChatCollator
 from tests.suite import close
-from tests.tiny_llava import GRID, VOCABULARY, original_config, original_tensors, tiny_model, vision_settings, write
+from tests.tiny_llava import GRID, VOCABULARY, converted
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune_chat.py"
 ASK = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-
-
-def converted(folder, **changes):
-    model = tiny_model(**changes)
-    parts = original_tensors(model)
-    settings = original_config(model) | {"vision_config": vision_settings(model)}
-    whole = {**parts["base"], **parts["projector"], **parts["tower"]}
-    source = write(folder / "release", "pytorch_model.bin", whole, settings)
-    shutil.copy(VOCABULARY, source)
-    return hfvlm.convert(source, "llava", folder / "llava")
 
 
 @pytest.fixture(scope="module")
@@ -414,26 +398,3 @@ def test_quantised_loading_keeps_the_projector(folder):
     assert kinds["language_model.model.layers.0.self_attn.q_proj"] == "Linear4bit"
     for name in ("projector.layers.0", "vision_model.layers.0.attention.q_proj", "language_model.lm_head"):
         assert kinds[name] == "Linear", name
-
-
-def test_the_example_trains(folder, tmp_path):
-    spec = importlib.util.spec_from_file_location("finetune_chat", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    picture().save(tmp_path / "a.png")
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "image": "a.png"}] * 4))
-    arguments = [
-        str(folder),
-        str(tmp_path / "data.json"),
-        "--pictures",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "t"),
-    ]
-    with redirect_stdout(io.StringIO()):
-        example.main([*arguments, "--steps", "2", "--batch", "2", "--rank", "2"])
-    names = set(load_file(tmp_path / "t" / "adapter_model.safetensors"))
-    assert any("projector" in name for name in names)
-    assert any("lora_A" in name for name in names)
-    assert not any("vision_model" in name for name in names)

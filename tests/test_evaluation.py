@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from hfvlm.conversion.blip import processor_for
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
@@ -14,7 +13,6 @@ from hfvlm.cli.commands import app
 from hfvlm.evaluation.tasks import Data, evaluate
 from hfvlm.evaluation.templates import SETS, template_set
 from hfvlm.inference.zero_shot import ZeroShotClassifier
-from hfvlm.models.blip import HfvlmBLIPConfig
 from hfvlm.samples import scenes
 
 CLASSES = ("circle", "square", "triangle", "cross")
@@ -92,23 +90,8 @@ def test_probes_learn_from_the_training_rows(clip_folder, by_class):
     assert curve[0] < curve[-1]
 
 
-@pytest.fixture(scope="module")
-def blip_folder(tmp_path_factory):
-    """A captioner that learned nothing yet."""
-    folder = tmp_path_factory.mktemp("blip")
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\npicture\nof\nwhat\nshape\n?\ncircle\nsquare\n")
-    preset = hfvlm.load_preset("blip/tiny")
-    ids = {"vocab_size": 15, "bos_token_id": 13, "encoder_token_id": 14, "eos_token_id": 3, "pad_token_id": 0}
-    sizes = preset.config
-    config = HfvlmBLIPConfig(**sizes | {"text_config": sizes["text_config"] | ids})
-    torch.manual_seed(0)
-    hfvlm.HfvlmBLIPForConditionalGeneration(config).save_pretrained(folder)
-    processor_for(config, preset.processor, vocabulary).save_pretrained(folder)
-    return folder
-
-
-def test_captions_and_answers_are_written_and_judged(blip_folder, captioned):
+def test_captions_and_answers_are_written_and_judged(small_blip, captioned):
+    blip_folder = small_blip("HfvlmBLIPForConditionalGeneration")
     report = evaluate("caption", blip_folder, Data(str(captioned)), generate={"max_new_tokens": 5})
     metrics = {result.metric for result in report.results}
     assert metrics == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"}

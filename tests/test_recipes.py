@@ -10,9 +10,10 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.models.siglip import (
     HfvlmSigLIPConfig,
@@ -23,6 +24,7 @@ from hfvlm.models.siglip import (
 )
 from hfvlm.samples import scenes
 from hfvlm.training.recipes import run_recipe
+from tests.tiny_llava import converted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -64,7 +66,7 @@ def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_fol
         "crop_scale": 0.8,
     }
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(options | {"model": "?", "dataset": "?"}))
+    recipe.write_text(yaml.safe_dump(options | {"task": "contrastive", "model": "?", "dataset": "?"}))
     result = CliRunner().invoke(app, ["train", str(recipe), *changes])
     assert result.exit_code == 0, result.output
     script = [sys.executable, str(EXAMPLES / "train_contrastive.py"), "--model", str(clip_folder)]
@@ -140,9 +142,85 @@ def test_adapters_for_a_new_pair_of_modalities(imagebind_folder, tmp_path):
     assert all("lora_" in key and value.any() for key, value in adapter.items())
 
 
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory, pictures):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    path = tmp_path_factory.mktemp("conversations") / "conversations.json"
+    path.write_text(json.dumps([{"conversations": turns, "image": "00001.png"}] * 8))
+    return [f"data={path}", f"pictures={pictures / 'train'}"]
+
+
+QUICK = ["bf16=False", "max_steps=2", "per_device_train_batch_size=2", "use_cpu=True", "disable_tqdm=True"]
+QUICK += ["dataloader_num_workers=0", "warmup_steps=0", "lora_rank=2"]
+CHAT = {
+    "llava-stage1": "projector.*",
+    "llava-stage2": "(projector|language_model).*",
+    "llava-lora": "(language_model.*lora_[AB]|projector).*",
+}
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_conversations_train_what_the_recipe_says(name, llava_folder, conversations, tmp_path):
+    changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
+    assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
+    model = AutoModelForImageTextToText.from_pretrained(llava_folder)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if name.endswith("lora"):
+        adapter = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path / "out"))
+        names = [key.removeprefix("base_model.model.") for key in adapter]
+        assert all(re.fullmatch(CHAT[name], key) for key in names), names
+        assert any(key.startswith("projector") for key in names)
+        return
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in moved} == set(re.findall(r"[a-z]+(?:_model)?(?=[|).])", CHAT[name]))
+    assert all(re.fullmatch(CHAT[name], key) for key in moved)
+
+
+def test_adapters_over_four_bits(llava_folder, conversations, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="comes with hfvlm[quantization]")
+    changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path / 'out'}", "four_bits=true"]
+    run_recipe(EXAMPLES / "recipes" / "llava-lora.yaml", changes)
+    model = AutoModelForImageTextToText.from_pretrained(llava_folder)
+    adapter = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path / "out"))
+    assert all(value.any() for key, value in adapter.items() if "lora_B" in key)
+
+
+def test_pretraining_by_all_losses_of_a_model(small_blip, pictures, tmp_path):
+    folder = small_blip("HfvlmBLIPForPreTraining")
+    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "blip-pretraining.yaml", [*changes, "learning_rate=0.001"])
+    assert metrics["train_loss"] > 0
+    before, after = (
+        hfvlm.HfvlmBLIPForPreTraining.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out")
+    )
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert {"vision_model", "text_model", "text_decoder", "itm_head", "logit_scale", "teacher"} <= moved
+
+
+def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
+    script = [sys.executable, str(EXAMPLES / "train_chat.py"), "--model", str(llava_folder)]
+    for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
+        name, value = change.split("=", 1)
+        script += [f"--{name}", value]
+    subprocess.run([*script, "--report_to", "none"], check=True, capture_output=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_a_model_has_not_is_said(llava_folder, conversations, tmp_path):
+    changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="has no adaptor; it has .*projector"):
+        run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", [*changes, "trained_parts=[adaptor]"])
+
+
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    assert names == {*TRAINED, "scenes", "imagebind-lora"}
+    assert names == {*TRAINED, *CHAT, "scenes", "imagebind-lora", "blip-pretraining"}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -156,8 +234,9 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("model: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
-        ("dataset: y\noutput_dir: z", "model"),
+        ("task: dream", "'dream' is none of contrastive, pairs, chat"),
+        ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
+        ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, text, message):

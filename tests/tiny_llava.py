@@ -1,6 +1,7 @@
 """A small LLaVA in its authors' formats."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from hfvlm.conversion.llava import TOWER, config_to_transformers, projector_rows
 from safetensors.torch import save_file
 from torch import Tensor
 
+import hfvlm
 from hfvlm.key_table import restore_keys
 from hfvlm.models.llava import HfvlmLLaVAConfig, HfvlmLLaVAForConditionalGeneration
 
@@ -93,3 +95,14 @@ def write(folder: Path, file: str, tensors: dict[str, Tensor], settings: dict | 
         name = "adapter_config.json" if file.startswith("adapter") else "config.json"
         (folder / name).write_text(json.dumps(settings))
     return folder
+
+
+def converted(folder: Path, **changes) -> Path:
+    """A small LLaVA as its authors would have released it, converted."""
+    model = tiny_model(**changes)
+    parts = original_tensors(model)
+    settings = original_config(model) | {"vision_config": vision_settings(model)}
+    whole = {**parts["base"], **parts["projector"], **parts["tower"]}
+    source = write(folder / "release", "pytorch_model.bin", whole, settings)
+    shutil.copy(VOCABULARY, source)
+    return hfvlm.convert(source, "llava", folder / "llava")

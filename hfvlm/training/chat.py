@@ -1,6 +1,8 @@
 """Fine-tuning of models that answer about pictures: conversations to batches with labels."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,25 @@ class ChatCollator:
             drop = self.truncation == "pictures"
             ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
         return ids, labels[: len(ids)], pictures[: len(counts)]
+
+
+def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str, Any]]:
+    """Examples of a file of JSON or JSON lines, whose pictures are paths in the folder `pictures`.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    text = Path(data).read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{data}: neither JSON nor JSON lines ({error}).") from error
+    for row in rows:
+        for name in ("image", "images"):
+            if name in row:
+                paths = [row[name]] if isinstance(row[name], str) else row[name]
+                row[name] = [str(Path(pictures) / path) for path in paths]
+    return rows
 
 
 def read_example(example: Mapping[str, Any], image_token: str) -> tuple[list[Message], list[Any]]:

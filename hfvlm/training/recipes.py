@@ -1,21 +1,32 @@
 """Whole training runs that are described in a YAML file, or on a command line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hfvlm.lora_recipes import lora
 from hfvlm.media.rows import load_rows
+from hfvlm.registry import find_class
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
+from hfvlm.training.chat import ChatCollator, read_examples
 from hfvlm.training.curves import draw_curve
-from hfvlm.training.data import ContrastiveCollator
-from hfvlm.training.trainer import ContrastiveTrainer
+from hfvlm.training.data import ContrastiveCollator, Rows
+from hfvlm.training.trainer import ContrastiveTrainer, without_bookkeeping
 
 
 @dataclass
@@ -25,16 +36,20 @@ class ModelArguments:
     Args:
         model: a folder or a Hub id.
         modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
-        lora_recipe: as "vision+text+scale", for `hfvlm.lora`; None trains all weights.
+        trained_parts: [projector, language_model]: all else is frozen; None trains all weights.
+        lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
+        four_bits: load the frozen weights in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
     """
 
     model: str = field(metadata={"help": "A folder or a Hub id."})
     modalities: list[str] | None = field(default=None, metadata={"help": "The towers to load, of more than two."})
-    lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale; without it all trains."})
+    trained_parts: list[str] | None = field(default=None, metadata={"help": "As projector; all else is frozen."})
+    lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale: adapters are trained."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
 
 
 @dataclass
@@ -60,11 +75,26 @@ class DataArguments:
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop keeps."})
 
 
-def run_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, float]:
-    """Train as a YAML file says; the last evaluation's metrics.
+@dataclass
+class ChatDataArguments:
+    """Conversations about pictures.
 
     Args:
-        path: of a file with the fields of ModelArguments, DataArguments and ContrastiveTrainingArguments.
+        data: JSON or JSON lines, in either form that `ChatCollator` takes.
+        pictures: the folder that the pictures' paths begin in.
+        max_length: tokens; longer conversations are cut.
+    """
+
+    data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the pictures' paths begin in."})
+    max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+
+
+def run_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, float]:
+    """Train as a YAML file says; the run's metrics.
+
+    Args:
+        path: of a file with a `task`, one of TASKS, and fields of its arguments.
         changes: "field=value", which take precedence over the file.
 
     Raises:
@@ -81,48 +111,128 @@ def run_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, float
         if not separator:
             raise ValueError(f"{change!r}: changes are written as field=value.")
         recipe[name] = yaml.safe_load(value)
-    return train_contrastive(*parse(recipe, str(path)))
-
-
-def parse(recipe: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
-    """Fields by name -> the three kinds of arguments."""
-    kinds = (ModelArguments, DataArguments, ContrastiveTrainingArguments)
+    task = recipe.pop("task", None)
+    if task not in TASKS:
+        raise ValueError(f"{path}: task {task!r} is none of {', '.join(TASKS)}.")
+    kinds, train = TASKS[task]
     try:
-        return HfArgumentParser(kinds).parse_dict(dict(recipe))  # type: ignore[return-value, arg-type]
+        parsed = HfArgumentParser(kinds).parse_dict(recipe)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+    return train(*parsed)
+
+
+def load_model(arguments: ModelArguments, seed: int) -> Any:
+    """The model of the class that its files name, with what is trained alone asking for gradients.
+
+    Raises:
+        ValueError: hfvlm has no such class, or the model no such part.
+    """
+    set_seed(seed)  # adapters begin at random
+    names = AutoConfig.from_pretrained(arguments.model).architectures or ["nothing"]
+    kind = find_class(names[0])
+    if kind is None:
+        raise ValueError(f"{arguments.model}: its config.json names {names[0]}, which is no model of hfvlm.")
+    options: dict[str, Any] = {"modalities": arguments.modalities} if arguments.modalities else {}
+    if arguments.four_bits:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = kind.from_pretrained(arguments.model, **options)
+    if arguments.trained_parts is not None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(requires_grad=False)
+        for name in arguments.trained_parts:
+            if not hasattr(model, name):
+                parts = ", ".join(name for name, _ in model.named_children())
+                raise ValueError(f"trained_parts: {names[0]} has no {name}; it has {parts}.")
+            getattr(model, name).requires_grad_(requires_grad=True)
+    if arguments.lora_recipe is not None:
+        model = lora(model, arguments.lora_recipe, r=arguments.lora_rank, dropout=arguments.lora_dropout)
+    return model
+
+
+def collator_for(data: DataArguments, processor: Any) -> ContrastiveCollator:
+    augment = {}
+    if data.crop_scale is not None:
+        augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
+    return ContrastiveCollator(processor, data.columns, id_column=data.id_column, augment=augment)
 
 
 def train_contrastive(
     model_arguments: ModelArguments, data: DataArguments, arguments: ContrastiveTrainingArguments
 ) -> dict[str, float]:
-    """Train, save the model with its processor (adapters are saved as such) and, where matplotlib is installed, a
-    picture of the run, `curve.png`; the metrics of a last evaluation."""
-    set_seed(arguments.seed)  # adapters begin at random
+    """Compare the rows of large batches with one another, with a ContrastiveTrainer."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
-    towers = {"modalities": model_arguments.modalities} if model_arguments.modalities else {}
-    model = AutoModel.from_pretrained(model_arguments.model, **towers)
-    augment = {}
-    if data.crop_scale is not None:
-        size = processor.image_processor.size["height"]
-        augment["image"] = RandomResizedCrop(size, (data.crop_scale, 1.0))
-    if model_arguments.lora_recipe is not None:
-        model = lora(
-            model, model_arguments.lora_recipe, r=model_arguments.lora_rank, dropout=model_arguments.lora_dropout
-        )
     trainer = ContrastiveTrainer(
-        model,
+        load_model(model_arguments, arguments.seed),
         arguments,
-        ContrastiveCollator(processor, data.columns, id_column=data.id_column, augment=augment),
+        collator_for(data, processor),
         train_dataset=load_rows(data.dataset, data.subset, split=data.train_split),
         eval_dataset=load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    return finish(trainer, arguments)
+
+
+def train_pairs(
+    model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train on pictures with captions by all of the model's own losses at once, batch by batch."""
+    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    collator = collator_for(data, processor)
+    arguments.remove_unused_columns = False
+    trainer = Trainer(
+        load_model(model_arguments, arguments.seed),
+        arguments,
+        lambda rows: without_bookkeeping(collator(rows)) | {"return_loss": True},
+        train_dataset=Drawn(
+            load_rows(data.dataset, data.subset, split=data.train_split), collator.read, arguments.seed
+        ),
+        processing_class=processor,
+    )
+    return finish(trainer, arguments)
+
+
+class Drawn(Rows):
+    """Rows as training takes them, for loaders that know indices alone: what is drawn is the same in every epoch."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__((key, 0))
+
+
+def train_chat(
+    model_arguments: ModelArguments, data: ChatDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train on the answers of conversations about pictures."""
+    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    arguments.remove_unused_columns = False
+    trainer = Trainer(
+        load_model(model_arguments, arguments.seed),
+        arguments,
+        ChatCollator(processor, max_length=data.max_length),
+        train_dataset=read_examples(data.data, data.pictures),
+        processing_class=processor,
+    )
+    return finish(trainer, arguments)
+
+
+def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
+    """Train, save the model with its processor (adapters are saved as such) and, where matplotlib is installed, a
+    picture of the run, `curve.png`; the metrics of a last evaluation."""
+    metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()
-    metrics = trainer.evaluate() if data.eval_split else {}
-    trainer.save_metrics("eval", metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero() and find_spec("matplotlib"):
         draw_curve(trainer.state.log_history, Path(arguments.output_dir or ".") / "curve.png")
     return metrics
+
+
+TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
+    "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
+    "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
+    "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
+}
