@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|eval|train|demo`."""
+"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|capfilt|eval|train|demo`."""
 
 import json
 from pathlib import Path
@@ -199,6 +199,24 @@ def embed(  # noqa: PLR0913 (an option each)
         shard_rows=shard_rows, device=device, dtype=dtype,
     )  # fmt: skip
     say(str(folder))
+
+
+@app.command()
+def capfilt(
+    source: Annotated[str, typer.Argument(help="A folder of pictures, webdataset tars, Parquet, or a Hub id.")],
+    output: Output,
+    captioner: Annotated[str, typer.Option(help="The folder of a model that writes captions.")],
+    judge: Annotated[str, typer.Option(help="The folder of a model that says whether texts match pictures.")],
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    column: Annotated[list[str] | None, typer.Option(help="modality=column, as image=photo.")] = None,
+    threshold: Annotated[float, typer.Option(help="Probability of a match from which on a text is kept.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the sampling of captions.")] = 0,
+) -> None:
+    """Write captions of pictures, and keep those, written or given, that match (BLIP's bootstrapping)."""
+    from hfvlm.inference.capfilt import capfilt as run
+
+    columns = dict(pair.split("=", 1) for pair in checked_pairs(column)) or None
+    say(str(run(source, output, captioner, judge, split=split, columns=columns, threshold=threshold, seed=seed)))
 
 
 @app.command()

@@ -1,22 +1,16 @@
 """Whole data sets to Parquet shards of vectors, in a run that may be killed and started again."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
-from hfvlm.media.rows import columns_by_name, load_rows, path_of
-from hfvlm.writing import replaced
+from hfvlm.inference.shards import Columns, Row, append, named, run_shards
+from hfvlm.media.rows import columns_by_name, load_rows
 
-SETTINGS = "embed.json"
-VECTORS, ERRORS = "vectors-{:05}.parquet", "errors-{:05}.parquet"
+SETTINGS, VECTORS = "embed.json", "vectors"
 
 
 def embed(
@@ -55,93 +49,51 @@ def embed(
     """
     output = Path(output)
     rows = load_rows(str(source), split=split, streaming=True)
-    named = columns or columns_by_name(rows.features or next(iter(rows)))
+    found = columns or columns_by_name(rows.features or next(iter(rows)))
     embedder = Embedder.from_pretrained(model, list(columns) if columns else None, **options)
-    named = {modality: column for modality, column in named.items() if modality in embedder.modalities}
-    if not named:
+    named_columns = {modality: column for modality, column in found.items() if modality in embedder.modalities}
+    if not named_columns:
         raise ValueError(f"{source}: no column of it holds {', '.join(embedder.modalities)}: name them with columns.")
-    settings = {"source": str(source), "split": split, "model": str(model), "columns": named, "shard_rows": shard_rows}
-    begin(output, settings)
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    columns_shown = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns_shown, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task("rows", total=None, rate="")
-        for number, shard in shards(rows, shard_rows, output, rank, size):
-            write_shard(embedder, shard, number, output, named, id_column, batch_size)
-            progress.advance(task, len(shard))
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:.1f} rows/s" if speed else "")
+    settings = {
+        "source": str(source),
+        "split": split,
+        "model": str(model),
+        "columns": named_columns,
+        "shard_rows": shard_rows,
+    }
+
+    def tables(shard: list[Row], _: int) -> tuple[Any, Columns]:
+        return embed_shard(embedder, shard, named_columns, id_column, batch_size)
+
+    run_shards(rows, output, settings, tables, settings_name=SETTINGS, name=VECTORS, shard_rows=shard_rows)
     return output
 
 
-def begin(output: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or check that an earlier run had the same."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / SETTINGS
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        if other := [name for name in settings if earlier.get(name) != settings[name]]:
-            raise ValueError(
-                f"{path}: this folder was begun with another {', '.join(other)}: choose another output, or remove it."
-            )
-        return
-    with replaced(path) as file:
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def shards(
-    rows: Any, size: int, output: Path, rank: int, processes: int
-) -> Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]]:
-    """The shards that are not there yet and that fall to this process: numbers and numbered rows."""
-    number = 0
-    while (output / VECTORS.format(number)).exists():
-        number += 1
-    remaining = iter(rows.skip(number * size))
-    while True:
-        wanted = number % processes == rank and not (output / VECTORS.format(number)).exists()
-        shard = [(number * size + i, row if wanted else {}) for i, row in enumerate(islice(remaining, size))]
-        if not shard:
-            return
-        if wanted:
-            yield number, shard
-        number += 1
-
-
-def write_shard(
+def embed_shard(
     embedder: Embedder,
-    shard: Sequence[tuple[int, dict[str, Any]]],
-    number: int,
-    output: Path,
+    shard: list[Row],
     columns: Mapping[str, str],
     id_column: str | None,
     batch_size: int,
-) -> None:
-    """Embed the rows of a shard; one that cannot be read in any of its modalities becomes an error."""
+) -> tuple[Any, Columns]:
+    """The vectors of a shard's rows; one that cannot be read in any of its modalities becomes an error."""
     import pyarrow
-    from pyarrow import parquet
 
-    kept: dict[str, list[Any]] = {name: [] for name in ("row", "id", "path", *columns)}
-    errors: dict[str, list[Any]] = {name: [] for name in ("row", "id", "modality", "error")}
+    kept: Columns = {name: [] for name in ("row", "id", "path", *columns)}
+    errors: Columns = {name: [] for name in ("row", "id", "modality", "error")}
     for start in range(0, len(shard), batch_size):
         batch = shard[start : start + batch_size]
         vectors, wrong = embed_batch(embedder, [row for _, row in batch], columns)
         for i, (place, row) in enumerate(batch):
-            path = next((p for c in columns.values() if (p := path_of(row[c]))), None)
-            name = str(row[id_column] if id_column else row.get("__key__") or path or place)
+            name, path = named(place, row, list(columns.values()), id_column)
             if i in wrong:
                 modality, error = wrong[i]
-                values = {"row": place, "id": name, "modality": modality, "error": error}
+                append(errors, {"row": place, "id": name, "modality": modality, "error": error})
             else:
-                values = {"row": place, "id": name, "path": path} | {m: vectors[m][i] for m in columns}
-            for column, value in values.items():
-                (errors if i in wrong else kept)[column].append(value)
+                append(kept, {"row": place, "id": name, "path": path} | {m: vectors[m][i] for m in columns})
     types = {"row": pyarrow.int64(), "id": pyarrow.string(), "path": pyarrow.string()}
     types |= {modality: pyarrow.list_(pyarrow.float32(), embedder.size) for modality in columns}
-    if errors["row"]:
-        with replaced(output / ERRORS.format(number)) as file:
-            parquet.write_table(pyarrow.table(errors), file)
-    with replaced(output / VECTORS.format(number)) as file:
-        parquet.write_table(pyarrow.table(kept, pyarrow.schema(list(types.items()))), file)
+    return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors
 
 
 def embed_batch(
@@ -186,7 +138,7 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
 
     index = Index()
     paths: dict[str, str] = {}
-    for shard in sorted(Path(folder).glob(VECTORS.format(0).replace("00000", "*"))):
+    for shard in sorted(Path(folder).glob(f"{VECTORS}-*.parquet")):
         table = parquet.read_table(shard)
         if modality not in table.column_names:
             raise ValueError(f"{folder}: holds vectors of {', '.join(table.column_names[3:])}, not of {modality}.")
