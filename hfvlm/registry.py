@@ -179,6 +179,7 @@ def register() -> None:
         _architectures[name] = architecture
         architecture.announce()
     _after_import("peft.utils.constants", _register_lora)
+    _after_import("transformers.pipelines", _register_pipelines)
 
 
 def architectures() -> dict[str, Architecture]:
@@ -200,6 +201,12 @@ def find_class(name: str) -> Any:
         if name in architecture.names:
             return getattr(architecture, name)
     return None
+
+
+def _register_pipelines(_: ModuleType) -> None:
+    from hfvlm.inference.pipelines import register_pipelines
+
+    register_pipelines()
 
 
 def _register_lora(constants: ModuleType) -> None:

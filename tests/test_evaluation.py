@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
 import hfvlm
@@ -13,6 +13,7 @@ from hfvlm.cli.commands import app
 from hfvlm.evaluation.tasks import Data, evaluate
 from hfvlm.evaluation.templates import SETS, template_set
 from hfvlm.inference.zero_shot import ZeroShotClassifier
+from hfvlm.media.images import read_image
 from hfvlm.samples import scenes
 
 CLASSES = ("circle", "square", "triangle", "cross")
@@ -103,6 +104,23 @@ def test_captions_and_answers_are_written_and_judged(small_blip, captioned):
     assert len(several) == 5
     vqa = evaluate("vqa", blip_folder, Data(str(captioned)), generate={"max_new_tokens": 2})
     assert 0 <= value(vqa, "VQA accuracy").value <= 1
+
+
+def test_the_pipeline_that_answers_questions(small_blip, captioned):
+    folder = small_blip("HfvlmBLIPForQuestionAnswering")
+    answer = pipeline("visual-question-answering", model=str(folder), device="cpu")
+    images = Data(str(captioned)).rows()["image"]
+    picture = read_image(images[0])
+    found = answer(picture, "what shape?", max_new_tokens=4)
+    captioner = hfvlm.Captioner.from_pretrained(folder, device="cpu")
+    assert found == [{"answer": captioner(picture, "what shape?", max_new_tokens=4)}]
+    several = answer([picture, read_image(images[1])], "what shape?", max_new_tokens=4)
+    assert several[0] == found
+    assert len(several) == 2
+    assert answer({"image": picture, "question": "what shape?"}, max_new_tokens=4) == found
+    assert answer(picture, "what?", answers=["circle", "square"])[0]["answer"] in ("circle", "square")
+    with pytest.raises(ValueError, match="3 pictures and 2 questions are no pairs"):
+        answer([picture] * 3, ["what?"] * 2)
 
 
 def test_a_report_is_written_and_goes_into_the_card(clip_folder, by_class, tmp_path):
