@@ -14,11 +14,13 @@ from hfvlm.losses import (
     blocks,
     captioning_loss,
     contrastive_loss,
+    distilled_targets,
     focal_contrastive_loss,
     late_interaction,
     late_interaction_loss,
     late_interaction_scores,
     sigmoid_loss,
+    soft_contrastive_loss,
     token_losses,
 )
 from tests.processes import run_processes
@@ -196,6 +198,28 @@ def test_rows_must_pair_up(pairs, loss):
         loss(a, b[:3], 1.0, 0.0)
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_soft_targets_by_the_plain_formula(monkeypatch, by_blocks):
+    monkeypatch.setattr("hfvlm.losses.blocks.BLOCK", 25)
+    torch.manual_seed(0)
+    rows, candidates, teacher = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=-1) for n in (7, 12, 7))
+    right = torch.rand(7, 12) < 0.3
+    right[:, 0] = True
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    rows.requires_grad_()
+    logits = scale * rows @ candidates.t()
+    shares = right / right.sum(1, keepdim=True)
+    targets = 0.4 * (scale.detach() * teacher @ candidates.t()).softmax(1) + 0.6 * shares
+    expected = F.cross_entropy(logits, targets)
+    gradients = torch.autograd.grad(expected, (rows, scale))
+    mixed = distilled_targets(teacher, candidates, scale, right, 0.4)
+    torch.testing.assert_close(mixed, targets)
+    value = soft_contrastive_loss(rows, candidates, (lambda part: mixed[part]) if by_blocks else mixed, scale)
+    torch.testing.assert_close(value, expected)
+    for found, gradient in zip(torch.autograd.grad(value, (rows, scale)), gradients, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
 MEMORY = """
 import torch
 from torch.nn import functional as F
@@ -216,6 +240,7 @@ def test_the_matrix_of_logits_is_never_held():
     assert float(done.stdout) < 200  # MiB; 8,192 x 8,192 logits alone are 256
 
 
+QUEUE = F.normalize(torch.arange(45, dtype=torch.float64).sin().view(9, 5), dim=-1)
 LOSSES = {
     "contrastive": lambda a, b, scale, bias, group: contrastive_loss(
         a.mean(1), b.mean(1), scale, label_smoothing=0.1, group=group
@@ -223,6 +248,13 @@ LOSSES = {
     "sigmoid": lambda a, b, scale, bias, group: sigmoid_loss(a.mean(1), b.mean(1), scale, bias, group=group),
     "focal": lambda a, b, scale, bias, group: focal_contrastive_loss(a.mean(1), b.mean(1), scale, bias, group=group),
     "late interaction": lambda a, b, scale, bias, group: late_interaction_loss(a, b, scale, top_k=2, group=group),
+    "distilled": lambda a, b, scale, bias, group: soft_contrastive_loss(
+        a.mean(1),
+        QUEUE,
+        distilled_targets(b.mean(1).detach(), QUEUE, 3.0, torch.ones(len(a), 9), 0.4),
+        scale,
+        group=group,
+    ),
     "captioning": lambda a, b, scale, bias, group: captioning_loss(
         scale * a, (100 * b).long().sum(-1) % 5, ignore_index=0, group=group
     ),

@@ -2,15 +2,18 @@
 
 from hfvlm.losses.captioning import captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
+from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
 __all__ = [
     "captioning_loss",
     "contrastive_loss",
+    "distilled_targets",
     "focal_contrastive_loss",
     "late_interaction_loss",
     "late_interaction_scores",
     "sigmoid_loss",
+    "soft_contrastive_loss",
     "token_losses",
 ]

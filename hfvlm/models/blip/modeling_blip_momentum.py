@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.losses import captioning_loss
+from hfvlm.losses import captioning_loss, distilled_targets, soft_contrastive_loss
 from hfvlm.losses.processes import GatherRows, gather_rows
 from hfvlm.modeling import unit
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig
@@ -202,19 +202,19 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval):
         """The loss against soft targets: what belongs together, mixed with what the teacher finds alike."""
         alpha = self.config.distillation if distillation is None else distillation
         scale, size = output.logit_scale, len(taught[0])
-        images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)]).t()
-        texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)]).t()
-        per_image, per_text = output.image_embeds @ texts * scale, output.text_embeds @ images * scale
+        images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)])
+        texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)])
+        right = self.right_partners(pair_ids, size, len(images))
+        image_targets = distilled_targets(taught[0], texts, scale, right, alpha)
+        text_targets = distilled_targets(taught[1], images, scale, right, alpha)
+        per_image = soft_contrastive_loss(output.image_embeds, texts, image_targets, scale)
+        per_text = soft_contrastive_loss(output.text_embeds, images, text_targets, scale)
         with torch.no_grad():
-            right = self.right_partners(pair_ids, size, images.shape[1]).to(per_image)
-            right = right / right.sum(dim=1, keepdim=True)
-            image_targets = alpha * (taught[0] @ texts * scale).softmax(dim=1) + (1 - alpha) * right
-            text_targets = alpha * (taught[1] @ images * scale).softmax(dim=1) + (1 - alpha) * right
-        losses = [F.cross_entropy(a, b) for a, b in ((per_image, image_targets), (per_text, text_targets))]
-        fields = dict(output) | {"logits_per_image": per_image, "logits_per_text": per_text}
+            output.logits_per_image = output.image_embeds @ texts.t() * scale
+            output.logits_per_text = output.text_embeds @ images.t() * scale
         return MomentumOutput(
-            **fields,
-            contrastive_loss=sum(losses, start=per_image.new_zeros(())) / 2,
+            **output,
+            contrastive_loss=(per_image + per_text) / 2,
             targets_per_image=image_targets,
             targets_per_text=text_targets,
             momentum_image_embeds=taught[0],
