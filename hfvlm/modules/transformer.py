@@ -33,15 +33,23 @@ def eager_attention_forward(
 
 
 class MultiHead(nn.Module):
-    """The projections and the arithmetic that every kind of attention shares; the kinds differ in what they read."""
+    """The projections and the arithmetic that every kind of attention shares; the kinds differ in what they read.
+    Without a `width` and `heads` of its own, one has its tower's."""
 
     is_causal = False
 
-    def __init__(self, config: PreTrainedConfig, context_size: int | None = None, out_size: int | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        context_size: int | None = None,
+        out_size: int | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+    ):
         super().__init__()
         self.config = config
-        width = config.hidden_size
-        self.head_dim = width // config.num_attention_heads
+        width = width or config.hidden_size
+        self.head_dim = width // (heads or config.num_attention_heads)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(context_size or width, width)
         self.v_proj = nn.Linear(context_size or width, width)
@@ -81,8 +89,8 @@ class CausalAttention(MultiHead):
 
     is_causal = True
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
-        super().__init__(config)
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, heads: int | None = None):
+        super().__init__(config, heads=heads)
         self.layer_idx = layer_idx
 
     def forward(
@@ -102,8 +110,10 @@ class CrossAttention(MultiHead):
     that the context's keys and values are computed once and never copied.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, context_size: int | None = None):
-        super().__init__(config, context_size)
+    def __init__(
+        self, config: PreTrainedConfig, layer_idx: int, context_size: int | None = None, heads: int | None = None
+    ):
+        super().__init__(config, context_size, heads=heads)
         self.layer_idx = layer_idx
 
     def forward(
@@ -160,6 +170,31 @@ class PreNormLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         x = x + self.drop_path(self.attention(self.attention_norm(x), mask, **kwargs)[0])
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+
+class GroundingLayer(GradientCheckpointingLayer):
+    """x + f(norm(x)), for attention to a context, which has its own norm, and MLP: open_clip's CoCa and MaMMUT."""
+
+    def __init__(self, config: PreTrainedConfig, attention: CrossAttention):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.context_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        kept: dict[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """As `CrossAttention`: (B * T, N, D), (B, M, D), (B, 1, T * N, M) or None -> (B * T, N, D)."""
+        if kept is None or self.attention.layer_idx not in kept:
+            context = self.context_norm(context)
+        x = x + self.attention(self.attention_norm(x), context, mask, kept)[0]
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class PostNormLayer(GradientCheckpointingLayer):
