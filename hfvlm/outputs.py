@@ -118,9 +118,12 @@ class MultiEncoderOutput(ModelOutput):
 
 
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`), and factors
-    of all of them (`*_scale`, `*_bias`, one number each)."""
+    """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`, and of texts
+    that are also written `*_losses` and `*_lengths`), and factors of all of them (`*_scale`, `*_bias`, one number
+    each)."""
     tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
-    rows = {name: value for name, value in tensors.items() if name.endswith(("_embeds", "_mask"))}
+    rows = {
+        name: value for name, value in tensors.items() if name.endswith(("_embeds", "_mask", "_losses", "_lengths"))
+    }
     factors = {name: value for name, value in tensors.items() if name.endswith(("_scale", "_bias"))}
     return rows, factors

@@ -1,12 +1,13 @@
 """Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
 
-from hfvlm.losses.captioning import captioning_loss, token_losses
+from hfvlm.losses.captioning import average_losses, captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
 from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
 __all__ = [
+    "average_losses",
     "captioning_loss",
     "contrastive_loss",
     "distilled_targets",

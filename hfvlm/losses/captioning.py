@@ -38,7 +38,11 @@ def captioning_loss(
     total = token_losses(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing).sum()
     if num_items is not None:
         return total / num_items
+    return average_losses(total, (labels != ignore_index).sum(), group)
+
+
+def average_losses(total: Tensor, count: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The sum of the losses of `count` tokens -> their average, over one process or several; see `captioning_loss`."""
     _, size = rank_and_size(group)
-    count = sum_over((labels != ignore_index).sum(), group)
-    loss = total * size / count.clamp_min(1)
+    loss = total * size / sum_over(count.clone(), group).clamp_min(1)
     return loss + (sum_over(loss.detach().clone(), group) / size - loss.detach())
