@@ -67,6 +67,12 @@ class GroundedGenerationMixin(GenerationMixin):
         result.sequences = padded_right(result.sequences, inputs.shape[1], config.eos_token_id, config.pad_token_id)
         return result
 
+    def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]
+        """No text is longer than there are positions, whatever a pipeline asks for."""
+        options = super()._prepare_generated_length(**arguments)  # type: ignore[misc]
+        options.max_length = min(options.max_length, self.config.max_position_embeddings)
+        return options
+
 
 class CaptioningModel(HfvlmPreTrainedModel, GenerationMixin):
     """A vision tower and a text decoder, which continues texts about the pictures.

@@ -7,5 +7,6 @@ ARCHITECTURES = (
     "filip",
     "imagebind",
     "blip",
+    "coca",
     "llava",
 )

@@ -1,0 +1,292 @@
+"""CoCa (https://arxiv.org/abs/2205.01917; https://github.com/mlfoundations/open_clip at 89fb801).
+
+One text decoder in two halves: the lower half reads a text alone, and its class token meets the picture in the joint
+space; the upper half looks at the picture and writes. An attentional pooler makes of the picture one token to compare
+and the others to write from.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hfvlm.captioning import GroundedGenerationMixin
+from hfvlm.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.losses import contrastive_loss
+from hfvlm.modeling import other_towers
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
+from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
+from hfvlm.modules.context import Context
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding, text_positions
+from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.projection import Projection, projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import (
+    Attention,
+    CausalAttention,
+    CrossAttention,
+    GroundingLayer,
+    PreNormLayer,
+    Stack,
+)
+from hfvlm.outputs import TowerOutput
+
+
+class QueryPool(nn.Module):
+    """The paper's attentional pooler: learned queries attend to the sequence, without residual or MLP."""
+
+    def __init__(self, config: HfvlmCoCaVisionConfig):
+        super().__init__()
+        width = config.projection_dim
+        self.queries = nn.Parameter(torch.zeros(config.num_queries, width))
+        self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.context_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config, config.hidden_size, width=width, heads=config.pooler_heads)
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.queries, std=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, C) -> (B, queries, D)."""
+        queries = self.query_norm(self.queries).expand(len(x), -1, -1)
+        return self.attention(queries, context=self.context_norm(x))[0]
+
+
+class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
+    """A vision transformer whose tokens, class token included, go through the attentional pooler."""
+
+    config: HfvlmCoCaVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmCoCaVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.pool = QueryPool(config)
+        self.post_norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
+        self.projection = Projection(config.projection_dim, config.projection_dim, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        scale = self.config.hidden_size**-0.5
+        init.normal_(self.class_token, std=scale)
+        init.normal_(self.position, std=scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+        """`(B, C, H, W)` normalised pixels -> the pooler's tokens after the last norm, and the first of them, which is
+        the summary. The others are what is written from.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.patches(pixel_values)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values, self.config.image_size)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.post_norm(self.pool(x))
+        return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
+
+    def position_for(self, pixel_values: Tensor) -> Tensor:
+        """The position table for pictures of another size."""
+        height, width = pixel_values.shape[-2:]
+        size = self.config.patch_size
+        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
+
+    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+        """Change the picture size for good, as open_clip does when it loads a file."""
+        old, self.config.image_size = self.config.grid, image_size
+        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
+
+
+class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
+    """The text decoder: without a context its lower half reads, with one the whole of it writes."""
+
+    config: HfvlmCoCaTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
+    input_modalities = ["text"]
+    _input_embed_layer = "token"
+    _no_split_modules = ["PreNormLayer", "GroundingLayer"]
+    _can_record_outputs = {
+        "hidden_states": PreNormLayer,
+        "attentions": OutputRecorder(CausalAttention, index=1),
+        "cross_attentions": OutputRecorder(CrossAttention, index=1),
+    }
+
+    def __init__(self, config: HfvlmCoCaTextConfig):
+        super().__init__(config)
+        lower, heads = config.unimodal_layers, config.multimodal_heads
+        upper = range(lower, config.num_hidden_layers)
+        self.token = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(config.max_position_embeddings + 1, config.hidden_size))
+        self.layers = Stack(PreNormLayer(config, attention=CausalAttention(config, i)) for i in range(lower))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config)
+        self.multimodal_layers = nn.ModuleList(
+            PreNormLayer(config, attention=CausalAttention(config, i, heads)) for i in upper
+        )
+        self.grounding_layers = nn.ModuleList(
+            GroundingLayer(config, CrossAttention(config, i, heads=heads)) for i in upper
+        )
+        self.multimodal_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=std / 2)
+        init.normal_(self.position, std=std / 2)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        visible: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
+        """Texts alone -> their tokens and summary; texts with a context -> scores `(B * T, N, V)` of what comes next.
+
+        Args:
+            input_ids: `(B * T, N)`. Read alone, they are padded on the right, and to the full length: the class token
+                that follows was trained there.
+            attention_mask: `(B * T, past + N)`, 0 for padding on either side of what is written. What is read alone
+                needs none: padding is told by its id, as in training.
+            context: of B rows, T consecutive texts for each.
+            position_ids: `(B * T, N)`, of what is written; by default counted from each text's first token.
+            past_key_values: of the tokens before `input_ids`.
+            visible: `(B * T, past + N)`, what the lower half sees; by default made from `input_ids` by the same name's
+                method, which is right as long as what is past has no padding's id.
+            use_cache: return keys and values for the next call.
+            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
+        """
+        if context is None:
+            return self.embed(input_ids, **kwargs)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask, past)
+        x = self.token(input_ids) + self.position[position_ids]
+        if visible is None and not past:
+            visible = self.visible(input_ids, attention_mask)
+        masks = [
+            create_causal_mask(
+                config=self.config, inputs_embeds=x, attention_mask=seen, past_key_values=past_key_values
+            )
+            for seen in (attention_mask if visible is None else visible, attention_mask)
+        ]
+        x = self.layers(x, masks[0], past_key_values=past_key_values, **kwargs)
+        logits = self.write(x, masks[1], context, logits_to_keep, past_key_values=past_key_values, **kwargs)
+        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=past_key_values)
+
+    def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
+        """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
+        length = input_ids.shape[1]
+        self.positions(input_ids, None)  # refuses texts that are too long
+        x = torch.cat([self.token(input_ids), self.class_token.expand(len(input_ids), 1, -1)], dim=1)
+        x = x + self.position[: length + 1]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=self.visible_to_class(input_ids),
+            past_key_values=None,
+        )
+        x = self.layers(x, mask, **kwargs)
+        pooled = self.post_norm(x[:, -1])
+        return TowerOutput(last_hidden_state=x[:, :-1], pooler_output=pooled, embeds=self.projection(pooled))
+
+    def write(self, x: Tensor, mask: Any, context: Context, logits_to_keep: int | Tensor = 0, **kwargs: Any) -> Tensor:
+        """The upper half: the lower half's tokens `(B * T, N, D)`, without a norm -> scores of what comes next."""
+        tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
+        for layer, grounding in zip(self.multimodal_layers, self.grounding_layers, strict=True):
+            x = grounding(layer(x, mask, **kwargs), tokens, context_mask, context.kept)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.lm_head(self.multimodal_norm(x[:, kept]))
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
+        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
+
+    # Padding's id is that of a real piece, "!" within a word, and is hidden there too. The original hides the key
+    # after each such token, and calls that a mistake which the released weights were trained with.
+
+    def visible_to_class(self, input_ids: Tensor) -> Tensor:
+        """`(B, N)` -> `(B, N + 1)`, which tokens are seen where texts are read, the class token last."""
+        real = input_ids != self.config.pad_token_id
+        always = torch.ones_like(real[:, :1])
+        return torch.cat([real, always] if self.config.correct_class_mask else [always, real], dim=1)
+
+    def visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`(B, N)` -> `(B, N)`, the same where they are written; the padding that a mask hides is no such token."""
+        real = input_ids != self.config.pad_token_id
+        if attention_mask is not None:
+            real = real | (attention_mask == 0)
+        if not self.config.correct_class_mask:
+            real = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)
+        return real if attention_mask is None else real & (attention_mask != 0)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[arg-type, misc]
+        return inputs | {"visible": self.visible(input_ids, kwargs.get("attention_mask"))}
+
+
+class HfvlmCoCaModel(ContrastiveCaptioner):
+    """Pictures and texts in one space, and captions."""
+
+    config: HfvlmCoCaConfig
+    base_model_prefix = "coca"
+    _no_split_modules = ["PreNormLayer", "GroundingLayer"]
+    pair_loss = staticmethod(contrastive_loss)
+    max_logit_scale = 100.0
+
+    def __init__(self, config: HfvlmCoCaConfig):
+        super().__init__(config)
+        self.vision_model = HfvlmCoCaVisionModel._from_config(config.vision_config)
+        self.text_model = HfvlmCoCaTextModel._from_config(config.text_config)
+        self.logit_scale = LogitScale(config.logit_scale_init_value)
+        self.post_init()
+
+    def context(self, image: BaseModelOutputWithPooling) -> Context:
+        tokens: Any = image.last_hidden_state
+        return Context(tokens[:, 1:])
+
+    def caption(self, input_ids: Tensor, text: BaseModelOutputWithPooling, context: Context) -> Tensor:
+        """Goes on from the lower half's tokens, which are the same as with a class token after them."""
+        tokens: Any = text.last_hidden_state
+        mask = create_causal_mask(
+            config=self.text_model.config, inputs_embeds=tokens, attention_mask=None, past_key_values=None
+        )
+        return self.text_model.write(tokens, mask, context)

@@ -1,0 +1,70 @@
+"""What CoCa is fed (https://github.com/mlfoundations/open_clip at 89fb801)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.image_processing_base import BatchFeature
+
+from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.processing import DualEncoderProcessor
+from hfvlm.tokenization import END, START, HfvlmTokenizer, openai_bpe
+
+
+class HfvlmCoCaImageProcessor(HfvlmCLIPImageProcessor):
+    """Pictures as CLIP reads them: short edge to 224 px, bicubic, centre crop."""
+
+
+class HfvlmCoCaTokenizer(HfvlmTokenizer):
+    """OpenAI's byte-pair encoding, in lower case, with start and end, padded to `model_max_length`: the model was
+    trained on texts of that length, and `padding=True` means it too.
+
+    The padding's id, 0, is that of "!" within a word. It is no special token, which would be cut out of texts.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    default_padding = "max_length"
+    pad_token_id = 0
+
+    def __init__(self, clean: str = "lower", model_max_length: int = 76, **kwargs: Any):
+        tokens = {"bos_token": START, "eos_token": END, "unk_token": END}
+        super().__init__(clean=clean, model_max_length=model_max_length, **tokens | kwargs)
+
+    @property
+    def pad_token(self) -> str:
+        return str(self.convert_ids_to_tokens(self.pad_token_id))
+
+    @classmethod
+    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmCoCaTokenizer":
+        """From `bpe_simple_vocab_16e6.txt.gz`, as released with the weights, or from transformers' tokenizer.json."""
+        return cls(tokenizer_object=openai_bpe(path), **kwargs)
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
+        """As every tokenizer; without `padding` and `truncation` the texts become what CoCa reads."""
+        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
+
+    def _decode(self, token_ids: Any, skip_special_tokens: Any = None, *args: Any, **kwargs: Any) -> str:
+        if skip_special_tokens and not isinstance(token_ids, int):
+            token_ids = without_padding(list(token_ids), self.bos_token_id, self.eos_token_id)
+        return super()._decode(token_ids, bool(skip_special_tokens), *args, **kwargs)
+
+
+class HfvlmCoCaProcessor(DualEncoderProcessor):
+    """Pictures and texts as CoCa reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
+
+    def captions(self, images: Any, text: Sequence[str]) -> BatchFeature:
+        """Pictures and their captions -> what the model is trained on, `labels` included."""
+        inputs = self(images, text)
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return inputs
+
+    def decode_captions(self, ids: Any) -> list[str]:
+        """What `generate` wrote -> captions."""
+        return [text.strip() for text in self.batch_decode(ids, skip_special_tokens=True)]
+
+
+def without_padding(ids: list[int], start: int | None, end: int | None) -> list[int]:
+    """From the first start token, if there is one, to the first end token after it."""
+    first = ids.index(start) if start in ids else 0
+    return ids[first : ids.index(end, first)] if end in ids[first:] else ids[first:]
