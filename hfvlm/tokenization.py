@@ -180,7 +180,7 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
         ]
     )
     engine.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+        [decoders.ByteLevel(), decoders.Replace(Regex("</w>$"), ""), decoders.Replace("</w>", " ")]
     )
     engine.post_processor = template(engine, START, END)
     return engine

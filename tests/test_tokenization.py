@@ -155,6 +155,7 @@ def test_special_tokens_in_a_text_are_special(clip):
 
 def test_decoding_gives_the_text_back(clip):
     assert clip.decode(clip("a small blue triangle")["input_ids"], skip_special_tokens=True) == "a small blue triangle"
+    assert clip.decode(clip("")["input_ids"], skip_special_tokens=True) == ""
 
 
 def test_pretokenised_texts_are_left_alone(clip):
