@@ -8,5 +8,6 @@ ARCHITECTURES = (
     "imagebind",
     "blip",
     "coca",
+    "mammut",
     "llava",
 )

@@ -53,15 +53,32 @@ class HfvlmCoCaTokenizer(HfvlmTokenizer):
 class HfvlmCoCaProcessor(DualEncoderProcessor):
     """Pictures and texts as CoCa reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
 
-    def captions(self, images: Any, text: Sequence[str]) -> BatchFeature:
-        """Pictures and their captions -> what the model is trained on, `labels` included."""
-        inputs = self(images, text)
-        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    def captions(self, images: Any, text: Sequence[str], prompts: Sequence[str] | None = None) -> BatchFeature:
+        """Pictures and their captions -> what the model is trained on, `labels` included.
+
+        Args:
+            images: one for each caption.
+            text: the captions; or answers, where there are prompts.
+            prompts: what each text goes on from, as a question. It is read and not predicted.
+        """
+        whole = text if prompts is None else [f"{prompt} {rest}" for prompt, rest in zip(prompts, text, strict=True)]
+        inputs = self(images, whole)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for row, ids in zip(labels, self.prompt_ids(prompts or []), strict=prompts is not None):
+            row[: len(ids)] = -100
+        inputs["labels"] = labels
         return inputs
 
-    def decode_captions(self, ids: Any) -> list[str]:
-        """What `generate` wrote -> captions."""
-        return [text.strip() for text in self.batch_decode(ids, skip_special_tokens=True)]
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Start token and prompt."""
+        return [ids[:-1] for ids in self.tokenizer(list(prompts), padding=False)["input_ids"]] if prompts else []
+
+    def decode_captions(self, ids: Any, prompts: Sequence[str] | None = None) -> list[str]:
+        """What `generate` wrote -> captions; or answers, without the prompts that they go on from."""
+        texts = [text.strip() for text in self.batch_decode(ids, skip_special_tokens=True)]
+        begun = [text.strip() for text in self.batch_decode(self.prompt_ids(prompts or []), skip_special_tokens=True)]
+        each = len(texts) // len(begun) if begun else 0
+        return [text.removeprefix(begun[i // each]).strip() for i, text in enumerate(texts)] if each else texts
 
 
 def without_padding(ids: list[int], start: int | None, end: int | None) -> list[int]:

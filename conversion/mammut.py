@@ -1,0 +1,147 @@
+"""MaMMUT's released files: openMaMMUT's, from LAION's fork of open_clip.
+
+Source: https://github.com/LAION-AI/open_clip_mammut at ed2d1f6.
+"""
+
+from collections.abc import Iterable, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
+from hfvlm.conversion.clip import resblocks, vision_rows
+from hfvlm.conversion.coca import settings_from_original as settings_from_original
+from hfvlm.conversion.coca import special_tokens
+from torch import Tensor
+
+from hfvlm.key_table import Row, scalar, transpose
+from hfvlm.models.mammut.configuration_mammut import (
+    HfvlmMaMMUTConfig,
+    HfvlmMaMMUTTextConfig,
+    HfvlmMaMMUTVisionConfig,
+)
+from hfvlm.models.mammut.processing_mammut import (
+    HfvlmMaMMUTImageProcessor,
+    HfvlmMaMMUTProcessor,
+    HfvlmMaMMUTTokenizer,
+)
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    return "open_clip"
+
+
+def keys_for(config: HfvlmMaMMUTConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows for a file of `layout`, which is "open_clip"."""
+    if layout != "open_clip":
+        raise UnsupportedOriginalError("transformers has no MaMMUT; its files are open_clip's.")
+    text = config.text_config
+    layers = resblocks("text.resblocks", "text_model.layers")
+    if not text.grounded_mlp and len(text.grounded) == text.num_hidden_layers:
+        layers = [row for row in layers if ".mlp." not in row.source and ".ln_2." not in row.source]
+    return [
+        Row("logit_scale", "logit_scale.scale", scalar),
+        *vision_rows("visual", "vision_model"),
+        Row("map_viz2txt_kv", "projector.weight", transpose),
+        Row("text.token_embedding.weight", "text_model.token.weight"),
+        Row("text.positional_embedding", "text_model.position"),
+        *layers,
+        *resblocks("text.cross_attn", "text_model.grounding_layers"),
+        Row("text.cross_attn.{}.ln_1_kv.{}", "text_model.grounding_layers.{}.context_norm.{}"),
+        Row("text.ln_final.{}", "text_model.post_norm.{}"),
+        Row("text.text_projection", "text_model.lm_head.weight", transpose),
+    ]
+
+
+MODEL = ("embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu", "pad_id")
+# How a fresh model starts; a file's tensors say where it is.
+START = ("init_logit_scale", "nonscalar_logit_scale")
+VISION = (
+    *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
+    *("output_tokens", "pool_type", "final_ln_after_pool"),
+)
+TEXT = (
+    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+    *("output_tokens", "cross_attn_ratio", "does_full_decoding", "has_mlp", "pad_id"),
+    # Nothing in the original reads these.
+    *("attn_pooler_heads", "n_queries", "dim_head"),
+)
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmMaMMUTConfig:
+    """openMaMMUT's model config; what it leaves out has the defaults of its classes."""
+    original = original_config(original)
+    vision, text = original["vision_cfg"], original["text_cfg"]
+    check_options("openMaMMUT's model config", original, (*MODEL, *START))
+    check_options("openMaMMUT's vision_cfg", vision, VISION)
+    check_options("openMaMMUT's text_cfg", text, TEXT)
+    wanted = vision.get("pool_type") == "avg_all", vision.get("final_ln_after_pool"), text.get("does_full_decoding")
+    if not all(wanted):
+        raise UnsupportedOriginalError(
+            "hfvlm implements MaMMUT with pool_type avg_all and final_ln_after_pool (of vision_cfg) and "
+            "does_full_decoding (of text_cfg) alone, as all released checkpoints have them."
+        )
+    act = "quick_gelu" if original.get("quick_gelu") else "gelu"
+    shapes = {key: tensor.shape for key, tensor in state_dict.items()}
+    return HfvlmMaMMUTConfig(
+        vision_config=_vision_config(shapes, vision, act),
+        text_config=_text_config(shapes, text, act, original.get("pad_id", 0)),
+    )
+
+
+def _vision_config(shapes: Mapping[str, Any], vision: Mapping[str, Any], act: str) -> HfvlmMaMMUTVisionConfig:
+    width, channels, patch, _ = shapes["visual.conv1.weight"]
+    size = vision.get("image_size") or patch * isqrt(shapes["visual.positional_embedding"][0] - 1)
+    return HfvlmMaMMUTVisionConfig(
+        image_size=size,
+        patch_size=patch,
+        num_channels=channels,
+        patch_dropout=vision.get("patch_dropout", 0.0),
+        hidden_size=width,
+        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        num_hidden_layers=count_layers(shapes, "visual.transformer.resblocks."),
+        num_attention_heads=width // vision.get("head_width", 64),
+        hidden_act=act,
+        projection_dim=shapes["visual.proj"][1],
+    )
+
+
+def _text_config(shapes: Mapping[str, Any], text: Mapping[str, Any], act: str, pad: int) -> HfvlmMaMMUTTextConfig:
+    rows, width = shapes["text.token_embedding.weight"]
+    vocabulary = shapes["text.text_projection"][1]
+    layers, grounded = (count_layers(shapes, f"text.{name}.") for name in ("resblocks", "cross_attn"))
+    config = HfvlmMaMMUTTextConfig(
+        vocab_size=vocabulary,
+        token_rows=None if rows == vocabulary else rows,
+        max_position_embeddings=shapes["text.positional_embedding"][0],
+        hidden_size=width,
+        intermediate_size=shapes["text.cross_attn.0.mlp.c_fc.weight"][0],
+        num_hidden_layers=layers,
+        num_attention_heads=text.get("heads", 8),
+        hidden_act=act,
+        grounding_interval=layers // grounded,
+        grounded_mlp=text.get("has_mlp", True),
+        **special_tokens(vocabulary, text.get("pad_id", pad)),
+    )
+    if len(config.grounded) != grounded:
+        raise UnsupportedOriginalError(
+            f"Its {grounded} cross-attentions do not follow {layers} layers at equal distances, as MaMMUT's do."
+        )
+    return config
+
+
+def image_processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any]) -> HfvlmMaMMUTImageProcessor:
+    return HfvlmMaMMUTImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmMaMMUTProcessor:
+    """The processor; `vocabulary` is one of VOCABULARIES."""
+    length = {"model_max_length": config.text_config.max_position_embeddings}
+    tokenizer = HfvlmMaMMUTTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
+    if len(tokenizer) != config.text_config.vocab_size:
+        raise ValueError(
+            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
+            "(text_config.vocab_size): this is the vocabulary of another model."
+        )
+    return HfvlmMaMMUTProcessor(image_processor_for(config, settings), tokenizer)

@@ -1,0 +1,255 @@
+"""MaMMUT (https://arxiv.org/abs/2303.16839; https://github.com/LAION-AI/open_clip_mammut at ed2d1f6).
+
+One text decoder in two passes. The contrastive pass reads a text alone, in both directions, and its tokens' mean meets
+the picture in the joint space; the generative pass is causal, looks at the picture and writes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import interpolate
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hfvlm.captioning import GroundedGenerationMixin
+from hfvlm.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.losses import contrastive_loss, focal_contrastive_loss
+from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.models.mammut.configuration_mammut import (
+    HfvlmMaMMUTConfig,
+    HfvlmMaMMUTTextConfig,
+    HfvlmMaMMUTVisionConfig,
+)
+from hfvlm.modules.context import Context
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding, text_positions
+from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.projection import Projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import CausalAttention, CrossAttention, GroundingLayer, PreNormLayer, Stack
+from hfvlm.outputs import TowerOutput
+
+
+class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
+    """A vision transformer whose summary is the mean of all its tokens, class token included."""
+
+    config: HfvlmMaMMUTVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmMaMMUTVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = Projection(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        scale = self.config.hidden_size**-0.5
+        init.normal_(self.class_token, std=scale)
+        init.normal_(self.position, std=scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+        """`(B, C, H, W)` normalised pixels -> all tokens before any last norm, class token first, and the summary.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.patches(pixel_values)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values, self.config.image_size)
+        if self.training and self.config.cropped_positions is not None:
+            position = cropped(position, self.config.grid, self.config.cropped_positions)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        pooled = self.post_norm(x.mean(dim=1))
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def position_for(self, pixel_values: Tensor) -> Tensor:
+        """The position table for pictures of another size."""
+        height, width = pixel_values.shape[-2:]
+        size = self.config.patch_size
+        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
+
+    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+        """Change the picture size for good, as open_clip does when it loads a file."""
+        old, self.config.image_size = self.config.grid, image_size
+        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
+
+
+class AttentionLayer(PreNormLayer):
+    """A layer that has no MLP."""
+
+    def __init__(self, config: HfvlmMaMMUTTextConfig, attention: CausalAttention):
+        super().__init__(config, attention=attention)
+        del self.mlp_norm, self.mlp
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return x + self.attention(self.attention_norm(x), mask, **kwargs)[0]
+
+
+class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, GroundedGenerationMixin):
+    """The text decoder: without a context it is the contrastive pass, with one the generative."""
+
+    config: HfvlmMaMMUTTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
+    input_modalities = ["text"]
+    _input_embed_layer = "token"
+    _no_split_modules = ["PreNormLayer", "AttentionLayer", "GroundingLayer"]
+    _can_record_outputs = {
+        "hidden_states": PreNormLayer,
+        "attentions": OutputRecorder(CausalAttention, index=1),
+        "cross_attentions": OutputRecorder(CrossAttention, index=1),
+    }
+
+    def __init__(self, config: HfvlmMaMMUTTextConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.token = nn.Embedding(config.token_rows or config.vocab_size, width)
+        self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, width))
+        self.layers = nn.ModuleList(
+            (AttentionLayer if i in config.grounded and not config.grounded_mlp else PreNormLayer)(
+                config, attention=CausalAttention(config, i)
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.grounding_layers = nn.ModuleList(
+            GroundingLayer(config, CrossAttention(config, i)) for i in config.grounded
+        )
+        self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.position, std=std / 2)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
+        """Texts alone -> their tokens and summary; texts with a context -> scores `(B * T, N, V)` of what comes next.
+
+        Args:
+            input_ids: `(B * T, N)`. Read alone, they are padded on the right to the full length: padding is read, and
+                counts in the mean, as in training.
+            attention_mask: `(B * T, past + N)`, 0 for padding on either side of what is written. What is read alone
+                has none.
+            context: of B rows, T consecutive texts for each, as wide as the texts.
+            position_ids: `(B * T, N)`, of what is written; by default counted from each text's first token.
+            past_key_values: of the tokens before `input_ids`.
+            use_cache: return keys and values for the next call.
+            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
+        """
+        if context is None:
+            return self.embed(input_ids, **kwargs)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask, past)
+        x = self.token(input_ids) + self.position[position_ids]
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values
+        )
+        tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, past_key_values=past_key_values, **kwargs)
+            if i in self.config.grounded:
+                grounding = self.grounding_layers[i // self.config.grounding_interval]
+                x = grounding(x, tokens, context_mask, context.kept)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(self.post_norm(x[:, kept]))
+        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=past_key_values)
+
+    def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
+        """The contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""
+        x = self.token(input_ids) + self.position[self.positions(input_ids, None)]
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=None)
+        for layer in self.layers:
+            x = layer(x, mask, **kwargs | {"is_causal": False})
+        x = self.post_norm(x)
+        pooled = x.mean(dim=1)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
+        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
+
+
+class HfvlmMaMMUTModel(ContrastiveCaptioner):
+    """Pictures and texts in one space, and captions."""
+
+    config: HfvlmMaMMUTConfig
+    base_model_prefix = "mammut"
+    _no_split_modules = ["PreNormLayer", "AttentionLayer", "GroundingLayer"]
+    max_logit_scale = 100.0
+
+    def __init__(self, config: HfvlmMaMMUTConfig):
+        super().__init__(config)
+        self.vision_model = HfvlmMaMMUTVisionModel._from_config(config.vision_config)
+        self.text_model = HfvlmMaMMUTTextModel._from_config(config.text_config)
+        self.projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=False)
+        self.logit_scale = LogitScale(config.logit_scale_init_value)
+        self.post_init()
+
+    def context(self, image: BaseModelOutputWithPooling) -> Context:
+        return Context(self.projector(image.last_hidden_state))
+
+    def contrast(
+        self, output: Any, pair_loss: Callable[..., Tensor] | None = None, group: ProcessGroup | None = None
+    ) -> Tensor:
+        return super().contrast(output, pair_loss or PAIR_LOSSES[self.config.pair_loss], group)
+
+
+PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {"softmax": contrastive_loss, "focal": focal_contrastive_loss}
+
+
+def cropped(table: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """The positions of a random part of a larger picture (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.1): the
+    grid of a table `(1 + rows * columns, D)` is enlarged to `size` x `size`, and a part of it, of a tenth of its area
+    at least, is resized to the grid again. One draw for a batch."""
+    rows, columns = grid
+    image = table[1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+    image = interpolate(image, size=(size, size), mode="bilinear", align_corners=False)
+    share, ratio, y, x = torch.rand(4).tolist()
+    area, aspect = 0.1 + 0.9 * share, 2 ** (2 * ratio - 1)
+    height, width = (max(1, min(size, round(size * edge**0.5))) for edge in (area * aspect, area / aspect))
+    top, left = round(y * (size - height)), round(x * (size - width))
+    part = image[:, :, top : top + height, left : left + width]
+    part = interpolate(part, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([table[:1], part.flatten(2)[0].t()])
