@@ -38,6 +38,8 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel):
     configuration weighs the losses by `contrastive_weight` and `captioning_weight`.
     """
 
+    training_inputs = {"return_loss": True}
+
     @property
     def text_decoder(self) -> Any:
         return self.text_model

@@ -79,6 +79,8 @@ class DualEncoder(HfvlmPreTrainedModel):
     logit_scale: LogitScale
     pair_loss: Callable[..., Tensor]
     max_logit_scale: float | None = None
+    # What forward is told in training, beside a batch's inputs, so that its output has all that `contrast` needs.
+    training_inputs: ClassVar[dict[str, Any]] = {}
 
     @property
     def modalities(self) -> tuple[str, ...]:

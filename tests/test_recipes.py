@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from hfvlm.conversion import coca
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from hfvlm.models.siglip import (
 )
 from hfvlm.samples import scenes
 from hfvlm.training.recipes import run_recipe
+from tests.conftest import SHIPPED
 from tests.tiny_llava import converted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -100,13 +102,29 @@ def siglip_folder(tmp_path_factory, clip_folder):
     return folder / "model"
 
 
+@pytest.fixture(scope="module")
+def coca_folder(tmp_path_factory):
+    """A small CoCa that learned nothing yet."""
+    folder = tmp_path_factory.mktemp("coca")
+    preset = hfvlm.load_preset("coca/tiny")
+    config = preset.make_config()
+    AutoModel.from_config(config).save_pretrained(folder)
+    coca.processor_for(config, preset.processor, SHIPPED / "bpe_simple_vocab.txt.gz").save_pretrained(folder)
+    return folder
+
+
 # Which weights a recipe trains, by their names.
-TRAINED = {"clip-full": ".*", "clip-lora": ".*lora_[AB].*|logit_scale.*", "siglip-lit": "(text_model|logit_scale).*"}
+TRAINED = {
+    "clip-full": ".*",
+    "coca": ".*",
+    "clip-lora": ".*lora_[AB].*|logit_scale.*",
+    "siglip-lit": "(text_model|logit_scale).*",
+}
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_what_it_says(name, changes, tmp_path, clip_folder, siglip_folder):
-    folder = siglip_folder if name.startswith("siglip") else clip_folder
+def test_a_recipe_trains_what_it_says(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
+    folder = {"siglip-lit": siglip_folder, "coca": coca_folder}.get(name, clip_folder)
     small = {"per_device_train_batch_size": 16, "mini_batch_size": 8, "max_steps": 2, "bf16": False, "model": folder}
     small |= {"dataloader_num_workers": 0, "per_device_eval_batch_size": 50, "warmup_steps": 0}
     metrics = run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes + [f"{k}={v}" for k, v in small.items()])

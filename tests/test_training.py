@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hfvlm.conversion import coca
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,6 +34,7 @@ from hfvlm.training import (
 )
 from hfvlm.training.data import EpochSampler, Rows
 from hfvlm.training.gradient_cache import split
+from tests.conftest import SHIPPED
 from tests.models import test_clip, test_siglip
 from tests.processes import run_processes
 
@@ -476,6 +478,26 @@ def test_any_two_modalities(tmp_path, imagebind_folder, mini_batch_size, caplog)
     assert metrics["eval_unreadable_rows"] == 1
     assert metrics["eval_audio_to_depth_recall@9"] == metrics["eval_depth_to_audio_recall@9"] == 1
     assert "Row 4 is passed over" in caplog.text
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 5])
+def test_models_that_also_write_are_trained_to(tmp_path, clip_folder, processor, mini_batch_size):
+    """By both losses, however the batch is cut."""
+    preset = hfvlm.load_preset("coca/tiny")
+    config = preset.make_config()
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config)
+    rows = scene_rows(12)
+    processor = coca.processor_for(config, preset.processor, SHIPPED / "bpe_simple_vocab.txt.gz")
+    batch = processor(images=[row["image"] for row in rows], text=[row["text"] for row in rows], padding=True)
+    expected = model(**batch, return_loss=True).loss.item()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_for(
+        tmp_path, clip_folder, processor, model=model, rows=rows, max_steps=1, mini_batch_size=mini_batch_size
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert moved(before, weights(trainer)) >= {name for name in before if "lm_head" in name or "cross" in name}
 
 
 # Several processes

@@ -115,4 +115,4 @@ class ZeroShotClassifier:
     def temperature(self) -> float:
         """What cosines are multiplied by; 100, CLIP's, where the model has none for pairs of modalities."""
         scale = getattr(self.embedder.model, "logit_scale", None)
-        return 100.0 if scale is None else float(scale.exp())
+        return 100.0 if scale is None else float(scale.exp().detach())

@@ -87,6 +87,7 @@ class ContrastiveTrainer(Trainer):
             raise TypeError(f"{type(self.model).__name__} has no `contrast`: it is no model that compares rows.")
         self.bare_model: Any = getattr(self.model, "get_base_model", lambda: self.model)()
         self.frozen = self.freeze()
+        self.training_inputs: dict[str, Any] = dict(getattr(self.bare_model, "training_inputs", {}))
         self.group = dist.group.WORLD if args.world_size > 1 and args.gather_negatives else None
         self.sampler: EpochSampler | None = None
         self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
@@ -117,7 +118,7 @@ class ContrastiveTrainer(Trainer):
         **_: Any,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
         self.leave_frozen()
-        output = model(**without_bookkeeping(inputs))
+        output = model(**without_bookkeeping(inputs), **self.training_inputs)
         loss = self.contrast(output)
         return (loss, output) if return_outputs else loss
 
@@ -132,7 +133,7 @@ class ContrastiveTrainer(Trainer):
         return cached_backward(
             model,
             self.contrast,
-            self._prepare_inputs(inputs),
+            self._prepare_inputs(inputs) | self.training_inputs,
             self.args.mini_batch_size,
             precision=self.compute_loss_context_manager,
             backward=self.accelerator.backward,
