@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 import hfvlm
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
+from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.hub import write_card
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
@@ -295,6 +296,8 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     module = conversion_module(config.model_type.removeprefix("hfvlm_"))
+    if not hasattr(module, "config_to_transformers"):
+        raise UnsupportedOriginalError(f"{folder}: transformers has no classes of its own for {config.model_type}.")
     with new_folder(output, overwrite=overwrite) as target:
         native = module.config_to_transformers(config)
         rows = module.keys_for(config, "transformers")

@@ -272,3 +272,9 @@ def test_verify_notices_what_is_wrong(clip_folder, tmp_path):
 def test_converted_inputs_work_end_to_end(clip_folder):
     model, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
     assert model(**sample_inputs(processor)).logits_per_image.shape == (2, 2)
+
+
+def test_what_transformers_has_not_is_not_exported(imagebind_folder, tmp_path):
+    with pytest.raises(UnsupportedOriginalError, match="transformers has no classes of its own for hfvlm_imagebind"):
+        hfvlm.export(imagebind_folder, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
