@@ -175,6 +175,10 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         vision = self.config.vision_config
         return ", ".join(f"vision_config.{name} {getattr(vision, name)}" for name in ("image_size", "patch_size"))
 
+    def reusable(self, cache: Any, known: int, length: int) -> int:
+        """How many of the first `known` tokens in a cache are the same in a prompt of `length` tokens."""
+        return known
+
     # Generation: transformers' own, with pictures encoded once and placeholders kept apart from the vocabulary.
 
     @torch.no_grad()

@@ -41,6 +41,18 @@ def tied(parameters: int) -> Change:
     return Change(lambda tensor: (tensor,) * parameters, lambda first, *_: first)
 
 
+def grouped(groups: int, parts: int) -> Change:
+    """As `split`, of groups that hold a share of each part: Megatron puts a head's query, key and value together."""
+
+    def together(*tensors: Tensor) -> Tensor:
+        return torch.stack([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 2)
+
+    def apart(tensor: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.flatten(0, 1) for part in tensor.unflatten(0, (groups, parts, -1)).unbind(1))
+
+    return Change(apart, together)
+
+
 def reshape(*shape: int) -> Change:
     return Change(lambda tensor: tensor.reshape(shape))
 

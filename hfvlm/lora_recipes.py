@@ -9,12 +9,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfvlm.modules.projection import Projection, Projector
+from hfvlm.modules.projection import Bridge, Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.registry import architectures
 
 # Parts that a recipe trains in full, by the class of their modules.
-WHOLE_PARTS: dict[str, tuple[type[nn.Module], ...]] = {"projection": (Projection, Projector), "scale": (LogitScale,)}
+WHOLE_PARTS: dict[str, tuple[type[nn.Module], ...]] = {"projection": (Projection, Bridge), "scale": (LogitScale,)}
 
 
 def lora(
@@ -72,7 +72,7 @@ def towers(model: PreTrainedModel) -> dict[str, str]:
     inside = {
         name.removesuffix("_model"): name
         for name, child in model.named_children()
-        if isinstance(child, PreTrainedModel)
+        if isinstance(child, PreTrainedModel) and not isinstance(child, Bridge)
     }
     return inside or {"tower": ""}
 

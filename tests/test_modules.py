@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfvlm.configuration import TowerConfig
+from hfvlm.key_table import grouped
 from hfvlm.modules.pooling import AttentionPool, end_of_text
-from hfvlm.modules.positions import ALIGNED_CORNERS, BICUBIC, resize_grid, resize_line, sampled_grid
+from hfvlm.modules.positions import ALIGNED_CORNERS, BICUBIC, resize_grid, resize_line, sampled_grid, sine_grid
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from tests.suite import close
 
@@ -92,3 +93,24 @@ def test_sampled_positions_equal_a_resized_table(grid):
     index = torch.arange(math.prod(grid))[None]
     actual = sampled_grid(table, index // grid[1], index % grid[1], torch.tensor([grid]))[0]
     close(actual, expected.flatten(1).t(), 1e-5, str(grid))
+
+
+def test_sines_of_the_column_come_before_those_of_the_row():
+    table = sine_grid(3, 16)
+    for row in range(3):
+        for column in range(3):
+            angles = [[place / 10000 ** (k / 4) for k in range(4)] for place in (column, row)]
+            expected = [wave(angle) for line in angles for wave in (math.sin, math.cos) for angle in line]
+            close(table[3 * row + column], torch.tensor(expected), 1e-6, f"{row}, {column}")
+
+
+def test_grouped_parts_come_apart_and_together():
+    """Megatron's order: query, key and value of each head."""
+    heads, size = 2, 3
+    names = [f"{part}{head}.{i}" for head in range(heads) for part in "qkv" for i in range(size)]
+    change = grouped(heads, 3)
+    parts = change.apply(torch.arange(len(names)))
+    assert [[names[i] for i in part] for part in parts] == [
+        [f"{part}{head}.{i}" for head in range(heads) for i in range(size)] for part in "qkv"
+    ]
+    assert torch.equal(change.undo(*parts), torch.arange(len(names)))

@@ -88,7 +88,7 @@ class Chat:
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
         """Of `generate`: the keys and values of all that stands in the cache already are used again."""
         known = next((i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b), len(self.cached))
-        known = min(known, len(ids) - 1)
+        known = self.model.reusable(self.cache, min(known, len(ids) - 1), len(ids))
         place, new = 0, []
         for count, rows in zip(counts, features, strict=True):
             place = ids.index(self.processor.image_token_id, place)

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 # open_clip and timm
 BICUBIC = {"mode": "bicubic", "antialias": True}
-# BLIP
+# BLIP, Qwen-VL
 BICUBIC_SAMPLED = {"mode": "bicubic", "align_corners": False}
 # big_vision: scipy.ndimage.zoom, order 1
 ALIGNED_CORNERS = {"mode": "bilinear", "align_corners": True}
@@ -32,6 +32,14 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rul
     image = table[extra:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     resized = interpolate(image, size=new, **rule).flatten(2)[0].t()
     return torch.cat([table[:extra], resized.to(table.dtype)])
+
+
+def sine_grid(edge: int, size: int) -> Tensor:
+    """(edge * edge, size): sines and cosines of the column, then of the row, by the frequencies of the Transformer."""
+    frequencies = 10000 ** (-torch.arange(size // 4).float() / (size // 4))
+    waves = torch.outer(torch.arange(edge).float(), frequencies)
+    line = torch.cat([waves.sin(), waves.cos()], dim=1)
+    return torch.cat([line.repeat(edge, 1), line.repeat_interleave(edge, dim=0)], dim=1)
 
 
 def resize_line(table: Tensor, length: int) -> Tensor:

@@ -20,7 +20,11 @@ def projection(config: PreTrainedConfig, *, bias: bool = False) -> nn.Module:
     return Projection(config.hidden_size, config.projection_dim, bias=bias)
 
 
-class Projector(nn.Module):
+class Bridge(nn.Module):
+    """What stands between a tower and a language model. LoRA recipes train it in full, as "projection"."""
+
+
+class Projector(Bridge):
     """A picture's features at the width of the language model: `depth` linear layers with GELU between them.
 
     One layer is LLaVA's, two are LLaVA-1.5's; without any the features stay as they are.
