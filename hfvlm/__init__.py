@@ -34,6 +34,7 @@ _LAZY = {
     "ContrastiveTrainingArguments": "hfvlm.training",
     "push": "hfvlm.hub",
     "Chat": "hfvlm.inference.chat",
+    "draw_boxes": "hfvlm.inference.grounding",
 }
 
 __all__ = ["__version__", "register", *_LAZY]

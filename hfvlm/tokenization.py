@@ -1,5 +1,6 @@
 """Tokenizers: the text cleaning, padding and truncation that a model was trained with, on `tokenizers`' engines."""
 
+import base64
 import gzip
 import html
 import json
@@ -164,7 +165,7 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
         vocabulary, merges = _tokenizer_json(path)
     else:
         merges = _openai_merges(path)
-        letters = _byte_letters()
+        letters = _byte_letters().values()
         words = (letter + "</w>" for letter in letters)
         pieces = [*letters, *words, *("".join(merge) for merge in merges), *more, START, END]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -207,11 +208,11 @@ def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         raise ValueError(f"{path}: not the tokenizer.json of a byte-pair encoding ({error!r}).") from error
 
 
-def _byte_letters() -> list[str]:
+def _byte_letters() -> dict[int, str]:
     """A printable letter for each byte, in the order of their ids: printable bytes stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def wordpiece(path: str | Path) -> Tokenizer:
@@ -316,6 +317,45 @@ def _piece_pairs(proto: Any) -> Tokenizer:
         steps += [normalizers.Prepend(SPACE)]
     engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return engine
+
+
+# How Qwen cuts a text before byte pairs are joined: digits one by one.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
+    """tiktoken's engine from its file of ranks: a piece in base64 and its id on each line.
+
+    Raises:
+        ValueError: the file is not such a list.
+    """
+    path = Path(path)
+    try:
+        lines = (line.split() for line in path.read_bytes().splitlines() if line)
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
+    except ValueError as error:
+        raise ValueError(f"{path}: not a list of ranks as tiktoken writes it ({error}).") from error
+    letters = _byte_letters()
+    names = {piece: piece.decode("latin-1").translate(letters) for piece in ranks}
+    splits = [
+        (rank, ranks[piece[:i]], ranks[piece[i:]], piece[:i], piece[i:])
+        for piece, rank in ranks.items()
+        for i in range(1, len(piece))
+        if piece[:i] in ranks and piece[i:] in ranks
+    ]
+    merges = [(names[left], names[right]) for *_, left, right in sorted(splits)]
+    engine = Tokenizer(models.BPE({names[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True))
+    engine.normalizer = normalizers.NFC()
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    engine.decoder = decoders.ByteLevel()
     return engine
 
 

@@ -1,6 +1,11 @@
 """Texts are cleaned, padded and cut as the models were trained; the ids of real texts are in the goldens."""
 
+import base64
+import itertools
 import logging
+import random
+import unicodedata
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -8,7 +13,7 @@ from transformers.utils import logging as host
 
 from hfvlm.models.clip import HfvlmCLIPTokenizer
 from hfvlm.models.siglip import HfvlmSigLIPTokenizer
-from hfvlm.tokenization import CLEANINGS, HfvlmTokenizer
+from hfvlm.tokenization import CLEANINGS, HfvlmTokenizer, tiktoken_bpe
 from tests.conftest import SHIPPED
 
 
@@ -161,3 +166,28 @@ def test_decoding_gives_the_text_back(clip):
 def test_pretokenised_texts_are_left_alone(clip):
     words = clip([["A", "RED"]], is_split_into_words=True)["input_ids"]
     assert len(words) == 1
+
+
+def joined(piece, ranks):
+    """tiktoken's rule, as a loop: of all neighbours the pair that makes the lowest rank, the first of equals."""
+    parts = [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        i = min(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_ranks_are_joined_as_tiktoken_does():
+    path = Path(__file__).parent / "goldens" / "qwen_vl" / "processor-tokenizer" / "qwen.tiktoken"
+    ranks = {base64.b64decode(piece): int(rank) for piece, rank in map(str.split, path.read_text().splitlines())}
+    engine = tiktoken_bpe(path, words=r"[\s\S]+")
+    chance = random.Random(0)
+    pieces = sorted(ranks)
+    for _ in range(300):
+        text = b"".join(chance.choices(pieces, k=8)).decode("utf-8", errors="ignore")
+        text = unicodedata.normalize("NFC", text)
+        expected = [ranks[text.encode()]] if text.encode() in ranks else joined(text.encode(), ranks)
+        assert engine.encode(text).ids == expected, text
+        assert engine.decode(expected) == text

@@ -10,4 +10,5 @@ ARCHITECTURES = (
     "coca",
     "mammut",
     "llava",
+    "qwen_vl",
 )

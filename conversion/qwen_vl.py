@@ -1,0 +1,192 @@
+"""Qwen-VL's releases, and adapters that the authors' fine-tuning writes (the code released with Qwen/Qwen-VL-Chat)."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import UnsupportedOriginalError, check_options
+from torch import Tensor
+
+from hfvlm.compositions import merge_lora
+from hfvlm.key_table import Row, Table, grouped, split, transpose
+from hfvlm.models.qwen_vl.configuration_qwen_vl import (
+    HfvlmQwenVLConfig,
+    HfvlmQwenVLResamplerConfig,
+    HfvlmQwenVLTextConfig,
+    HfvlmQwenVLVisionConfig,
+)
+from hfvlm.models.qwen_vl.processing_qwen_vl import (
+    CONTROLS,
+    PLACES,
+    HfvlmQwenVLImageProcessor,
+    HfvlmQwenVLProcessor,
+    HfvlmQwenVLTokenizer,
+)
+
+VOCABULARIES = ("qwen.tiktoken",)
+PARTS = {"base": "the folder of Qwen-VL or Qwen-VL-Chat that an adapter was trained on"}
+FILES = {"lora": {"main": ("adapter_model.safetensors", "adapter_model.bin")}}
+# In the original a head of the resampler is so wide, whatever the width.
+RESAMPLER_HEAD = 128
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    """ "original"; an adapter is told by its file."""
+    return "original"
+
+
+def keys_for(config: HfvlmQwenVLConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows of a whole model."""
+    return [*vision_rows(config.vision_config.num_attention_heads), *resampler_rows(config), *language_rows(config)]
+
+
+def vision_rows(heads: int) -> list[Row]:
+    layer, ours = "transformer.visual.transformer.resblocks.{}", "vision_model.layers.{}"
+    attention = tuple(f"{ours}.attention.{part}_proj.{{}}" for part in "qkv")
+    return [
+        Row("transformer.visual.conv1.weight", "vision_model.patches.projection.weight"),
+        Row("transformer.visual.positional_embedding", "vision_model.position"),
+        Row("transformer.visual.ln_pre.{}", "vision_model.pre_norm.{}"),
+        Row(f"{layer}.ln_1.{{}}", f"{ours}.attention_norm.{{}}"),
+        # Query, key and value of one head stand together.
+        Row(f"{layer}.attn.in_proj.{{}}", attention, grouped(heads, 3)),
+        Row(f"{layer}.attn.out_proj.{{}}", f"{ours}.attention.out_proj.{{}}"),
+        Row(f"{layer}.ln_2.{{}}", f"{ours}.mlp_norm.{{}}"),
+        Row(f"{layer}.mlp.c_fc.{{}}", f"{ours}.mlp.fc1.{{}}"),
+        Row(f"{layer}.mlp.c_proj.{{}}", f"{ours}.mlp.fc2.{{}}"),
+    ]
+
+
+def resampler_rows(config: HfvlmQwenVLConfig) -> list[Row]:
+    pool, projector = "transformer.visual.attn_pool", config.projector_config
+    narrow = projector.context_size != projector.hidden_size
+    return [
+        Row(f"{pool}.query", "projector.query"),
+        Row(f"{pool}.pos_embed", "projector.position"),
+        *([Row(f"{pool}.kv_proj.weight", "projector.kv_proj.weight")] if narrow else []),
+        Row(f"{pool}.ln_q.{{}}", "projector.query_norm.{}"),
+        Row(f"{pool}.ln_kv.{{}}", "projector.context_norm.{}"),
+        *(
+            Row(
+                f"{pool}.attn.in_proj_{kind}",
+                tuple(f"projector.attention.{part}_proj.{kind}" for part in "qkv"),
+                split(3),
+            )
+            for kind in ("weight", "bias")
+        ),
+        Row(f"{pool}.attn.out_proj.{{}}", "projector.attention.out_proj.{}"),
+        Row("transformer.visual.ln_post.{}", "projector.post_norm.{}"),
+        Row("transformer.visual.proj", "projector.projection.weight", transpose),
+    ]
+
+
+def language_rows(config: HfvlmQwenVLConfig) -> list[Row]:
+    layer, ours = "transformer.h.{}", "language_model.model.layers.{}"
+    attention = tuple(f"{ours}.self_attn.{part}_proj.{{}}" for part in "qkv")
+    return [
+        Row("transformer.wte.weight", "language_model.model.embed_tokens.weight"),
+        Row(f"{layer}.ln_1.weight", f"{ours}.input_layernorm.weight"),
+        Row(f"{layer}.attn.c_attn.{{}}", attention, split(3)),
+        Row(f"{layer}.attn.c_proj.{{}}", f"{ours}.self_attn.o_proj.{{}}"),
+        Row(f"{layer}.ln_2.weight", f"{ours}.post_attention_layernorm.weight"),
+        # The second is the gate.
+        Row(f"{layer}.mlp.w1.{{}}", f"{ours}.mlp.up_proj.{{}}"),
+        Row(f"{layer}.mlp.w2.{{}}", f"{ours}.mlp.gate_proj.{{}}"),
+        Row(f"{layer}.mlp.c_proj.{{}}", f"{ours}.mlp.down_proj.{{}}"),
+        Row("transformer.ln_f.weight", "language_model.model.norm.weight"),
+        Row("lm_head.weight", "language_model.lm_head.weight"),
+        # Constants that some versions of the code keep.
+        Row(f"{layer}.attn.masked_bias", None, optional=True),
+        Row("transformer.rotary_emb.inv_freq", None, optional=True),
+    ]
+
+
+def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+    """Of a whole model, or of an adapter merged into its base.
+
+    Raises:
+        FileNotFoundError: an adapter came without its base.
+    """
+    tensors: Mapping[str, Tensor] = sources["main"].tensors
+    if layout == "lora":
+        if "base" not in sources:
+            raise FileNotFoundError(f"An adapter needs its base (--base, or parts={{'base': ...}}): {PARTS['base']}.")
+        tensors = merge_lora(sources["base"].tensors, tensors, sources["main"].settings)
+    return [Table(tensors, keys_for(config, layout, tensors))]
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmQwenVLConfig:
+    """config.json of the release; of an adapter, its base's."""
+    own = original.get("base_config") or original.get("config") or original
+    check_options("Qwen-VL's config.json", {name: own.get(name) for name in ("quantization_config",)}, ())
+    check_options("Qwen-VL's config.json", {"tie_word_embeddings": own.get("tie_word_embeddings")}, ())
+    if own["kv_channels"] * own["num_attention_heads"] != own["hidden_size"]:
+        raise UnsupportedOriginalError(
+            f"Qwen-VL's config.json: kv_channels {own['kv_channels']} times num_attention_heads "
+            f"{own['num_attention_heads']} must be hidden_size {own['hidden_size']}."
+        )
+    visual = own["visual"]
+    first = visual["image_start_id"] - len(CONTROLS) - len(PLACES)  # the end of a text; the others follow it
+    controls = {"pad_token_id": first, "eos_token_id": [first, first + 2, first + 1]} if first > 0 else {}
+    return HfvlmQwenVLConfig(
+        vision_config=HfvlmQwenVLVisionConfig(
+            hidden_size=visual["width"],
+            intermediate_size=int(visual["width"] * visual["mlp_ratio"]),
+            num_hidden_layers=visual["layers"],
+            num_attention_heads=visual["heads"],
+            image_size=visual["image_size"],
+            patch_size=visual["patch_size"],
+        ),
+        projector_config=HfvlmQwenVLResamplerConfig(
+            context_size=visual["width"],
+            hidden_size=visual["output_dim"],
+            num_attention_heads=visual["output_dim"] // RESAMPLER_HEAD,
+            num_queries=visual.get("n_queries", 256),
+        ),
+        text_config=HfvlmQwenVLTextConfig(
+            hidden_size=own["hidden_size"],
+            # The original counts both halves of the gated layer.
+            intermediate_size=own["intermediate_size"] // 2,
+            num_hidden_layers=own["num_hidden_layers"],
+            num_attention_heads=own["num_attention_heads"],
+            layer_norm_eps=own["layer_norm_epsilon"],
+            vocab_size=own["vocab_size"],
+            max_position_embeddings=own.get("max_position_embeddings", 8192),
+            trained_length=own["seq_length"],
+            dynamic_ntk=own.get("use_dynamic_ntk", True),
+            logn_attention=own.get("use_logn_attn", True),
+            linear_bias=not own.get("no_bias", True),
+            rope_theta=own.get("rotary_emb_base", 10000),
+            rotary_share=own.get("rotary_pct", 1.0),
+            embedding_dropout=own.get("emb_dropout_prob", 0.0),
+            attention_dropout=own.get("attn_dropout_prob", 0.0),
+            initializer_range=own.get("initializer_range", 0.02),
+            **controls,
+        ),
+        image_token_id=visual["image_start_id"] + 2,
+    )
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor. Qwen-VL and Qwen-VL-Chat have the same config.json; this is the latter's."""
+    return {"conversation": "chatml"}
+
+
+def image_processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any]) -> HfvlmQwenVLImageProcessor:
+    return HfvlmQwenVLImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmQwenVLProcessor:
+    """The processor; `vocabulary` is the release's `qwen.tiktoken`."""
+    processor = HfvlmQwenVLProcessor(
+        image_processor_for(config, settings),
+        HfvlmQwenVLTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {})),
+        num_queries=config.projector_config.num_queries,
+        **{name: settings[name] for name in ("conversation", "picture_colon") if name in settings},
+    )
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"{vocabulary}: its placeholder is {processor.image_token_id}, the model's {config.image_token_id} "
+            "(image_token_id): this is the vocabulary of another model."
+        )
+    return processor

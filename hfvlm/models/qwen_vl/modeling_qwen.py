@@ -1,0 +1,249 @@
+"""Qwen-7B, the language model of Qwen-VL: as Qwen2, but for texts longer than those it was trained on.
+
+Parameters have the names of transformers' Qwen2. Source: the code released with Qwen/Qwen-VL-Chat.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
+from hfvlm.modules.transformer import eager_attention_forward
+
+
+class QwenAttention(nn.Module):
+    """Causal attention with rotary positions, whose queries may be scaled by their position."""
+
+    is_causal = True
+
+    def __init__(self, config: HfvlmQwenVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width, bias=config.linear_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        turn: Callable[[Tensor], Tensor],
+        query_scale: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = turn(query), turn(key)
+        if query_scale is not None:
+            query = query * query_scale.to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+
+class QwenMLP(nn.Module):
+    """Widen twice, one gates the other, narrow."""
+
+    def __init__(self, config: HfvlmQwenVLTextConfig):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class QwenLayer(GradientCheckpointingLayer):
+    """x + f(norm(x)), for attention and MLP."""
+
+    def __init__(self, config: HfvlmQwenVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.depth = config.num_hidden_layers
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = QwenAttention(config, layer_idx)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = QwenMLP(config)
+
+    def init_own_weights(self, std: float) -> None:
+        for projection in (self.self_attn.o_proj, self.mlp.down_proj):
+            init.normal_(projection.weight, std=std / (2 * self.depth) ** 0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), mask, **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HfvlmQwenVLTextPreTrainedModel(HfvlmPreTrainedModel):
+    """What the language model has with its output layer and without."""
+
+    config: HfvlmQwenVLTextConfig
+    _no_split_modules = ["QwenLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": QwenLayer, "attentions": QwenAttention}
+    _input_embed_layer = "embed_tokens"
+    input_modalities = ["text"]
+
+
+class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
+    """Qwen-7B without its output layer."""
+
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: HfvlmQwenVLTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(QwenLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,  # noqa: FBT001 (the host's signature)
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """`(B, N)` token ids, or `(B, N, D)` embeddings -> the hidden states after the last norm.
+
+        `position_ids` are not read: as trained, a position is the place in the row, padding included. Up to
+        `config.trained_length` tokens padding changes nothing but the numbers of the padding itself.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values
+        )
+        positions = past + torch.arange(x.shape[1], device=x.device)
+        turn = rotation(self.config, positions, self.stretch(x.shape[1], past, past_key_values))
+        query_scale = self.query_scale(positions)
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, mask, turn=turn, query_scale=query_scale, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def stretch(self, length: int, past: Any, cache: Cache | None) -> int:
+        """How far the rotary frequencies are lowered. The prompt decides, and what follows it keeps to that."""
+        if cache is None:
+            return self.stretch_of(length)
+        # A static cache counts in a tensor; steps need not wait for it.
+        if (length > 1 or isinstance(past, int)) and bool(past == 0):
+            cache.stretch = self.stretch_of(length)  # type: ignore[attr-defined]
+        return getattr(cache, "stretch", 1)
+
+    def stretch_of(self, length: int) -> int:
+        """1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
+        stretch, reach = 1, self.config.trained_length
+        if self.config.dynamic_ntk and not self.training:
+            while length > reach:
+                stretch, reach = 2 * stretch + 1, 2 * reach
+        return stretch
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """(N,) -> (N, 1), by which queries are multiplied beyond the trained length, so that attention stays sharp."""
+        if self.training or not self.config.logn_attention:
+            return None
+        places = (positions + 1).float() / self.config.trained_length
+        growth = torch.log(torch.tensor(float(self.config.trained_length), device=positions.device))
+        return (1 + places.clamp_min(1).log() / growth).unsqueeze(-1)
+
+
+def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> Callable[[Tensor], Tensor]:
+    """Rotary position embedding, in float32, of heads `(B, heads, N, head_dim)` at `positions` `(N,)`."""
+    size = config.rotary_size
+    base = config.rope_theta * stretch ** (size / (size - 2))
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    cosine, sine = angles.cos(), angles.sin()
+
+    def turn(x: Tensor) -> Tensor:
+        turned, rest = x[..., :size].float(), x[..., size:]
+        left, right = turned.chunk(2, dim=-1)
+        turned = turned * cosine + torch.cat([-right, left], dim=-1) * sine
+        return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+    return turn
+
+
+class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, GenerationMixin):
+    """Qwen-7B."""
+
+    base_model_prefix = "language_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("language_model")
+
+    def __init__(self, config: HfvlmQwenVLTextConfig):
+        super().__init__(config)
+        self.model = HfvlmQwenVLTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Without the output layer."""
+        return self.model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """`(B, N)` token ids -> the logits of each next token and, for `labels`, the loss, which leaves out -100."""
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )

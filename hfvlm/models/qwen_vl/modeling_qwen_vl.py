@@ -1,0 +1,147 @@
+"""Qwen-VL (https://arxiv.org/abs/2308.12966; the code released with Qwen/Qwen-VL-Chat, as of its last revision)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.image_text import ImageTextModel
+from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.models.qwen_vl.configuration_qwen_vl import (
+    HfvlmQwenVLConfig,
+    HfvlmQwenVLResamplerConfig,
+    HfvlmQwenVLVisionConfig,
+)
+from hfvlm.models.qwen_vl.modeling_qwen import HfvlmQwenVLForCausalLM
+from hfvlm.modules.embeddings import PatchEmbedding
+from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid, sine_grid
+from hfvlm.modules.projection import Bridge
+from hfvlm.modules.transformer import MultiHead, PreNormLayer, Stack
+
+Size = tuple[int, int]
+# Rows and columns of the position table, that of the 224 pixels ViT-bigG was trained at, whatever the image size.
+TRAINED_GRID = (16, 16)
+
+
+class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
+    """A vision transformer whose patches are read before any last norm."""
+
+    config: HfvlmQwenVLVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+    def __init__(self, config: HfvlmQwenVLVisionConfig):
+        super().__init__(config)
+        rows, columns = TRAINED_GRID
+        self.patches = PatchEmbedding(config, bias=False)
+        self.position = nn.Parameter(torch.zeros(rows * columns, config.hidden_size))
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.position, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """`(B, 3, H, W)` normalised pixels, of any size -> the patches after the last layer, `(B, N, D)`."""
+        x = self.patches(pixel_values)
+        x = x + resize_grid(self.position, TRAINED_GRID, self.grid(pixel_values), **BICUBIC_SAMPLED)
+        return BaseModelOutput(last_hidden_state=self.layers(self.pre_norm(x), **kwargs))
+
+    def grid(self, pixel_values: Tensor) -> Size:
+        """Rows and columns of the patches of pictures."""
+        height, width = pixel_values.shape[-2:]
+        return height // self.config.patch_size, width // self.config.patch_size
+
+
+class ResamplerAttention(MultiHead):
+    """Attention to keys and values that differ: positions say where to look and are no part of what is seen."""
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D), (B, M, D), (B, M, D) -> (B, N, D) and, where the implementation has them, weights."""
+        return self.attend(x, self.heads(self.k_proj(keys)), self.heads(self.v_proj(values)), None, **kwargs)
+
+
+class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
+    """Learned queries, each with its place in the picture, gather what the patches show: 1,024 become 256."""
+
+    config: HfvlmQwenVLResamplerConfig
+    base_model_prefix = "projector"
+    _keys_to_ignore_on_load_unexpected = other_towers("projector")
+    supports_gradient_checkpointing = False  # it has no layers
+    _no_split_modules = ["ResamplerAttention"]
+    main_input_name = "patches"
+    _can_record_outputs = {}
+
+    def __init__(self, config: HfvlmQwenVLResamplerConfig):
+        super().__init__(config)
+        width, context = config.hidden_size, config.context_size
+        self.query = nn.Parameter(torch.zeros(config.num_queries, width))
+        # Never trained, but stored: a released file holds it in its own precision.
+        self.position = nn.Buffer(torch.zeros(config.num_queries, width))
+        self.kv_proj = nn.Identity() if context == width else nn.Linear(context, width, bias=False)
+        self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.context_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = ResamplerAttention(config)
+        self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(width, width, bias=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.query, std=std)
+        init.copy_(self.position, sine_grid(self.config.edge, self.config.hidden_size))
+        init.normal_(self.projection.weight, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.kv_proj
+
+    @can_return_tuple
+    def forward(self, patches: Tensor, grid: Size, **kwargs: Any) -> BaseModelOutput:
+        """`(B, rows * columns, C)` and `grid`, its rows and columns -> `(B, num_queries, D)`."""
+        edge = (self.config.edge, self.config.edge)
+        context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
+        places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
+        query = (self.query_norm(self.query) + self.position).expand(len(patches), -1, -1)
+        x, _ = self.attention(query, context + places, context, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
+
+
+class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
+    """A language model that reads pictures through a resampler, and answers with words and with places."""
+
+    config: HfvlmQwenVLConfig
+    # The authors adapt the language model alone.
+    lora_recipe = "language"
+
+    def __init__(self, config: HfvlmQwenVLConfig):
+        super().__init__(config)
+        self.vision_model = HfvlmQwenVLVisionModel._from_config(config.vision_config)
+        self.projector = HfvlmQwenVLResampler._from_config(config.projector_config)
+        self.language_model = HfvlmQwenVLForCausalLM._from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
+        picture."""
+        patches = self.vision_model(pixel_values, **kwargs).last_hidden_state
+        tokens = self.projector(patches, self.vision_model.grid(pixel_values), **kwargs).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))  # type: ignore[arg-type]
+
+    def reusable(self, cache: Any, known: int, length: int) -> int:
+        """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""
+        return known if self.language_model.model.stretch_of(length) == getattr(cache, "stretch", 1) else 0
+
+    def token_count_fields(self) -> str:
+        return f"projector_config.num_queries {self.config.projector_config.num_queries}"
