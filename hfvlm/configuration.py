@@ -82,6 +82,12 @@ class MultiEncoderConfig(HfvlmConfig):
             if name not in kept:
                 setattr(self, name, None)
 
+    def validate_joint_space(self) -> None:
+        towers = [getattr(self, name) for name in self.sub_configs]
+        widths = {tower.model_type: tower.projection_dim for tower in towers if tower is not None}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"projection_dim differs: {widths}; the towers share one space.")
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """What a model of this configuration embeds."""

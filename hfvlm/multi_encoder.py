@@ -100,18 +100,18 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
 
     @can_return_tuple
     def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`(B, 1, bins, frames)`, or `(B, clips, 1, bins, frames)` -> an output whose `pooler_output`, `(B, D)`, is
+        """`(B, C, bins, frames)`, or `(B, clips, C, bins, frames)` -> an output whose `pooler_output`, `(B, D)`, is
         the joint embedding, scaled: the mean over the clips."""
         return self.scaled("audio", self.encode("audio", input_features, **kwargs))
 
     @can_return_tuple
     def get_depth_features(self, depth_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`(B, 1, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
+        """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("depth", self.encode("depth", depth_values, **kwargs))
 
     @can_return_tuple
     def get_thermal_features(self, thermal_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`(B, 1, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
+        """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("thermal", self.encode("thermal", thermal_values, **kwargs))
 
     @can_return_tuple
@@ -157,9 +157,9 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
             pixel_values: images, `(B, C, H, W)`, normalised.
             attention_mask: of the texts, `(B, N)`, may be left out.
             pixel_values_videos: films, `(B, C, T, H, W)` or `(B, clips, C, T, H, W)`, normalised.
-            input_features: sounds, `(B, 1, bins, frames)` or `(B, clips, 1, bins, frames)`.
-            depth_values: depth maps, `(B, 1, H, W)`.
-            thermal_values: thermal pictures, `(B, 1, H, W)`.
+            input_features: sounds, `(B, C, bins, frames)` or `(B, clips, C, bins, frames)`.
+            depth_values: depth maps, `(B, C, H, W)`.
+            thermal_values: thermal pictures, `(B, C, H, W)`.
             imu_values: motion, `(B, 6, N)` or `(B, clips, 6, N)`.
             return_loss: also compute `contrast`.
         """

@@ -14,11 +14,13 @@ BICUBIC_SAMPLED = {"mode": "bicubic", "align_corners": False}
 ALIGNED_CORNERS = {"mode": "bilinear", "align_corners": True}
 
 
-def check_positions(tokens: Tensor, position: Tensor, pixel_values: Tensor, image_size: Any) -> None:
-    """A position for every token of (B, N, D), or an error about the pictures' size."""
+def check_positions(
+    tokens: Tensor, position: Tensor, pixel_values: Tensor, image_size: Any, name: str = "pixel_values"
+) -> None:
+    """A position for every token of (B, N, D), or an error about the pictures' size, which calls them `name`."""
     if tokens.shape[1] != len(position):
         raise ValueError(
-            f"pixel_values are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
+            f"{name} are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
             "resize the pictures, or pass interpolate_pos_encoding=True."
         )
 

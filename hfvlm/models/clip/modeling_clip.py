@@ -87,7 +87,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
-        check_positions(x, position, pixel_values, self.config.image_size)
+        check_positions(x, position, pixel_values, self.config.image_size, self.main_input_name)
         depth = None if until is None else self.layers.depth_of(until)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), depth=depth, **kwargs)
         if until is not None:

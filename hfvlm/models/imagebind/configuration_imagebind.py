@@ -182,9 +182,3 @@ class HfvlmImageBindConfig(MultiEncoderConfig):
     depth_config: SubConfig[HfvlmImageBindDepthConfig] = field(default_factory=HfvlmImageBindDepthConfig)
     thermal_config: SubConfig[HfvlmImageBindThermalConfig] = field(default_factory=HfvlmImageBindThermalConfig)
     imu_config: SubConfig[HfvlmImageBindIMUConfig] = field(default_factory=HfvlmImageBindIMUConfig)
-
-    def validate_joint_space(self) -> None:
-        towers = [getattr(self, name) for name in self.sub_configs]
-        widths = {tower.model_type: tower.projection_dim for tower in towers if tower is not None}
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"projection_dim differs: {widths}; the towers share one space.")

@@ -41,17 +41,12 @@ TEXT_SCALE = 1 / 0.07
 FIXED_SCALES = {"audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
 
 
-def not_of(tower: str) -> list[str]:
-    """Patterns of the keys that a tower may leave unread in its composite's file."""
-    return [*other_towers(tower), r"^logit_scales\."]
-
-
 class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
     """A vision transformer over patches that reach through time, read at its class token."""
 
     config: HfvlmImageBindVisionConfig
     base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = not_of("vision_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
     main_input_name = "pixel_values"
     input_modalities = ["image", "video"]
 
@@ -109,7 +104,7 @@ class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
 
     config: HfvlmImageBindTextConfig
     base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = not_of("text_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ["text"]
     _input_embed_layer = "token"
 
@@ -185,7 +180,7 @@ class HfvlmImageBindAudioModel(HfvlmImageBindSensorModel):
 
     config: HfvlmImageBindAudioConfig
     base_model_prefix = "audio_model"
-    _keys_to_ignore_on_load_unexpected = not_of("audio_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("audio_model")
     main_input_name = "input_features"
     input_modalities = ["audio"]
 
@@ -205,7 +200,7 @@ class HfvlmImageBindDepthModel(HfvlmImageBindSensorModel):
 
     config: HfvlmImageBindDepthConfig
     base_model_prefix = "depth_model"
-    _keys_to_ignore_on_load_unexpected = not_of("depth_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("depth_model")
     main_input_name = "depth_values"
     input_modalities = ["image"]
 
@@ -225,7 +220,7 @@ class HfvlmImageBindThermalModel(HfvlmImageBindSensorModel):
 
     config: HfvlmImageBindThermalConfig
     base_model_prefix = "thermal_model"
-    _keys_to_ignore_on_load_unexpected = not_of("thermal_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("thermal_model")
     main_input_name = "thermal_values"
     input_modalities = ["image"]
 
@@ -245,7 +240,7 @@ class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
 
     config: HfvlmImageBindIMUConfig
     base_model_prefix = "imu_model"
-    _keys_to_ignore_on_load_unexpected = not_of("imu_model")
+    _keys_to_ignore_on_load_unexpected = other_towers("imu_model")
     main_input_name = "imu_values"
     input_modalities = ["time"]
 
