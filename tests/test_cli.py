@@ -68,6 +68,7 @@ def test_verify_fails_loudly(tmp_path, clip_folder):
         (["info", "vit-b-31"], "Did you mean vit-b-32"),
         (["list", "clap"], "No architecture is called 'clap'; there are "),
         (["convert", "absent.pt", "--preset", "clip/tiny", "-o", "out"], "absent.pt: no such file"),
+        (["convert", "x.pt", "--preset", "clip/tiny", "-o", "out", "--part", "audio"], "--part takes NAME=PATH, not"),
     ],
 )
 def test_errors_are_one_line_without_traceback(arguments, words, monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|capfilt|eval|train|demo`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,7 @@ def info(preset: Annotated[str, typer.Argument(help="A preset's name, as `hfvlm 
         ("files", " or ".join(known.source.get("files", ("none: sizes only",)))),
         ("source", known.source.get("url", "")),
         ("sha256", known.source.get("sha256", "not published")),
-        ("parts", "; ".join(f"--{part}: {what}" for part, what in known.source.get("parts", {}).items())),
+        ("parts", "; ".join(f"--part {part}=PATH: {what}" for part, what in known.source.get("parts", {}).items())),
         ("vocabulary", known.source.get("vocabulary", {}).get("url", "")),
         ("licence", licence_text(known)),
         ("notes", known.notes),
@@ -77,6 +78,10 @@ def convert(  # noqa: PLR0913 (options)
         Path | None, typer.Option(help="The language model that an adapter, a projector or a difference belongs to.")
     ] = None,
     vision: Annotated[Path | None, typer.Option(help="The vision tower, where the release leaves it out.")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Any other part, as `info` names it; may be repeated."),
+    ] = None,
     vocabulary: Annotated[
         str | None, typer.Option(help="The tokenizer's original file; 'none' leaves the tokenizer out.")
     ] = None,
@@ -88,12 +93,22 @@ def convert(  # noqa: PLR0913 (options)
     known = Preset(name=preset, architecture=preset) if preset in architectures() else load_preset(preset)
     stderr.print(Panel(licence_text(known), title=f"Licence of {known.name}", title_align="left", expand=False))
     with stderr.status(f"converting {source}"):
-        parts = {name: part for name, part in (("base", base), ("vision", vision)) if part}
+        parts = {name: str(path) for name, path in (("base", base), ("vision", vision)) if path} | named_paths(
+            part or ()
+        )
         hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
     record = json.loads((output / "conversion.json").read_text())
     say(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
     if check:
         verify(output)
+
+
+def named_paths(options: Iterable[str]) -> dict[str, str]:
+    """Of options like "audio=LanguageBind_Audio_FT"."""
+    pairs = [option.partition("=") for option in options]
+    if wrong := [name for name, _, path in pairs if not path]:
+        raise ValueError(f"--part takes NAME=PATH, not {', '.join(wrong)}.")
+    return {name: path for name, _, path in pairs}
 
 
 @app.command()
@@ -328,9 +343,10 @@ def millions(preset: Preset) -> str:
 
 
 def pixels(preset: Preset) -> str:
-    vision = preset.make_config().vision_config
-    size = getattr(vision, "image_size", None)
-    return "any" if size is None else str(size)
+    config = preset.make_config()
+    towers = (getattr(config, name) for name in config.sub_configs)
+    size = next((tower.image_size for tower in towers if hasattr(tower, "image_size")), "any")
+    return str(size) if isinstance(size, int | str) else " x ".join(map(str, size))
 
 
 def licence_text(preset: Preset) -> str:
