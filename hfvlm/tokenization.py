@@ -30,6 +30,11 @@ def clean_lower(text: str) -> str:
     return " ".join(fixed(text).split()).lower()
 
 
+def clean_repaired(text: str) -> str:
+    """transformers' CLIP tokenizer with ftfy: as OpenAI's, but HTML entities stay wherever ftfy leaves them."""
+    return " ".join(ftfy.fix_text(text).split()).lower()
+
+
 def clean_canonical(text: str) -> str:
     """open_clip's cleaning for SigLIP: repair, no punctuation, lower case, one space between words."""
     text = fixed(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
@@ -73,6 +78,7 @@ def clean_fold(text: str) -> str:
 
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "lower": clean_lower,
+    "repaired": clean_repaired,
     "canonical": clean_canonical,
     "case": clean_case,
     "caption": clean_caption,
@@ -86,8 +92,9 @@ class HfvlmTokenizer(TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
 
     Args:
-        clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "canonical" as open_clip's SigLIP, "case" as
-            big_vision, "caption" and "question" as BLIP, "fold" as TensorFlow Text, or "none".
+        clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "repaired" as LanguageBind, "canonical" as
+            open_clip's SigLIP, "case" as big_vision, "caption" and "question" as BLIP, "fold" as TensorFlow Text, or
+            "none".
         model_max_length: tokens of the longest text, special tokens included.
     """
 

@@ -36,6 +36,12 @@ def test_list_and_info():
         assert words in shown, words
 
 
+def test_info_of_a_model_of_several_parts_and_no_images():
+    shown = run("info", "languagebind/languagebind")
+    assert "--part video=PATH: LanguageBind/LanguageBind_Video_FT" in shown
+    assert "112 x 1036" in run("info", "languagebind_audio_ft")
+
+
 def test_convert_verify_export_card(tmp_path):
     out = tmp_path / "out"
     printed = run("convert", SHIPPED / "clip-tiny.pt", "--preset", "clip/tiny", "-o", out, "--verify")

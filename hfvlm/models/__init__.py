@@ -6,6 +6,7 @@ ARCHITECTURES = (
     "align",
     "filip",
     "imagebind",
+    "languagebind",
     "blip",
     "coca",
     "mammut",

@@ -1,0 +1,213 @@
+"""LanguageBind (https://arxiv.org/abs/2310.01852; https://github.com/PKU-YuanGroup/LanguageBind at 7070c53)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hfvlm.losses import contrastive_loss
+from hfvlm.modeling import other_towers
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
+from hfvlm.models.languagebind.configuration_languagebind import (
+    HfvlmLanguageBindAudioConfig,
+    HfvlmLanguageBindConfig,
+    HfvlmLanguageBindDepthConfig,
+    HfvlmLanguageBindTextConfig,
+    HfvlmLanguageBindThermalConfig,
+    HfvlmLanguageBindVideoConfig,
+    HfvlmLanguageBindVisionConfig,
+)
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding
+from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.projection import projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
+from hfvlm.multi_encoder import MultiEncoder
+from hfvlm.outputs import TowerOutput
+
+
+class HfvlmLanguageBindTextModel(HfvlmCLIPTextModel):
+    """CLIP's causal transformer. It was never trained: every other tower learned to meet it."""
+
+    config: HfvlmLanguageBindTextConfig
+
+
+class HfvlmLanguageBindVisionModel(HfvlmCLIPVisionModel):
+    """CLIP's vision transformer."""
+
+    config: HfvlmLanguageBindVisionConfig
+
+
+class HfvlmLanguageBindDepthModel(HfvlmCLIPVisionModel):
+    """CLIP's vision transformer, trained on depth maps."""
+
+    config: HfvlmLanguageBindDepthConfig
+    base_model_prefix = "depth_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("depth_model")
+    main_input_name = "depth_values"
+
+    def forward(self, depth_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 3, H, W)`, normalised, near to far -> as `HfvlmCLIPVisionModel`."""
+        return super().forward(depth_values, **kwargs)
+
+
+class HfvlmLanguageBindThermalModel(HfvlmCLIPVisionModel):
+    """CLIP's vision transformer, trained on thermal pictures."""
+
+    config: HfvlmLanguageBindThermalConfig
+    base_model_prefix = "thermal_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("thermal_model")
+    main_input_name = "thermal_values"
+
+    def forward(self, thermal_values: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 3, H, W)`, normalised, cold to hot -> as `HfvlmCLIPVisionModel`."""
+        return super().forward(thermal_values, **kwargs)
+
+
+class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
+    """CLIP's vision transformer, trained on spectrograms."""
+
+    config: HfvlmLanguageBindAudioConfig
+    base_model_prefix = "audio_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("audio_model")
+    main_input_name = "input_features"
+    input_modalities = ["audio"]
+
+    def forward(self, input_features: Tensor, **kwargs: Any) -> TowerOutput:
+        """`(B, 3, bins, frames)`, normalised; a channel a piece of the sound -> as `HfvlmCLIPVisionModel`."""
+        return super().forward(input_features, **kwargs)
+
+    @torch.no_grad()
+    def take_positions(self, table: Tensor) -> None:
+        """Begin with the positions of a tower of square pictures, `(1 + n * n, D)`, as the authors begin with CLIP's.
+
+        Where both have as many, they are taken as they are, though the grids differ: that is how the authors' were.
+        """
+        edge = int((len(table) - 1) ** 0.5)
+        fits = table.shape == self.position.shape
+        self.position.copy_(table if fits else resize_grid(table, (edge, edge), self.config.grid, **BICUBIC))
+
+
+class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
+    """CLIP's vision transformer on each frame, whose layers begin by looking across time; the mean over the frames."""
+
+    config: HfvlmLanguageBindVideoConfig
+    base_model_prefix = "video_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("video_model")
+    main_input_name = "pixel_values_videos"
+    input_modalities = ["video"]
+    _no_split_modules = ["TemporalLayer"]
+    # The weights of attention within frames; those across time are left out.
+    _can_record_outputs = {
+        "hidden_states": PreNormLayer,
+        "attentions": OutputRecorder(Attention, index=1, layer_name=".attention"),
+    }
+
+    def __init__(self, config: HfvlmLanguageBindVideoConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.num_class_tokens, config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(TemporalLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
+        init.normal_(self.position, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values_videos: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> TowerOutput:
+        """`(B, C, T, H, W)`, normalised -> all tokens before the last norm, `(B, T, N, D)`, each frame's class token
+        first, and the summary.
+
+        With `interpolate_pos_encoding`, frames may have any size; the position table is resized to it.
+        """
+        films, frames = len(pixel_values_videos), pixel_values_videos.shape[2]
+        if frames != self.config.num_frames:
+            raise ValueError(
+                f"pixel_values_videos have {frames} frames, the tower takes num_frames {self.config.num_frames}: "
+                "use the processor, which samples as many."
+            )
+        x = self.patches(pixel_values_videos.transpose(1, 2).flatten(0, 1))
+        class_token = self.class_token.expand(frames, -1).repeat(films, 1).unsqueeze(1)
+        x = torch.cat([class_token, x], dim=1)
+        position = self.position_for(pixel_values_videos) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values_videos, self.config.image_size, self.main_input_name)
+        x = self.layers(self.pre_norm(self.patch_dropout(x + position, frames)), **kwargs).unflatten(
+            0, (films, frames)
+        )
+        pooled = self.post_norm(x[:, :, 0]).mean(dim=1)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def position_for(self, pixel_values_videos: Tensor) -> Tensor:
+        """The position table for frames of another size."""
+        height, width = (edge // self.config.patch_size for edge in pixel_values_videos.shape[-2:])
+        return resize_grid(self.position, self.config.grid, (height, width), **BICUBIC)
+
+
+class TemporalLayer(PreNormLayer):
+    """A pre-norm layer within frames, `(B * T, N, D)`, after attention of each place to itself in the others."""
+
+    def __init__(self, config: HfvlmLanguageBindVideoConfig):
+        super().__init__(config)
+        self.temporal_position = nn.Parameter(torch.zeros(config.num_frames, config.hidden_size))
+        self.temporal_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.temporal_attention = Attention(config)
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.temporal_position, std=self.temporal_position.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        frames, places = len(self.temporal_position), x.shape[1]
+        x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
+        if frames > 1:  # the original has positions for one frame too, and leaves them out
+            x = x + self.temporal_position
+        x = x + self.temporal_attention(self.temporal_norm(x), **kwargs)[0]
+        x = x.unflatten(0, (-1, places)).transpose(1, 2).flatten(0, 1)
+        return super().forward(x, mask, **kwargs)
+
+
+class HfvlmLanguageBindModel(MultiEncoder):
+    """Images, films, texts, sounds, depth maps and thermal pictures in one space.
+
+    Embeddings of all but texts are multiplied by a learned scale of their modality: that is what the original returns,
+    and dot products of them are its logits.
+    """
+
+    config: HfvlmLanguageBindConfig
+    base_model_prefix = "languagebind"
+    input_modalities = ["image", "video", "text", "audio"]
+    _no_split_modules = ["PreNormLayer", "TemporalLayer"]
+    anchor = "text"
+    pair_loss = staticmethod(contrastive_loss)
+    max_logit_scale = 100.0
+    logit_scales: Any
+    one: Tensor
+
+    def __init__(self, config: HfvlmLanguageBindConfig):
+        super().__init__(config)
+        learned = [modality for modality in self.modalities if modality != "text"]
+        self.logit_scales = nn.ModuleDict({name: LogitScale(config.logit_scale_init_value) for name in learned})
+        self.register_buffer("one", torch.ones(1), persistent=False)
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.ones_(self.one)
+
+    def scale(self, modality: str) -> Tensor:
+        return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
