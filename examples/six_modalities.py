@@ -1,11 +1,12 @@
-"""Trains a small ImageBind from nothing on events that seven sensors perceive, and shows what emerges.
+"""Trains a small ImageBind or LanguageBind from nothing on events that seven sensors perceive, and shows what emerges.
 
 Each event is a coloured shape: a picture of it, a film in which it moves, a caption, a tone (its pitch tells the
-colour, its rhythm the shape), a depth map, a thermal picture, and the trace of a motion sensor. As in the paper, the
-model is trained on pairs with a picture alone. Afterwards sounds find depth maps, and motion finds captions, which it
-never saw together:
+colour, its rhythm the shape), a depth map, a thermal picture, and the trace of a motion sensor. As in the papers,
+ImageBind is trained on pairs with a picture alone, LanguageBind, which has no sense of motion, on pairs with a caption
+alone. Afterwards sounds find depth maps, which it never saw together:
 
     python examples/six_modalities.py --output imagebind-scenes
+    python examples/six_modalities.py --output languagebind-scenes --preset languagebind/tiny
 
 writes the model, `recall.json`, and `recall.png`, a heat map of how often each modality finds another.
 Needs `pip install 'hfvlm[eval]'`; a few minutes on two cores.
@@ -20,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hfvlm.conversion.imagebind import processor_for
 from torch import Tensor
 from transformers import AutoModel
 
-from hfvlm.presets import load_preset
+from hfvlm.converter import conversion_module
+from hfvlm.presets import Preset, load_preset
 from hfvlm.samples.scenes import COLOURS, SHAPES, SIZES, Scene
 
 EVENTS = list(product(COLOURS, SHAPES))
@@ -72,16 +73,16 @@ def shake(colour: int, shape: int, random: np.random.RandomState) -> np.ndarray:
 def prepare(processor: Any, seeds: range) -> dict[str, dict[str, Tensor]]:
     """Every event once for each seed -> each modality's inputs, `(seeds, events, ...)`."""
     rows = [perceive(event, 1000 * seed + i) for seed in seeds for i, event in enumerate(EVENTS)]
-    options = {"audio": {"num_clips": 1}, "video": {"num_clips": 1, "num_crops": 1}, "text": {"padding": "max_length"}}
     inputs = {}
     for modality in processor.modalities:
-        batch = processor.prepare(modality, [row[modality] for row in rows], **options.get(modality, {}))
+        options = {"padding": "max_length"} if modality == "text" else {}
+        batch = processor.prepare(modality, [row[modality] for row in rows], **options)
         inputs[modality] = {k: v.unflatten(0, (len(seeds), len(EVENTS))) for k, v in batch.items()}
     return inputs
 
 
 def train(model: Any, inputs: dict[str, dict[str, Tensor]], steps: int, rate: float) -> None:
-    """Each step takes a picture of every event, and binds to it one perception of every other modality."""
+    """Each step takes one perception of every event in every modality, and binds them as the model's loss does."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     views = len(inputs["image"]["pixel_values"])
@@ -116,7 +117,21 @@ def recall(model: Any, inputs: dict[str, dict[str, Tensor]]) -> dict[str, dict[s
     }
 
 
-def draw(table: dict[str, dict[str, float]], path: Path) -> None:
+def build(preset: Preset) -> tuple[Any, Any]:
+    """A new model, and a processor that suits these events; its defaults are of the released models' data."""
+    config = preset.make_config()
+    processor = conversion_module(preset.architecture).processor_for(config, preset.processor, VOCABULARY)
+    if preset.architecture == "imagebind":
+        config.imu_config.drop_path_rate = config.audio_config.drop_path_rate = 0.0
+        config.imu_config.projection_dropout = 0.0
+        processor.feature_extractor.num_clips = processor.video_feature_extractor.num_clips = 1
+        processor.video_feature_extractor.num_crops = 1
+        processor.depth_feature_extractor.mean, processor.depth_feature_extractor.std = 10.0, 6.0
+        processor.thermal_feature_extractor.mean, processor.thermal_feature_extractor.std = 0.2, 0.2
+    return AutoModel.from_config(config), processor
+
+
+def draw(table: dict[str, dict[str, float]], path: Path, anchor: str) -> None:
     from matplotlib.figure import Figure
 
     names = list(table)
@@ -130,7 +145,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="found", ylabel="asked with")
     chance = 1 / len(EVENTS)
-    axes.set_title(f"Recall at 1 among {len(EVENTS)} events (chance {chance:.0%}),\ntrained in pairs with pictures")
+    axes.set_title(f"Recall at 1 among {len(EVENTS)} events (chance {chance:.0%}),\ntrained in pairs with {anchor}s")
     figure.colorbar(picture)
     figure.savefig(path, dpi=120)
 
@@ -138,28 +153,21 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--preset", choices=("imagebind/tiny", "languagebind/tiny"), default="imagebind/tiny")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--views", type=int, default=120, help="of each event in training")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    preset = load_preset("imagebind/tiny")
-    config = preset.make_config()
-    config.imu_config.drop_path_rate = config.audio_config.drop_path_rate = 0.0
-    config.imu_config.projection_dropout = 0.0
-    processor = processor_for(config, preset.processor, VOCABULARY)
-    # Of these events' maps; the defaults are of the released model's data.
-    processor.depth_feature_extractor.mean, processor.depth_feature_extractor.std = 10.0, 6.0
-    processor.thermal_feature_extractor.mean, processor.thermal_feature_extractor.std = 0.2, 0.2
-    model = AutoModel.from_config(config)
+    model, processor = build(load_preset(options.preset))
     train(model, prepare(processor, range(options.views)), options.steps, options.rate)
     table = recall(model, prepare(processor, range(options.views, options.views + 10)))
     options.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     (options.output / "recall.json").write_text(json.dumps(table, indent=2) + "\n")
-    draw(table, options.output / "recall.png")
+    draw(table, options.output / "recall.png", model.anchor)
     for a, row in table.items():
         print(f"{a:>8} " + " ".join(f"{b} {value:4.0%}" for b, value in row.items()))
     return table

@@ -10,14 +10,19 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "six_modalities.py"
 
 
 @pytest.mark.slow  # it trains a model
-def test_modalities_that_were_never_paired_find_each_other(tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "pairs"),
+    [
+        ("imagebind/tiny", [("audio", "imu"), ("audio", "text"), ("imu", "text")]),
+        ("languagebind/tiny", [("audio", "depth"), ("audio", "image"), ("video", "thermal")]),
+    ],
+)
+def test_modalities_that_were_never_paired_find_each_other(tmp_path, preset, pairs):
     spec = importlib.util.spec_from_file_location("six_modalities", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    table = example.main(["--output", str(tmp_path), "--steps", "150", "--views", "12"])
+    table = example.main(["--output", str(tmp_path), "--preset", preset, "--steps", "150", "--views", "12"])
     chance = 1 / len(example.EVENTS)
-    assert table["audio"]["imu"] > 3 * chance
-    assert table["audio"]["text"] > 3 * chance
-    assert table["imu"]["text"] > 3 * chance
+    assert all(table[a][b] > 3 * chance for a, b in pairs), table
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     assert AutoModel.from_pretrained(tmp_path).modalities == AutoProcessor.from_pretrained(tmp_path).modalities
