@@ -62,15 +62,17 @@ def keys_for(config: HfvlmLLaVAConfig, layout: str = "original", keys: Iterable[
 
 
 def projector_rows(config: HfvlmLLaVAConfig) -> list[Row]:
-    linear = config.projector_depth == 1
-    rows = [
-        # Activations stand between the layers of the original's Sequential.
-        Row("model.mm_projector.{}" if linear else f"model.mm_projector.{2 * i}.{{}}", f"projector.layers.{i}.{{}}")
-        for i in range(config.projector_depth)
-    ]
+    rows = linear_rows(config.projector_depth)
     if config.patch_merge == "spatial_unpad":
         rows.append(Row("model.image_newline", "projector.newline.weight"))
     return rows
+
+
+def linear_rows(depth: int) -> list[Row]:
+    """Of the projector's layers, between which activations stand in the original's Sequential."""
+    if depth == 1:
+        return [Row("model.mm_projector.{}", "projector.layers.0.{}")]
+    return [Row(f"model.mm_projector.{2 * i}.{{}}", f"projector.layers.{i}.{{}}") for i in range(depth)]
 
 
 def transformers_rows(config: HfvlmLLaVAConfig, keys: Iterable[str] = ()) -> list[Row]:
@@ -108,8 +110,8 @@ def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Any]
         return [Table(main, keys_for(config, layout, main))]
     tables = {
         "original": lambda: [Table(main, keys_for(config, layout, main))],
-        "delta": lambda: [difference(config, main, _part(sources, "base"))],
-        "projector": lambda: adapted(config, projector_of(main), _part(sources, "base")),
+        "delta": lambda: [difference(config, main, part_of(sources, "base"))],
+        "projector": lambda: adapted(config, projector_of(main), part_of(sources, "base")),
         "lora": lambda: adapted(config, trained_with_adapter(main), merged(sources)),
     }[layout]()
     if layout == "original" and "base" in sources:
@@ -122,8 +124,8 @@ def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Any]
     return tables if inside else [*tables, vision_table(sources)]
 
 
-def vision_table(sources: Mapping[str, Any]) -> Table:
-    tensors = _part(sources, "vision")
+def vision_table(sources: Mapping[str, Any], parts: Mapping[str, str] = PARTS) -> Table:
+    tensors = part_of(sources, "vision", parts)
     rows = clip_conversion.tower_rows(clip_conversion.layout_of(sources["vision"].settings), tensors)
     return Table(tensors, rows, "vision")
 
@@ -172,13 +174,14 @@ def trained_with_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def merged(sources: Mapping[str, Any]) -> dict[str, Tensor]:
     adapter = sources["adapter"]
-    return merge_lora(_part(sources, "base"), adapter.tensors, adapter.settings)
+    return merge_lora(part_of(sources, "base"), adapter.tensors, adapter.settings)
 
 
-def _part(sources: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
+def part_of(sources: Mapping[str, Any], name: str, parts: Mapping[str, str] = PARTS) -> Mapping[str, Tensor]:
+    """The tensors of a part, or an error that says from where it comes."""
     if name not in sources:
         raise FileNotFoundError(
-            f"This release needs its {name} (--{name}, or parts={{{name!r}: ...}}): {PARTS[name]}."
+            f"This release needs its {name} (--{name}, or parts={{{name!r}: ...}}): {parts[name]}."
         )
     return sources[name].tensors
 
@@ -195,8 +198,8 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     vocabulary = state_dict.get(EMBEDDING, torch.empty(own["vocab_size"], 0)).shape[0]
     tiled = own.get("image_aspect_ratio") == "anyres"
     return HfvlmLLaVAConfig(
-        vision_config=_vision_config(own),
-        text_config=_text_config(own, vocabulary),
+        vision_config=vision_config_from(own),
+        text_config=text_config_of(own, vocabulary),
         image_token_id=vocabulary,
         vision_feature_layer=own.get("mm_vision_select_layer", -2),
         keep_class_token=own.get("mm_vision_select_feature", "patch") == "cls_patch",
@@ -214,7 +217,7 @@ def _pinpoints(value: Any) -> list[tuple[int, int]]:
     return ast.literal_eval(value) if isinstance(value, str) else value
 
 
-def _text_config(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | MistralConfig:
+def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | MistralConfig:
     kind: Any = LANGUAGE_MODELS.get(original.get("model_type", ""), LlamaConfig)
     fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
     if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions say -1 for "none"
@@ -224,7 +227,7 @@ def _text_config(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | 
     return kind(**fields | {"vocab_size": vocabulary})
 
 
-def _vision_config(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
+def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     """Of the tower that is given, or of the OpenAI's that config.json names."""
     given, name = original.get("vision_config"), original.get("mm_vision_tower", original.get("vision_tower", ""))
     if given:

@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 Labels = list[int]
 Turns = Sequence[tuple[str, str]]
 
-# Pictures go to the front of their message, as the authors train and ask; `said` is what a message says.
-_SAID = (
+# Pictures go to the front of their message, as LLaVA's authors train and ask; `said` is what a message says.
+PICTURES_FIRST = (
     "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
     "{%- set pictures = content | selectattr('type', 'equalto', 'image') | list -%}"
     "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
@@ -61,6 +61,7 @@ class Conversation:
         examples: turns that every conversation begins with.
         stop: texts that end an answer, where it is not the end token.
         tagged: a picture in the first message is a turn of its own, between tags.
+        said: the Jinja macro `said(content)` that puts a message's pictures among its text.
     """
 
     system: str
@@ -70,6 +71,7 @@ class Conversation:
     examples: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     tagged: bool = False
+    said: str = PICTURES_FIRST
     # An answer to nothing is left out of what is trained on.
     skips_first_answer: ClassVar[bool] = True
     # Whether tokens that a checkpoint has around pictures are trained with.
@@ -90,7 +92,7 @@ class Conversation:
         )
         turn = "{{- NAME ~ said(message['content']) ~ END -}}"
         return (
-            _SAID
+            self.said
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + f"{{{{- system ~ {_quoted(users + shown)} -}}}}{{%- for message in messages -%}}"
             + "{%- if message['role'] == 'assistant' -%}"
@@ -197,7 +199,7 @@ class Llama2(Conversation):
         before, after = self.separators
         wrapped = "('<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n' if system else '')"
         return (
-            _SAID
+            self.said
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
             + f"{{{{- ' ' ~ said(message['content']) ~ {_quoted(' ' + after)} -}}}}{{%- else -%}}"
@@ -220,7 +222,7 @@ class Plain(Conversation):
 
     def chat_template(self) -> str:
         return (
-            _SAID
+            self.said
             + "{%- for message in messages -%}{{- said(message['content']) ~ "
             + f"{_quoted(self.separators[0])} -}}}}{{%- endfor -%}}"
         )

@@ -1,4 +1,4 @@
-"""Language models that read pictures: the base of LLaVA and its relatives."""
+"""Language models that read pictures and films: the base of LLaVA and its relatives."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -91,16 +91,17 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
             labels: `(B, N)`; the loss leaves out -100.
             image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
-            pixel_values_videos: likewise, of videos.
+            pixel_values_videos: likewise, all films.
             mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
             past_key_values: of what stands before `input_ids`.
             logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
-            **kwargs: of the language model.
+            **kwargs: what else `media_inputs` names, and of the language model.
 
         Raises:
             ValueError: the pictures do not fit their placeholders; the message says how.
         """
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
+        media |= {name: kwargs.pop(name) for names in self.media_inputs.values() for name in names if name in kwargs}
         return self.language_model(
             inputs_embeds=self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs)),
             attention_mask=attention_mask,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
-from hfvlm.processing import ImageTextProcessor
+from hfvlm.processing import MediaTextProcessor
 
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")
@@ -39,7 +39,7 @@ def verify(folder: str | Path) -> list[Check]:
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]
     processor = AutoProcessor.from_pretrained(folder)
-    if isinstance(processor, ImageTextProcessor):
+    if isinstance(processor, MediaTextProcessor):
         return [*checks, *answering_checks(folder, model.eval(), processor)]
     known = getattr(model, "modalities", model.input_modalities)
     modalities = [modality for modality in known if modality in processor.modalities]
@@ -148,7 +148,7 @@ def processor_check(processor: Any, modalities: Iterable[str]) -> Check:
 
 
 @torch.no_grad()
-def answering_checks(folder: Path, model: Any, processor: ImageTextProcessor) -> list[Check]:
+def answering_checks(folder: Path, model: Any, processor: MediaTextProcessor) -> list[Check]:
     """The same of a model that answers about pictures."""
     inputs = questions(processor, slice(None))
     expected = logits_of(model, inputs)
@@ -166,7 +166,8 @@ def answering_checks(folder: Path, model: Any, processor: ImageTextProcessor) ->
     model.vision_model = type(inside).from_pretrained(folder, dtype=torch.float32).eval()
     checks.append(compare("vision_model alone equals the one inside", lambda: logits_of(model, inputs), expected))
     model.vision_model = inside
-    changed = logits_of(model, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+    pixels = model.media_inputs[processor.modality][0]
+    changed = logits_of(model, {**inputs, pixels: inputs[pixels].flip(0)})
     difference = relative(changed["logits"], expected["logits"])
     detail = f"differs by {difference:.1%}"
     checks.append(Check("another picture gives another answer", difference > 1e-3, detail, difference))
@@ -178,10 +179,11 @@ def answering_checks(folder: Path, model: Any, processor: ImageTextProcessor) ->
     return checks
 
 
-def questions(processor: ImageTextProcessor, rows: slice) -> dict[str, Tensor]:
+def questions(processor: MediaTextProcessor, rows: slice) -> dict[str, Tensor]:
     """Two texts with a picture of noise each, or one of them."""
-    texts = [f"{processor.image_token}\n{text}" for text in TEXTS]
-    return dict(processor(images=samples("image")[rows], text=texts[rows]))
+    texts = [f"{processor.media_token}\n{text}" for text in TEXTS]
+    media = {f"{processor.modality}s": samples(processor.modality)[rows]}
+    return dict(processor(text=texts[rows], **media))
 
 
 def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

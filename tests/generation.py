@@ -12,6 +12,7 @@ class GenerationSuite:
     """For tests that subclass `ModelSuite` after it; the batch has one picture a row and no padding on the right."""
 
     encoder = "vision_model"
+    modality, pixels = "image", "pixel_values"
 
     def test_tuple_output_is_the_same(self, model, batch):
         model.language_model.config.use_cache = False  # a cache is no tensor
@@ -69,7 +70,7 @@ class GenerationSuite:
     def test_another_picture_changes_the_output(self, model, batch):
         with torch.no_grad():
             before = model(**batch).logits
-            after = model(**batch | {"pixel_values": batch["pixel_values"] + 1}).logits
+            after = model(**batch | {self.pixels: batch[self.pixels] + 1}).logits
         assert relative(after[:, -1], before[:, -1]) > 1e-3
 
     def test_each_picture_is_encoded_once(self, model, batch):
@@ -108,7 +109,7 @@ class GenerationSuite:
         """A row may have no picture; the others keep theirs."""
         mixed = dict(batch) | {"input_ids": batch["input_ids"].clone()}
         ids = mixed["input_ids"]
-        ids[1] = ids[1].masked_fill(ids[1] == model.config.image_token_id, 3)
+        ids[1] = ids[1].masked_fill(ids[1] == getattr(model.config, f"{self.modality}_token_id"), 3)
         media = [name for name in batch if name not in ("input_ids", "attention_mask")]
         mixed |= {name: mixed[name][[0, 2]] for name in media}
         with torch.no_grad():
@@ -128,7 +129,7 @@ class GenerationSuite:
         media = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask")}
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            features = {"image": model.get_image_features(**media)}
+            features = {self.modality: getattr(model, f"get_{self.modality}_features")(**media)}
             close(model(**text, mm_encoder_outputs=features).logits, model(**batch).logits, 0.0, "features")
         given = model.generate(**text, mm_encoder_outputs=features, **NEW)
         assert torch.equal(given[:, text["input_ids"].shape[1] :], self.answer(model, batch))
@@ -139,7 +140,8 @@ class GenerationSuite:
 
     def test_pictures_and_placeholders_must_fit(self, model, batch):
         media = {name: batch[name][:2] for name in batch if name not in ("input_ids", "attention_mask")}
-        with pytest.raises(ValueError, match=r"image placeholders \(image_token_id .*\), but the images make"):
+        kind = self.modality
+        with pytest.raises(ValueError, match=rf"{kind} placeholders \({kind}_token_id .*\), but the {kind}s make"):
             model(input_ids=batch["input_ids"], **media)
-        with pytest.raises(ValueError, match="no image was given"):
+        with pytest.raises(ValueError, match=f"no {kind} was given"):
             model(input_ids=batch["input_ids"])

@@ -77,6 +77,7 @@ def convert(  # noqa: PLR0913 (options)
     base: Annotated[
         Path | None, typer.Option(help="The language model that an adapter, a projector or a difference belongs to.")
     ] = None,
+    delta: Annotated[Path | None, typer.Option(help="A difference to the base, where a release builds on it.")] = None,
     vision: Annotated[Path | None, typer.Option(help="The vision tower, where the release leaves it out.")] = None,
     part: Annotated[
         list[str] | None,
@@ -93,9 +94,8 @@ def convert(  # noqa: PLR0913 (options)
     known = Preset(name=preset, architecture=preset) if preset in architectures() else load_preset(preset)
     stderr.print(Panel(licence_text(known), title=f"Licence of {known.name}", title_align="left", expand=False))
     with stderr.status(f"converting {source}"):
-        parts = {name: str(path) for name, path in (("base", base), ("vision", vision)) if path} | named_paths(
-            part or ()
-        )
+        given = {"base": base, "delta": delta, "vision": vision}
+        parts = {name: str(path) for name, path in given.items() if path} | named_paths(part or ())
         hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
     record = json.loads((output / "conversion.json").read_text())
     say(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
@@ -139,28 +139,31 @@ def verify(folder: Folder) -> None:
 def chat(
     folder: Folder,
     image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A film, for models of films; may be repeated.")] = None,
     ask: Annotated[str | None, typer.Option(help="Answer this alone; without it, talk.")] = None,
     system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="Above 0, answers are drawn.")] = 0.0,
 ) -> None:
-    """Talk with a model about pictures. `/image PATH` shows another one, `/reset` begins anew, Ctrl-D ends."""
+    """Talk with a model about pictures or films. `/image PATH` and `/video PATH` show another one, `/reset` begins
+    anew, Ctrl-D ends."""
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with stderr.status(f"loading {folder}"):
         talk = hfvlm.Chat.from_pretrained(folder, system=system, dtype="auto")
-    shown: list[Path] = list(image or ())
+    given = {"/image": list(image or ()), "/video": list(video or ())}
+    shown = {command: list(paths) for command, paths in given.items()}
     for line in [ask] if ask is not None else iter(ask_user, None):
         command, _, rest = line.partition(" ")
-        if command == "/image":
-            shown.append(Path(rest.strip()))
+        if command in shown:
+            shown[command].append(Path(rest.strip()))
         elif command == "/reset":
             talk.reset()
-            shown = list(image or ())
+            shown = {command: list(paths) for command, paths in given.items()}
         else:
-            for piece in talk.stream(line, shown, max_new_tokens=max_new_tokens, **drawn):
+            for piece in talk.stream(line, *shown.values(), max_new_tokens=max_new_tokens, **drawn):
                 stdout.print(piece, end="", soft_wrap=True, highlight=False, markup=False)
             stdout.print()
-            shown = []
+            shown = {command: [] for command in given}
 
 
 def ask_user() -> str | None:

@@ -22,7 +22,8 @@ from hfvlm.image_text import Features
 class Chat:
     """A conversation. Each picture is encoded once, and what was said before is not computed again.
 
-    `chat.ask("What is this?", images=["cat.jpg"])` answers; `chat.stream(...)` yields the answer as it is written. An
+    `chat.ask("What is this?", images=["cat.jpg"])`, or `videos=["walk.mp4"]` of a model of films, answers;
+    `chat.stream(...)` yields the answer as it is written. An
     answer is what the model gives to the whole conversation afresh; what is kept changes nothing but the time.
 
     Args:
@@ -51,13 +52,17 @@ class Chat:
         self.features: list[Tensor] = []
         self.cache, self.cached = DynamicCache(config=self.model.config.get_text_config(decoder=True)), list[int]()
 
-    def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
-        """What the model answers; pictures stand before the text. Options are of `model.generate`, for this answer."""
-        return "".join(self.stream(text, images, **options)).strip()
+    def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
+        """What the model answers; pictures stand where it was trained to see them, beside the text. Options are of
+        `model.generate`, for this answer."""
+        return "".join(self.stream(text, images, videos, **options)).strip()
 
-    def stream(self, text: str, images: Sequence[Any] = (), **options: Any) -> Iterator[str]:
+    def stream(
+        self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
+    ) -> Iterator[str]:
         """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten."""
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+        images = self.media(images, videos)
+        content = [*({"type": self.processor.modality} for _ in images), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         counts, features = self.see(images)
         counts, features = [*self.counts, *counts], [*self.features, *features]
@@ -75,14 +80,21 @@ class Chat:
         self.counts, self.features = counts, features
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
 
+    def media(self, images: Sequence[Any], videos: Sequence[Any]) -> Sequence[Any]:
+        """Whichever of them the model reads."""
+        known, foreign = (images, videos) if self.processor.modality == "image" else (videos, images)
+        if len(foreign):
+            raise ValueError(f"{type(self.model).__name__} reads {self.processor.modality}s alone.")
+        return known
+
     @torch.no_grad()
     def see(self, images: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
         """Pictures -> how many tokens they have, and their features."""
         if not len(images):
             return [], []
-        inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self.model.device)
-        inputs = inputs.to(self.model.dtype)
-        features = list(self.model.get_image_features(**inputs).pooler_output)
+        modality = self.processor.modality
+        inputs = self.processor.prepare(modality, list(images)).to(self.model.device).to(self.model.dtype)
+        features = list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
         return [len(rows) for rows in features], features
 
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
@@ -91,7 +103,7 @@ class Chat:
         known = self.model.reusable(self.cache, min(known, len(ids) - 1), len(ids))
         place, new = 0, []
         for count, rows in zip(counts, features, strict=True):
-            place = ids.index(self.processor.image_token_id, place)
+            place = ids.index(self.processor.media_token_id, place)
             if known < place + count:
                 known = min(known, place)
                 new.append(rows)
@@ -100,7 +112,8 @@ class Chat:
             self.cache.crop(-surplus)
         table = torch.tensor([ids], device=self.model.device)
         inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), "past_key_values": self.cache}
-        return inputs | ({"mm_encoder_outputs": {"image": Features(pooler_output=new)}} if new else {})  # type: ignore[arg-type]
+        seen = {self.processor.modality: Features(pooler_output=new)}  # type: ignore[arg-type]
+        return inputs | ({"mm_encoder_outputs": seen} if new else {})
 
 
 class _Generation(TextIteratorStreamer):

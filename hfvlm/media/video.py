@@ -55,7 +55,7 @@ def read_video(
         source: a path, bytes or an open file of MP4, MOV, MKV, WebM, AVI, GIF and the like; a `datasets` row with
             "bytes" or "path"; a torchcodec `VideoDecoder`, which `datasets` gives; a list of pictures, each as
             `read_image` takes them; an array or tensor of (T, H, W, 3) or (T, 3, H, W), as `read_image` takes its
-            frames; or frames with their rate, `(frames, fps)`.
+            frames; frames with their rate, `(frames, fps)`; or a `Video`.
         fps: frames a second of frames that bring none.
         allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
         index: position in a batch, for the error's message.
@@ -64,6 +64,8 @@ def read_video(
         MediaError: naming the input and what is wrong with it.
         ImportError: the file needs an optional package; the message says which.
     """
+    if isinstance(source, Video):
+        return source
     name = name_of("video", source, index)
     if hasattr(source, "get_frames_at"):
         return DecoderVideo(name, source)

@@ -17,7 +17,8 @@ class ChatCollator:
     """Examples -> `input_ids`, `attention_mask`, `labels`, and the pictures' inputs, padded on the right.
 
     Answers alone are trained on, and of LLaVA's checkpoints exactly those tokens that its authors train on. An example
-    is a mapping in one of two forms, of which the pictures may be whatever `hfvlm.media.read_image` takes:
+    is a mapping in one of two forms, of which the pictures may be whatever `hfvlm.media.read_image` takes; for models
+    of films, "videos", "video" and `<video>` stand in their place, and `hfvlm.media.read_video` reads them:
 
     - `{"messages": [{"role": "user", "content": ...}, ...], "images": [...]}`, as in TRL. The content is a text, or a
       list of `{"type": "image"}` (which may hold its "image") and `{"type": "text", "text": ...}`. Pictures that no
@@ -28,7 +29,7 @@ class ChatCollator:
     `remove_unused_columns=False`.
 
     Args:
-        processor: an `hfvlm.processing.ImageTextProcessor`.
+        processor: an `hfvlm.processing.MediaTextProcessor`.
         max_length: longer examples are cut, never in a picture.
         truncation: "pictures" leaves out pictures that do not fit, and what follows them; True refuses.
         pad_to_multiple_of: of the batch's length.
@@ -62,20 +63,20 @@ class ChatCollator:
         length = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
         if pictures:
-            batch |= self.processor.image_processor(pictures, return_tensors="pt")
+            batch |= self.processor.prepare(self.processor.modality, pictures)
         return batch
 
     def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[list[int], list[int], list[Any]]:
         """One example -> ids, labels and pictures."""
-        messages, images = read_example(example, self.processor.image_token)
+        messages, images = read_example(example, self.processor.media_token, self.processor.modality)
         ids, labels = self.processor.training_row(messages)
         (pictures,) = self.processor.pictures_of([ids], images or None)
-        counts = self.processor.count_tokens([(picture.height, picture.width) for picture in pictures])
+        counts = self.processor.count_each(pictures)
         remaining = iter(counts)
         labels = [
             same
             for i, label in zip(ids, labels, strict=True)
-            for same in [label] * (next(remaining) if i == self.processor.image_token_id else 1)
+            for same in [label] * (next(remaining) if i == self.processor.media_token_id else 1)
         ]
         ids = self.processor.expand(ids, counts)
         if self.max_length:
@@ -85,7 +86,7 @@ class ChatCollator:
 
 
 def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str, Any]]:
-    """Examples of a file of JSON or JSON lines, whose pictures are paths in the folder `pictures`.
+    """Examples of a file of JSON or JSON lines, whose pictures and films are paths in the folder `pictures`.
 
     Raises:
         ValueError: the file is no JSON.
@@ -96,42 +97,43 @@ def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str
     except json.JSONDecodeError as error:
         raise ValueError(f"{data}: neither JSON nor JSON lines ({error}).") from error
     for row in rows:
-        for name in ("image", "images"):
+        for name in ("image", "images", "video", "videos"):
             if name in row:
                 paths = [row[name]] if isinstance(row[name], str) else row[name]
                 row[name] = [str(Path(pictures) / path) for path in paths]
     return rows
 
 
-def read_example(example: Mapping[str, Any], image_token: str) -> tuple[list[Message], list[Any]]:
+def read_example(example: Mapping[str, Any], token: str, modality: str = "image") -> tuple[list[Message], list[Any]]:
     """Either form -> messages, with a place for each picture, and the pictures in their order."""
+    one, several = modality, f"{modality}s"
     if "conversations" in example:
         messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in example["conversations"]]
-        images = example.get("image", example.get("images"))
+        images = example.get(one, example.get(several))
     else:
         messages = [dict(message) for message in example["messages"]]
-        images = example.get("images", example.get("image"))
+        images = example.get(several, example.get(one))
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     inside = [
         part[key]
         for message in messages
         if not isinstance(message["content"], str)
         for part in message["content"]
-        if part["type"] == "image"
-        for key in ("image", "path", "url")
+        if part["type"] == modality
+        for key in (modality, "path", "url")
         if part.get(key) is not None
     ]
     images = inside or images
-    missing = len(images) - sum(_places(message["content"], image_token) for message in messages)
+    missing = len(images) - sum(_places(message["content"], token, modality) for message in messages)
     first = next((message for message in messages if message["role"] == "user"), None)
     if missing > 0 and first is not None:
         content = first["content"]
         texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        first["content"] = [{"type": "image"}] * missing + texts
+        first["content"] = [{"type": modality}] * missing + texts
     return messages, images
 
 
-def _places(content: Any, image_token: str) -> int:
+def _places(content: Any, token: str, modality: str) -> int:
     if isinstance(content, str):
-        return content.count(image_token)
-    return sum(part["type"] == "image" for part in content)
+        return content.count(token)
+    return sum(part["type"] == modality for part in content)
