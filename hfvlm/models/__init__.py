@@ -12,4 +12,5 @@ ARCHITECTURES = (
     "mammut",
     "llava",
     "qwen_vl",
+    "video_chatgpt",
 )

@@ -1,0 +1,158 @@
+"""Video-ChatGPT's release, a projector with a table of embeddings, on LLaVA-Lightning; and models trained in whole.
+
+Source: https://github.com/mbzuai-oryx/Video-ChatGPT at 659e04b.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.conversion import llava as llava_conversion
+from hfvlm.conversion.language_models import llama_rows
+from hfvlm.conversion.llava import EMBEDDING, HEAD, VOCABULARIES
+from torch import Tensor
+
+from hfvlm.compositions import add_delta
+from hfvlm.key_table import Row, Table
+from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
+from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
+    HfvlmVideoChatGPTFeatureExtractor,
+    HfvlmVideoChatGPTProcessor,
+    HfvlmVideoChatGPTTokenizer,
+)
+
+__all__ = ["VOCABULARIES"]
+
+PARTS = {
+    "base": "LLaVA-Lightning 7B v1.1, or with `delta` LLaMA 7B, in transformers' format",
+    "delta": "LLaVA-Lightning as its authors released it: its difference to `base`",
+    "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
+}
+FILES = {"projector": {"main": ("video_chatgpt-7B.bin", "mm_projector.bin")}}
+# Around films, in the order of their ids, the last of the vocabulary.
+MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")
+# LLaVA's, which come before.
+PICTURE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    """The projector alone is told by its file, or by a preset."""
+    return "original"
+
+
+def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
+    if layout == "projector":
+        return [
+            Row(EMBEDDING, "language_model.model.embed_tokens.weight"),
+            *llava_conversion.linear_rows(config.projector_depth),
+        ]
+    return [*llama_rows(), *llava_conversion.linear_rows(config.projector_depth)]
+
+
+def tables_for(config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+    """Each source's tensors with their rows.
+
+    Raises:
+        FileNotFoundError: a part is needed, and was not given.
+    """
+    vision, main = llava_conversion.vision_table(sources, PARTS), sources["main"].tensors
+    if layout == "original":
+        return [Table(main, keys_for(config, layout)), vision]
+    trained = llava_conversion.projector_of(main)
+    base = llava_conversion.part_of(sources, "base", PARTS)
+    if "delta" in sources:
+        base = add_delta(base, sources["delta"].tensors)
+    return [
+        Table(trained, keys_for(config, layout), "projector"),
+        Table(beneath(base, len(trained[EMBEDDING])), base_rows(), "base"),
+        vision,
+    ]
+
+
+def base_rows() -> list[Row]:
+    """LLaVA without what was trained anew: its embeddings and its projector."""
+    return [
+        *(row for row in llama_rows() if row.source != EMBEDDING),
+        Row(EMBEDDING, None),
+        Row("model.mm_projector.{...}", None, optional=True),
+    ]
+
+
+def beneath(base: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    """The base with an output for each token. The release has none for the tokens that were added, which the original
+    fills with noise; here their logits are as good as the average token's, and so never the largest."""
+    head = base[HEAD]
+    mean = head.float().mean(dim=0, keepdim=True).to(head.dtype)
+    return {**base, HEAD: torch.cat([head, mean.expand(vocabulary - len(head), -1)])}
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmVideoChatGPTConfig:
+    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    return HfvlmVideoChatGPTConfig(**fields_from(original, state_dict))
+
+
+def fields_from(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of the configuration, as the authors' settings and the shapes say."""
+    own = {**original.get("base_config", {}), **original}
+    if own.get("mm_resampler_type"):
+        raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_resampler_type {own['mm_resampler_type']!r}.")
+    tensors = llava_conversion.projector_of(state_dict)
+    vocabulary = len(tensors[EMBEDDING]) if EMBEDDING in tensors else own["vocab_size"]
+    return {
+        "vision_config": llava_conversion.vision_config_from(own),
+        "text_config": llava_conversion.text_config_of(own, vocabulary),
+        "video_token_id": own.get("vid_patch_token", vocabulary - len(MARKS)),
+        "vision_feature_layer": own.get("mm_vision_select_layer", -2),
+    }
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor."""
+    own = {**original.get("base_config", {}), **original}
+    marks = {} if own.get("mm_use_vid_start_end", own.get("use_vid_start_end", True)) else unmarked()
+    return {"tokenizer": {"added": list(PICTURE_MARKS)}, **marks}
+
+
+def unmarked() -> dict[str, str]:
+    """Settings of a processor that puts no tokens around films."""
+    return {"video_start": "", "video_end": ""}
+
+
+def image_processor_for(
+    config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any]
+) -> HfvlmVideoChatGPTFeatureExtractor:
+    """The processor of films, alone."""
+    own = {"size": config.vision_config.image_size}
+    return HfvlmVideoChatGPTFeatureExtractor(**own | settings.get("video_feature_extractor", {}))
+
+
+def processor_for(
+    config: HfvlmVideoChatGPTConfig,
+    settings: Mapping[str, Any],
+    vocabulary: Path,
+    kind: Any = HfvlmVideoChatGPTProcessor,
+) -> HfvlmVideoChatGPTProcessor:
+    """The processor; `vocabulary` is the language model's."""
+    options = dict(settings.get("tokenizer", {}))
+    added, size = list(options.pop("added", ())), config.video_token_id
+    plain = HfvlmVideoChatGPTTokenizer.from_vocabulary(vocabulary, **options)
+    added = [token for token in added if len(plain) + len(added) <= size]
+    # Rows that the embedding table has for no piece get names, so that the placeholder comes after them.
+    if len(plain) > size:
+        raise ValueError(
+            f"{vocabulary}: its {len(plain)} pieces are more than the model's {size} (video_token_id): this is the "
+            "vocabulary of another model."
+        )
+    filling = [f"<unused_{i}>" for i in range(len(plain) + len(added), size)]
+    tokenizer = HfvlmVideoChatGPTTokenizer.from_vocabulary(vocabulary, added=[*added, *filling, *MARKS], **options)
+    names = ("conversation", "training_conversation", "video_start", "video_end")
+    return kind(
+        image_processor_for(config, settings),
+        tokenizer,
+        **{name: settings[name] for name in names if name in settings},
+        patch_size=config.vision_config.patch_size,
+        temporal_tokens=config.temporal_tokens,
+    )

@@ -1,0 +1,170 @@
+"""What Video-ChatGPT is fed.
+
+Source: https://github.com/mbzuai-oryx/Video-ChatGPT at 659e04b: eval/model_utils.py, inference.py, train/train.py.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from hfvlm.conversations import Conversation, Encoder
+from hfvlm.media import read_videos
+from hfvlm.media.video import Video
+from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
+from hfvlm.processing import IGNORE, HfvlmFeatureExtractor, VideoTextProcessor
+from hfvlm.tokenization import PieceTokenizer
+
+
+class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
+    """Films, as `hfvlm.media.read_video` reads them -> `pixel_values_videos`, `(B, T, 3, H, W)`, and how many of the T
+    frames each has, `num_frames`, `(B,)`.
+
+    A film is cut into as many parts as frames are taken, and of each the middle frame is. Frames are squashed to the
+    tower's square, each pixel the nearest of the frame's. Shorter films are padded at their end.
+
+    Example:
+        >>> extractor("birds.mp4", return_tensors="pt")["pixel_values_videos"].shape
+        (1, 100, 3, 224, 224)
+
+    Args:
+        size: the tower's `{"height", "width"}` in pixels, or one edge.
+        num_frames: taken of a film; of a shorter one as many as it has.
+        do_sample_frames: False takes the frames as they are.
+        image_mean: of each colour.
+        image_std: of each colour.
+    """
+
+    model_input_names = ["pixel_values_videos", "num_frames"]
+    SETTINGS = ("size", "num_frames", "do_sample_frames", "image_mean", "image_std")
+
+    size: dict[str, int] = {"height": 224, "width": 224}
+    num_frames: int = 100
+    do_sample_frames: bool = True
+    image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
+    image_std: list[float] = HfvlmCLIPImageProcessor.image_std
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        size = settings["size"]
+        edges = {size} if isinstance(size, int) else set(dict(size).values())
+        if len(edges) != 1 or min(edges) < 1:
+            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
+        if settings["num_frames"] < 1:
+            raise ValueError(f"num_frames must be 1 or more, not {settings['num_frames']!r}.")
+        edge = edges.pop()
+        return settings | {"size": {"height": edge, "width": edge}}
+
+    def read(self, sources: Any, **options: Any) -> list[Video]:
+        return read_videos(sources, **options)
+
+    def places(self, film: Video, settings: Mapping[str, Any]) -> list[int]:
+        """The frames that are taken."""
+        if not settings["do_sample_frames"]:
+            return list(range(len(film)))
+        count = min(len(film), settings["num_frames"])
+        part = (len(film) - 1) / count
+        # Halves are rounded to even, and the last frame of a film is taken where it is the only one.
+        return [(round(part * i) + round(part * (i + 1))) // 2 for i in range(count)]
+
+    def features(self, medium: Video, settings: Mapping[str, Any]) -> np.ndarray:
+        """(T, 3, H, W), float32."""
+        places = self.places(medium, settings)
+        distinct = sorted(set(places))
+        size = (settings["size"]["height"], settings["size"]["width"])
+        frames = torch.from_numpy(medium.frames(distinct)).permute(0, 3, 1, 2)
+        if frames.shape[2:] != size:
+            # One at a time: torch copies what it resizes.
+            frames = torch.cat([F.interpolate(frame[None], size=size, mode="nearest") for frame in frames])
+        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+        index = {place: i for i, place in enumerate(distinct)}
+        return ((frames / 255 - mean) / std)[[index[place] for place in places]].numpy()
+
+    def batch(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        counts = [len(array) for array in arrays]
+        padded = [np.pad(a, ((0, max(counts) - len(a)), (0, 0), (0, 0), (0, 0))) for a in arrays]
+        return {"pixel_values_videos": np.stack(padded), "num_frames": np.array(counts)}
+
+
+class HfvlmVideoChatGPTTokenizer(PieceTokenizer):
+    """The language model's own, with tokens for the places of films and around them."""
+
+
+class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
+    """Conversations about films as Video-ChatGPT reads them.
+
+    Args:
+        video_feature_extractor: of the films.
+        tokenizer: of the texts.
+        chat_template: by default the conversation's.
+        conversation: the authors' name of the conversation in which they ask.
+        training_conversation: of the one in which they train; `labels` follow it.
+        video_patch: token that is the placeholder.
+        video_start: token before each film, of checkpoints trained with `mm_use_vid_start_end`.
+        video_end: token after each film.
+        patch_size: of the vision tower, in pixels.
+        temporal_tokens: as in the model's configuration.
+    """
+
+    def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
+        self,
+        video_feature_extractor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
+        conversation: str = "video-chatgpt_v1",
+        training_conversation: str = "vicuna_v1_1",
+        video_patch: str = "<vid_patch>",
+        video_start: str = "<vid_start>",
+        video_end: str = "<vid_end>",
+        patch_size: int = 14,
+        temporal_tokens: int = 100,
+        **kwargs: Any,
+    ):
+        for name in (conversation, training_conversation):
+            if name not in CONVERSATIONS:
+                raise ValueError(f"A conversation is one of {', '.join(CONVERSATIONS)}, not {name!r}.")
+        self.conversation, self.training_conversation = conversation, training_conversation
+        self.video_patch, self.video_start, self.video_end = video_patch, video_start, video_end
+        self.patch_size, self.temporal_tokens = patch_size, temporal_tokens
+        chat_template = chat_template or self.style.chat_template()
+        super().__init__(video_feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @property
+    def style(self) -> Conversation:
+        return CONVERSATIONS[self.conversation]
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return list(self.style.stop)
+
+    @property
+    def video_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.video_patch)
+
+    def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
+        patches = (self.media_processor.size["height"] // self.patch_size) ** 2
+        return [max(count, self.temporal_tokens) + patches for count in num_frames]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        place = f"{self.video_start}{self.video_token}{self.video_end}"
+        return super().encode(text.replace(self.video_token, place), add_special_tokens=add_special_tokens)
+
+    def encode_trained(self, text: str) -> list[int]:
+        """As the authors train, whose other tokenizer drops the blanks around a film."""
+        return self.encode(re.sub(rf"\s*({re.escape(self.video_token)})\s*", r"\1", text))
+
+    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
+        style = CONVERSATIONS[self.training_conversation]
+        messages = [dict(message) for message in messages]
+        system = [message for message in messages if message["role"] == "system"]
+        turns = messages[len(system) :]
+        if turns and turns[0]["role"] == "assistant":  # an answer to nothing
+            turns = turns[1:]
+        text = self.apply_chat_template([*system, *turns], chat_template=style.chat_template())
+        ids = self.encode_trained(text)
+        labels = style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))
+        return ids, [IGNORE if i == self.video_token_id else label for i, label in zip(ids, labels, strict=True)]
