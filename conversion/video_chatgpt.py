@@ -31,6 +31,7 @@ PARTS = {
     "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
 }
 FILES = {"projector": {"main": ("video_chatgpt-7B.bin", "mm_projector.bin")}}
+KINDS = (HfvlmVideoChatGPTFeatureExtractor, HfvlmVideoChatGPTTokenizer, HfvlmVideoChatGPTProcessor)
 # Around films, in the order of their ids, the last of the vocabulary.
 MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 # LLaVA's, which come before.
@@ -52,17 +53,19 @@ def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: It
     return [*llama_rows(), *llava_conversion.linear_rows(config.projector_depth)]
 
 
-def tables_for(config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(
+    config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Any], parts: Mapping[str, str] = PARTS
+) -> list[Table]:
     """Each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
     """
-    vision, main = llava_conversion.vision_table(sources, PARTS), sources["main"].tensors
+    vision, main = llava_conversion.vision_table(sources, parts), sources["main"].tensors
     if layout == "original":
         return [Table(main, keys_for(config, layout)), vision]
     trained = llava_conversion.projector_of(main)
-    base = llava_conversion.part_of(sources, "base", PARTS)
+    base = llava_conversion.part_of(sources, "base", parts)
     if "delta" in sources:
         base = add_delta(base, sources["delta"].tensors)
     return [
@@ -121,37 +124,33 @@ def unmarked() -> dict[str, str]:
     return {"video_start": "", "video_end": ""}
 
 
-def image_processor_for(
-    config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any]
-) -> HfvlmVideoChatGPTFeatureExtractor:
+def image_processor_for(config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], kind: Any = None) -> Any:
     """The processor of films, alone."""
     own = {"size": config.vision_config.image_size}
-    return HfvlmVideoChatGPTFeatureExtractor(**own | settings.get("video_feature_extractor", {}))
+    return (kind or HfvlmVideoChatGPTFeatureExtractor)(**own | settings.get("video_feature_extractor", {}))
 
 
 def processor_for(
-    config: HfvlmVideoChatGPTConfig,
-    settings: Mapping[str, Any],
-    vocabulary: Path,
-    kind: Any = HfvlmVideoChatGPTProcessor,
+    config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], vocabulary: Path, kinds: Any = KINDS
 ) -> HfvlmVideoChatGPTProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """The processor; `vocabulary` is the language model's. `kinds` are the classes of its parts and its own."""
+    extractor, tokenizer, processor = kinds
     options = dict(settings.get("tokenizer", {}))
     added, size = list(options.pop("added", ())), config.video_token_id
-    plain = HfvlmVideoChatGPTTokenizer.from_vocabulary(vocabulary, **options)
-    added = [token for token in added if len(plain) + len(added) <= size]
-    # Rows that the embedding table has for no piece get names, so that the placeholder comes after them.
-    if len(plain) > size:
+    known = len(tokenizer.from_vocabulary(vocabulary, **options))
+    if known > size:
         raise ValueError(
-            f"{vocabulary}: its {len(plain)} pieces are more than the model's {size} (video_token_id): this is the "
+            f"{vocabulary}: its {known} pieces are more than the model's {size} (video_token_id): this is the "
             "vocabulary of another model."
         )
-    filling = [f"<unused_{i}>" for i in range(len(plain) + len(added), size)]
-    tokenizer = HfvlmVideoChatGPTTokenizer.from_vocabulary(vocabulary, added=[*added, *filling, *MARKS], **options)
+    # Some vocabularies have LLaVA's tokens already. Rows that the embedding table has for no piece get names, so that
+    # the placeholder comes after them.
+    added = added if known + len(added) <= size else []
+    filling = [f"<unused_{i}>" for i in range(known + len(added), size)]
     names = ("conversation", "training_conversation", "video_start", "video_end")
-    return kind(
-        image_processor_for(config, settings),
-        tokenizer,
+    return processor(
+        image_processor_for(config, settings, extractor),
+        tokenizer.from_vocabulary(vocabulary, added=[*added, *filling, *MARKS], **options),
         **{name: settings[name] for name in names if name in settings},
         patch_size=config.vision_config.patch_size,
         temporal_tokens=config.temporal_tokens,

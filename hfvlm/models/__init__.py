@@ -13,4 +13,5 @@ ARCHITECTURES = (
     "llava",
     "qwen_vl",
     "video_chatgpt",
+    "pg_video_llava",
 )

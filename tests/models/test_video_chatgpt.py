@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAConfig, HfvlmPGVideoLLaVAForConditionalGeneration
 from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig, HfvlmVideoChatGPTForConditionalGeneration
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from tests.generation import GenerationSuite
@@ -96,6 +97,17 @@ class TestPaddedFilms(FilmSuite):
 
     def test_exports(self, model, batch):
         super().test_exports(model, batch | {"num_frames": (3, 2, 1)})
+
+
+class TestPGVideoLLaVA(FilmSuite):
+    model_class = HfvlmPGVideoLLaVAForConditionalGeneration
+    implementations = ("sdpa",)
+
+    def config(self):
+        return HfvlmPGVideoLLaVAConfig(**SIZES)
+
+    def test_the_projector_has_two_layers(self, model):
+        assert len(model.projector.layers) == 2
 
 
 def test_averages():

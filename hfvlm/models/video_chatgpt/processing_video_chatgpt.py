@@ -100,7 +100,7 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         video_feature_extractor: of the films.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
-        conversation: the authors' name of the conversation in which they ask.
+        conversation: the authors' name of the conversation in which they ask; by default that of the release.
         training_conversation: of the one in which they train; `labels` follow it.
         video_patch: token that is the placeholder.
         video_start: token before each film, of checkpoints trained with `mm_use_vid_start_end`.
@@ -109,12 +109,15 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         temporal_tokens: as in the model's configuration.
     """
 
+    conversations = CONVERSATIONS
+    default_conversation = "video-chatgpt_v1"
+
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,
         video_feature_extractor: Any = None,
         tokenizer: Any = None,
         chat_template: Any = None,
-        conversation: str = "video-chatgpt_v1",
+        conversation: str | None = None,
         training_conversation: str = "vicuna_v1_1",
         video_patch: str = "<vid_patch>",
         video_start: str = "<vid_start>",
@@ -123,9 +126,10 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         temporal_tokens: int = 100,
         **kwargs: Any,
     ):
+        conversation = conversation or self.default_conversation
         for name in (conversation, training_conversation):
-            if name not in CONVERSATIONS:
-                raise ValueError(f"A conversation is one of {', '.join(CONVERSATIONS)}, not {name!r}.")
+            if name not in self.conversations:
+                raise ValueError(f"A conversation is one of {', '.join(self.conversations)}, not {name!r}.")
         self.conversation, self.training_conversation = conversation, training_conversation
         self.video_patch, self.video_start, self.video_end = video_patch, video_start, video_end
         self.patch_size, self.temporal_tokens = patch_size, temporal_tokens
@@ -134,7 +138,7 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
 
     @property
     def style(self) -> Conversation:
-        return CONVERSATIONS[self.conversation]
+        return self.conversations[self.conversation]
 
     @property
     def stop_strings(self) -> list[str]:
@@ -158,7 +162,7 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
-        style = CONVERSATIONS[self.training_conversation]
+        style = self.conversations[self.training_conversation]
         messages = [dict(message) for message in messages]
         system = [message for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]

@@ -1,0 +1,69 @@
+"""PG-Video-LLaVA's release, a projector with a table of embeddings, on LLaVA-1.5; and models trained in whole.
+
+Source: https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import UnsupportedOriginalError, video_chatgpt
+from hfvlm.conversion.llava import PROJECTORS
+from hfvlm.conversion.video_chatgpt import VOCABULARIES, keys_for, layout_of
+from torch import Tensor
+
+from hfvlm.key_table import Table
+from hfvlm.models.pg_video_llava.configuration_pg_video_llava import HfvlmPGVideoLLaVAConfig
+from hfvlm.models.pg_video_llava.processing_pg_video_llava import (
+    HfvlmPGVideoLLaVAFeatureExtractor,
+    HfvlmPGVideoLLaVAProcessor,
+    HfvlmPGVideoLLaVATokenizer,
+)
+
+__all__ = ["VOCABULARIES", "keys_for", "layout_of"]
+
+PARTS = {
+    "base": "LLaVA-1.5 of the same size, as its authors released it",
+    "vision": "OpenAI's CLIP ViT-L/14 at 336 pixels, transformers' folder or OpenAI's file",
+}
+FILES = {
+    "projector": {
+        "main": ("mm_projector_7b_1.5_336px.bin", "mm_projector_13b_1.5_336px.bin", "mm_projector.bin"),
+    }
+}
+KINDS = (HfvlmPGVideoLLaVAFeatureExtractor, HfvlmPGVideoLLaVATokenizer, HfvlmPGVideoLLaVAProcessor)
+
+
+def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+    """Each source's tensors with their rows; see Video-ChatGPT's."""
+    return video_chatgpt.tables_for(config, layout, sources, PARTS)
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmPGVideoLLaVAConfig:
+    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    own = {**original.get("base_config", {}), **original}
+    fields = video_chatgpt.fields_from(original, state_dict)
+    projector = own.get("mm_projector_type", "mlp2x_gelu")
+    if projector not in PROJECTORS:
+        raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_projector_type {projector!r}.")
+    # At 224 pixels the authors' projector is one layer, whatever their configuration says.
+    depth = 1 if fields["vision_config"].image_size == 224 else PROJECTORS[projector]
+    return HfvlmPGVideoLLaVAConfig(**fields, projector_depth=depth)
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor. LLaVA-1.5 has no tokens of its own."""
+    return video_chatgpt.settings_from_original(original, preprocessing) | {"tokenizer": {}}
+
+
+def image_processor_for(config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any]) -> Any:
+    """The processor of films, alone."""
+    return video_chatgpt.image_processor_for(config, settings, HfvlmPGVideoLLaVAFeatureExtractor)
+
+
+def processor_for(
+    config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any], vocabulary: Path
+) -> HfvlmPGVideoLLaVAProcessor:
+    """The processor; `vocabulary` is the language model's."""
+    processor: Any = video_chatgpt.processor_for(config, settings, vocabulary, KINDS)
+    return processor

@@ -1,0 +1,60 @@
+"""Which things that were seen in a film are named in an answer, so that a detector can be asked for them.
+
+Source: the grounding modules of https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f. A tagger names what is in each
+frame; a language model is asked which words of the answer mean which of these tags; its reply is read here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def common_tags(tags_of_frames: Iterable[Iterable[str]], most: int = 10) -> list[str]:
+    """The tags that most frames have, the most common first. The authors' counts also hold those of earlier films."""
+    return [tag for tag, _ in Counter(tag for tags in tags_of_frames for tag in tags).most_common(most)]
+
+
+def question(text: str, tags: Sequence[str]) -> str:
+    """What a language model is asked, so that `read_reply` understands it."""
+    return (
+        f"Which words of the text mean one of these things: {', '.join(tags)}?\n\nText: {text}\n\n"
+        "Answer with one line for each, the words as they stand in the text, a hyphen, and the thing, as in "
+        "'brown dog - dog'. Leave out things that the text does not name."
+    )
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Words of a text and the tag that they mean; the text's `[start:end]`."""
+
+    start: int
+    end: int
+    tag: str
+
+
+def read_reply(text: str, tags: Sequence[str], reply: str) -> list[Entity]:
+    """The lines "words - tag" of a reply, where the text has the words and the tag is known, in the text's order.
+
+    Words are found at their first place that no other has taken. The authors also ask the detector for tags whose
+    words the text lacks.
+    """
+    found: list[Entity] = []
+    lower = text.lower()
+    for line in reply.splitlines():
+        words, hyphen, tag = (part.strip().lower() for part in line.partition(" - "))
+        start = lower.find(words)
+        while start >= 0 and any(start < each.end and each.start < start + len(words) for each in found):
+            start = lower.find(words, start + 1)
+        if hyphen and words and tag in tags and start >= 0:
+            found.append(Entity(start, start + len(words), tag))
+    return sorted(found, key=lambda entity: entity.start)
+
+
+def marked(text: str, entities: Sequence[Entity]) -> list[tuple[str, int | None]]:
+    """The text in pieces, entities with their numbers from 1."""
+    pieces: list[tuple[str, int | None]] = []
+    place = 0
+    for number, entity in enumerate(entities, 1):
+        pieces += [(text[place : entity.start], None), (text[entity.start : entity.end], number)]
+        place = entity.end
+    return [(piece, number) for piece, number in [*pieces, (text[place:], None)] if piece]

@@ -1,0 +1,10 @@
+"""PG-Video-LLaVA (https://arxiv.org/abs/2311.13435; github.com/mbzuai-oryx/Video-LLaVA at 0c8810f)."""
+
+from hfvlm.models.pg_video_llava.configuration_pg_video_llava import HfvlmPGVideoLLaVAConfig
+from hfvlm.models.video_chatgpt.modeling_video_chatgpt import HfvlmVideoChatGPTForConditionalGeneration
+
+
+class HfvlmPGVideoLLaVAForConditionalGeneration(HfvlmVideoChatGPTForConditionalGeneration):
+    """Video-ChatGPT at other sizes; what is said in a film is read as text."""
+
+    config: HfvlmPGVideoLLaVAConfig

@@ -1,0 +1,68 @@
+"""What is said in a film, by models of transformers that hear: one writes it down, one tells speech from music.
+
+Source: the speech modules of https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f, which use WhisperX and Whisper-AT.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import log
+from typing import Any
+
+import torch
+
+from hfvlm.media import read_audio
+from hfvlm.media.recordings import resample
+
+RATE = 16_000
+# How much louder music may be than speech, in logarithms, and among how many of a segment's sounds speech must be.
+LOUDER, AMONG = 1.1, 3
+Tags = Sequence[tuple[str, float]]
+
+
+def is_speech(label: str) -> bool:
+    """Of AudioSet's names."""
+    label = label.lower()
+    return "speech" in label or label.startswith(("conversation", "narration"))
+
+
+def is_spoken(tags: Tags) -> bool:
+    """Whether somebody talks in a segment: speech is among its three clearest sounds, and music does not drown it.
+
+    Args:
+        tags: names of sounds with the logarithms of their probabilities, the clearest first.
+    """
+    heard = list(tags)[:AMONG]
+    speech = next((value for label, value in heard if is_speech(label)), None)
+    music = max((value for label, value in heard if label == "Music"), default=float("-inf"))
+    return speech is not None and music - speech <= LOUDER
+
+
+def spoken_text(segments: Iterable[Mapping[str, Any]], tags: Iterable[Tags]) -> str:
+    """The segments in which somebody talks, as one text."""
+    pairs = zip(segments, tags, strict=True)
+    return " ".join(segment["text"].strip() for segment, heard in pairs if is_spoken(heard))
+
+
+def transcribe(sound: Any, recognizer: Any, tagger: Any) -> str:
+    """A transcript for `{"type": "transcript", "text": ...}`; empty where nobody talks.
+
+    Example:
+        >>> recognizer = pipeline("automatic-speech-recognition", "openai/whisper-small")
+        >>> tagger = pipeline("audio-classification", "MIT/ast-finetuned-audioset-10-10-0.4593")
+        >>> transcribe("clip.mp4", recognizer, tagger)
+
+    Args:
+        sound: a film or a recording, as `hfvlm.media.read_audio` reads them, arrays with their rate.
+        recognizer: transformers' pipeline that writes down what is said, with the time of each segment.
+        tagger: transformers' pipeline that names sounds, with AudioSet's names.
+    """
+    recording = read_audio(sound)
+    samples = resample(torch.from_numpy(recording.samples), recording.sampling_rate, RATE)
+    wave = samples.mean(dim=0).numpy()
+    chunks = recognizer({"raw": wave, "sampling_rate": RATE}, return_timestamps=True)["chunks"]
+    tags = []
+    for chunk in chunks:
+        start, end = (RATE * (time or 0) for time in chunk["timestamp"])
+        part = wave[int(start) : int(end) or len(wave)]
+        found = tagger({"raw": part, "sampling_rate": RATE}, top_k=AMONG)
+        tags.append([(each["label"], log(max(each["score"], 1e-12))) for each in found])
+    return spoken_text(chunks, tags)
