@@ -25,6 +25,7 @@ _LAZY = {
     "Captioner": "hfvlm.inference.captioner",
     "ZeroShotClassifier": "hfvlm.inference.zero_shot",
     "evaluate": "hfvlm.evaluation.tasks",
+    "rerank": "hfvlm.inference.rerank",
     "Embedder": "hfvlm.inference.embedder",
     "combine": "hfvlm.inference.embedder",
     "similarity": "hfvlm.inference.embedder",

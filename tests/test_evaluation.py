@@ -106,6 +106,17 @@ def test_captions_and_answers_are_written_and_judged(small_blip, captioned):
     assert 0 <= value(vqa, "VQA accuracy").value <= 1
 
 
+def test_candidates_are_looked_at_closely(small_blip, captioned, clip_folder):
+    folder = small_blip("HfvlmBLIPForImageTextRetrieval")
+    images, texts = list(Data(str(captioned)).rows()["image"])[:4], ["a circle", "a square", "what shape ?"]
+    per_image, per_text = hfvlm.rerank(folder, images, texts, top_k=2)
+    assert (per_image.shape, per_text.shape) == ((4, 3), (3, 4))
+    assert ((per_image > -100).sum(1) == 2).all()
+    assert ((per_text > -100).sum(1) == 2).all()
+    with pytest.raises(ValueError, match="HfvlmCLIPModel has only embeddings"):
+        hfvlm.rerank(clip_folder, images, texts)
+
+
 def test_the_pipeline_that_answers_questions(small_blip, captioned):
     folder = small_blip("HfvlmBLIPForQuestionAnswering")
     answer = pipeline("visual-question-answering", model=str(folder), device="cpu")

@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from hfvlm.conversion import filip
 from transformers import AutoModel, AutoProcessor
 
+import hfvlm
 from hfvlm.inference.embedder import Embedder, Embeddings, combine, similarity
 from hfvlm.inference.index import BACKENDS, FaissIndex, Index, load_index
 from hfvlm.media import MediaError
 from hfvlm.samples import scenes
+from tests.conftest import SHIPPED
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,24 @@ def test_many_modalities_from_arrays_and_only_their_towers(imagebind_folder, pic
     for vectors in found.values():
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert combine(found["image"], found["audio"], weights=(0.5, 0.5)).shape == (2, embedder.size)
+
+
+def test_models_that_compare_tokens(tmp_path, pictures, captions):
+    preset = hfvlm.load_preset("filip/tiny")
+    config = preset.make_config()
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    filip.processor_for(config, preset.processor, SHIPPED / "bpe_simple_vocab.txt.gz").save_pretrained(tmp_path)
+    embedder = Embedder.from_pretrained(tmp_path, device="cpu")
+    found = embedder.encode(image=pictures[:4], text=captions[:5], batch_size=2)
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        output = model(**processor(images=pictures[:4], text=captions[:5], return_tensors="pt", padding=True))
+    expected = output.logits_per_image / output.logit_scale
+    np.testing.assert_allclose(found.similarity("image", "text"), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="needs one vector for each source; HfvlmFILIPModel gives one to each patch"):
+        hfvlm.ZeroShotClassifier(embedder, ["a", "b"])
+    with pytest.raises(ValueError, match="An index of vectors"):
+        Index(found["image"])
 
 
 def test_arithmetic():

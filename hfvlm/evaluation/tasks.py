@@ -108,11 +108,8 @@ def retrieval(folder: str, data: Data, **options: Any) -> Report:
     score = getattr(embedder.model, "score", None)
     both = {
         "image to text": partner_ranks(found["image"], found["text"], torch.arange(len(images)), owners, score=score),
-        "text to image": partner_ranks(
-            found["text"], found["image"], owners, torch.arange(len(images)),
-            score=None if score is None else lambda a, b: score(b, a).t(),
-        ),
-    }  # fmt: skip
+        "text to image": partner_ranks(found["text"], found["image"], owners, torch.arange(len(images)), score=score),
+    }
     ranks = {name: found.numpy() for name, found in both.items()}
     results = [with_interval(f"{name} recall@{k}", rank < k) for name, rank in ranks.items() for k in KS]
     protocol = {"captions": len(owners), "split": data.split}
@@ -247,6 +244,7 @@ def probed(
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[Any]]:
     """The classes' names; features and classes of the rows that are judged, and of those to learn from; pictures."""
     embedder = Embedder.from_pretrained(folder, **options)
+    embedder.check_one_vector("A probe")
     parts = []
     for split in (data.split, data.train_split):
         rows = data.rows(split)

@@ -51,6 +51,7 @@ def embed(
     rows = load_rows(str(source), split=split, streaming=True)
     found = columns or columns_by_name(rows.features or next(iter(rows)))
     embedder = Embedder.from_pretrained(model, list(columns) if columns else None, **options)
+    embedder.check_one_vector("A table of vectors")
     named_columns = {modality: column for modality, column in found.items() if modality in embedder.modalities}
     if not named_columns:
         raise ValueError(f"{source}: no column of it holds {', '.join(embedder.modalities)}: name them with columns.")

@@ -26,9 +26,11 @@ AHEAD = 2
 class Embeddings(dict[str, Any]):
     """Vectors by modality: {"image": (N, D), "text": (M, D)}."""
 
+    embedder: "Embedder"
+
     def similarity(self, a: str, b: str) -> Any:
-        """`(N, M)`, the cosines between two modalities."""
-        return similarity(self[a], self[b])
+        """`(N, M)`, as the model compares two modalities."""
+        return self.embedder.similarity(self[a], self[b])
 
 
 class Embedder:
@@ -128,11 +130,45 @@ class Embedder:
                 modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
             )
             count = 1 if alone else len(values)
-            vectors = torch.empty(count, self.size)
-            for places, features in track(parts, modality, -(-count // batch_size)) if progress else parts:
-                vectors[places] = features
+            done = list(track(parts, modality, -(-count // batch_size)) if progress else parts)
+            vectors = self.assembled(done, count)
             found[modality] = as_output(vectors[0] if alone else vectors, output)
-        return Embeddings(found) if len(found) > 1 else next(iter(found.values()))
+        if len(found) == 1:
+            return next(iter(found.values()))
+        several = Embeddings(found)
+        several.embedder = self
+        return several
+
+    def assembled(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+        """Batches to one table; shorter texts of a model that embeds each token end in zeros."""
+        tokens = [features.shape[1] for _, features in parts if features.ndim == 3]
+        vectors = torch.zeros(count, max(tokens), self.size) if tokens else torch.empty(count, self.size)
+        for places, features in parts:
+            if tokens:
+                vectors[places, : features.shape[1]] = features
+            else:
+                vectors[places] = features
+        return vectors
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the model gives a vector to each patch and token, and compares these (FILIP)."""
+        return hasattr(self.model, "score")
+
+    def similarity(self, a: Any, b: Any) -> Any:
+        """`(N, M)`: the cosines of `(N, D)` and `(M, D)`, or what the model has in their place."""
+        if not self.by_token:
+            return similarity(a, b)
+        scores = self.model.score(torch.as_tensor(a), torch.as_tensor(b))
+        return scores if isinstance(a, Tensor) else scores.numpy()
+
+    def check_one_vector(self, purpose: str) -> None:
+        """A ValueError, if a source has many vectors."""
+        if self.by_token:
+            raise ValueError(
+                f"{purpose} needs one vector for each source; {type(self.model).__name__} gives one to each patch and "
+                "token. Compare them with `similarity`."
+            )
 
     def batches(
         self, modality: str, sources: list[Any], batch_size: int, options: dict[str, Any]

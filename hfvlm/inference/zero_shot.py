@@ -36,6 +36,7 @@ class ZeroShotClassifier:
         cache: str | Path | None = None,
     ):
         embedder.check(["text"])
+        embedder.check_one_vector("A mean over wordings")
         names = dict(labels) if isinstance(labels, Mapping) else {label: [label] for label in labels}
         if not names or len(names) != len(labels):
             raise ValueError("A classifier needs classes, each once.")

@@ -1,0 +1,37 @@
+"""A second, closer look at the best candidates of a search."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+
+def rerank(
+    folder: str | Path, images: list[Any], texts: list[str], *, top_k: int = 128, **options: Any
+) -> tuple[Any, Any]:
+    """Every picture against every text: the `top_k` by their embeddings are read together, picture with text.
+
+    Args:
+        folder: of a model with `rerank`, as `HfvlmBLIPForImageTextRetrieval`.
+        images: as `hfvlm.media.read_image` reads them.
+        texts: the candidates; of a search, the captions of its hits, or what was asked for.
+        top_k: how many of them are looked at closely for each picture, and pictures for each text.
+        **options: of the model's `from_pretrained`.
+
+    Returns:
+        `(pictures, texts)` scores of the texts for each picture and `(texts, pictures)` of the pictures for each text,
+        arrays; -100 for those that were not looked at.
+
+    Raises:
+        ValueError: the model has only embeddings.
+        MediaError: a picture cannot be read; the message names it.
+    """
+    model: Any = AutoModel.from_pretrained(folder, **options).eval()
+    if not hasattr(model, "rerank"):
+        raise ValueError(f"{folder}: {type(model).__name__} has only embeddings, and cannot look at pairs.")
+    model.to(torch.accelerator.current_accelerator() or "cpu")
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, truncation=True).to(model.device)
+    scores = model.rerank(**inputs, top_k=top_k)
+    return scores.per_image.float().cpu().numpy(), scores.per_text.float().cpu().numpy()
