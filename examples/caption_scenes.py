@@ -23,20 +23,20 @@ import hfvlm
 from hfvlm.samples import scenes
 
 HELD_OUT = 8
-PICTURES = 30
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--pictures", type=int, default=30, help="of each kind in training")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     set_seed(options.seed)
     random = np.random.RandomState(options.seed)
     train, test = split(random)
     model, processor = new_model()
-    fit(model, processor, rows(train, random, PICTURES), options)
+    fit(model, processor, rows(train, random, options.pictures), options)
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     found = judge(options.output, test, random)
@@ -81,6 +81,7 @@ def fit(model: Any, processor: Any, pictures: list[dict[str, Any]], options: arg
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=options.seed,
     )
     hfvlm.ContrastiveTrainer(model, arguments, train_dataset=pictures, processing_class=processor).train()
