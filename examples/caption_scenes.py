@@ -4,7 +4,7 @@ The scenes have six colours, four shapes and two sizes. Of the 48 kinds, eight a
 write about them without ever having seen such a combination. What it writes is judged attribute by attribute, beside
 what it writes about a grey picture, and the same weights classify the held-out pictures by names alone.
 
-    python examples/caption_scenes.py --output coca-scenes        # about four minutes on two cores
+    python examples/caption_scenes.py --output coca-scenes        # some minutes on two cores
 """
 
 import argparse
@@ -28,7 +28,7 @@ HELD_OUT = 8
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--pictures", type=int, default=30, help="of each kind in training")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

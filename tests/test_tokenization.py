@@ -124,7 +124,7 @@ def test_cleaning_is_saved_and_checked(clip, tmp_path):
     clip.clean = "lower"
     clip.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).clean == "lower"
-    with pytest.raises(ValueError, match="clean must be one of lower, canonical, .*none"):
+    with pytest.raises(ValueError, match="clean must be one of .*canonical.* none"):
         HfvlmTokenizer(tokenizer_object=clip.backend_tokenizer, clean="thorough")
 
 
