@@ -134,3 +134,26 @@ def test_metrics_add_up_batches(name, metric):
     assert load_metric("bleu").compute(predictions=CAPTIONS, references=REFERENCES)["bleu_1"] > 0.9
     with pytest.raises(ValueError, match="No metric is called 'meteor'; there are bleu"):
         load_metric("meteor")
+
+
+def test_metrics_of_scores_add_up_batches():
+    random = np.random.RandomState(1)
+    scores, labels = random.rand(12, 4), random.randint(4, size=12)
+    right = np.eye(4, dtype=bool)[labels]
+    expected = {
+        "mean_average_precision": mean_average_precision(scores, right),
+        "recall@1": accuracy(scores, labels),
+        "mean_per_class_accuracy": mean_per_class_accuracy(scores.argmax(1), labels),
+    }
+    inputs = {
+        "mean_average_precision": (scores, right),
+        "recall": (scores, right),
+        "mean_per_class_accuracy": (scores.argmax(1), labels),
+    }
+    found = {}
+    for name, (predictions, references) in inputs.items():
+        metric = load_metric(name)
+        for part in (slice(5), slice(5, None)):
+            metric.add_batch(predictions=predictions[part].tolist(), references=references[part].tolist())
+        found |= metric.compute()
+    assert {name: found[name] for name in expected} == pytest.approx(expected)

@@ -1,43 +1,66 @@
-"""Metrics of texts as `evaluate.Metric`, for code that adds predictions batch by batch; nothing is downloaded."""
+"""The metrics as `evaluate.Metric`, for code that adds predictions batch by batch; nothing is downloaded."""
 
 from collections.abc import Callable
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 
-from hfvlm.evaluation import answering, captioning
+from hfvlm.evaluation import answering, captioning, classification
 
-METRICS: dict[str, Callable[[list[str], list[list[str]]], Any]] = {
-    "bleu": lambda texts, references: {f"bleu_{n + 1}": s for n, s in enumerate(captioning.bleu(texts, references))},
-    "rouge_l": lambda texts, references: {"rouge_l": captioning.rouge_l(texts, references)},
-    "cider": lambda texts, references: {"cider": captioning.cider(texts, references)},
-    "vqa_accuracy": lambda texts, references: {"vqa_accuracy": answering.vqa_accuracy(texts, references)},
+TEXTS = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+CLASSES = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+SCORES = {
+    "predictions": datasets.Sequence(datasets.Value("float64")),
+    "references": datasets.Sequence(datasets.Value("bool")),
+}
+KS = (1, 5, 10)
+
+
+def recall(scores: np.ndarray, partners: np.ndarray) -> dict[str, float]:
+    """Of queries by candidates, as `hfvlm.evaluation.retrieval.recall_at`."""
+    best = np.where(partners, scores, -np.inf).max(axis=1, keepdims=True)
+    ranks = (~(scores < best) & ~partners).sum(axis=1)
+    return {f"recall@{k}": float((ranks < k).mean()) for k in KS}
+
+
+# What each takes: texts and those that people wrote; classes; or a row of scores and which of them are right.
+METRICS: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
+    "bleu": (TEXTS, lambda p, r: {f"bleu_{n + 1}": score for n, score in enumerate(captioning.bleu(p, r))}),
+    "rouge_l": (TEXTS, captioning.rouge_l),
+    "cider": (TEXTS, captioning.cider),
+    "vqa_accuracy": (TEXTS, answering.vqa_accuracy),
+    "mean_per_class_accuracy": (
+        CLASSES,
+        lambda p, r: classification.mean_per_class_accuracy(np.array(p), np.array(r)),
+    ),
+    "mean_average_precision": (
+        SCORES,
+        lambda p, r: classification.mean_average_precision(np.array(p), np.array(r, bool)),
+    ),
+    "recall": (SCORES, lambda p, r: recall(np.array(p), np.array(r, bool))),
 }
 
 
-class TextMetric(evaluate.Metric):
-    """Texts beside those that people wrote; its name is the configuration's, one of METRICS."""
+class VisionLanguageMetric(evaluate.Metric):
+    """One of METRICS; its name is the configuration's."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {
-            "predictions": datasets.Value("string"),
-            "references": datasets.Sequence(datasets.Value("string")),
-        }
-        return evaluate.MetricInfo(
-            description="Texts beside those that people wrote.", citation="", features=datasets.Features(features)
-        )
+        features = datasets.Features(METRICS[self.config_name][0])
+        return evaluate.MetricInfo(description=f"hfvlm's {self.config_name}.", citation="", features=features)
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        return METRICS[self.config_name](predictions, references)
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        found = METRICS[self.config_name][1](predictions, references)
+        return found if isinstance(found, dict) else {self.config_name: found}
 
 
-def load_metric(name: str) -> TextMetric:
-    """A metric by its name: "bleu", "rouge_l", "cider" or "vqa_accuracy".
+def load_metric(name: str) -> VisionLanguageMetric:
+    """A metric by its name, one of METRICS.
 
     Raises:
         ValueError: there is none of that name.
     """
     if name not in METRICS:
         raise ValueError(f"No metric is called {name!r}; there are {', '.join(METRICS)}.")
-    return TextMetric(config_name=name)
+    return VisionLanguageMetric(config_name=name)
