@@ -5,13 +5,14 @@ follow FastChat.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers.utils import logging
 
-from hfvlm.processing import IGNORE
+from hfvlm.media_text import IGNORE
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(ABC):
     """Turns of two roles, each with its name, and a separator after each.
 
     Args:
@@ -109,13 +110,13 @@ class Conversation:
         """What is trained on, of `turns` of "user" and "assistant"; `render` applies the chat template."""
         return render(turns)
 
+    @abstractmethod
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
         """The ids of `text` where the authors train on them, -100 elsewhere.
 
         They count the tokens of each round of the text alone; where the counts do not add up, because a text breaks
         differently there, the whole of it is left out.
         """
-        raise NotImplementedError
 
     def _by_rounds(
         self, rounds: list[str], mark: str, ids: list[int], encode: Encoder, *, start: int, spare: int, later: int

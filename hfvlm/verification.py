@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
-from hfvlm.processing import MediaTextProcessor
+from hfvlm.media_text import MediaTextProcessor
 
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.inference.chat import _until
+from hfvlm.media_text import ImageTextProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import ImageTextProcessor
 from hfvlm.training.chat import ChatCollator
 from tests.suite import close
 from tests.tiny_llava import GRID, VOCABULARY, converted

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfvlm.processing import IGNORE
+from hfvlm.media_text import IGNORE
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 Message = dict[str, Any]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from hfvlm.converter import Source, empty_model
 from hfvlm.image_text import Features
 from hfvlm.key_table import Table, convert_tables
+from hfvlm.media_text import IGNORE
 from hfvlm.models.llava import (
     HfvlmLLaVAConfig,
     HfvlmLLaVAForConditionalGeneration,
@@ -19,7 +20,6 @@ from hfvlm.models.llava import (
 )
 from hfvlm.models.llava.processing_llava import HfvlmLLaVATokenizer
 from hfvlm.presets import load_preset
-from hfvlm.processing import IGNORE
 from tests.golden import Golden, Recorder, read_key_list
 
 PICTURE = -200

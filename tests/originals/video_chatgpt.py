@@ -14,6 +14,7 @@ from hfvlm.converter import Source, empty_model
 from hfvlm.image_text import Features
 from hfvlm.key_table import Table, convert_tables
 from hfvlm.media import read_video
+from hfvlm.media_text import IGNORE
 from hfvlm.models.video_chatgpt import (
     HfvlmVideoChatGPTConfig,
     HfvlmVideoChatGPTFeatureExtractor,
@@ -22,7 +23,6 @@ from hfvlm.models.video_chatgpt import (
 )
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from hfvlm.presets import load_preset
-from hfvlm.processing import IGNORE
 from tests.golden import Golden, Recorder, read_key_list
 
 PARTS = {"base": "base", "projector": "main", "vision_tower": "vision"}

@@ -10,10 +10,11 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media.images import read_images, to_8_bits
 from hfvlm.media.resizing import contain, squash
+from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import IGNORE, HfvlmImageProcessor, ImageTextProcessor
+from hfvlm.processing import HfvlmImageProcessor
 from hfvlm.tokenization import PieceTokenizer
 
 MODES = ("crop", "pad", "tiles")

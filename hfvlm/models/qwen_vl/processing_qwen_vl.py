@@ -11,8 +11,9 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
+from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.processing import IGNORE, FixedSizeImageProcessor, ImageTextProcessor
+from hfvlm.processing import FixedSizeImageProcessor
 from hfvlm.tokenization import HfvlmTokenizer, tiktoken_bpe
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

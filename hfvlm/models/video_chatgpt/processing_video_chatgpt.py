@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media import read_videos
 from hfvlm.media.video import Video
+from hfvlm.media_text import IGNORE, VideoTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
-from hfvlm.processing import IGNORE, HfvlmFeatureExtractor, VideoTextProcessor
+from hfvlm.processing import HfvlmFeatureExtractor
 from hfvlm.tokenization import PieceTokenizer
 
 
