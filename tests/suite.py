@@ -254,6 +254,34 @@ class ModelSuite:
                         assert torch.equal(left, right), name
 
 
+class ImageClassifierSuite(ModelSuite):
+    """What must hold for a linear layer on the vision tower of a dual encoder; subclasses also say `whole_class`."""
+
+    whole_class: type[PreTrainedModel]
+
+    def loss_inputs(self):
+        return {"labels": torch.tensor([0, 3, 1])}
+
+    def test_towers_alone_equal_those_inside(self, model, batch, tmp_path):
+        """A classifier has all of its tower but the projection into the joint space."""
+        model.save_pretrained(tmp_path)
+        alone, info = type(model.vision_model).from_pretrained(tmp_path, output_loading_info=True)
+        assert all(key.startswith("projection.") for key in info.pop("missing_keys"))
+        assert not any(info.values()), info
+        with torch.no_grad():
+            found, expected = (tower.eval()(**batch).pooler_output for tower in (alone, model.vision_model))
+        close(found, expected, 1e-6, "summary")
+
+    def test_starts_from_a_dual_encoder(self, batch, tmp_path):
+        whole = self.whole_class(self.config()).eval()
+        whole.save_pretrained(tmp_path)
+        head, info = self.model_class.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
+        assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+        assert not info["unexpected_keys"]
+        summary = whole.vision_model(**batch).pooler_output
+        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")
+
+
 def tensors(output) -> dict[str, Tensor]:
     """The floating-point tensors of an output."""
     return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}

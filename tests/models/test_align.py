@@ -44,7 +44,7 @@ from hfvlm.models.align.configuration_align import EFFICIENTNETS
 from hfvlm.presets import load_preset
 from tests.conftest import SHIPPED
 from tests.golden import GOLDENS
-from tests.suite import ModelSuite, close
+from tests.suite import ImageClassifierSuite, ModelSuite, close
 
 STAGES = {
     "kernel_sizes": [3, 3, 5],
@@ -223,8 +223,9 @@ class TestALIGN(EfficientNetSuite):
             HfvlmALIGNConfig(vision_config=VISION | {"projection_dim": 20}, text_config=TEXT)
 
 
-class TestImageClassification(EfficientNetSuite):
+class TestImageClassification(EfficientNetSuite, ImageClassifierSuite):
     model_class, auto_class = HfvlmALIGNForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmALIGNModel
     lora_layers = ["excite.fc1", "excite.fc2"]
 
     def config(self):
@@ -232,21 +233,6 @@ class TestImageClassification(EfficientNetSuite):
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 32, 32)}
-
-    def loss_inputs(self):
-        return {"labels": torch.tensor([0, 3, 1])}
-
-    def test_towers_alone_equal_those_inside(self):
-        pytest.skip("a classifier's tower has no projection into the joint space, and its folder no text tower")
-
-    def test_starts_from_a_dual_encoder(self, batch, tmp_path):
-        whole = HfvlmALIGNModel(self.config()).eval()
-        whole.save_pretrained(tmp_path)
-        head, info = HfvlmALIGNForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
-        assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-        assert not info["unexpected_keys"]
-        summary = whole.vision_model(**batch).pooler_output
-        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")
 
 
 # LoRA

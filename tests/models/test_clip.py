@@ -15,7 +15,7 @@ from hfvlm.models.clip import (
     HfvlmCLIPVisionConfig,
     HfvlmCLIPVisionModel,
 )
-from tests.suite import ModelSuite, close, same
+from tests.suite import ImageClassifierSuite, ModelSuite, close, same
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = SIZES | {"image_size": 28, "patch_size": 14, "projection_dim": 16}
@@ -171,29 +171,19 @@ class TestCLIPWithResNet(TestCLIP):
         return {"input_ids": IDS, "pixel_values": torch.randn(3, 3, 64, 64)}
 
     def test_resized_positions_are_used(self, model):
-        pytest.skip("the original interpolates no ResNet positions")
+        """Texts may become longer; pictures of another size need nothing for good."""
+        model.resize_positions(context_length=6)
+        assert model(IDS[:2], torch.randn(2, 3, 64, 64)).logits_per_image.shape == (2, 2)
+        with pytest.raises(ValueError, match="ResNet.*interpolate_pos_encoding=True"):
+            model.resize_positions(image_size=96)
 
 
-class TestImageClassification(ModelSuite):
+class TestImageClassification(ImageClassifierSuite):
     model_class, auto_class = HfvlmCLIPForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmCLIPModel
 
     def config(self):
         return HfvlmCLIPConfig(vision_config=dict(VISION), text_config=dict(TEXT), num_labels=4)
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
-
-    def loss_inputs(self):
-        return {"labels": torch.tensor([0, 3, 1])}
-
-    def test_towers_alone_equal_those_inside(self):
-        pytest.skip("a classifier's tower has no projection into the joint space, and its folder no text tower")
-
-    def test_starts_from_a_dual_encoder(self, batch, tmp_path):
-        whole = HfvlmCLIPModel(self.config()).eval()
-        whole.save_pretrained(tmp_path)
-        head, info = HfvlmCLIPForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
-        assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-        assert not info["unexpected_keys"]
-        summary = whole.vision_model(**batch).pooler_output
-        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")

@@ -38,7 +38,7 @@ from hfvlm.models.filip.modeling_filip import FILIPOutput
 from hfvlm.presets import load_preset
 from hfvlm.samples import scenes
 from hfvlm.training import cached_backward
-from tests.suite import ModelSuite, close
+from tests.suite import ImageClassifierSuite, ModelSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = SIZES | {"image_size": 28, "patch_size": 7, "projection_dim": 16}
@@ -157,29 +157,15 @@ class TestFILIPAsInThePaper(TestFILIP):
         assert not torch.allclose(model(**without).logits_per_text, model(**batch).logits_per_text)
 
 
-class TestImageClassification(ModelSuite):
+class TestImageClassification(ImageClassifierSuite):
     model_class, auto_class = HfvlmFILIPForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmFILIPModel
 
     def config(self):
         return HfvlmFILIPConfig(**WHOLE, num_labels=4)
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
-
-    def loss_inputs(self):
-        return {"labels": torch.tensor([0, 3, 1])}
-
-    def test_towers_alone_equal_those_inside(self):
-        pytest.skip("a classifier's tower has no projection into the joint space, and its folder no text tower")
-
-    def test_starts_from_a_dual_encoder(self, batch, tmp_path):
-        whole = HfvlmFILIPModel(self.config()).eval()
-        whole.save_pretrained(tmp_path)
-        head, info = HfvlmFILIPForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
-        assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-        assert not info["unexpected_keys"]
-        summary = whole.vision_model(**batch).pooler_output
-        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")
 
 
 def test_bad_sizes_are_refused():

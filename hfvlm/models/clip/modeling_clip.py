@@ -202,9 +202,15 @@ class HfvlmCLIPModel(DualEncoder):
     def resize_positions(
         self, image_size: int | tuple[int, int] | None = None, context_length: int | None = None
     ) -> None:
-        """Change the picture size or the number of text positions for good, as open_clip does when it loads a file."""
+        """Change the picture size or the number of text positions for good, as open_clip does when it loads a file.
+
+        Raises:
+            ValueError: a picture size for a ResNet, whose positions open_clip never resizes.
+        """
         vision, text = self.vision_model, self.text_model
         if image_size is not None:
+            if not isinstance(vision, HfvlmCLIPVisionModel):
+                raise ValueError("A ResNet keeps its picture size; pass interpolate_pos_encoding=True for others.")
             old = vision.config.grid
             vision.config.image_size = image_size
             vision.position = nn.Parameter(resize_grid(vision.position.data, old, vision.config.grid, **BICUBIC))
