@@ -1,14 +1,15 @@
 """How often classes are right."""
 
 import numpy as np
+import torch
+
+from hfvlm.evaluation.retrieval import ranks_of_best
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
     """The share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row."""
-    best = scores[np.arange(len(labels)), labels][:, None]
-    # Written so that a score that is not a number counts, too.
-    ranks = (~(scores < best)).sum(axis=1) - np.where(np.isnan(best[:, 0]), 0, 1)
-    return float((ranks < k).mean())
+    right = torch.from_numpy(np.eye(scores.shape[1], dtype=bool)[labels])
+    return (ranks_of_best(torch.from_numpy(scores), right) < k).double().mean().item()
 
 
 def mean_per_class_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

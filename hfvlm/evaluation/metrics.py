@@ -6,8 +6,10 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
 
 from hfvlm.evaluation import answering, captioning, classification
+from hfvlm.evaluation.retrieval import ranks_of_best
 
 TEXTS = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
 CLASSES = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
@@ -20,9 +22,8 @@ KS = (1, 5, 10)
 
 def recall(scores: np.ndarray, partners: np.ndarray) -> dict[str, float]:
     """Of queries by candidates, as `hfvlm.evaluation.retrieval.recall_at`."""
-    best = np.where(partners, scores, -np.inf).max(axis=1, keepdims=True)
-    ranks = (~(scores < best) & ~partners).sum(axis=1)
-    return {f"recall@{k}": float((ranks < k).mean()) for k in KS}
+    ranks = ranks_of_best(torch.from_numpy(scores), torch.from_numpy(partners))
+    return {f"recall@{k}": (ranks < k).double().mean().item() for k in KS}
 
 
 # What each takes: texts and those that people wrote; classes; or a row of scores and which of them are right.

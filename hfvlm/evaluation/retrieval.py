@@ -53,7 +53,14 @@ def partner_ranks(
         partner = ids[:, None] == gallery_ids
         if not partner.any(dim=1).all():
             raise ValueError(f"Query {int(ids[~partner.any(dim=1)][0])} has no partner in the gallery.")
-        best = scores.masked_fill(~partner, -torch.inf).amax(dim=1, keepdim=True)
-        # Written so that a score that is not a number counts, too.
-        ranks.append((~(scores < best) & ~partner).sum(dim=1))
+        ranks.append(ranks_of_best(scores, partner))
     return torch.cat(ranks)
+
+
+def ranks_of_best(scores: Tensor, right: Tensor) -> Tensor:
+    """`(N, M)` scores and which of them are right -> `(N,)`, how many wrong ones score as high as the best right one.
+
+    Written so that scores that are not numbers count against a row, too.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return (~(scores < best) & ~right).sum(dim=1)
