@@ -212,8 +212,10 @@ def test_adapters_over_four_bits(llava_folder, conversations, tmp_path):
 def test_pretraining_by_all_losses_of_a_model(small_blip, pictures, tmp_path):
     folder = small_blip("HfvlmBLIPForPreTraining")
     changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
-    metrics = run_recipe(EXAMPLES / "recipes" / "blip-pretraining.yaml", [*changes, "learning_rate=0.001"])
+    changes += ["learning_rate=0.001", "eval_split=test", "per_device_eval_batch_size=50"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "blip-pretraining.yaml", changes)
     assert metrics["train_loss"] > 0
+    assert metrics["eval_loss"] > 0
     before, after = (
         hfvlm.HfvlmBLIPForPreTraining.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out")
     )

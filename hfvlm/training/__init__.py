@@ -6,6 +6,7 @@ from hfvlm.training.chat import ChatCollator
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
+from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ContrastiveTrainingArguments",
     "RandomCropAndFlip",
     "RandomResizedCrop",
+    "RowTrainer",
     "cached_backward",
     "near_duplicates",
 ]

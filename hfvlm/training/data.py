@@ -87,9 +87,10 @@ class ContrastiveCollator:
             of one picture; numbers or texts. By default each row is its own.
         augment: {"image": RandomResizedCrop(224)}: what is done in training to a value of a modality, given it and a
             `numpy.random.Generator`.
+        all_captions: take every caption of a row in evaluations; False takes its first, for losses of pairs.
         **options: of the tokenizer, as `max_length`.
 
-    A column of texts may hold a list of captions for each row: training draws one of them, evaluation uses all.
+    A column of texts may hold a list of captions for each row, of which training draws one.
     Values are whatever `hfvlm.media` reads: paths, bytes, arrays, PIL images, `datasets` rows.
     """
 
@@ -100,10 +101,11 @@ class ContrastiveCollator:
         *,
         id_column: str | None = None,
         augment: Mapping[str, Callable[[Any, np.random.Generator], Any]] | None = None,
+        all_captions: bool = True,
         **options: Any,
     ):
         self.processor, self.columns, self.id_column = processor, columns, id_column
-        self.augment, self.options = dict(augment or {}), options
+        self.augment, self.all_captions, self.options = dict(augment or {}), all_captions, options
 
     def read(self, row: Mapping[str, Any], random: np.random.Generator | None) -> dict[str, Any]:
         """A row of the data set -> its values by modality: a picture, a list of texts, else the model's inputs."""
@@ -113,8 +115,10 @@ class ContrastiveCollator:
                 raise KeyError(f"The data set has no column {column!r} for {modality}; it has {', '.join(row)}.")
             read = READERS.get(modality)
             value = read(row[column]) if read else self.processor.prepare(modality, [row[column]])
-            if random is not None and modality == "text":
+            if modality == "text" and random is not None:
                 value = [value[int(random.integers(len(value)))]]
+            elif modality == "text" and not self.all_captions:
+                value = value[:1]
             if random is not None and modality in self.augment:
                 value = self.augment[modality](value, random)
             values[modality] = value

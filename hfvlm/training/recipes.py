@@ -25,8 +25,9 @@ from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, read_examples
 from hfvlm.training.curves import draw_curve
-from hfvlm.training.data import ContrastiveCollator, Rows
-from hfvlm.training.trainer import ContrastiveTrainer, without_bookkeeping
+from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.row_trainer import RowTrainer
+from hfvlm.training.trainer import ContrastiveTrainer
 
 
 @dataclass
@@ -152,11 +153,18 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
     return model
 
 
-def collator_for(data: DataArguments, processor: Any) -> ContrastiveCollator:
+def data_options(data: DataArguments, processor: Any, *, all_captions: bool = True) -> dict[str, Any]:
+    """What a trainer is told about its rows."""
     augment = {}
     if data.crop_scale is not None:
         augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
-    return ContrastiveCollator(processor, data.columns, id_column=data.id_column, augment=augment)
+    options: dict[str, Any] = {"id_column": data.id_column, "augment": augment, "all_captions": all_captions}
+    return {
+        "data_collator": ContrastiveCollator(processor, data.columns, **options),
+        "train_dataset": load_rows(data.dataset, data.subset, split=data.train_split),
+        "eval_dataset": load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
+        "processing_class": processor,
+    }
 
 
 def train_contrastive(
@@ -167,10 +175,7 @@ def train_contrastive(
     trainer = ContrastiveTrainer(
         load_model(model_arguments, arguments.seed),
         arguments,
-        collator_for(data, processor),
-        train_dataset=load_rows(data.dataset, data.subset, split=data.train_split),
-        eval_dataset=load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
-        processing_class=processor,
+        **data_options(data, processor),
     )
     return finish(trainer, arguments)
 
@@ -180,25 +185,10 @@ def train_pairs(
 ) -> dict[str, float]:
     """Train on pictures with captions by all of the model's own losses at once, batch by batch."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
-    collator = collator_for(data, processor)
     arguments.remove_unused_columns = False
-    trainer = Trainer(
-        load_model(model_arguments, arguments.seed),
-        arguments,
-        lambda rows: without_bookkeeping(collator(rows)) | {"return_loss": True},
-        train_dataset=Drawn(
-            load_rows(data.dataset, data.subset, split=data.train_split), collator.read, arguments.seed
-        ),
-        processing_class=processor,
-    )
+    options = data_options(data, processor, all_captions=False)
+    trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments)
-
-
-class Drawn(Rows):
-    """Rows as training takes them, for loaders that know indices alone: what is drawn is the same in every epoch."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__((key, 0))
 
 
 def train_chat(

@@ -1,6 +1,5 @@
 """Contrastive training on transformers' Trainer."""
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations
@@ -9,38 +8,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 
 from hfvlm.evaluation.retrieval import recall_at
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
 from hfvlm.outputs import contrastive_fields
 from hfvlm.training.arguments import ContrastiveTrainingArguments
-from hfvlm.training.data import ContrastiveCollator, EpochSampler, Rows
+from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.parameters import clamp_logit_scale, set_patch_dropout, split_by_tower, tower_modules
+from hfvlm.training.row_trainer import RowTrainer, without_bookkeeping
 
 PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
     "softmax": contrastive_loss,
     "sigmoid": sigmoid_loss,
     "focal": focal_contrastive_loss,
 }
-# What a collator adds to the model's inputs.
-BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(RowTrainer):
     """Trains a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast` and,
     if its embeddings are compared in another way than by their product, `score`.
 
-    It is transformers' Trainer, with
+    It is a RowTrainer, and so transformers' Trainer, with
 
     - the loss over the whole batch: over all processes, and in mini-batches where the batch does not fit into memory;
-    - evaluations of the whole evaluation set: its loss, which depends on its size, and recall@k between modalities;
-    - data that is read, augmented and put into batches in the loader's workers. Rows that cannot be read are replaced
-      (counted as `replaced_rows` in the log) or, in evaluations, left out;
-    - runs that continue from a checkpoint exactly as if they had not been interrupted.
+    - evaluations of the whole evaluation set: its loss, which depends on its size, and recall@k between modalities.
+      Rows that cannot be read are left out there.
 
     Args:
         model: the model, or a PEFT model around it.
@@ -87,11 +82,9 @@ class ContrastiveTrainer(Trainer):
             raise TypeError(f"{type(self.model).__name__} has no `contrast`: it is no model that compares rows.")
         self.bare_model: Any = getattr(self.model, "get_base_model", lambda: self.model)()
         self.frozen = self.freeze()
-        self.training_inputs: dict[str, Any] = dict(getattr(self.bare_model, "training_inputs", {}))
+        self.training_inputs = getattr(self.bare_model, "training_inputs", {})
         self.group = dist.group.WORLD if args.world_size > 1 and args.gather_negatives else None
-        self.sampler: EpochSampler | None = None
-        self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
-        self.add_callback(_BetweenSteps(self))
+        self.add_callback(_BoundTemperature(self))
 
     def freeze(self) -> dict[str, nn.Module]:
         """Apply the arguments to the model; the towers that are not trained."""
@@ -118,14 +111,11 @@ class ContrastiveTrainer(Trainer):
         **_: Any,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
         self.leave_frozen()
-        output = model(**without_bookkeeping(inputs), **self.training_inputs)
+        output = model(**inputs)
         loss = self.contrast(output)
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.rows_seen += len(next(v for v in inputs.values() if isinstance(v, Tensor))) * self.args.world_size
-        self.rows_replaced += int(inputs["replaced"].sum()) if "replaced" in inputs else 0
-        inputs = without_bookkeeping(inputs)
         if not self.args.mini_batch_size:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -133,7 +123,7 @@ class ContrastiveTrainer(Trainer):
         return cached_backward(
             model,
             self.contrast,
-            self._prepare_inputs(inputs) | self.training_inputs,
+            self._prepare_inputs(self.count(inputs)) | dict(self.training_inputs),
             self.args.mini_batch_size,
             precision=self.compute_loss_context_manager,
             backward=self.accelerator.backward,
@@ -159,37 +149,6 @@ class ContrastiveTrainer(Trainer):
             towers = tower_modules(self.bare_model, list(rates))
             split_by_tower(optimizer, towers, {name: float(rate) for name, rate in rates.items()})
         return optimizer
-
-    # Data
-
-    @property
-    def data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(dataset)
-        self.sampler = EpochSampler(len(dataset), self.data_seed)
-        return self.sampler
-
-    def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
-    ) -> DataLoader[Any]:
-        if not isinstance(dataset, IterableDataset):
-            whole = batch_size * self.args.world_size
-            if is_training and self.args.dataloader_drop_last and len(dataset) < whole:
-                raise ValueError(
-                    f"{len(dataset)} rows make no batch of {whole}: lower per_device_train_batch_size, or set "
-                    "dataloader_drop_last=False."
-                )
-            dataset = Rows(dataset, getattr(self.data_collator, "read", None), self.data_seed)
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     # Evaluation
 
@@ -246,27 +205,13 @@ class ContrastiveTrainer(Trainer):
             metrics |= self.further_metrics(prediction)
         return metrics
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds, to the training loss, rows per second, the temperature and the rows that were replaced so far."""
-        if "loss" in logs:
-            now = time.perf_counter()
-            logs["samples_per_second"] = round(self.rows_seen / (now - self.logged_at), 3)
-            self.rows_seen, self.logged_at = 0, now
-            if self.rows_replaced:
-                logs["replaced_rows"] = self.rows_replaced
-        super().log(logs, *args, **kwargs)
 
-
-class _BetweenSteps(TrainerCallback):
-    """Bounds the temperature after each step, and gives each epoch its own order."""
+class _BoundTemperature(TrainerCallback):
+    """Bounds the temperature after each step."""
 
     def __init__(self, trainer: ContrastiveTrainer):
         self.trainer = trainer
         self.highest = trainer.args.max_logit_scale or getattr(trainer.bare_model, "max_logit_scale", None)
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.sampler is not None:
-            self.trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.highest is not None:
@@ -279,7 +224,3 @@ def first_of_each(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(len(ids)).flip(0)
     first = torch.empty(int(inverse.max()) + 1, dtype=torch.long).scatter_(0, inverse.flip(0), places).sort().values
     return values[first], ids[first]
-
-
-def without_bookkeeping(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in BOOKKEEPING}

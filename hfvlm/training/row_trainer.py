@@ -1,0 +1,104 @@
+"""transformers' Trainer on rows of media: what every training of hfvlm does with its data."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from hfvlm.training.data import EpochSampler, Rows
+
+# What a collator adds to the model's inputs.
+BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
+
+
+class RowTrainer(Trainer):
+    """Trains a model by the loss that it returns itself, on rows that are read, augmented and put into batches in the
+    loader's workers.
+
+    Rows that cannot be read are replaced, and counted as `replaced_rows` in the log. A run that continues from a
+    checkpoint goes on exactly as if it had not been interrupted.
+
+    Arguments as `transformers.Trainer`; the collator is a ContrastiveCollator, or any function from a list of rows to
+    the model's inputs.
+    """
+
+    # What forward is told, beside a batch's inputs.
+    training_inputs: Mapping[str, Any] = {"return_loss": True}
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.sampler: EpochSampler | None = None
+        self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
+        self.add_callback(_EachEpoch(self))
+
+    @property
+    def data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        self.sampler = EpochSampler(len(dataset), self.data_seed)
+        return self.sampler
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
+    ) -> DataLoader[Any]:
+        if not isinstance(dataset, IterableDataset):
+            whole = batch_size * self.args.world_size
+            if is_training and self.args.dataloader_drop_last and len(dataset) < whole:
+                raise ValueError(
+                    f"{len(dataset)} rows make no batch of {whole}: lower per_device_train_batch_size, or set "
+                    "dataloader_drop_last=False."
+                )
+            dataset = Rows(dataset, getattr(self.data_collator, "read", None), self.data_seed)
+        # The host would leave the last rows of an evaluation out, too.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def count(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch's inputs without what the collator says about its rows, which is counted."""
+        self.rows_seen += len(next(v for v in inputs.values() if isinstance(v, Tensor))) * self.args.world_size
+        self.rows_replaced += int(inputs["replaced"].sum()) if "replaced" in inputs else 0
+        return without_bookkeeping(inputs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        return super().training_step(model, self.count(inputs) | dict(self.training_inputs), num_items_in_batch)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(
+            model, without_bookkeeping(inputs) | dict(self.training_inputs), *args, **kwargs
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds, to the training loss, rows per second and the rows that were replaced so far."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["samples_per_second"] = round(self.rows_seen / (now - self.logged_at), 3)
+            self.rows_seen, self.logged_at = 0, now
+            if self.rows_replaced:
+                logs["replaced_rows"] = self.rows_replaced
+        super().log(logs, *args, **kwargs)
+
+
+class _EachEpoch(TrainerCallback):
+    """Gives each epoch its own order."""
+
+    def __init__(self, trainer: RowTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.epoch = int(state.epoch or 0)
+
+
+def without_bookkeeping(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
