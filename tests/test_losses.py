@@ -41,6 +41,8 @@ def tokens():
 @pytest.fixture(params=[16, 2**22], ids=["blocks", "one block"])
 def any_blocks(request, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "CPU_SIDE", math.isqrt(request.param))
+    monkeypatch.setattr(blocks, "KEPT", 2 * request.param)
     monkeypatch.setattr(late_interaction, "BLOCK", request.param * 20)
 
 

@@ -1,13 +1,20 @@
-"""A matrix of logits, some rows at a time."""
+"""A matrix of logits, a part at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Logits held at once. Smaller blocks save little beside the embeddings, larger ones no time.
+# Logits that are held at once, where whole rows are needed; larger blocks save no time.
 BLOCK = 2**22
+# The side of square blocks: on a CPU, what is done with one finds it in the core's cache.
+CPU_SIDE, SIDE = 512, 4096
+# Logits that are kept for the gradient; all others are computed again.
+KEPT = 2**23
+
+Block = tuple[slice, slice, Tensor]
 
 
 def row_blocks(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -17,10 +24,33 @@ def row_blocks(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Ten
     """
     height = max(1, min(len(a), BLOCK // len(b)))
     buffer = a.new_empty(height, len(b))
-    for start in range(0, len(a), height):
-        rows = slice(start, min(start + height, len(a)))
+    for rows in slices(len(a), height):
         part = buffer[: rows.stop - rows.start]
         yield rows, torch.mm(a[rows] * scale, b.t(), out=part)
+
+
+def square_blocks(a: Tensor, b: Tensor, scale: Tensor, kept: dict[Any, Tensor] | None = None) -> Iterator[Block]:
+    """`(B, D)`, `(M, D)` -> slices of the rows of `a` and of `b`, each two with their logits.
+
+    With a dictionary as `kept`, the first blocks stay there, and a second pass finds them; only without it may the
+    caller change them.
+    """
+    side = CPU_SIDE if a.device.type == "cpu" else SIDE
+    scaled, columns_first = a * scale, b.t()
+    for rows in slices(len(a), side):
+        for columns in slices(len(b), side):
+            place = rows.start, columns.start
+            logits = kept.get(place) if kept else None
+            if logits is None:
+                logits = scaled[rows] @ columns_first[:, columns]
+                if kept is not None and (len(kept) + 1) * side**2 <= KEPT:
+                    kept[place] = logits
+            yield rows, columns, logits
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """0 ... length in parts."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from hfvlm.losses.blocks import check_pairs, in_full_precision, row_blocks
+from hfvlm.losses.blocks import check_pairs, in_full_precision, square_blocks
 from hfvlm.losses.processes import check_equal_rows, pass_on, rank_and_size, sum_over
 
 
@@ -72,22 +72,19 @@ class _Pairwise(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, gamma: float, group: ProcessGroup | None
     ) -> Tensor:
         _, size = rank_and_size(group)
-        value, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
-        grad_a, visitors, grad_visitors = torch.zeros_like(a), b, torch.zeros_like(b)
-        for step in range(size):
-            for rows, logits in row_blocks(a, visitors, scale):
-                logits += bias
-                matches = logits.diagonal(rows.start).clone() if step == 0 else None
-                terms, slope = mismatch(logits, gamma)
+        # The blocks take matches for mismatches; a match's term is that of a mismatch of the opposite logit.
+        matches = (a * b).sum(dim=1) * scale + bias
+        wrong_terms, wrong_slope = mismatch(matches.clone(), gamma)
+        right_terms, right_slope = mismatch(-matches, gamma)
+        value, correction = right_terms - wrong_terms, -(right_slope + wrong_slope)
+        grad_a, grad_visitors = (correction[:, None] * x for x in (b, a))
+        visitors, grad_bias = b, correction.sum()
+        for _ in range(size):
+            for rows, columns, logits in square_blocks(a, visitors, scale):
+                terms, slope = mismatch(logits.add_(bias), gamma)
                 value += terms
-                if matches is not None:
-                    # A match's term is that of a mismatch of the opposite logit.
-                    wrong_terms, wrong_slope = mismatch(matches.clone(), gamma)
-                    right_terms, right_slope = mismatch(-matches, gamma)
-                    value += right_terms - wrong_terms
-                    slope.diagonal(rows.start).sub_(right_slope + wrong_slope)
-                grad_a[rows].addmm_(slope, visitors)
-                grad_visitors.addmm_(slope.t(), a[rows])
+                grad_a[rows].addmm_(slope, visitors[columns])
+                grad_visitors[columns].addmm_(slope.t(), a[rows])
                 grad_bias += slope.sum()
             visitors, grad_visitors = pass_on([visitors, grad_visitors], group)
         grad_scale = (a * grad_a).sum()
