@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hfvlm.conversion import filip
 from transformers import AutoModel, AutoProcessor
 
@@ -40,6 +41,13 @@ def test_vectors_are_the_models_own_whatever_the_batches(embedder, clip_folder, 
         np.testing.assert_allclose(found["text"], output.text_embeds, atol=2e-6)
     best = found.similarity("text", "image").argmax(1)
     assert (best == np.arange(48)).mean() > 0.9
+
+
+def test_columns_of_data_sets_are_lists_of_sources(embedder, pictures, captions):
+    table = Dataset.from_dict({"image": pictures[:5], "text": captions[:5]})
+    found = embedder.encode(image=table["image"], text=table["text"], batch_size=2)
+    for modality, sources in (("image", pictures[:5]), ("text", captions[:5])):
+        np.testing.assert_array_equal(found[modality], embedder.encode(**{modality: sources}, batch_size=2))
 
 
 def test_one_source_is_one_vector(embedder, pictures):

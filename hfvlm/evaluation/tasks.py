@@ -19,7 +19,7 @@ from hfvlm.evaluation.retrieval import partner_ranks
 from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.zero_shot import ZeroShotClassifier
-from hfvlm.media.rows import columns_by_name, load_rows, path_of
+from hfvlm.media.rows import captions_of, columns_by_name, load_rows, path_of
 
 MOST_MISTAKES = 24
 KS = (1, 5, 10)
@@ -55,7 +55,7 @@ class Data:
             rows = rows.select(sorted(order.tolist()))
         return rows
 
-    def column(self, rows: Any, name: str) -> list[Any]:
+    def column(self, rows: Any, name: str) -> Sequence[Any]:
         """The values of what is called `name` here.
 
         Raises:
@@ -65,7 +65,7 @@ class Data:
         column = (known | dict(self.columns or {})).get(name)
         if column not in rows.column_names:
             raise ValueError(f"{self.dataset}: has no column for {name}; name one of {', '.join(rows.column_names)}.")
-        return list(rows[column])
+        return rows[column]
 
 
 def zero_shot(
@@ -101,7 +101,7 @@ def zero_shot(
 def retrieval(folder: str, data: Data, **options: Any) -> Report:
     """Captions by pictures and pictures by captions; all captions of a picture are its partners."""
     rows = data.rows()
-    images, texts = data.column(rows, "image"), [as_list(text) for text in data.column(rows, "text")]
+    images, texts = data.column(rows, "image"), [captions_of(text) for text in data.column(rows, "text")]
     embedder = Embedder.from_pretrained(folder, **options)
     found = embedder.encode(image=images, text=[t for given in texts for t in given], progress=True, output="torch")
     owners = torch.arange(len(images)).repeat_interleave(torch.tensor([len(given) for given in texts]))
@@ -170,7 +170,7 @@ def caption(folder: str, data: Data, *, generate: Mapping[str, Any] | None = Non
         **options: of `Captioner.from_pretrained`.
     """
     rows = data.rows()
-    images, texts = data.column(rows, "image"), [as_list(text) for text in data.column(rows, "text")]
+    images, texts = data.column(rows, "image"), [captions_of(text) for text in data.column(rows, "text")]
     generate = dict(generate or {"num_beams": 3, "max_new_tokens": 30})
     written = Captioner.from_pretrained(folder, **options)(images, **generate)
     each = np.array(cider_of_each(written, texts))
@@ -186,7 +186,7 @@ def vqa(folder: str, data: Data, *, generate: Mapping[str, Any] | None = None, *
     """Answers beside those that people gave, by the VQA challenge's accuracy; arguments as `caption`."""
     rows = data.rows()
     images, questions = data.column(rows, "image"), data.column(rows, "question")
-    answers = [as_list(given) for given in data.column(rows, "answers")]
+    answers = [captions_of(given) for given in data.column(rows, "answers")]
     generate = dict(generate or {"num_beams": 3, "max_new_tokens": 10})
     written = Captioner.from_pretrained(folder, **options)(images, questions, **generate)
     each = np.array([accuracy_of(*pair) for pair in zip(written, answers, strict=True)])
@@ -241,7 +241,7 @@ def labelled(data: Data, rows: Any, labels: Sequence[str] | None = None) -> tupl
 
 def probed(
     folder: str, data: Data, options: Mapping[str, Any]
-) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[Any]]:
+) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], Sequence[Any]]:
     """The classes' names; features and classes of the rows that are judged, and of those to learn from; pictures."""
     embedder = Embedder.from_pretrained(folder, **options)
     embedder.check_one_vector("A probe")
@@ -255,7 +255,7 @@ def probed(
     return names, (features, truth), (train, train_truth), images
 
 
-def worst(images: list[Any], scores: np.ndarray, truth: np.ndarray, names: list[str]) -> list[Mistake]:
+def worst(images: Sequence[Any], scores: np.ndarray, truth: np.ndarray, names: list[str]) -> list[Mistake]:
     """The rows whose own class lies farthest below another one."""
     own = scores[np.arange(len(truth)), truth]
     order = np.argsort(own - scores.max(axis=1), kind="stable")[:MOST_MISTAKES].tolist()
@@ -264,10 +264,6 @@ def worst(images: list[Any], scores: np.ndarray, truth: np.ndarray, names: list[
         for i in order
         if scores[i].argmax() != truth[i]
     ]
-
-
-def as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def evaluate(task: str, folder: str | Path, data: Data, **options: Any) -> Report:

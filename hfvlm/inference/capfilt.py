@@ -12,7 +12,7 @@ from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.shards import Columns, Row, append, named, run_shards
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
-from hfvlm.media.rows import columns_by_name, load_rows
+from hfvlm.media.rows import columns_by_name, first_caption, load_rows
 from hfvlm.modules.context import Context
 
 SETTINGS, CAPTIONS = "capfilt.json", "captions"
@@ -109,8 +109,7 @@ class CapFilt:
                     append(errors, about | {"error": str(error)})
                     continue
                 text = row[columns["text"]] if "text" in columns else None
-                given = text[0] if isinstance(text, list) and text else text
-                readable.append((about | {"path": path, "given": given or None}, picture))
+                readable.append((about | {"path": path, "given": first_caption(text) or None}, picture))
             for values in self.judged(readable, threshold):
                 append(kept, values)
         return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hfvlm.media.rows import are_several
+
 
 class Captioner:
     """Writes captions, or answers questions, with any model that is made for it.
@@ -45,7 +47,7 @@ class Captioner:
         Raises:
             MediaError: a picture cannot be read; the message names it.
         """
-        several = isinstance(images, list)
+        several = are_several(images)
         sources = images if several else [images]
         asked = None if texts is None else [texts] if isinstance(texts, str) else list(texts)
         if asked is not None and len(asked) != len(sources):

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
 from hfvlm.inference.shards import Columns, Row, append, named, run_shards
-from hfvlm.media.rows import columns_by_name, load_rows
+from hfvlm.media.rows import columns_by_name, first_caption, load_rows
 
 SETTINGS, VECTORS = "embed.json", "vectors"
 
@@ -104,17 +106,12 @@ def embed_batch(
     vectors: dict[str, dict[int, Any]] = {}
     wrong: dict[int, tuple[str, str]] = {}
     for modality, column in columns.items():
-        sources = [first(row[column]) if modality == "text" else row[column] for row in rows]
+        sources = [first_caption(row[column]) if modality == "text" else row[column] for row in rows]
         found, errors = embedder.encode_readable(modality, sources)
         readable = [i for i in range(len(rows)) if i not in errors]
         vectors[modality] = dict(zip(readable, found, strict=True))
         wrong |= {i: (modality, error) for i, error in errors.items() if i not in wrong}
     return vectors, wrong
-
-
-def first(texts: Any) -> Any:
-    """Of several captions, the first."""
-    return texts[0] if isinstance(texts, list) and texts else texts
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -137,7 +134,8 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
     """
     from pyarrow import parquet
 
-    index = Index()
+    names: list[str] = []
+    vectors: list[Any] = []
     paths: dict[str, str] = {}
     for shard in sorted(Path(folder).glob(f"{VECTORS}-*.parquet")):
         table = parquet.read_table(shard)
@@ -145,6 +143,7 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
             raise ValueError(f"{folder}: holds vectors of {', '.join(table.column_names[3:])}, not of {modality}.")
         ids, column = table["id"].to_pylist(), table[modality].combine_chunks()
         if ids:
-            index.add(column.flatten().to_numpy().reshape(len(ids), -1), ids)
+            vectors.append(column.flatten().to_numpy().reshape(len(ids), -1))
+        names += ids
         paths |= {name: path for name, path in zip(ids, table["path"].to_pylist(), strict=True) if path}
-    return index, paths
+    return Index(np.concatenate(vectors), names) if vectors else Index(), paths

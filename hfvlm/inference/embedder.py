@@ -1,6 +1,6 @@
 """Pictures, texts, sounds and whatever else a model embeds, to vectors of unit length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from hfvlm.configuration import MultiEncoderConfig
 from hfvlm.media.errors import MediaError
+from hfvlm.media.rows import are_several
 from hfvlm.modeling import unit
 from hfvlm.outputs import MODALITIES
 
@@ -106,7 +107,7 @@ class Embedder:
             output: "numpy", "torch" or "arrow", float32.
             options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
             **sources: `image=`, `video=`, `text=`, `audio=`, `depth=`, `thermal=`, `imu=`: a list of whatever
-                `hfvlm.media` reads, or one source alone; None is left out.
+                `hfvlm.media` reads, or a column of `datasets`, or one source alone; None is left out.
 
         Returns:
             For a list `(N, D)`, for a source alone `(D,)`; for more than one modality an `Embeddings` of these.
@@ -125,7 +126,7 @@ class Embedder:
         self.check(list(given))
         found = {}
         for modality, values in given.items():
-            alone = not isinstance(values, list)
+            alone = not are_several(values)
             parts = self.batches(
                 modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
             )
@@ -171,16 +172,19 @@ class Embedder:
             )
 
     def batches(
-        self, modality: str, sources: list[Any], batch_size: int, options: dict[str, Any]
+        self, modality: str, sources: Sequence[Any], batch_size: int, options: dict[str, Any]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Vectors with their sources' places; texts of like length together, so that little of a batch is padding."""
-        order = sorted(range(len(sources)), key=lambda i: len(sources[i]) if isinstance(sources[i], str) else 0)
+        order = list(range(len(sources)))
+        if modality == "text":
+            sources = list(sources)
+            order.sort(key=lambda i: len(sources[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        prepared = self.prepared(modality, [[sources[i] for i in batch] for batch in batches], options)
+        prepared = self.prepared(modality, ([sources[i] for i in batch] for batch in batches), options)
         for batch, inputs in zip(batches, prepared, strict=True):
             yield batch, self.features(modality, inputs)
 
-    def prepared(self, modality: str, batches: list[list[Any]], options: dict[str, Any]) -> Iterator[Any]:
+    def prepared(self, modality: str, batches: Iterable[list[Any]], options: dict[str, Any]) -> Iterator[Any]:
         """Batches in the model's form; the next ones are decoded in a thread while the model works."""
         with ThreadPoolExecutor(1) as thread:
             waiting: list[Future[Any]] = []

@@ -93,7 +93,7 @@ class Index:
             scores = np.concatenate([scores, found], axis=1)
             block = np.arange(start, start + found.shape[1])
             places = np.concatenate([places, np.broadcast_to(block, found.shape)], axis=1)
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            best = highest(scores, k)
             scores, places = np.take_along_axis(scores, best, 1), np.take_along_axis(places, best, 1)
         return scores, places
 
@@ -115,6 +115,16 @@ class Index:
 
     def read(self, folder: Path) -> None:
         self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+
+
+def highest(scores: np.ndarray, k: int) -> np.ndarray:
+    """`(N, M)` -> `(N, k)`, the places of each row's highest, the best first; of equal ones the first."""
+    k = min(k, scores.shape[1])
+    found = np.empty((len(scores), k), np.int64)
+    for row, lowest, best in zip(scores, -np.partition(-scores, k - 1, axis=1)[:, k - 1], found, strict=True):
+        enough = np.flatnonzero(row >= lowest)
+        best[:] = enough[np.argsort(-row[enough], kind="stable")[:k]]
+    return found
 
 
 class FaissIndex(Index):

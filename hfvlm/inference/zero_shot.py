@@ -11,6 +11,7 @@ import torch
 
 from hfvlm.evaluation.templates import template_set
 from hfvlm.inference.embedder import Embedder, unit_rows
+from hfvlm.media.rows import are_several
 from hfvlm.writing import replaced
 
 
@@ -86,7 +87,7 @@ class ZeroShotClassifier:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def scores(self, sources: list[Any], modality: str = "image", **options: Any) -> np.ndarray:
+    def scores(self, sources: Sequence[Any], modality: str = "image", **options: Any) -> np.ndarray:
         """`(N, classes)`, the cosines."""
         given: dict[str, Any] = {modality: sources}
         return self.embedder.encode(**given, **options) @ self.weights.T
@@ -103,7 +104,7 @@ class ZeroShotClassifier:
         Returns:
             `[(class, probability), ...]`, of a list a list of such.
         """
-        several = isinstance(sources, list)
+        several = are_several(sources)
         cosines = self.scores(sources if several else [sources], modality, **options)
         logits = self.temperature * cosines
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -1,6 +1,6 @@
 """Rows of data sets, whose columns hold media that nothing has decoded yet."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # The columns that hold a modality when nobody says; those of webdataset are named by the files' suffixes.
@@ -37,6 +37,28 @@ def load_rows(dataset: str, subset: str | None = None, *, split: str, streaming:
         if hasattr(feature, "decode"):
             rows = rows.cast_column(name, type(feature)(decode=False))
     return rows
+
+
+def are_several(sources: Any) -> bool:
+    """Whether these are several sources, a list or a column of `datasets`; a tuple is one, a sound and its rate."""
+    return isinstance(sources, Sequence) and not isinstance(sources, str | bytes | tuple)
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions of a row, which has one or several.
+
+    Raises:
+        ValueError: it has none.
+    """
+    captions = [value] if isinstance(value, str) else list(value or ())
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"text: a caption or a list of captions is needed, not {str(value)[:80]!r}.")
+    return captions
+
+
+def first_caption(value: Any) -> Any:
+    """Of several captions the first; what is no list, as it is."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def path_of(value: Any) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from hfvlm.media.rows import COLUMNS, columns_by_name
+from hfvlm.media.rows import COLUMNS, captions_of, columns_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,17 +158,10 @@ def row_id(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:ID_BYTES], "big")
 
 
-def as_texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"text: a caption or a list of captions is needed, not {str(value)[:80]!r}.")
-    return texts
-
-
 def _image(value: Any) -> Any:
     from hfvlm.media.images import read_image
 
     return read_image(value)
 
 
-READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": as_texts}
+READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": captions_of}
