@@ -12,7 +12,7 @@ BLOCK = 2**22
 # The side of square blocks: on a CPU, what is done with one finds it in the core's cache.
 CPU_SIDE, SIDE = 512, 4096
 # Logits that are kept for the gradient; all others are computed again.
-KEPT = 2**23
+KEPT = 2**22
 
 Block = tuple[slice, slice, Tensor]
 
