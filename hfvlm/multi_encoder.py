@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -23,9 +24,9 @@ DIMENSIONS = {"image": 4, "video": 5, "text": 2, "audio": 4, "depth": 4, "therma
 class MultiEncoder(HfvlmPreTrainedModel, ABC):
     """Towers whose embeddings meet in one space, one a modality or two; those that its configuration has are built.
 
-    A subclass names in `anchor` the modality that every other was trained against, says each modality's `scale`, and
-    names its loss, one of `hfvlm.losses`, in `pair_loss`, and in `max_logit_scale` the bound of learned scales in
-    training, if there is one. Its `get_<modality>_features` are fed what the processor's
+    A subclass names in `anchor` the modality that every other was trained against, makes each modality's scale in
+    `make_scale`, and names its loss, one of `hfvlm.losses`, in `pair_loss`, and in `max_logit_scale` the bound of
+    learned scales in training, if there is one. Its `get_<modality>_features` are fed what the processor's
     `prepare(modality, ...)` makes.
     """
 
@@ -37,6 +38,8 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
     anchor: str
     pair_loss: Callable[..., Tensor]
     max_logit_scale: float | None = None
+    logit_scales: Any
+    one: Tensor
 
     def __init__(self, config: MultiEncoderConfig):
         super().__init__(config)
@@ -44,11 +47,18 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
             raise ValueError(f"{type(config).__name__} has no tower: each of its sub-configurations is None.")
         for tower in dict.fromkeys(config.towers[modality] for modality in config.modalities):
             setattr(self, tower, AutoModel.from_config(getattr(config, config_of(tower))))
+        scales = {modality: self.make_scale(modality) for modality in config.modalities}
+        self.logit_scales = nn.ModuleDict({name: scale for name, scale in scales.items() if scale is not None})
+        self.register_buffer("one", torch.ones(1), persistent=False)
         absent = {modality: tower for modality, tower in config.towers.items() if modality not in config.modalities}
         self._keys_to_ignore_on_load_unexpected = [
             *(rf"^{tower}\." for tower in dict.fromkeys(absent.values())),
             *(rf"^logit_scales\.{modality}\." for modality in absent),
         ]
+        self.post_init()
+
+    def init_own_weights(self, std: float) -> None:
+        init.ones_(self.one)
 
     @property
     def towers(self) -> dict[str, str]:
@@ -61,8 +71,12 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return self.config.modalities
 
     @abstractmethod
+    def make_scale(self, modality: str) -> nn.Module | None:
+        """A new `LogitScale`, or what has its `exp`; None for embeddings that stay of unit length."""
+
     def scale(self, modality: str) -> Tensor:
         """`(1,)`, what a modality's embeddings are multiplied by."""
+        return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
 
     def tower(self, modality: str) -> PreTrainedModel:
         """The tower that embeds a modality.

@@ -267,22 +267,11 @@ class HfvlmImageBindModel(MultiEncoder):
     anchor = "image"
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = MAX_SCALE
-    logit_scales: Any
-    one: Tensor
 
-    def __init__(self, config: HfvlmImageBindConfig):
-        super().__init__(config)
-        scales: dict[str, nn.Module] = {name: FixedScale(value) for name, value in FIXED_SCALES.items()}
-        scales["text"] = CappedScale(log(TEXT_SCALE))
-        self.logit_scales = nn.ModuleDict({name: scales[name] for name in self.modalities if name in scales})
-        self.register_buffer("one", torch.ones(1), persistent=False)
-        self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        init.ones_(self.one)
-
-    def scale(self, modality: str) -> Tensor:
-        return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
+    def make_scale(self, modality: str) -> nn.Module | None:
+        if modality == "text":
+            return CappedScale(log(TEXT_SCALE))
+        return FixedScale(FIXED_SCALES[modality]) if modality in FIXED_SCALES else None
 
 
 class CappedScale(LogitScale):

@@ -196,18 +196,6 @@ class HfvlmLanguageBindModel(MultiEncoder):
     anchor = "text"
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = 100.0
-    logit_scales: Any
-    one: Tensor
 
-    def __init__(self, config: HfvlmLanguageBindConfig):
-        super().__init__(config)
-        learned = [modality for modality in self.modalities if modality != "text"]
-        self.logit_scales = nn.ModuleDict({name: LogitScale(config.logit_scale_init_value) for name in learned})
-        self.register_buffer("one", torch.ones(1), persistent=False)
-        self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        init.ones_(self.one)
-
-    def scale(self, modality: str) -> Tensor:
-        return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
+    def make_scale(self, modality: str) -> nn.Module | None:
+        return None if modality == "text" else LogitScale(self.config.logit_scale_init_value)
