@@ -3,7 +3,6 @@ from functools import partial
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel
 
@@ -12,7 +11,6 @@ from hfvlm.losses import contrastive_loss
 from hfvlm.models.imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindAudioModel,
-    HfvlmImageBindConfig,
     HfvlmImageBindDepthConfig,
     HfvlmImageBindDepthModel,
     HfvlmImageBindIMUConfig,
@@ -25,8 +23,7 @@ from hfvlm.models.imagebind import (
     HfvlmImageBindVisionConfig,
     HfvlmImageBindVisionModel,
 )
-from hfvlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
-from hfvlm.training.gradient_cache import cached_backward
+from tests.models.multi_encoder import MultiEncoderSuite, info_nce
 from tests.suite import ModelSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -40,21 +37,6 @@ DEPTH = SENSOR | {"image_size": 24, "patch_size": 8}
 IMU = SENSOR | {"num_samples": 32, "patch_size": 8, "projection_dropout": 0.0}
 TOWERS = {"vision": VISION, "text": TEXT, "audio": AUDIO, "depth": DEPTH, "thermal": DEPTH, "imu": IMU}
 IDS = torch.tensor([[48, 7, 49, 0, 0, 0], [48, 3, 9, 2, 4, 49], [48, 5, 6, 49, 0, 0]])
-
-
-def config(**changes):
-    return HfvlmImageBindConfig(**{f"{name}_config": sizes for name, sizes in TOWERS.items()} | changes)
-
-
-def everything():
-    return {
-        "input_ids": IDS,
-        "pixel_values": torch.randn(3, 3, 24, 24),
-        "input_features": torch.randn(3, 2, 1, 20, 26),
-        "depth_values": torch.randn(3, 1, 24, 24),
-        "thermal_values": torch.rand(3, 1, 24, 24),
-        "imu_values": torch.randn(3, 6, 32),
-    }
 
 
 class TestVision(ModelSuite):
@@ -185,217 +167,58 @@ class TestIMU(SensorSuite):
         close(model.patches(trace)[0, 1], model.patches.projection(second), 1e-6, "second token")
 
 
-class TestImageBind(ModelSuite):
-    model_class, auto_class = HfvlmImageBindModel, AutoModel
-
-    def config(self):
-        return config()
+class TestImageBind(MultiEncoderSuite):
+    model_class, towers, anchor, chosen = HfvlmImageBindModel, TOWERS, "image", ("audio", "depth")
+    modalities = ("image", "video", "text", "audio", "depth", "thermal", "imu")
 
     def inputs(self):
-        return everything()
-
-    def loss_inputs(self):
-        return {"return_loss": True}
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return HfvlmImageBindModel(config()).eval()
-
-
-def test_it_says_what_it_embeds(model):
-    assert model.modalities == ("image", "video", "text", "audio", "depth", "thermal", "imu")
-    names = {"text": "input_ids", "image": "pixel_values", "audio": "input_features"}
-    for modality, values in everything().items():
-        name = next((m for m, argument in names.items() if argument == modality), modality.removesuffix("_values"))
-        features = getattr(model, f"get_{name}_features")(values).pooler_output
-        assert features.shape == (3, 16)
-        if name != "audio":  # a mean over clips is shorter
-            close(features.norm(dim=-1), model.scale(name).expand(3), 1e-5, name)
-
-
-def test_scales_are_the_originals(model):
-    expected = {"image": 1.0, "video": 1.0, "text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
-    for modality, value in expected.items():
-        assert model.scale(modality).item() == pytest.approx(value, rel=1e-5)
-    assert [name for name, _ in model.logit_scales.named_parameters()] == ["text.scale"]
-    with torch.no_grad():
-        model.logit_scales["text"].scale.fill_(9.0)
-    assert model.scale("text").item() == 100.0
-
-
-def test_clips_are_averaged(model):
-    for name, shape in {"audio": (1, 20, 26), "video": (3, 2, 24, 24), "imu": (6, 32), "depth": (1, 24, 24)}.items():
-        encode, clips = getattr(model, f"get_{name}_features"), torch.randn(2, 3, *shape)
-        each = torch.stack([encode(clip).pooler_output for clip in clips.unbind(dim=1)])
-        close(encode(clips).pooler_output, each.mean(dim=0), 1e-5, name)
-
-
-def test_logits_of_any_pair(model):
-    inputs = everything()
-    output = model(**inputs)
-    features = {
-        m: getattr(model, f"get_{m}_features")(v).pooler_output
-        for m, v in {"audio": inputs["input_features"], "depth": inputs["depth_values"]}.items()
-    }
-    close(output.logits("audio", "depth"), features["audio"] @ features["depth"].t(), 1e-5, "audio and depth")
-    close(output.logits_per_depth, output.logits("depth", "text"), 0.0, "depth")
-    close(output.logits_per_text, output.logits_per_image.t(), 0.0, "text")
-    with pytest.raises(ValueError, match="No video was given"):
-        output.logits("audio", "video")
-    with pytest.raises(ValueError, match="nothing to embed"):
-        model()
-
-
-def info_nce(a, b, scale):
-    logits, target = scale * a @ b.t(), torch.arange(len(a))
-    cross_entropy = nn.functional.cross_entropy
-    return (cross_entropy(logits, target) + cross_entropy(logits.t(), target)) / 2
-
-
-def test_the_loss_binds_everything_to_images(model):
-    output = model(**everything(), return_loss=True)
-    scales = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
-    losses = [info_nce(output.image_embeds, output[f"{m}_embeds"], scale) for m, scale in scales.items()]
-    close(output.loss, torch.stack(losses).mean(), 1e-5, "loss")
-    # Without images, every pair; at the larger temperature of the two.
-    inputs = everything()
-    pair = model(input_features=inputs["input_features"], depth_values=inputs["depth_values"], return_loss=True)
-    close(pair.loss, info_nce(pair.audio_embeds, pair.depth_embeds, 20.0), 1e-5, "audio and depth")
-    assert model.contrast(pair, partial(contrastive_loss, label_smoothing=0.1)) > pair.loss
-    with pytest.raises(ValueError, match="two modalities"):
-        model(pixel_values=inputs["pixel_values"], pixel_values_videos=torch.randn(3, 3, 2, 24, 24), return_loss=True)
-
-
-def test_the_loss_comes_from_the_outputs_fields(model):
-    """A trainer that embeds in small batches puts the fields together and asks for the loss of all."""
-    inputs = everything()
-    whole = model(**inputs, return_loss=True)
-    parts = [model(**{name: value[i : i + 1] for name, value in inputs.items()}) for i in range(3)]
-    joined = type(whole)(
-        **{
-            name: torch.cat([part[name] for part in parts]) if name.endswith("_embeds") else parts[0][name]
-            for name in parts[0]
-            if name.endswith(("_embeds", "_scale"))
+        return {
+            "input_ids": IDS,
+            "pixel_values": torch.randn(3, 3, 24, 24),
+            "input_features": torch.randn(3, 2, 1, 20, 26),
+            "depth_values": torch.randn(3, 1, 24, 24),
+            "thermal_values": torch.rand(3, 1, 24, 24),
+            "imu_values": torch.randn(3, 6, 32),
         }
-    )
-    close(model.contrast(joined), whole.loss, 1e-5, "loss")
 
+    def test_scales_are_the_originals(self, model):
+        expected = {"image": 1.0, "video": 1.0, "text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0}
+        for modality, value in (expected | {"imu": 5.0}).items():
+            assert model.scale(modality).item() == pytest.approx(value, rel=1e-5)
+        assert [name for name, _ in model.logit_scales.named_parameters()] == ["text.scale"]
+        with torch.no_grad():
+            model.logit_scales["text"].scale.fill_(9.0)
+        assert model.scale("text").item() == 100.0
 
-class SafeOpenSpy:
-    """transformers' view of a safetensors file, which notes what is read of it."""
+    def test_films_are_averaged_over_clips(self, model):
+        clips = torch.randn(2, 3, 3, 2, 24, 24)
+        each = torch.stack([model.get_video_features(clip).pooler_output for clip in clips.unbind(dim=1)])
+        close(model.get_video_features(clips).pooler_output, each.mean(dim=0), 1e-5, "films")
 
-    read: list[str] = []
+    def test_without_images_every_pair_is_compared(self, model, batch):
+        sounds, films = batch["input_features"], torch.randn(3, 3, 2, 24, 24)
+        pair = model(input_features=sounds, depth_values=batch["depth_values"], return_loss=True)
+        close(pair.loss, info_nce(pair.audio_embeds, pair.depth_embeds, 20.0), 1e-5, "audio and depth")
+        smoothed = {"label_smoothing": 0.1}
+        expected = info_nce(pair.audio_embeds, pair.depth_embeds, 20.0, **smoothed)
+        close(model.contrast(pair, partial(contrastive_loss, **smoothed)), expected, 1e-5, "another loss")
+        with pytest.raises(ValueError, match="two modalities"):
+            model(pixel_values=batch["pixel_values"], pixel_values_videos=films, return_loss=True)
 
-    def __init__(self, *args, **options):
-        self.file = safe_open(*args, **options)
+    def test_the_trainer_takes_any_pair(self, model, tmp_path):
+        """Sounds with depth maps, without an image in sight."""
+        rows = [{"input_features": torch.randn(1, 20, 26), "depth_values": torch.randn(1, 24, 24)} for _ in range(8)]
+        before, after = self.learn(model, rows, tmp_path, frozen_towers=["vision", "text", "thermal", "imu"])
+        assert after < before / 2
 
-    def __enter__(self):
-        return self
+    def test_patches_are_left_out_in_training(self):
+        model = HfvlmImageBindModel(self.config(vision_config=VISION | {"patch_dropout": 0.5}))
+        model.train()
+        assert model.vision_model(torch.randn(1, 3, 24, 24)).last_hidden_state.shape[1] == 1 + 4
+        model.eval()
+        assert model.vision_model(torch.randn(1, 3, 24, 24)).last_hidden_state.shape[1] == 1 + 9
 
-    def __exit__(self, *error):
-        return self.file.__exit__(*error)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def get_slice(self, key):
-        return SliceSpy(key, self.file.get_slice(key))
-
-
-class SliceSpy:
-    def __init__(self, key, inner):
-        self.key, self.inner = key, inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def __getitem__(self, index):
-        SafeOpenSpy.read.append(self.key)
-        return self.inner[index]
-
-
-def test_batches_larger_than_memory_have_the_same_gradients(model):
-    inputs = everything()
-    loss = model(**inputs, return_loss=True).loss
-    loss.backward()
-    expected = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-    model.zero_grad()
-    close(cached_backward(model, model.contrast, inputs, 2), loss.detach(), 1e-5, "loss")
-    close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected, 1e-5, "gradients")
-
-
-def test_the_trainer_takes_any_pair(model, tmp_path):
-    """Sounds with depth maps, without an image in sight; learned from rows that collators make."""
-    torch.manual_seed(0)
-    rows = [{"input_features": torch.randn(1, 20, 26), "depth_values": torch.randn(1, 24, 24)} for _ in range(8)]
-
-    def collate(batch):
-        return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-
-    arguments = ContrastiveTrainingArguments(
-        tmp_path, max_steps=20, per_device_train_batch_size=8, mini_batch_size=4, learning_rate=3e-3, report_to=[],
-        frozen_towers=["vision", "text", "thermal", "imu"], use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    before = model(**collate(rows), return_loss=True).loss.item()
-    ContrastiveTrainer(model, arguments, collate, train_dataset=rows).train()
-    assert model.eval()(**collate(rows), return_loss=True).loss.item() < before / 2
-
-
-def test_patches_are_left_out_in_training():
-    model = HfvlmImageBindModel(config(vision_config=VISION | {"patch_dropout": 0.5}))
-    model.train()
-    assert model.vision_model(torch.randn(1, 3, 24, 24)).last_hidden_state.shape[1] == 1 + 4
-    model.eval()
-    assert model.vision_model(torch.randn(1, 3, 24, 24)).last_hidden_state.shape[1] == 1 + 9
-
-
-def test_only_the_chosen_towers_are_built_and_read(model, tmp_path, monkeypatch):
-    model.save_pretrained(tmp_path)
-    monkeypatch.setattr("transformers.modeling_utils.safe_open", SafeOpenSpy)
-    SafeOpenSpy.read.clear()
-    part, info = AutoModel.from_pretrained(tmp_path, modalities=["audio", "depth"], output_loading_info=True)
-    assert not any(info.values()), info
-    assert part.modalities == ("audio", "depth")
-    assert {key.split(".")[0] for key in part.state_dict()} == {"audio_model", "depth_model", "logit_scales"}
-    assert set(SafeOpenSpy.read) == set(part.state_dict())
-    values = torch.randn(2, 1, 20, 26)
-    close(part.get_audio_features(values).pooler_output, model.get_audio_features(values).pooler_output, 0.0, "audio")
-    with pytest.raises(ValueError, match="embeds audio, depth, not image: name it among the modalities"):
-        part.get_image_features(torch.randn(1, 3, 24, 24))
-    with pytest.raises(ValueError, match="embeds no smell"):
-        AutoModel.from_pretrained(tmp_path, modalities=["smell"])
-
-
-def test_what_is_saved_of_some_towers_has_those_alone(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    AutoModel.from_pretrained(tmp_path, modalities=["audio", "depth"]).save_pretrained(tmp_path / "part")
-    again, info = AutoModel.from_pretrained(tmp_path / "part", output_loading_info=True)
-    assert not any(info.values()), info
-    assert again.modalities == ("audio", "depth")
-    assert again.config.vision_config is None
-    with pytest.raises(ValueError, match="embeds no text; modalities may name audio, depth"):
-        AutoModel.from_pretrained(tmp_path / "part", modalities=["text"])
-
-
-def test_towers_share_one_space():
-    with pytest.raises(StrictDataclassClassValidationError, match="projection_dim differs"):
-        config(imu_config=IMU | {"projection_dim": 8})
-    with pytest.raises(ValueError, match="has no tower"):
-        HfvlmImageBindModel(config(**{f"{name}_config": None for name in TOWERS}))
-
-
-@pytest.mark.parametrize("tower", list(TOWERS))
-def test_lora_of_one_tower_leaves_the_others(model, tower):
-    tuned = hfvlm.lora(model, tower, quiet=True)
-    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(f".{tower}_model." in name and "lora" in name for name in trained)
-    assert len(trained) == 2 * 2 * 2  # layers, queries and values, two matrices each
-
-
-def test_lora_with_the_learned_scale(model):
-    tuned = hfvlm.lora(model, "audio+scale", quiet=True)
-    trained = {name.split(".")[2] for name, p in tuned.named_parameters() if p.requires_grad}
-    assert trained == {"audio_model", "logit_scales"}
+    def test_lora_with_the_learned_scale(self, model):
+        tuned = hfvlm.lora(model, "audio+scale", quiet=True)
+        trained = {name.split(".")[2] for name, p in tuned.named_parameters() if p.requires_grad}
+        assert trained == {"audio_model", "logit_scales"}

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from torch import nn
 from transformers import AutoModel
 
 import hfvlm
@@ -9,7 +8,6 @@ from hfvlm.models.clip import HfvlmCLIPVisionConfig, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind import (
     HfvlmLanguageBindAudioConfig,
     HfvlmLanguageBindAudioModel,
-    HfvlmLanguageBindConfig,
     HfvlmLanguageBindDepthConfig,
     HfvlmLanguageBindDepthModel,
     HfvlmLanguageBindModel,
@@ -22,8 +20,7 @@ from hfvlm.models.languagebind import (
     HfvlmLanguageBindVisionConfig,
     HfvlmLanguageBindVisionModel,
 )
-from hfvlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
-from hfvlm.training.gradient_cache import cached_backward
+from tests.models.multi_encoder import MultiEncoderSuite
 from tests.suite import ModelSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -38,22 +35,6 @@ TOWERS = {
 }  # fmt: skip
 IDS = torch.tensor([[48, 7, 49, 49, 49, 49], [48, 3, 9, 2, 4, 49], [48, 5, 6, 49, 49, 49]])
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def config(**changes):
-    return HfvlmLanguageBindConfig(**{f"{name}_config": sizes for name, sizes in TOWERS.items()} | changes)
-
-
-def everything():
-    return {
-        "input_ids": IDS,
-        "attention_mask": MASK,
-        "pixel_values": torch.randn(3, 3, 24, 24),
-        "pixel_values_videos": torch.randn(3, 3, 3, 24, 24),
-        "input_features": torch.randn(3, 3, 16, 40),
-        "depth_values": torch.randn(3, 3, 24, 24),
-        "thermal_values": torch.randn(3, 3, 24, 24),
-    }
 
 
 class TestVision(ModelSuite):
@@ -208,133 +189,47 @@ class TestVideo(ModelSuite):
         assert not torch.equal(places[0, 0], places[1, 0])
 
 
-class TestLanguageBind(ModelSuite):
-    model_class, auto_class = HfvlmLanguageBindModel, AutoModel
+class TestLanguageBind(MultiEncoderSuite):
+    model_class, towers, anchor, chosen = HfvlmLanguageBindModel, TOWERS, "text", ("video", "text")
+    modalities = ("image", "video", "text", "audio", "depth", "thermal")
+    attentions = {"video": 2}
     implementations = ("sdpa",)
 
-    def config(self):
-        return config()
-
     def inputs(self):
-        return everything()
+        return {
+            "input_ids": IDS,
+            "attention_mask": MASK,
+            "pixel_values": torch.randn(3, 3, 24, 24),
+            "pixel_values_videos": torch.randn(3, 3, 3, 24, 24),
+            "input_features": torch.randn(3, 3, 16, 40),
+            "depth_values": torch.randn(3, 3, 24, 24),
+            "thermal_values": torch.randn(3, 3, 24, 24),
+        }
 
-    def loss_inputs(self):
-        return {"return_loss": True}
+    def test_each_modality_but_text_has_a_learned_scale(self, model):
+        assert sorted(name for name, _ in model.logit_scales.named_parameters()) == sorted(
+            f"{m}.scale" for m in model.modalities if m != "text"
+        )
+        assert model.scale("text").item() == 1
+        assert model.scale("depth").item() == pytest.approx(1 / 0.07, rel=1e-4)
 
+    def test_the_trainer_binds_films_to_texts(self, model, tmp_path):
+        """As the authors train: the texts' tower stays as it is, and patches are left out."""
+        rows = [
+            {"pixel_values_videos": torch.randn(3, 3, 24, 24), "input_ids": torch.tensor([48, i + 1, 49])}
+            for i in range(8)
+        ]
+        text = model.text_model.embeddings.token.weight.clone()
+        frozen = ["vision", "text", "audio", "depth", "thermal"]
+        before, after = self.learn(model, rows, tmp_path, frozen_towers=frozen, patch_dropout=0.3)
+        assert after < before / 2
+        assert model.video_model.patch_dropout.rate == 0.3
+        assert torch.equal(model.text_model.embeddings.token.weight, text)
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return HfvlmLanguageBindModel(config()).eval()
-
-
-def test_it_says_what_it_embeds(model):
-    assert model.modalities == ("image", "video", "text", "audio", "depth", "thermal")
-    inputs = everything()
-    names = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", "depth_values", "thermal_values")
-    for modality, name in zip(("text", "image", "video", "audio", "depth", "thermal"), names, strict=True):
-        features = getattr(model, f"get_{modality}_features")(**{name: inputs[name]}).pooler_output
-        close(features.norm(dim=-1), model.scale(modality).expand(3), 1e-5, modality)
-
-
-def test_each_modality_but_text_has_a_learned_scale(model):
-    assert sorted(name for name, _ in model.logit_scales.named_parameters()) == sorted(
-        f"{m}.scale" for m in model.modalities if m != "text"
-    )
-    assert model.scale("text").item() == 1
-    assert model.scale("depth").item() == pytest.approx(1 / 0.07, rel=1e-4)
-
-
-def test_clips_are_averaged(model):
-    for name, shape in {"audio": (3, 16, 40), "video": (3, 3, 24, 24), "thermal": (3, 24, 24)}.items():
-        encode, clips = getattr(model, f"get_{name}_features"), torch.randn(2, 2, *shape)
-        each = torch.stack([encode(clip).pooler_output for clip in clips.unbind(dim=1)])
-        close(encode(clips).pooler_output, each.mean(dim=0), 1e-5, name)
-
-
-def info_nce(a, b, scale):
-    logits, target = scale * a @ b.t(), torch.arange(len(a))
-    cross_entropy = nn.functional.cross_entropy
-    return (cross_entropy(logits, target) + cross_entropy(logits.t(), target)) / 2
-
-
-def test_the_loss_binds_everything_to_texts(model):
-    with torch.no_grad():
-        model.logit_scales["audio"].scale.fill_(3.0)
-    output = model(**everything(), return_loss=True)
-    others = ("image", "video", "audio", "depth", "thermal")
-    losses = [info_nce(output.text_embeds, output[f"{m}_embeds"], model.scale(m)) for m in others]
-    close(output.loss, torch.stack(losses).mean(), 1e-5, "loss")
-    close(output.logits_per_audio, output.logits("audio", "text"), 0.0, "audio")
-    close(output.logits_per_text, output.logits_per_image.t(), 0.0, "text")
-
-
-def test_batches_larger_than_memory_have_the_same_gradients(model):
-    inputs = everything()
-    loss = model(**inputs, return_loss=True).loss
-    loss.backward()
-    expected = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-    model.zero_grad()
-    close(cached_backward(model, model.contrast, inputs, 2), loss.detach(), 1e-5, "loss")
-    close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected, 1e-5, "gradients")
-
-
-def test_the_trainer_binds_films_to_texts(model, tmp_path):
-    """As the authors train: the texts' tower stays as it is, and patches are left out."""
-    rows = [
-        {"pixel_values_videos": torch.randn(3, 3, 24, 24), "input_ids": torch.tensor([48, i + 1, 49])}
-        for i in range(8)
-    ]
-
-    def collate(batch):
-        return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-
-    arguments = ContrastiveTrainingArguments(
-        tmp_path, max_steps=20, per_device_train_batch_size=8, mini_batch_size=4, learning_rate=3e-3, report_to=[],
-        frozen_towers=["vision", "text", "audio", "depth", "thermal"], patch_dropout=0.3, use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    before, text = (
-        model(**collate(rows), return_loss=True).loss.item(),
-        model.text_model.embeddings.token.weight.clone(),
-    )
-    ContrastiveTrainer(model, arguments, collate, train_dataset=rows).train()
-    assert model.video_model.patch_dropout.rate == 0.3
-    assert model.eval()(**collate(rows), return_loss=True).loss.item() < before / 2
-    assert torch.equal(model.text_model.embeddings.token.weight, text)
-
-
-def test_only_the_chosen_towers_are_built(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    part, info = AutoModel.from_pretrained(tmp_path, modalities=["video", "text"], output_loading_info=True)
-    assert not any(info.values()), info
-    assert {key.split(".")[0] for key in part.state_dict()} == {"video_model", "text_model", "logit_scales"}
-    film = torch.randn(2, 3, 3, 24, 24)
-    close(part.get_video_features(film).pooler_output, model.get_video_features(film).pooler_output, 0.0, "video")
-    part.save_pretrained(tmp_path / "part")
-    again, info = AutoModel.from_pretrained(tmp_path / "part", output_loading_info=True)
-    assert not any(info.values()), info
-    assert again.modalities == ("video", "text")
-
-
-def test_towers_share_one_space():
-    with pytest.raises(StrictDataclassClassValidationError, match="projection_dim differs"):
-        config(audio_config=AUDIO | {"projection_dim": 8})
-
-
-@pytest.mark.parametrize("tower", list(TOWERS))
-def test_lora_of_one_tower_leaves_the_others(model, tower):
-    tuned = hfvlm.lora(model, tower, quiet=True)
-    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
-    assert all(f".{tower}_model." in name and "lora" in name for name in trained)
-    attentions = 2 if tower == "video" else 1
-    assert len(trained) == attentions * 2 * 2 * 2  # layers, queries and values, two matrices each
-
-
-def test_lora_across_time_alone(model):
-    """As the authors' adapter on films."""
-    layers = [rf"temporal_attention\.{part}_proj" for part in ("q", "k", "v", "out")]
-    tuned = hfvlm.lora(model, "video+scale", layers=layers, r=4, alpha=4, quiet=True)
-    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
-    assert sum("lora" in name for name in trained) == 2 * 4 * 2
-    assert all("temporal_attention" in name or "logit_scales" in name for name in trained)
+    def test_lora_across_time_alone(self, model):
+        """As the authors' adapter on films."""
+        layers = [rf"temporal_attention\.{part}_proj" for part in ("q", "k", "v", "out")]
+        tuned = hfvlm.lora(model, "video+scale", layers=layers, r=4, alpha=4, quiet=True)
+        trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+        assert sum("lora" in name for name in trained) == 2 * 4 * 2
+        assert all("temporal_attention" in name or "logit_scales" in name for name in trained)
