@@ -18,7 +18,7 @@ from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextC
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
-from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid, resize_line
+from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid, resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -86,7 +86,9 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         """
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values, **BICUBIC)
         check_positions(x, position, pixel_values, self.config.image_size, self.main_input_name)
         depth = None if until is None else self.layers.depth_of(until)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), depth=depth, **kwargs)
@@ -99,12 +101,6 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         """Names of the modules that `hidden_states[until]` does not depend on."""
         depth = self.layers.depth_of(until)
         return [*(f"layers.{i}" for i in range(depth, len(self.layers))), "post_norm", "projection"]
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
 
 
 class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):

@@ -25,7 +25,7 @@ from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextC
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, text_positions
-from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import (
@@ -100,17 +100,13 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
         """
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values, **BICUBIC)
         check_positions(x, position, pixel_values, self.config.image_size)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         x = self.post_norm(self.pool(x))
         return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
 
     def resize_positions(self, image_size: int | tuple[int, int]) -> None:
         """Change the picture size for good, as open_clip does when it loads a file."""

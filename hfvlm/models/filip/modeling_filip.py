@@ -27,7 +27,7 @@ from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPT
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
-from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.positions import BICUBIC, check_positions, grid_for
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -108,17 +108,13 @@ class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
         """
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values, **BICUBIC)
         check_positions(x, position, pixel_values, self.config.image_size)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         patches = x[:, 1:]
         return TowerOutput(last_hidden_state=x, pooler_output=patches.mean(dim=1), embeds=self.projection(patches))
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
 
 
 class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):

@@ -22,7 +22,7 @@ from hfvlm.models.languagebind.configuration_languagebind import (
 )
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
@@ -146,18 +146,15 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
         x = self.patches(pixel_values_videos.transpose(1, 2).flatten(0, 1))
         class_token = self.class_token.expand(frames, -1).repeat(films, 1).unsqueeze(1)
         x = torch.cat([class_token, x], dim=1)
-        position = self.position_for(pixel_values_videos) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values_videos, **BICUBIC)
         check_positions(x, position, pixel_values_videos, self.config.image_size, self.main_input_name)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position, frames)), **kwargs).unflatten(
             0, (films, frames)
         )
         pooled = self.post_norm(x[:, :, 0]).mean(dim=1)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
-
-    def position_for(self, pixel_values_videos: Tensor) -> Tensor:
-        """The position table for frames of another size."""
-        height, width = (edge // self.config.patch_size for edge in pixel_values_videos.shape[-2:])
-        return resize_grid(self.position, self.config.grid, (height, width), **BICUBIC)
 
 
 class TemporalLayer(PreNormLayer):

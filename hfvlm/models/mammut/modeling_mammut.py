@@ -30,7 +30,7 @@ from hfvlm.models.mammut.configuration_mammut import (
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, text_positions
-from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
+from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import CausalAttention, CrossAttention, GroundingLayer, PreNormLayer, Stack
@@ -76,19 +76,15 @@ class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
         """
         x = self.patches(pixel_values)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values, **BICUBIC)
         check_positions(x, position, pixel_values, self.config.image_size)
         if self.training and self.config.cropped_positions is not None:
             position = cropped(position, self.config.grid, self.config.cropped_positions)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         pooled = self.post_norm(x.mean(dim=1))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC)
 
     def resize_positions(self, image_size: int | tuple[int, int]) -> None:
         """Change the picture size for good, as open_clip does when it loads a file."""

@@ -26,7 +26,7 @@ from hfvlm.models.siglip.configuration_siglip import (
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
 from hfvlm.modules.pooling import AttentionPool
-from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, resize_grid, sampled_grid
+from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, grid_for, sampled_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import BiasedLogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -78,17 +78,13 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            position = grid_for(position, self.config, pixel_values, **ALIGNED_CORNERS)
         check_positions(x, position, pixel_values, self.config.image_size)
         x = self.post_norm(self.layers(self.patch_dropout(x + position), **kwargs))
         pooled = self.pool(x, **kwargs)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **ALIGNED_CORNERS)
 
 
 class HfvlmSigLIPNaFlexVisionModel(HfvlmSigLIPPreTrainedModel):
