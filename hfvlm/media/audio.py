@@ -8,7 +8,7 @@ import numpy as np
 from hfvlm.media.containers import FORMATS, open_container
 from hfvlm.media.errors import MediaError
 from hfvlm.media.recordings import Recording, check_size, with_rate
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, import_extra, name_of, opened, parallel, read_array
+from hfvlm.media.sources import AllowUrls, check_finite, fetched, import_extra, name_of, opened, read_array, read_batch
 
 MAX_CHANNELS = 64
 # Beyond this, floating-point samples are integers that were never scaled.
@@ -24,10 +24,7 @@ def read_audios(sources: Any, *, sampling_rate: float | None = None, allow_urls:
     batch = sources if isinstance(sources, list) else [sources]
     if batch and all(isinstance(value, int | float) for value in batch):
         batch = [batch]
-    return parallel(
-        lambda item: read_audio(item[1], sampling_rate=sampling_rate, allow_urls=allow_urls, index=item[0]),
-        list(enumerate(batch)),
-    )
+    return read_batch(read_audio, batch, sampling_rate=sampling_rate, allow_urls=allow_urls)
 
 
 def read_audio(

@@ -7,7 +7,7 @@ import numpy as np
 
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import MAX_PIXELS, read_image
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, parallel, read_array
+from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, read_array, read_batch
 
 MAX_METRES = 1000.0
 
@@ -29,13 +29,7 @@ ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def read_depths(sources: Any, *, encoding: str = "millimetres", allow_urls: AllowUrls = False) -> list[np.ndarray]:
     """A batch of depth maps: a list, or an array of (B, H, W). Anything else is a batch of one; see `read_depth`."""
-    batch = sources if isinstance(sources, list) else [sources]
-    if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
-        batch = list(sources)
-    return parallel(
-        lambda item: read_depth(item[1], encoding=encoding, allow_urls=allow_urls, index=item[0]),
-        list(enumerate(batch)),
-    )
+    return read_batch(read_depth, one_by_one(sources), encoding=encoding, allow_urls=allow_urls)
 
 
 def read_depth(
@@ -87,6 +81,13 @@ def read_depth(
             "Pass millimetres as integers."
         )
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def one_by_one(sources: Any) -> list[Any]:
+    """A batch of sources with one channel: a list, or an array of (B, H, W). Anything else is a batch of one."""
+    if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
+        return list(sources)
+    return sources if isinstance(sources, list) else [sources]
 
 
 def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:

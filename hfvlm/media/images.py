@@ -7,7 +7,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from hfvlm.media.errors import MediaError
-from hfvlm.media.sources import AllowUrls, name_of, opened, parallel
+from hfvlm.media.sources import AllowUrls, name_of, opened, read_batch
 
 MAX_PIXELS = 89_478_485  # Pillow warns from here on; here it is the end
 # Pillow reads more, but some of those formats run other programs (EPS) or are documents.
@@ -19,7 +19,7 @@ def read_images(sources: Any, *, allow_urls: AllowUrls = False) -> list[Image.Im
     batch = list(sources) if isinstance(sources, list | tuple) else [sources]
     if isinstance(sources, np.ndarray | torch.Tensor) and sources.ndim == 4:
         batch = list(sources)
-    return parallel(lambda item: read_image(item[1], allow_urls=allow_urls, index=item[0]), list(enumerate(batch)))
+    return read_batch(read_image, batch, allow_urls=allow_urls)
 
 
 def read_image(

@@ -8,7 +8,7 @@ import torch
 
 from hfvlm.media.errors import MediaError
 from hfvlm.media.recordings import Recording, check_size, resample, with_rate
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, parallel, read_array
+from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, read_array, read_batch
 
 CHANNELS = 6
 # Units that fit no wearable: 16 g and 2,000 degrees a second are 157 m/s^2 and 35 rad/s.
@@ -20,10 +20,7 @@ def read_imus(sources: Any, *, sampling_rate: float | None = None, allow_urls: A
     batch = sources if isinstance(sources, list) else [sources]
     if getattr(sources, "ndim", 2) == 3:
         batch = list(sources)
-    return parallel(
-        lambda item: read_imu(item[1], sampling_rate=sampling_rate, allow_urls=allow_urls, index=item[0]),
-        list(enumerate(batch)),
-    )
+    return read_batch(read_imu, batch, sampling_rate=sampling_rate, allow_urls=allow_urls)
 
 
 def read_imu(

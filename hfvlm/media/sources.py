@@ -5,7 +5,7 @@ import binascii
 import importlib
 import io
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,11 @@ def parallel(function: Any, items: list[Any]) -> list[Any]:
         return [function(item) for item in items]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
+
+
+def read_batch(read: Callable[..., Any], batch: Iterable[Any], **options: Any) -> list[Any]:
+    """Each source of a batch by `read`, which is told its place."""
+    return parallel(lambda item: read(item[1], index=item[0], **options), list(enumerate(batch)))
 
 
 def name_of(kind: str, source: Any, index: int | None) -> str:

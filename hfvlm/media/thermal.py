@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from hfvlm.media.depth import one_channel
+from hfvlm.media.depth import one_by_one, one_channel
 from hfvlm.media.errors import MediaError
-from hfvlm.media.sources import AllowUrls, check_finite, name_of, parallel
+from hfvlm.media.sources import AllowUrls, check_finite, name_of, read_batch
 
 
 def read_thermals(
@@ -14,13 +14,7 @@ def read_thermals(
 ) -> list[np.ndarray]:
     """A batch of thermal pictures: a list, or an array of (B, H, W). Anything else is a batch of one; see
     `read_thermal`."""
-    batch = sources if isinstance(sources, list) else [sources]
-    if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
-        batch = list(sources)
-    return parallel(
-        lambda item: read_thermal(item[1], limits=limits, allow_urls=allow_urls, index=item[0]),
-        list(enumerate(batch)),
-    )
+    return read_batch(read_thermal, one_by_one(sources), limits=limits, allow_urls=allow_urls)
 
 
 def read_thermal(

@@ -15,7 +15,7 @@ from hfvlm.media.containers import open_container
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import MAX_PIXELS, read_image, to_8_bits
 from hfvlm.media.recordings import with_rate
-from hfvlm.media.sources import AllowUrls, fetched, name_of, opened, parallel
+from hfvlm.media.sources import AllowUrls, fetched, name_of, opened, read_batch
 
 MAX_FRAMES = 2**20
 MAX_DECODED_BYTES = 2**32
@@ -31,9 +31,7 @@ def read_videos(sources: Any, *, fps: float | None = None, allow_urls: AllowUrls
     batch = sources if isinstance(sources, list) else [sources]
     if getattr(sources, "ndim", 0) == 5:
         batch = list(sources)
-    return parallel(
-        lambda item: read_video(item[1], fps=fps, allow_urls=allow_urls, index=item[0]), list(enumerate(batch))
-    )
+    return read_batch(read_video, batch, fps=fps, allow_urls=allow_urls)
 
 
 def read_video(
