@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.media.errors import MediaError
+
 FRAME_SECONDS, SHIFT_SECONDS = 0.025, 0.010
 LOWEST_HERTZ = 20.0
 PREEMPHASIS = 0.97
@@ -20,11 +22,14 @@ def kaldi_fbank(waveform: Tensor, sampling_rate: int, num_mel_bins: int) -> Tens
     htk_compat=True, use_energy=False)`.
 
     Raises:
-        ValueError: the waveform is shorter than a frame.
+        MediaError: the waveform is shorter than a frame.
     """
     size, shift = int(sampling_rate * FRAME_SECONDS), int(sampling_rate * SHIFT_SECONDS)
     if len(waveform) < size:
-        raise ValueError(f"{len(waveform)} samples are less than a frame of {size} ({FRAME_SECONDS * 1000:.0f} ms).")
+        raise MediaError(
+            f"A sound of {len(waveform) / sampling_rate * 1000:.3g} ms is less than a frame, too short; it takes "
+            f"{FRAME_SECONDS * 1000:.0f} ms at least."
+        )
     frames = waveform.unfold(0, size, shift)
     frames = frames - frames.mean(dim=1, keepdim=True)
     before = F.pad(frames[None], (1, 0), mode="replicate")[0, :, :-1]

@@ -15,8 +15,8 @@ from hfvlm.media import read_audios, read_depths, read_imus, read_thermals, read
 from hfvlm.media.errors import MediaError
 from hfvlm.media.imu import windows
 from hfvlm.media.recordings import Recording, resample
-from hfvlm.media.resizing import cover
-from hfvlm.media.spectrograms import FRAME_SECONDS, kaldi_fbank
+from hfvlm.media.resizing import MAX_RESIZED_PIXELS, cover
+from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
@@ -122,12 +122,9 @@ def fitted(frame: Tensor, size: int) -> Tensor:
     """(3, H, W), uint8 -> values in 0..1, with a short edge of `size`, from the four nearest pixels each."""
     height, width = frame.shape[1:]
     shape = (int(height / width * size), size) if width < height else (size, int(width / height * size))
-    if shape[0] * shape[1] > MAX_FITTED_PIXELS:
+    if shape[0] * shape[1] > MAX_RESIZED_PIXELS:
         raise MediaError(f"A frame of {width} x {height} pixels is too thin to be fitted to squares: crop the film.")
     return F.interpolate(frame[None] / 255.0, size=shape, mode="bilinear", align_corners=False)[0]
-
-
-MAX_FITTED_PIXELS = 2**26
 
 
 class HfvlmImageBindFeatureExtractor(HfvlmFeatureExtractor):
@@ -173,8 +170,6 @@ class HfvlmImageBindFeatureExtractor(HfvlmFeatureExtractor):
         rate, seconds = settings["sampling_rate"], Fraction(settings["clip_seconds"])
         # A copy: each clip's mean is subtracted in place, and clips overlap.
         samples = resample(torch.from_numpy(medium.samples), medium.sampling_rate, rate).clone()
-        if samples.shape[1] < rate * FRAME_SECONDS:
-            raise MediaError(f"A sound of {medium.seconds * 1000:.3g} ms is too short; it takes 25 ms at least.")
         clips = []
         for start in clip_starts(samples.shape[1] / rate, settings["clip_seconds"], settings["num_clips"]):
             clip = samples[:, int(start * rate) : int((start + seconds) * rate)]

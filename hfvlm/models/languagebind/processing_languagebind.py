@@ -14,7 +14,7 @@ from hfvlm.media.errors import MediaError
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.recordings import Recording, resample
 from hfvlm.media.resizing import MAX_RESIZED_PIXELS
-from hfvlm.media.spectrograms import FRAME_SECONDS, kaldi_fbank
+from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
@@ -163,8 +163,6 @@ class HfvlmLanguageBindFeatureExtractor(HfvlmFeatureExtractor):
         """(bins, N), before it is cut or repeated."""
         rate = settings["sampling_rate"]
         samples = resample(torch.from_numpy(medium.samples), medium.sampling_rate, rate)
-        if samples.shape[1] < rate * FRAME_SECONDS:
-            raise MediaError(f"A sound of {medium.seconds * 1000:.3g} ms is too short; it takes 25 ms at least.")
         return kaldi_fbank((samples - samples.mean())[0], rate, settings["num_mel_bins"]).t()
 
     def starts(self, frames: int, length: int) -> list[int]:
