@@ -1,5 +1,6 @@
 """Models that match pictures with texts and write about them, with the same weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class ContrastiveCaptioningOutput(DualEncoderOutput):
     text_lengths: Tensor | None = None
 
 
-class ContrastiveCaptioner(DualEncoder, CaptioningModel):
+class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
     """A dual encoder whose text tower also writes: called with a context, it returns scores of the next tokens.
 
     A subclass builds `vision_model`, `text_model` and `logit_scale`, says in `context` what is written from, and its
@@ -44,9 +45,9 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel):
     def text_decoder(self) -> Any:
         return self.text_model
 
+    @abstractmethod
     def context(self, image: BaseModelOutputWithPooling) -> Context:
         """What the vision tower made of pictures -> what the text tower looks at when it writes."""
-        raise NotImplementedError
 
     def read(self, pixel_values: Tensor, **kwargs: Any) -> Context:
         return self.context(self.vision_model(pixel_values, **kwargs))

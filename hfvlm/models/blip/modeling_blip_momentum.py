@@ -3,7 +3,7 @@
 Source: https://github.com/salesforce/BLIP at 056a169, models/blip_pretrain.py and models/blip_retrieval.py.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,11 @@ class RetrievalTeacher(Teacher):
         init.constant_(self.id_queue, -100)
 
 
-class MomentumTraining(HfvlmBLIPForImageTextRetrieval):
+class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
     """Contrastive learning against a teacher and its queue, and matching; in training, each step moves the teacher."""
 
     teacher: Any
     logit_scale: Any
-    # Tokens of a wrong picture for each text, and a wrong text and its mask for each picture.
-    wrong_partners: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -220,6 +218,12 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval):
             momentum_image_embeds=taught[0],
             momentum_text_embeds=taught[1],
         )
+
+    @abstractmethod
+    def wrong_partners(
+        self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of a wrong picture for each text, and a wrong text and its mask for each picture."""
 
     def right_partners(self, pair_ids: Tensor | None, size: int, columns: int) -> Tensor:
         """`(B, B + Q)`, which of the batch and of the queue belong to each row."""
