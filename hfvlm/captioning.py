@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput
 
 from hfvlm.modeling import HfvlmPreTrainedModel
 from hfvlm.modules.context import Context
+from hfvlm.modules.embeddings import text_positions
 
 
 @dataclass
@@ -36,9 +38,30 @@ class CaptioningOutput(ModelOutput):
 
 
 class GroundedGenerationMixin(GenerationMixin):
-    """`generate` for a text decoder whose forward takes a `context`."""
+    """`generate` for a text decoder whose forward takes a `context`, and where each step of it begins."""
 
     config: Any
+
+    def begin_step(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        *,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, Cache | None]:
+        """The positions of a step's tokens, by default those after the cache's; and the cache, made if missing."""
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask, cache)
+        return position_ids, cache
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """Of ids `(B, N)` that follow a cache's, counted from each text's first token; see `text_positions`."""
+        past = 0 if cache is None else cache.get_seq_length()
+        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

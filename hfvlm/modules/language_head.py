@@ -6,6 +6,11 @@ from transformers.activations import ACT2FN
 from hfvlm.configuration import BertTextConfig
 
 
+def last_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
+    """Of `(B, N, D)` so many last tokens, or those at these positions; 0 keeps all."""
+    return x[:, -keep:] if isinstance(keep, int) else x[:, keep]
+
+
 class BertLanguageHead(nn.Module):
     """BERT's: one more layer, then a product with the word embeddings, which the model ties to `decoder`."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
@@ -28,7 +28,7 @@ from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextC
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import BertEmbedding, PatchEmbedding, text_positions
-from hfvlm.modules.language_head import BertLanguageHead
+from hfvlm.modules.language_head import BertLanguageHead, last_tokens
 from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, Temperature
@@ -247,18 +247,16 @@ class HfvlmBLIPTextDecoder(HfvlmBLIPTextPreTrainedModel, GroundedGenerationMixin
             use_cache: return keys and values for the next call.
             logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
-        x = self.embeddings(input_ids, position_ids)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values
+        positions, cache = self.begin_step(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
         )
-        x = self.layers(x, mask, context, past_key_values=past_key_values, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithCrossAttentions(logits=self.lm_head(x[:, kept]), past_key_values=past_key_values)
+        x = self.embeddings(input_ids, positions)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache
+        )
+        x = self.layers(x, mask, context, past_key_values=cache, **kwargs)
+        logits = self.lm_head(last_tokens(x, logits_to_keep))
+        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
 
     # BLIP's beams were made with transformers 4.15, which compares log probabilities over the length of the whole
     # text, prompt included and [SEP] not; later versions count what is written alone.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.utils.generic import merge_with_config_defaults
@@ -24,7 +24,8 @@ from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, text_positions
+from hfvlm.modules.embeddings import PatchEmbedding
+from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
@@ -191,23 +192,19 @@ class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
         """
         if context is None:
             return self.embed(input_ids, **kwargs)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask, past)
-        x = self.token(input_ids) + self.position[position_ids]
-        if visible is None and not past:
+        positions, cache = self.begin_step(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
+        )
+        x = self.token(input_ids) + self.position[positions]
+        if visible is None and (cache is None or not cache.get_seq_length()):
             visible = self.visible(input_ids, attention_mask)
         masks = [
-            create_causal_mask(
-                config=self.config, inputs_embeds=x, attention_mask=seen, past_key_values=past_key_values
-            )
+            create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=seen, past_key_values=cache)
             for seen in (attention_mask if visible is None else visible, attention_mask)
         ]
-        x = self.layers(x, masks[0], past_key_values=past_key_values, **kwargs)
-        logits = self.write(x, masks[1], context, logits_to_keep, past_key_values=past_key_values, **kwargs)
-        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=past_key_values)
+        x = self.layers(x, masks[0], past_key_values=cache, **kwargs)
+        logits = self.write(x, masks[1], context, logits_to_keep, past_key_values=cache, **kwargs)
+        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
@@ -230,11 +227,7 @@ class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for layer, grounding in zip(self.multimodal_layers, self.grounding_layers, strict=True):
             x = grounding(layer(x, mask, **kwargs), tokens, context_mask, context.kept)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.lm_head(self.multimodal_norm(x[:, kept]))
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
-        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
+        return self.lm_head(self.multimodal_norm(last_tokens(x, logits_to_keep)))
 
     # Padding's id is that of a real piece, "!" within a word, and is hidden there too. The original hides the key
     # after each such token, and calls that a mistake which the released weights were trained with.

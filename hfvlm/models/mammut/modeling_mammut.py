@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.utils.generic import merge_with_config_defaults
@@ -29,7 +29,8 @@ from hfvlm.models.mammut.configuration_mammut import (
 )
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, text_positions
+from hfvlm.modules.embeddings import PatchEmbedding
+from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
@@ -174,24 +175,21 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, GroundedGenerationMixin):
         """
         if context is None:
             return self.embed(input_ids, **kwargs)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask, past)
-        x = self.token(input_ids) + self.position[position_ids]
+        positions, cache = self.begin_step(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
+        )
+        x = self.token(input_ids) + self.position[positions]
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache
         )
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, past_key_values=past_key_values, **kwargs)
+            x = layer(x, mask, past_key_values=cache, **kwargs)
             if i in self.config.grounded:
                 grounding = self.grounding_layers[i // self.config.grounding_interval]
                 x = grounding(x, tokens, context_mask, context.kept)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.post_norm(x[:, kept]))
-        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=past_key_values)
+        logits = self.lm_head(self.post_norm(last_tokens(x, logits_to_keep)))
+        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """The contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""
@@ -202,9 +200,6 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, GroundedGenerationMixin):
         x = self.post_norm(x)
         pooled = x.mean(dim=1)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
-        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
 
 
 class HfvlmMaMMUTModel(ContrastiveCaptioner):

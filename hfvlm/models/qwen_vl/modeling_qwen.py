@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
+from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.transformer import eager_attention_forward
 
 
@@ -235,8 +236,7 @@ class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.lm_head(last_tokens(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
