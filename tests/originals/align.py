@@ -1,5 +1,4 @@
 import re
-from pathlib import Path
 
 import torch
 from hfvlm.conversion.align import block_names, config_from_original, layout_of
@@ -11,7 +10,7 @@ from hfvlm.models.align import HfvlmALIGNImageProcessor, HfvlmALIGNModel, HfvlmA
 from hfvlm.models.align.modeling_align import pad_for
 from hfvlm.tensor_bundle import variable_names
 from tests.golden import Golden, Recorder
-from tests.originals.common import converted, vocabulary
+from tests.originals.common import bert_vocabulary, converted
 
 
 def compare(golden: Golden) -> None:
@@ -38,13 +37,6 @@ def tokens(golden: Golden) -> None:
     tokenizer = HfvlmALIGNTokenizer.from_vocabulary(bert_vocabulary(golden.folder))
     for row in golden.case["texts"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
-
-
-def bert_vocabulary(folder: Path) -> Path:
-    """Beside the case, among another architecture's cases, or where `vocabulary` looks."""
-    others = sorted(folder.parent.parent.glob("*/*/vocab.txt"), key=lambda path: -path.stat().st_size)
-    whole = [path for path in others if path.read_text(encoding="utf-8").count("\n") == 30522]
-    return whole[0] if whole else vocabulary(folder, "vocab.txt")
 
 
 def original_weights(golden: Golden) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@ import re
 from collections import defaultdict
 from typing import Any
 
-import pytest
 import torch
 from hfvlm.conversion.blip import config_from_original
 from torch import Tensor
@@ -12,7 +11,7 @@ from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, Hfvlm
 from hfvlm.modules.context import Context
 from hfvlm.tokenization import clean_caption, clean_question
 from tests.golden import Golden
-from tests.originals.common import converted
+from tests.originals.common import bert_vocabulary, converted
 
 
 def compare(golden: Golden) -> None:
@@ -45,9 +44,7 @@ def pixels(golden: Golden) -> None:
 
 
 def tokens(golden: Golden) -> None:
-    path = golden.folder / "vocab.txt"
-    if not path.exists():
-        pytest.skip("bert-base-uncased's vocab.txt is not beside the case")
+    path = bert_vocabulary(golden.folder)
     tokenizer = HfvlmBLIPTokenizer.from_vocabulary(path, model_max_length=512)
     for name, token_id in golden.case["special_ids"].items():
         assert tokenizer.convert_tokens_to_ids(name.split()[0]) == token_id

@@ -37,5 +37,13 @@ def vocabulary(folder: Path, name: str) -> Path:
         if (place / name).exists():
             return place / name
     pytest.skip(
-        f"{name} is not at hand: set HFVLM_VOCABULARIES to its folder, or pip install --no-deps open_clip_torch"
+        f"{name} is not at hand: set HFVLM_VOCABULARIES to its folder; OpenAI's comes with pip install --no-deps "
+        "open_clip_torch, bert-base-uncased's with its weights on the Hub"
     )
+
+
+def bert_vocabulary(folder: Path) -> Path:
+    """bert-base-uncased's: beside the case, among another architecture's cases, or where `vocabulary` looks."""
+    beside, others = folder / "vocab.txt", sorted(folder.parent.parent.glob("*/*/vocab.txt"))
+    whole = [path for path in others if path.read_text(encoding="utf-8").count("\n") == 30522]
+    return whole[0] if whole and not beside.exists() else vocabulary(folder, "vocab.txt")
