@@ -193,6 +193,11 @@ class WritingTowerSuite(ModelSuite):
         assert next(iter(reused.kept.values())) is kept
         close(model(ids, None, context, logits_to_keep=2).logits, whole[:, -2:], 1e-6, "last")
 
+    def test_output_embeddings_can_be_replaced(self, model, batch):
+        assert model.get_output_embeddings() is model.lm_head
+        model.set_output_embeddings(torch.nn.Linear(model.lm_head.in_features, 7))
+        assert model(**batch).logits.shape[-1] == 7
+
     def test_the_future_is_not_seen_in_writing(self, model, batch):
         changed = IDS.clone()
         changed[1, 4] = 20

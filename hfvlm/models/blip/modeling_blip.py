@@ -382,6 +382,8 @@ class RetrievalScores:
 class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
     """Finds candidates by their embeddings, and looks at the best together with what was asked for."""
 
+    least_weight = 0.0  # of a wrong partner in the draw of hard negatives
+
     def build_heads(self, config: HfvlmBLIPConfig) -> None:
         self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
 
@@ -430,8 +432,8 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
             same: `(B, B')`, True for what belongs together.
         """
         with torch.no_grad():
-            images = self.draw(per_text.softmax(dim=1).masked_fill(same, 0))
-            return images, self.draw(per_image.softmax(dim=1).masked_fill(same, 0))
+            images = self.draw((per_text.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
+            return images, self.draw((per_image.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
 
     def draw(self, weights: Tensor) -> Tensor:
         """`(B, B')` -> `(B,)`, a column of each row."""

@@ -274,6 +274,8 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
     """The paper's figure 2: three losses, and one set of weights for the text encoder, the image-grounded text encoder
     and the image-grounded text decoder, which has only its self-attention and its head for itself."""
 
+    least_weight = 1e-4
+
     def build_heads(self, config: HfvlmBLIPConfig) -> None:
         super().build_heads(config)
         self.teacher = Teacher(config)
@@ -321,8 +323,3 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         same = torch.eye(size, dtype=torch.bool, device=ids.device)
         images, texts = self.hard_negatives(output.logits_per_text[:, :size], output.logits_per_image[:, :size], same)
         return tokens[images], ids[texts], mask[texts]
-
-    def hard_negatives(self, per_text: Tensor, per_image: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            images = self.draw((per_text.softmax(dim=1) + 1e-4).masked_fill(same, 0))
-            return images, self.draw((per_image.softmax(dim=1) + 1e-4).masked_fill(same, 0))

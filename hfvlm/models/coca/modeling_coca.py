@@ -154,12 +154,6 @@ class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
         init.normal_(self.class_token, std=std / 2)
         init.normal_(self.position, std=std / 2)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
