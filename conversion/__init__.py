@@ -11,6 +11,7 @@ A module has
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -36,6 +37,25 @@ def count_layers(keys: Iterable[str], prefix: str) -> int:
     """Layers numbered from zero under `prefix`, which ends before the number."""
     numbers = {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
     return len(numbers)
+
+
+def tokenizer_for(
+    kind: Any, text: Any, settings: Mapping[str, Any], vocabulary: Path, longest: int | None = None
+) -> Any:
+    """A tokenizer of a kind, for texts as long as the tower that `text` configures has positions for, or no longer
+    than `longest`.
+
+    Raises:
+        ValueError: the vocabulary is not the tower's.
+    """
+    length = {"model_max_length": min(text.max_position_embeddings, longest or text.max_position_embeddings)}
+    tokenizer = kind.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
+    if len(tokenizer) != text.vocab_size:
+        raise ValueError(
+            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {text.vocab_size} "
+            "(text_config.vocab_size): this is the vocabulary of another model."
+        )
+    return tokenizer
 
 
 FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError, count_layers
+from hfvlm.conversion import UnsupportedOriginalError, count_layers, tokenizer_for
 from torch import Tensor
 
 from hfvlm.key_table import Change, Row, permute, reshape, scalar, transpose
@@ -305,12 +305,7 @@ def image_processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any]) -
 
 def processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmALIGNProcessor:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    tokenizer = HfvlmALIGNTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmALIGNTokenizer, config.text_config, settings, vocabulary, longest=64)
     return HfvlmALIGNProcessor(image_processor_for(config, settings), tokenizer)
 
 

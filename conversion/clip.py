@@ -14,6 +14,7 @@ from hfvlm.conversion import (
     count_layers,
     open_clip_pixels,
     original_config,
+    tokenizer_for,
     transformers_pixels,
 )
 from torch import Tensor
@@ -293,13 +294,7 @@ def image_processor_for(config: HfvlmCLIPConfig, settings: Mapping[str, Any]) ->
 
 def processor_for(config: HfvlmCLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmCLIPProcessor:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    length = {"model_max_length": config.text_config.max_position_embeddings}
-    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmCLIPTokenizer, config.text_config, settings, vocabulary)
     return HfvlmCLIPProcessor(image_processor_for(config, settings), tokenizer)
 
 

@@ -8,15 +8,14 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import UnsupportedOriginalError, count_layers, original_config
+from hfvlm.conversion import UnsupportedOriginalError, count_layers, original_config, tokenizer_for
+from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.conversion.clip import resblocks
 from torch import Tensor
 
 from hfvlm.key_table import Row, scalar, transpose
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
 from hfvlm.models.filip.processing_filip import HfvlmFILIPImageProcessor, HfvlmFILIPProcessor, HfvlmFILIPTokenizer
-
-VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
@@ -111,11 +110,5 @@ def image_processor_for(config: HfvlmFILIPConfig, settings: Mapping[str, Any]) -
 
 def processor_for(config: HfvlmFILIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmFILIPProcessor:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    length = {"model_max_length": config.text_config.max_position_embeddings}
-    tokenizer = HfvlmFILIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmFILIPTokenizer, config.text_config, settings, vocabulary)
     return HfvlmFILIPProcessor(image_processor_for(config, settings), tokenizer)

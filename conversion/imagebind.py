@@ -5,7 +5,8 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import check_options, count_layers
+from hfvlm.conversion import check_options, count_layers, tokenizer_for
+from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from torch import Tensor
 
 from hfvlm.key_table import Change, Row, scalar, split
@@ -29,7 +30,6 @@ from hfvlm.models.imagebind.processing_imagebind import (
     HfvlmImageBindVideoFeatureExtractor,
 )
 
-VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
 # Of the original's constructor, whose other arguments the shapes say.
 DEFAULTS: dict[str, Any] = {
     "video_frames": 2,
@@ -211,13 +211,7 @@ def image_processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any
 
 def processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any], vocabulary: Path) -> Any:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    length = {"model_max_length": config.text_config.max_position_embeddings}
-    tokenizer = HfvlmImageBindTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmImageBindTokenizer, config.text_config, settings, vocabulary)
     vision, audio, imu = config.vision_config, config.audio_config, config.imu_config
     sizes: dict[str, dict[str, Any]] = {
         "feature_extractor": {"num_mel_bins": audio.num_mel_bins, "num_frames": audio.num_frames},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.conversion import UnsupportedOriginalError, tokenizer_for
 from hfvlm.conversion import clip as clip_conversion
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPVisionConfig
@@ -255,13 +255,7 @@ def image_processor_for(
 
 def processor_for(config: HfvlmLanguageBindConfig, settings: Mapping[str, Any], vocabulary: Path) -> Any:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    length = {"model_max_length": config.text_config.max_position_embeddings}
-    tokenizer = HfvlmLanguageBindTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmLanguageBindTokenizer, config.text_config, settings, vocabulary)
     extractors = {
         part: extractor(**sizes_of(config, part) | settings.get(part, {})) for part, extractor in EXTRACTORS.items()
     }

@@ -8,7 +8,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.conversion.clip import resblocks, vision_rows
 from hfvlm.conversion.coca import settings_from_original as settings_from_original
@@ -137,11 +137,5 @@ def image_processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any]) 
 
 def processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmMaMMUTProcessor:
     """The processor; `vocabulary` is one of VOCABULARIES."""
-    length = {"model_max_length": config.text_config.max_position_embeddings}
-    tokenizer = HfvlmMaMMUTTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {config.text_config.vocab_size} "
-            "(text_config.vocab_size): this is the vocabulary of another model."
-        )
+    tokenizer = tokenizer_for(HfvlmMaMMUTTokenizer, config.text_config, settings, vocabulary)
     return HfvlmMaMMUTProcessor(image_processor_for(config, settings), tokenizer)
