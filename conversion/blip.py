@@ -11,7 +11,7 @@ from typing import Any
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row, scalar, split, tied, transpose
+from hfvlm.key_table import Row, flat, scalar, split, tied, transpose, unbatched
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 
@@ -22,11 +22,6 @@ NATIVE = {
     "HfvlmBLIPForQuestionAnswering": "BlipForQuestionAnswering",
     "HfvlmBLIPForImageTextRetrieval": "BlipForImageTextRetrieval",
 }
-
-
-# A leading axis for a batch of one.
-unbatched = Change(lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0))
-flattened = Change(lambda tensor: tensor.flatten(), lambda tensor: tensor.reshape(1, 1, -1))
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
@@ -59,7 +54,7 @@ def head_of(config: HfvlmBLIPConfig) -> str:
 def vision_rows(source: str, target: str) -> list[Row]:
     block, layer = f"{source}.blocks.{{}}", f"{target}.layers.{{}}"
     return [
-        Row(f"{source}.cls_token", f"{target}.class_token", flattened),
+        Row(f"{source}.cls_token", f"{target}.class_token", flat),
         Row(f"{source}.pos_embed", f"{target}.position", unbatched),
         Row(f"{source}.patch_embed.proj.{{}}", f"{target}.patches.projection.{{}}"),
         Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
@@ -74,7 +69,7 @@ def vision_rows(source: str, target: str) -> list[Row]:
 def native_vision_rows() -> list[Row]:
     embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
     return [
-        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flattened),
+        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flat),
         Row(f"{embeddings}.position_embedding", "vision_model.position", unbatched),
         Row(f"{embeddings}.patch_embedding.{{}}", "vision_model.patches.projection.{}"),
         Row(f"{block}.layer_norm1.{{}}", f"{layer}.attention_norm.{{}}"),

@@ -9,7 +9,7 @@ from hfvlm.conversion import check_options, count_layers, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row, scalar, split
+from hfvlm.key_table import Row, flat, scalar, split, unbatched
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -52,9 +52,6 @@ DEFAULTS: dict[str, Any] = {
 HUGE = {"text_num_heads": 16}
 SIZES = ("embed_dim", "num_blocks", "kernel_size")
 TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
-
-flat = Change(lambda tensor: tensor.flatten(), lambda tensor: tensor.reshape(1, 1, -1))
-unbatched = Change(lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0))
 
 
 def layout_of(original: Mapping[str, Any]) -> str:

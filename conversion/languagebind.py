@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.compositions import merge_lora
 from hfvlm.configuration import config_of
-from hfvlm.key_table import Change, Row, Table, scalar
+from hfvlm.key_table import Change, Row, Table, scalar, unbatched
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -70,7 +70,6 @@ WRAPPED = "base_model.model."
 # V1.5 has one class token a frame, and patches that reach through one frame.
 class_tokens = Change(lambda tensor: tensor.reshape(-1, tensor.shape[-1]))
 flat_patches = Change(lambda tensor: tensor.squeeze(2) if tensor.ndim == 5 else tensor)
-unbatched = Change(lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0))
 
 
 def layout_of(original: Mapping[str, Any]) -> str:

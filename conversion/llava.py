@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.compositions import add_delta, merge_lora
+from hfvlm.compositions import add_delta, merge_lora, with_average_rows
 from hfvlm.key_table import Row, Table
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig, openai_vision_config
@@ -147,10 +147,9 @@ def adapted(config: HfvlmLLaVAConfig, trained: Mapping[str, Tensor], base: Mappi
 def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
     """The base with tokens for the start and the end of a picture, the last two rows of what was trained. They are not
     answered with: their logits are as good as the average token's."""
-    head = base[HEAD]
     rows = {
         EMBEDDING: torch.cat([base[EMBEDDING], embedding[-2:].to(base[EMBEDDING].dtype)]),
-        HEAD: torch.cat([head, head.float().mean(dim=0, keepdim=True).to(head.dtype).expand(2, -1)]),
+        HEAD: with_average_rows(base[HEAD], 2),
     }
     return {**base, **rows}
 
@@ -299,12 +298,8 @@ def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
 def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> dict[str, Tensor]:
     """With rows for the placeholder, which transformers looks up. The average token's logit is never the largest."""
     names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    padded = {}
-    for name in names:
-        missing = native.text_config.vocab_size - len(tensors[name])
-        mean = tensors[name].float().mean(dim=0, keepdim=True).to(tensors[name].dtype)
-        padded[name] = torch.cat([tensors[name], mean.expand(missing, -1)])
-    return {**tensors, **padded}
+    size = native.text_config.vocab_size
+    return {**tensors, **{name: with_average_rows(tensors[name], size - len(tensors[name])) for name in names}}
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:

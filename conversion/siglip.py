@@ -20,7 +20,7 @@ from hfvlm.conversion import (
 from hfvlm.conversion.clip import resblocks, transformers_layers
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row, permute, reshape, scalar, split, transpose, unstack
+from hfvlm.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -103,19 +103,19 @@ def open_clip_rows(config: HfvlmSigLIPConfig) -> list[Row]:
 def patch_embeddings() -> list[Row]:
     return [
         Row("visual.trunk.patch_embed.proj.{}", "vision_model.patches.projection.{}"),
-        Row("visual.trunk.pos_embed", "vision_model.position", first),
+        Row("visual.trunk.pos_embed", "vision_model.position", unbatched),
     ]
 
 
 def naflex_embeddings() -> list[Row]:
     return [
         Row("visual.trunk.embeds.proj.{}", "vision_model.patches.{}"),
-        Row("visual.trunk.embeds.pos_embed", "vision_model.position", first),
+        Row("visual.trunk.embeds.pos_embed", "vision_model.position", unbatched),
     ]
 
 
 def big_vision_rows(config: HfvlmSigLIPConfig, keys: set[str]) -> list[Row]:
-    vision = [Row("params/img/pos_embedding", "vision_model.position", None if _naflex(config) else first)]
+    vision = [Row("params/img/pos_embedding", "vision_model.position", None if _naflex(config) else unbatched)]
     if _naflex(config):
         vision += [Row("params/img/embedding/kernel", "vision_model.patches.weight", transpose)]
         vision += [Row("params/img/embedding/bias", "vision_model.patches.bias")]
@@ -133,7 +133,7 @@ def big_vision_rows(config: HfvlmSigLIPConfig, keys: set[str]) -> list[Row]:
         *flax_norm(f"{pool}/LayerNorm_0", f"{ours}.mlp_norm"),
         *flax_mlp(f"{pool}/MlpBlock_0", f"{ours}.mlp"),
         Row("params/txt/Embed_0/embedding", "text_model.embeddings.token.weight"),
-        Row("params/txt/pos_embedding", "text_model.embeddings.position", first),
+        Row("params/txt/pos_embedding", "text_model.embeddings.position", unbatched),
         *flax_encoder("params/txt/Encoder_0", "text_model", config.text_config, keys),
         *(flax_dense("params/txt/head", "text_model.projection") if config.text_config.projection_dim else []),
     ]
@@ -218,9 +218,6 @@ def transformers_rows(config: HfvlmSigLIPConfig) -> list[Row]:
 
 def _naflex(config: HfvlmSigLIPConfig) -> bool:
     return isinstance(config.vision_config, HfvlmSigLIPNaFlexVisionConfig)
-
-
-first = Change(lambda tensor: tensor[0], lambda tensor: tensor[None])
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmSigLIPConfig:

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion import llava as llava_conversion
 from hfvlm.conversion.language_models import llama_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, VOCABULARIES
 from torch import Tensor
 
-from hfvlm.compositions import add_delta
+from hfvlm.compositions import add_delta, with_average_rows
 from hfvlm.key_table import Row, Table
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
@@ -87,9 +86,7 @@ def base_rows() -> list[Row]:
 def beneath(base: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
     """The base with an output for each token. The release has none for the tokens that were added, which the original
     fills with noise; here their logits are as good as the average token's, and so never the largest."""
-    head = base[HEAD]
-    mean = head.float().mean(dim=0, keepdim=True).to(head.dtype)
-    return {**base, HEAD: torch.cat([head, mean.expand(vocabulary - len(head), -1)])}
+    return {**base, HEAD: with_average_rows(base[HEAD], vocabulary - len(base[HEAD]))}
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmVideoChatGPTConfig:

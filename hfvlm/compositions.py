@@ -67,6 +67,13 @@ def add_delta(base: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[s
     return {key: _add(key, base[key], tensor) if key in base else tensor for key, tensor in delta.items()}
 
 
+def with_average_rows(table: Tensor, count: int) -> Tensor:
+    """`(V, D)` -> `(V + count, D)`. As an output layer's, the new rows' logits are as good as the average token's, and
+    so never the largest."""
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(count, -1)])
+
+
 def _add(key: str, base: Tensor, delta: Tensor) -> Tensor:
     rows = len(base) if base.ndim else 0
     if delta.ndim != base.ndim or delta.shape[1:] != base.shape[1:] or len(delta) < rows:

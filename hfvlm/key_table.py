@@ -72,6 +72,9 @@ def _inverse(axes: tuple[int, ...]) -> list[int]:
 
 transpose = permute(1, 0)
 scalar = Change(lambda tensor: tensor.reshape(1), lambda tensor: tensor.reshape(()))
+# Leading axes for a batch of one, and for one token of it.
+unbatched = Change(lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0))
+flat = Change(lambda tensor: tensor.flatten(), lambda tensor: tensor.reshape(1, 1, -1))
 
 
 @dataclass
