@@ -200,12 +200,12 @@ def _from_open_clip(original: Mapping[str, Any], state_dict: Mapping[str, Tensor
         "open_clip's text_cfg", text, ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
     )
     act = "quick_gelu" if original.get("quick_gelu") else "gelu"
-    config = _vision_config(state_dict, act, vision.get("head_width", 64), vision.get("image_size"))
+    config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
     return HfvlmCLIPConfig(vision_config=config, text_config=_text_config(state_dict, act, text.get("heads")))
 
 
 def _vision_config(
-    state_dict: Mapping[str, Tensor], act: str, head_width: int = 64, image_size: Any = None
+    state_dict: Mapping[str, Tensor], act: str, head_width: int | None = None, image_size: Any = None
 ) -> HfvlmCLIPVisionConfig | HfvlmCLIPResNetConfig:
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     if "visual.attnpool.c_proj.weight" in shapes:
@@ -217,18 +217,22 @@ def _vision_config(
             projection_dim=shapes["visual.attnpool.c_proj.weight"][0],
             num_attention_heads=stem * 32 // 64,
         )
+    sizes = vision_sizes(shapes, head_width, image_size)
+    return HfvlmCLIPVisionConfig(**sizes, hidden_act=act, projection_dim=shapes["visual.proj"][1])
+
+
+def vision_sizes(shapes: Mapping[str, Any], head_width: int | None = None, image_size: Any = None) -> dict[str, Any]:
+    """Of OpenAI's vision transformer, which open_clip's other models share."""
     width, channels, patch, _ = shapes["visual.conv1.weight"]
-    return HfvlmCLIPVisionConfig(
-        image_size=image_size or patch * isqrt(shapes["visual.positional_embedding"][0] - 1),
-        patch_size=patch,
-        num_channels=channels,
-        hidden_size=width,
-        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=count_layers(shapes, "visual.transformer.resblocks."),
-        num_attention_heads=width // head_width,
-        hidden_act=act,
-        projection_dim=shapes["visual.proj"][1],
-    )
+    return {
+        "image_size": image_size or patch * isqrt(shapes["visual.positional_embedding"][0] - 1),
+        "patch_size": patch,
+        "num_channels": channels,
+        "hidden_size": width,
+        "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_hidden_layers": count_layers(shapes, "visual.transformer.resblocks."),
+        "num_attention_heads": width // (head_width or 64),
+    }
 
 
 def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) -> HfvlmCLIPTextConfig:

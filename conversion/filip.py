@@ -4,13 +4,12 @@ Source: https://github.com/Sense-GVT/DeCLIP at 5d99a85. The paper's authors rele
 """
 
 from collections.abc import Collection, Mapping
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from hfvlm.conversion import UnsupportedOriginalError, count_layers, original_config, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
-from hfvlm.conversion.clip import resblocks
+from hfvlm.conversion.clip import resblocks, vision_sizes
 from torch import Tensor
 
 from hfvlm.key_table import Row, scalar, transpose
@@ -67,17 +66,11 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in state_dict.items()}
     if "visual.proj" not in shapes:
         raise UnsupportedOriginalError("hfvlm's FILIP has a vision transformer; this file has none (no visual.proj).")
-    width, channels, patch, _ = shapes["visual.conv1.weight"]
+    vision = vision_sizes(shapes, image_size=image.get("input_resolution"))
     words, text_width = shapes["encode_text.token_embedding.weight"]
     return HfvlmFILIPConfig(
         vision_config=HfvlmFILIPVisionConfig(
-            image_size=image.get("input_resolution", patch * isqrt(shapes["visual.positional_embedding"][0] - 1)),
-            patch_size=patch,
-            num_channels=channels,
-            hidden_size=width,
-            intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-            num_hidden_layers=count_layers(shapes, "visual.transformer.resblocks."),
-            num_attention_heads=image.get("heads", width // 64),
+            **vision | {"num_attention_heads": image.get("heads", vision["num_attention_heads"])},
             projection_dim=shapes["image_mapping.weight"][0],
         ),
         text_config=HfvlmFILIPTextConfig(

@@ -4,13 +4,12 @@ Source: https://github.com/LAION-AI/open_clip_mammut at ed2d1f6.
 """
 
 from collections.abc import Iterable, Mapping
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
-from hfvlm.conversion.clip import resblocks, vision_rows
+from hfvlm.conversion.clip import resblocks, vision_rows, vision_sizes
 from hfvlm.conversion.coca import settings_from_original as settings_from_original
 from hfvlm.conversion.coca import special_tokens
 from torch import Tensor
@@ -91,17 +90,9 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def _vision_config(shapes: Mapping[str, Any], vision: Mapping[str, Any], act: str) -> HfvlmMaMMUTVisionConfig:
-    width, channels, patch, _ = shapes["visual.conv1.weight"]
-    size = vision.get("image_size") or patch * isqrt(shapes["visual.positional_embedding"][0] - 1)
     return HfvlmMaMMUTVisionConfig(
-        image_size=size,
-        patch_size=patch,
-        num_channels=channels,
+        **vision_sizes(shapes, vision.get("head_width"), vision.get("image_size")),
         patch_dropout=vision.get("patch_dropout", 0.0),
-        hidden_size=width,
-        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=count_layers(shapes, "visual.transformer.resblocks."),
-        num_attention_heads=width // vision.get("head_width", 64),
         hidden_act=act,
         projection_dim=shapes["visual.proj"][1],
     )

@@ -13,11 +13,10 @@ from hfvlm.conversion import (
     UnsupportedOriginalError,
     check_options,
     count_layers,
-    open_clip_pixels,
     original_config,
-    transformers_pixels,
 )
 from hfvlm.conversion.clip import resblocks, transformers_layers
+from hfvlm.conversion.clip import settings_from_original as settings_from_original
 from torch import Tensor
 
 from hfvlm.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
@@ -344,13 +343,6 @@ def _from_transformers(original: Mapping[str, Any]) -> HfvlmSigLIPConfig:
             **{name: getattr(text, name) for name in (*shared, "vocab_size", "max_position_embeddings")},
         ),
     )
-
-
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
-    if "preprocess_cfg" in original:
-        return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
-    return {"image_processor": transformers_pixels(preprocessing)}
 
 
 def image_processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any]) -> HfvlmImageProcessor:
