@@ -55,7 +55,7 @@ class Architecture:
     feature_extractors: tuple[str, ...] = ()
     video_processors: tuple[str, ...] = ()
     lora: tuple[str, ...] = ("q_proj", "v_proj")
-    _loaded: list[bool] = field(default_factory=list, repr=False)
+    _modules: list[ModuleType] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
@@ -84,11 +84,13 @@ class Architecture:
         return {name: _StandIn(name, (), {"__module__": self.module, "architecture": self}) for name in self.names}
 
     def load(self) -> list[ModuleType]:
-        """Import the modules and, the first time, register their classes."""
+        """The modules; the first time they are imported, and their classes registered."""
+        if self._modules:
+            return self._modules
         files = pkgutil.iter_modules(importlib.import_module(self.module).__path__)
         modules = [importlib.import_module(f"{self.module}.{file.name}") for file in files]
-        if not self._loaded:
-            self._loaded.append(True)
+        if not self._modules:  # no import among these has come back here
+            self._modules.extend(modules)
             self._register({name: getattr(self, name) for name in self.names})
             for auto, names in self.models.items():
                 by_config: dict[type, list[type]] = {}
@@ -96,7 +98,7 @@ class Architecture:
                     by_config.setdefault(model.config_class, []).append(model)
                 for config, models in by_config.items():
                     _register_models(getattr(importlib.import_module("transformers"), auto), config, models)
-        return modules
+        return self._modules
 
     def announce(self) -> None:
         """Put the stand-ins where the classes will be."""
@@ -191,7 +193,7 @@ def architectures() -> dict[str, Architecture]:
 def load_for(model_type: str) -> None:
     """Load the architecture that owns a `model_type`, if it is one of hfvlm's."""
     for architecture in _architectures.values():
-        if model_type in architecture.configs and not architecture._loaded:
+        if model_type in architecture.configs:
             architecture.load()
 
 
