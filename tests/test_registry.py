@@ -36,7 +36,7 @@ def test_costs_little_beyond_the_auto_classes():
         import json; print(json.dumps([seconds, grown, loaded]))
     """)
     seconds, grown, loaded = json.loads(printed)
-    assert seconds <= 0.3
+    assert seconds <= 0.1
     assert grown <= 20e6
     assert loaded == []
 
