@@ -17,7 +17,7 @@ def draw_boxes(image: Any, boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
     Args:
         image: whatever `hfvlm.media.read_image` reads.
         boxes: as a processor's `post_process_grounding` returns them: "box_xyxy", left, top, right and bottom in
-            pixels, or "quad_xy", four corners; and "label", which may be None.
+            pixels, "quad_xy", four corners, or "point_xy"; and "label", which may be None.
     """
     canvas = to_8_bits(read_image(image), "image").convert("RGB")
     draw, width = ImageDraw.Draw(canvas), max(2, round(max(canvas.size) / 300))
@@ -25,8 +25,12 @@ def draw_boxes(image: Any, boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
     labels = list(dict.fromkeys(box.get("label") for box in boxes))
     for box in boxes:
         color = COLORS[labels.index(box.get("label")) % len(COLORS)]
-        corners = [tuple(corner) for corner in box["quad_xy"]] if "quad_xy" in box else _corners(*box["box_xyxy"])
-        draw.line([*corners, corners[0]], fill=color, width=width, joint="curve")
+        if "point_xy" in box:
+            draw.circle(box["point_xy"], 2 * width, fill=color)
+            corners = [tuple(box["point_xy"])]
+        else:
+            corners = [tuple(corner) for corner in box["quad_xy"]] if "quad_xy" in box else _corners(*box["box_xyxy"])
+            draw.line([*corners, corners[0]], fill=color, width=width, joint="curve")
         if box.get("label"):
             _write(draw, str(box["label"]), min(x for x, _ in corners), min(y for _, y in corners), color, font)
     return canvas

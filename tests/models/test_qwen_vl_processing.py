@@ -174,6 +174,7 @@ class TestPlaces:
         assert drawn.getpixel((150, 60)) == (0x00, 0x72, 0xB2)
         assert drawn.getpixel((60, 70)) == (255, 255, 255)
         assert hfvlm.draw_boxes(picture, []).tobytes() == picture.tobytes()
+        assert hfvlm.draw_boxes(picture, [{"point_xy": [50, 60]}]).getpixel((50, 60)) == (0xD5, 0x5E, 0x00)
 
     def test_a_box_at_the_edge_and_one_outside(self):
         corners = ([190, 0, 199, 5], [-50, -50, 400, 300])

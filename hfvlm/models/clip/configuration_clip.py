@@ -22,6 +22,13 @@ class HfvlmCLIPVisionConfig(VisionConfig):
         """Width of the summary that a classifier reads."""
         return self.hidden_size
 
+    def check_layer(self, index: int) -> None:
+        """Whether a language model can read this hidden state."""
+        if not -self.num_hidden_layers - 1 <= index <= self.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer {index} is no hidden state of a tower of {self.num_hidden_layers} layers."
+            )
+
 
 @strict
 class HfvlmCLIPResNetConfig(HfvlmConfig):

@@ -74,11 +74,7 @@ class HfvlmLLaVAConfig(HfvlmConfig):
             )
 
     def validate_layer(self) -> None:
-        layers = self.vision_config.num_hidden_layers
-        if not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ValueError(
-                f"vision_feature_layer {self.vision_feature_layer} is no hidden state of a tower of {layers} layers."
-            )
+        self.vision_config.check_layer(self.vision_feature_layer)
 
     def validate_grid(self) -> None:
         tile = self.vision_config.image_size

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken
 
+from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
 from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
@@ -93,7 +94,7 @@ class HfvlmQwenVLTokenizer(HfvlmTokenizer):
         return cls(tokenizer_object=engine, **kwargs)
 
 
-class HfvlmQwenVLProcessor(ImageTextProcessor):
+class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     """Conversations with pictures as Qwen-VL reads them, and the places in its answers.
 
     A path or an address in a text is text: pictures are given beside it. `<ref>`, `<box>` and `<quad>` in a text are
@@ -189,40 +190,26 @@ class HfvlmQwenVLProcessor(ImageTextProcessor):
 
     # Places
 
-    def post_process_grounding(
-        self, text: str | Sequence[str], sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
-        """The places that an answer names, in pixels.
-
-        Args:
-            text: an answer, or a list of them.
-            sizes: width and height of each picture, as PIL says them. Of one answer the last is meant, as the authors
-                have it; of several, each has one.
-
-        Returns:
-            Of each answer a list of `{"label": ..., "box_xyxy": [left, top, right, bottom]}`, and for four corners
-            `{"label": ..., "quad_xy": [[x, y], ...]}`. The label is the name right before the place, or None. What is
-            no box is left out.
-
-        Raises:
-            ValueError: there are not as many sizes as answers.
-        """
-        alone = isinstance(text, str)
-        if not sizes or not (alone or len(sizes) == len(text)):
-            raise ValueError(f"sizes say the width and height of {len(sizes)} pictures: each answer needs one.")
-        if alone:
-            return places(str(text), sizes[-1])
-        return [places(answer, size) for answer, size in zip(text, sizes, strict=True)]
+    def places(self, text: str, size: tuple[int, int]) -> list[Place]:
+        width, height = size
+        found = []
+        pattern = re.compile(r"(?:<ref>(?P<label>[^<]*)</ref>)?<(?P<kind>box|quad)>(?P<points>[^<]*)</(?P=kind)>")
+        for match in pattern.finditer(text):
+            points = [
+                [int(int(x) / SCALE * width), int(int(y) / SCALE * height)]
+                for x, y in re.findall(r"\((\d+),\s*(\d+)\)", match["points"])
+            ]
+            label = None if match["label"] is None else match["label"].strip()
+            if match["kind"] == "box" and len(points) == 2:
+                found.append({"label": label, "box_xyxy": [*points[0], *points[1]]})
+            elif match["kind"] == "quad" and len(points) == 4:
+                found.append({"label": label, "quad_xy": points})
+        return found
 
     def grounding_text(
         self, label: str | None, boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = None
     ) -> str:
-        """The way back: a name and its boxes (left, top, right, bottom) as the model reads and writes them.
-
-        Args:
-            label: what is there; None for places without a name.
-            boxes: in pixels of a picture of `size`, its width and height; without it, in thousandths.
-        """
+        """See `Grounding`; the model's own measure is thousandths of the picture's width and height."""
         width, height = (SCALE, SCALE) if size is None else size
         written = (
             [min(int(value * SCALE / side), SCALE - 1) for value, side in zip(box, (width, height) * 2, strict=True)]
@@ -230,21 +217,3 @@ class HfvlmQwenVLProcessor(ImageTextProcessor):
         )
         name = f"<ref>{label}</ref>" if label else ""
         return name + "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in written)
-
-
-def places(text: str, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """What `post_process_grounding` says of one answer."""
-    width, height = size
-    found = []
-    pattern = re.compile(r"(?:<ref>(?P<label>[^<]*)</ref>)?<(?P<kind>box|quad)>(?P<points>[^<]*)</(?P=kind)>")
-    for match in pattern.finditer(text):
-        points = [
-            [int(int(x) / SCALE * width), int(int(y) / SCALE * height)]
-            for x, y in re.findall(r"\((\d+),\s*(\d+)\)", match["points"])
-        ]
-        label = None if match["label"] is None else match["label"].strip()
-        if match["kind"] == "box" and len(points) == 2:
-            found.append({"label": label, "box_xyxy": [*points[0], *points[1]]})
-        elif match["kind"] == "quad" and len(points) == 4:
-            found.append({"label": label, "quad_xy": points})
-    return found

@@ -57,11 +57,7 @@ class HfvlmVideoChatGPTConfig(HfvlmConfig):
             )
 
     def validate_layer(self) -> None:
-        layers = self.vision_config.num_hidden_layers
-        if not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ValueError(
-                f"vision_feature_layer {self.vision_feature_layer} is no hidden state of a tower of {layers} layers."
-            )
+        self.vision_config.check_layer(self.vision_feature_layer)
 
     def validate_temporal_tokens(self) -> None:
         if self.temporal_tokens < 0:
