@@ -11,6 +11,7 @@ ARCHITECTURES = (
     "coca",
     "mammut",
     "llava",
+    "shikra",
     "qwen_vl",
     "video_chatgpt",
     "pg_video_llava",

@@ -1,0 +1,108 @@
+"""Shikra's releases, differences to LLaMA, and what its authors' scripts make of them.
+
+Source: https://github.com/shikras/shikra at ff79a4c.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import llava as llava_conversion
+from hfvlm.conversion.language_models import llama_rows
+from hfvlm.conversion.llava import EMBEDDING, VOCABULARIES
+from torch import Tensor
+
+from hfvlm.checkpoints import CheckpointError
+from hfvlm.compositions import add_delta
+from hfvlm.key_table import Row, Table
+from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
+from hfvlm.models.shikra.places import Bins
+from hfvlm.models.shikra.processing_shikra import (
+    HfvlmShikraImageProcessor,
+    HfvlmShikraProcessor,
+    HfvlmShikraTokenizer,
+)
+
+__all__ = ["VOCABULARIES"]
+
+PARTS = {
+    "base": "LLaMA 7B, to which the release is a difference, in transformers' format",
+    "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
+}
+# Of pictures, in the order of their ids; they follow LLaMA's.
+PATCH, MARKS = "<im_patch>", ("<im_start>", "<im_end>")
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    """ "original", a whole model; a difference is told by its preset."""
+    return "original"
+
+
+def keys_for(config: HfvlmShikraConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows of the language model and the projector, which are one file."""
+    return [*llama_rows(), *llava_conversion.linear_rows(1)]
+
+
+def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+    """Each source's tensors with their rows.
+
+    Raises:
+        FileNotFoundError: a part is needed, and was not given.
+        CheckpointError: a base was given with a whole model.
+    """
+    tensors = sources["main"].tensors
+    if layout == "delta":
+        tensors = add_delta(llava_conversion.part_of(sources, "base", PARTS), tensors)
+    elif "base" in sources:
+        raise CheckpointError("This is a whole model: leave `base` out, or choose the preset of a difference.")
+    return [Table(tensors, keys_for(config)), llava_conversion.vision_table(sources, PARTS)]
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmShikraConfig:
+    """The release's config.json (with "vision_config", where the tower is at hand)."""
+    vocabulary = len(state_dict[EMBEDDING]) if EMBEDDING in state_dict else original["vocab_size"]
+    added = 1 + (len(MARKS) if has_marks(original) else 0)
+    return HfvlmShikraConfig(
+        vision_config=llava_conversion.vision_config_from(original),
+        text_config=llava_conversion.text_config_of(original, vocabulary),
+        image_token_id=original.get("im_patch_token", vocabulary - added),
+        vision_feature_layer=original.get("mm_vision_select_layer", -2),
+    )
+
+
+def has_marks(original: Mapping[str, Any]) -> bool:
+    """Whether pictures have tokens around them."""
+    return original.get("mm_use_im_start_end", True)
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor."""
+    return {} if has_marks(original) else {"image_start": "", "image_end": ""}
+
+
+def image_processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any]) -> HfvlmShikraImageProcessor:
+    return HfvlmShikraImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+
+
+def processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmShikraProcessor:
+    """The processor; `vocabulary` is LLaMA's, or the release's own."""
+    options = dict(settings.get("tokenizer", {}))
+    known = HfvlmShikraTokenizer.from_vocabulary(vocabulary, **options).get_vocab()
+    marks = [mark for mark in (settings.get("image_start", MARKS[0]), settings.get("image_end", MARKS[1])) if mark]
+    bins = Bins(settings["num_bins"]).tokens if settings.get("num_bins") else []
+    # Rows that the embedding table has for no piece get names, so that the placeholder comes after them.
+    filling = [] if PATCH in known else [f"<unused_{i}>" for i in range(len(known), config.image_token_id)]
+    added = [token for token in (*filling, PATCH, *marks, *bins) if token not in known]
+    names = ("image_start", "image_end", "digits", "brackets", "num_bins")
+    processor = HfvlmShikraProcessor(
+        image_processor_for(config, settings),
+        HfvlmShikraTokenizer.from_vocabulary(vocabulary, added=added, **options),
+        patch_size=config.vision_config.patch_size,
+        **{name: settings[name] for name in names if name in settings},
+    )
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"{vocabulary}: its placeholder is {processor.image_token_id}, the model's {config.image_token_id} "
+            "(image_token_id): this is the vocabulary of another model."
+        )
+    return processor

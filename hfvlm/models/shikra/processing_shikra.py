@@ -1,0 +1,197 @@
+"""What Shikra is fed, and what it says of places.
+
+Source: mllm/dataset of https://github.com/shikras/shikra at ff79a4c.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hfvlm.conversations import Conversation, Encoder
+from hfvlm.grounding import Grounding, Place
+from hfvlm.media.images import to_8_bits
+from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
+from hfvlm.models.llava.processing_llava import pad_to_square
+from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
+from hfvlm.processing import HfvlmImageProcessor
+from hfvlm.tokenization import PieceTokenizer
+
+WHITE = (255, 255, 255)
+PLACE = {"boxes": "<boxes>", "points": "<points>"}
+
+# Pictures stand where their message says `<image>`, or at its front; a message without pictures says it in vain.
+SAID = (
+    "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- set pictures = content | selectattr('type', 'equalto', 'image') | list -%}"
+    "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+    "{%- if not pictures -%}{{- texts | replace('<image>', '') -}}"
+    "{%- elif '<image>' in texts -%}{{- texts -}}"
+    "{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image> ' if loop.first and not loop.last else '<image>' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endif -%}{%- endmacro -%}"
+)
+CONVERSATION: Conversation = replace(LLAVA["v1"], said=SAID)
+
+
+class HfvlmShikraImageProcessor(HfvlmImageProcessor):
+    """Pictures in the middle of a white square.
+
+    Args:
+        size: the tower's `{"height", "width"}` in pixels, or one edge.
+    """
+
+    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size")
+
+    image_mean = HfvlmCLIPImageProcessor.image_mean
+    image_std = HfvlmCLIPImageProcessor.image_std
+    size: dict[str, int] = {"height": 224, "width": 224}
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        size = settings["size"]
+        edges = {size} if isinstance(size, int) else set(dict(size).values())
+        if len(edges) != 1 or min(edges) < 1:
+            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
+        edge = edges.pop()
+        return super().checked(settings) | {"size": {"height": edge, "width": edge}}
+
+    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
+        return super().pixels(to_8_bits(image, name).convert("RGB"), settings, name)
+
+    def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
+        return pad_to_square(image, settings["size"]["height"], settings["resample"], WHITE)
+
+
+class HfvlmShikraTokenizer(PieceTokenizer):
+    """LLaMA's, with tokens for the places of pictures and around them."""
+
+
+class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
+    """Conversations about a picture as Shikra reads them, and the places in them.
+
+    Args:
+        image_processor: of the pictures.
+        tokenizer: of the texts.
+        chat_template: by default the conversation's.
+        image_patch: token that is the placeholder.
+        image_start: token before each picture, of checkpoints trained with `mm_use_im_start_end`.
+        image_end: token after each picture.
+        patch_size: of the vision tower, in pixels.
+        digits: of each coordinate, after the point.
+        brackets: the two around places.
+        num_bins: of a model that writes places in tokens of their own, how many steps they have.
+    """
+
+    def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
+        image_patch: str = "<im_patch>",
+        image_start: str = "<im_start>",
+        image_end: str = "<im_end>",
+        patch_size: int = 14,
+        digits: int = 3,
+        brackets: str = "[]",
+        num_bins: int | None = None,
+        **kwargs: Any,
+    ):
+        self.image_patch, self.image_start, self.image_end = image_patch, image_start, image_end
+        self.patch_size, self.digits, self.brackets, self.num_bins = patch_size, digits, brackets, num_bins
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or CONVERSATION.chat_template(), **kwargs
+        )
+
+    # Texts
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_patch)
+
+    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return [(self.image_processor.size["height"] // self.patch_size) ** 2] * len(image_sizes)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A text to ids, with one `image_token_id` for each picture. The authors' tokenizer drops the blanks around
+        pictures."""
+        place = f"{self.image_start}{self.image_token}{self.image_end}"
+        text = re.sub(rf"\s*{re.escape(self.image_token)}\s*", place, text)
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
+        messages = [dict(message) for message in messages]
+        text = self.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+        ids = self.encode(text)
+        labels = CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
+        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+
+    # Places
+
+    @property
+    def notation(self) -> Decimals | Bins:
+        """How places are written."""
+        return Bins(self.num_bins) if self.num_bins else Decimals(self.digits, self.brackets)
+
+    def places(self, text: str, size: tuple[int, int]) -> list[Place]:
+        square, found, before = Square(*size), list[Place](), 0
+        for start, end, written in self.notation.find(text):
+            # No mark says where a name begins: it is what was said since the last place or the last stop.
+            label = re.split(r"[.,:;?!()\"\n]", text[before:start])[-1].strip() or None
+            for place in written:
+                found.append({"label": label, "box_xyxy" if len(place) == 4 else "point_xy": square.pixels(place)})
+            before = end
+        return found
+
+    def grounding_text(
+        self, label: str | None, boxes: Sequence[Coordinates], size: tuple[int, int] | None = None
+    ) -> str:
+        """See `Grounding`; the model's own measure is the share of the side of the square around the picture. Points,
+        `[x, y]`, may stand in the place of boxes."""
+        places = boxes if size is None else [Square(*size).share(box) for box in boxes]
+        return f"{label} {self.notation.write(places)}" if label else self.notation.write(places)
+
+    def refer(
+        self,
+        text: str,
+        size: tuple[int, int],
+        *,
+        boxes: Sequence[Coordinates] = (),
+        points: Sequence[Coordinates] = (),
+        boxes_seq: Sequence[Sequence[int]] | None = None,
+        points_seq: Sequence[Sequence[int]] | None = None,
+    ) -> str:
+        """A text with places of a picture written into it, for questions and for what is trained on.
+
+        Example:
+            >>> processor.refer("What is the person <boxes> scared of?", (97, 61), boxes=[[10, 5, 60, 40]])
+            'What is the person [0.103,0.237,0.619,0.598] scared of?'
+
+        Args:
+            text: with `<boxes>` and `<points>` where places belong.
+            size: width and height of the picture, as PIL says them.
+            boxes: left, top, right and bottom in pixels of the picture.
+            points: x and y likewise.
+            boxes_seq: of each `<boxes>` which of the boxes; by default one each, in their order.
+            points_seq: likewise.
+
+        Raises:
+            ValueError: there are not as many places in the text as are given.
+        """
+        square = Square(*size)
+        for kind, known, chosen in (("boxes", boxes, boxes_seq), ("points", points, points_seq)):
+            groups = [[i] for i in range(len(known))] if chosen is None else chosen
+            first, *rest = text.split(PLACE[kind])
+            if len(rest) != len(groups) or any(not 0 <= i < len(known) for group in groups for i in group):
+                raise ValueError(
+                    f"{text!r} has {len(rest)} {PLACE[kind]} for {kind}_seq {groups} of {len(known)} {kind}."
+                )
+            written = [self.notation.write([square.share(known[i]) for i in group]) for group in groups]
+            text = first + "".join(place + piece for place, piece in zip(written, rest, strict=True))
+        return text
