@@ -239,9 +239,11 @@ def test_any_frame_of_any_film(format, codec, options, tmp_path):
         assert (len(found), found.fps, found.seconds) == (40, 25.0, 1.6)
         places = [0, 3, 39, 20, 5, 5]
         assert np.array_equal(found.frames(places), np.stack([every[i] for i in places])), type(source)
+        assert np.array_equal(np.stack(list(found.stream(range(40)))), np.stack(every)), type(source)
 
 
-def test_every_kind_of_frames_gives_the_same_film():
+def test_every_kind_of_frames_gives_the_same_film(monkeypatch):
+    monkeypatch.setattr(media.video, "DECODED_TOGETHER", 2)
     frames = np.random.RandomState(0).randint(0, 256, (5, 24, 32, 3), dtype=np.uint8)
 
     class Decoder:  # as torchcodec's, which `datasets` gives
@@ -314,6 +316,10 @@ def test_bad_frames_are_named(monkeypatch):
         read_video([FRAMES[0], FRAMES[0, :4]]).frames([0, 1])
     with pytest.raises(MediaError, match="no frames \\[4\\] in a film of 4"):
         read_video((FRAMES, 1.0)).frames([4])
+    damaged = read_video((FRAMES, 1.0))
+    monkeypatch.setattr(damaged, "_decode", lambda places: iter(FRAMES[:1]))
+    with pytest.raises(MediaError, match="damaged or truncated; 2 frames are not there"):
+        damaged.frames([0, 1, 2])
     with pytest.raises(MediaError, match="no rate of their own"):
         _ = read_video(FRAMES).seconds
     monkeypatch.setattr(media.video, "MAX_DECODED_BYTES", 500)

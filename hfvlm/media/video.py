@@ -19,6 +19,8 @@ from hfvlm.media.sources import AllowUrls, fetched, name_of, opened, read_batch
 
 MAX_FRAMES = 2**20
 MAX_DECODED_BYTES = 2**32
+# Frames that a decoder of `datasets` is asked for at a time.
+DECODED_TOGETHER = 64
 # Formats whose frames cannot be found by their times.
 UNTIMED = ("avi", "mpeg", "mpegts")
 
@@ -116,20 +118,33 @@ class Video(ABC):
             MediaError: the film is damaged, or the frames are too many or too large.
         """
         indices = [int(i) for i in indices]
-        if not indices or not 0 <= min(indices) <= max(indices) < self.num_frames:
-            raise MediaError(f"{self.name}: there are no frames {indices[:8]} in a film of {self.num_frames}.")
         places = sorted(set(indices))
         found: dict[int, np.ndarray] = {}
-        for i, frame in zip(places, self._decode(places), strict=False):
+        for i, frame in zip(places, self.stream(places), strict=True):
             if frame.nbytes * len(places) > MAX_DECODED_BYTES:
                 raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Ask for fewer.")
             found[i] = frame
-        if len(found) < len(places):
-            raise MediaError(f"{self.name}: damaged or truncated; {len(places) - len(found)} frames are not there.")
         shapes = {frame.shape for frame in found.values()}
         if len(shapes) > 1:
             raise MediaError(f"{self.name}: frames of different sizes {sorted(shapes)} make no film.")
         return np.stack([found[i] for i in indices])
+
+    def stream(self, places: Sequence[int]) -> Iterator[np.ndarray]:
+        """The frames at these places, which ascend, one at a time, each `(H, W, 3)`, uint8: a long film need not fit
+        into memory.
+
+        Raises:
+            MediaError: the film is damaged.
+        """
+        places = list(places)
+        if not places or not 0 <= min(places) <= max(places) < self.num_frames:
+            raise MediaError(f"{self.name}: there are no frames {places[:8]} in a film of {self.num_frames}.")
+        count = 0
+        for frame in self._decode(places):
+            count += 1
+            yield frame
+        if count < len(places):
+            raise MediaError(f"{self.name}: damaged or truncated; {len(places) - count} frames are not there.")
 
     @abstractmethod
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
@@ -157,9 +172,11 @@ class DecoderVideo(Video):
         self.decoder = decoder
 
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
-        frames = torch.as_tensor(self.decoder.get_frames_at(indices=places).data)
-        frames = frames.permute(0, 2, 3, 1) if frames.shape[-1] != 3 else frames
-        yield from frames.cpu().numpy()
+        for start in range(0, len(places), DECODED_TOGETHER):
+            some = places[start : start + DECODED_TOGETHER]
+            frames = torch.as_tensor(self.decoder.get_frames_at(indices=some).data)
+            frames = frames.permute(0, 2, 3, 1) if frames.shape[-1] != 3 else frames
+            yield from frames.cpu().numpy()
 
 
 class FileVideo(Video):
