@@ -36,6 +36,8 @@ _LAZY = {
     "push": "hfvlm.hub",
     "Chat": "hfvlm.inference.chat",
     "draw_boxes": "hfvlm.inference.grounding",
+    "VideoGrounder": "hfvlm.inference.video_grounding",
+    "draw_tracks": "hfvlm.inference.video_grounding",
 }
 
 __all__ = ["__version__", "register", *_LAZY]

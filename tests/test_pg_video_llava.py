@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfvlm
 from hfvlm.key_table import restore_keys
 from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAConfig, HfvlmPGVideoLLaVAForConditionalGeneration
-from hfvlm.models.pg_video_llava.entities import common_tags, marked, question, read_reply
+from hfvlm.models.pg_video_llava.entities import common_tags, marked, name_entities, question, read_reply
 from hfvlm.models.pg_video_llava.transcripts import is_spoken, transcribe
 from tests.suite import close
 from tests.test_video_chatgpt import FIRST, VOCABULARY, film
@@ -135,3 +135,18 @@ def test_things_that_an_answer_names():
     assert [number for _, number in pieces] == [None, 1, None, 2, None, 3, None]
     assert read_reply(text, tags, "dog - dog\n" * 4) == read_reply(text, tags, "dog - dog\ndog - dog")
     assert common_tags([["a", "b"], ["b"], ["c", "b", "a"]], most=2) == ["b", "a"]
+
+
+def test_asking_for_the_things_that_an_answer_names():
+    asked = []
+
+    def ask(said):
+        asked.append(said)
+        return "brown dog - dog\nball - ball"
+
+    text = "A brown dog has a ball."
+    assert [entity.tag for entity in name_entities(text, ask, ["dog"])] == ["dog"]
+    assert [entity.tag for entity in name_entities(text, ask)] == ["dog", "ball"]
+    assert "one of these things: dog?" in asked[0]
+    assert "that can be seen?" in asked[1]
+    assert all(text in said for said in asked)

@@ -5,7 +5,7 @@ frame; a language model is asked which words of the answer mean which of these t
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -14,10 +14,26 @@ def common_tags(tags_of_frames: Iterable[Iterable[str]], most: int = 10) -> list
     return [tag for tag, _ in Counter(tag for tags in tags_of_frames for tag in tags).most_common(most)]
 
 
-def question(text: str, tags: Sequence[str]) -> str:
+def name_entities(text: str, ask: Callable[[str], str], tags: Sequence[str] = ()) -> list["Entity"]:
+    """The things that a text names, by what a language model says.
+
+    Example:
+        >>> answer = chat.ask("What happens?", videos=["clip.mp4"])
+        >>> entities = name_entities(answer, hfvlm.Chat(chat.model, chat.processor).ask)
+
+    Args:
+        text: an answer about a film.
+        ask: a question to its reply. The authors ask GPT-3.5; any model that follows instructions can be asked.
+        tags: what was seen in the film; without them, whatever can be seen is asked for.
+    """
+    return read_reply(text, tags, ask(question(text, tags)))
+
+
+def question(text: str, tags: Sequence[str] = ()) -> str:
     """What a language model is asked, so that `read_reply` understands it."""
+    known = f"one of these things: {', '.join(tags)}" if tags else "a thing, an animal or a person that can be seen"
     return (
-        f"Which words of the text mean one of these things: {', '.join(tags)}?\n\nText: {text}\n\n"
+        f"Which words of the text mean {known}?\n\nText: {text}\n\n"
         "Answer with one line for each, the words as they stand in the text, a hyphen, and the thing, as in "
         "'brown dog - dog'. Leave out things that the text does not name."
     )
@@ -34,6 +50,7 @@ class Entity:
 
 def read_reply(text: str, tags: Sequence[str], reply: str) -> list[Entity]:
     """The lines "words - tag" of a reply, where the text has the words and the tag is known, in the text's order.
+    Without `tags` every tag is.
 
     Words are found at their first place that no other has taken. The authors also ask the detector for tags whose
     words the text lacks.
@@ -45,7 +62,7 @@ def read_reply(text: str, tags: Sequence[str], reply: str) -> list[Entity]:
         start = lower.find(words)
         while start >= 0 and any(start < each.end and each.start < start + len(words) for each in found):
             start = lower.find(words, start + 1)
-        if hyphen and words and tag in tags and start >= 0:
+        if hyphen and words and start >= 0 and (tag in tags or (tag and not tags)):
             found.append(Entity(start, start + len(words), tag))
     return sorted(found, key=lambda entity: entity.start)
 
