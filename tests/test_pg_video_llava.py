@@ -9,7 +9,19 @@ from hfvlm.conversion.clip import transformers_vision_rows
 from hfvlm.conversion.language_models import llama_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows
 from hfvlm.conversion.pg_video_llava import config_from_original
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+    pipeline,
+)
 
 import hfvlm
 from hfvlm.key_table import restore_keys
@@ -111,6 +123,52 @@ def test_transcribing():
     wave = np.random.RandomState(0).uniform(-0.5, 0.5, (2, 3 * 8_000)).astype(np.float32)
     assert transcribe((wave, 8_000), recognizer, tagger) == "hello"
     assert heard == [16_000, 32_000]
+
+
+def test_segments_of_no_length_are_not_heard():
+    def recognizer(sound, return_timestamps):
+        return {"chunks": [{"timestamp": (0.0, 0.0), "text": "a"}, {"timestamp": (0.5, 0.51), "text": "b"}]}
+
+    assert transcribe((np.zeros((1, 16_000), np.float32), 16_000), recognizer, None) == ""
+
+
+def test_transcribing_by_transformers_own():
+    """Whisper and a tagger that know nothing: what goes in and what comes out."""
+    torch.manual_seed(0)
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>", *(f"<|{i / 50:.2f}|>" for i in range(1501))]
+    vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], unk_token="a")
+    tokenizer.add_tokens(names)
+    end, start, untimed = tokenizer.convert_tokens_to_ids(names[:3])
+    sizes = {
+        f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    config = WhisperConfig(vocab_size=len(tokenizer), d_model=16, max_target_positions=64, **sizes, **ids)
+    model = WhisperForConditionalGeneration(config)
+    timed = {"no_timestamps_token_id": untimed, "max_initial_timestamp_index": 50, "is_multilingual": False}
+    for name, value in (timed | {"max_length": 32}).items():
+        setattr(model.generation_config, name, value)
+    recognizer = pipeline(
+        "automatic-speech-recognition", model=model, tokenizer=tokenizer, feature_extractor=WhisperFeatureExtractor()
+    )
+    labels = {0: "Speech", 1: "Music", 2: "Wind"}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"max_length": 128, "num_mel_bins": 64}
+    ears = ASTForAudioClassification(ASTConfig(id2label=labels, **small))
+    tagger = pipeline(
+        "audio-classification", model=ears, feature_extractor=ASTFeatureExtractor(max_length=128, num_mel_bins=64)
+    )
+    wave = np.random.RandomState(0).randn(1, 48_000).astype(np.float32) * 0.1
+    said = recognizer({"raw": wave[0], "sampling_rate": 16_000}, return_timestamps=True)
+    assert all(set(chunk) == {"timestamp", "text"} for chunk in said["chunks"])
+    assert isinstance(transcribe((wave, 16_000), recognizer, tagger), str)
+
+    def whole(sound, return_timestamps):
+        return {"chunks": [{"timestamp": (0.5, None), "text": " hello"}]}
+
+    # Among three sounds speech is one, and weights that know nothing let nothing drown it.
+    assert transcribe((wave, 16_000), whole, tagger) == "hello"
 
 
 def test_what_counts_as_speech():

@@ -13,6 +13,8 @@ from hfvlm.media import read_audio
 from hfvlm.media.recordings import resample
 
 RATE = 16_000
+# Samples of the tagger's window, 25 milliseconds. Whisper writes segments of no length, too.
+SHORTEST = 400
 # How much louder music may be than speech, in logarithms, and among how many of a segment's sounds speech must be.
 LOUDER, AMONG = 1.1, 3
 Tags = Sequence[tuple[str, float]]
@@ -61,8 +63,8 @@ def transcribe(sound: Any, recognizer: Any, tagger: Any) -> str:
     chunks = recognizer({"raw": wave, "sampling_rate": RATE}, return_timestamps=True)["chunks"]
     tags = []
     for chunk in chunks:
-        start, end = (RATE * (time or 0) for time in chunk["timestamp"])
-        part = wave[int(start) : int(end) or len(wave)]
-        found = tagger({"raw": part, "sampling_rate": RATE}, top_k=AMONG)
+        start, end = chunk["timestamp"]  # the last may have no end
+        part = wave[int(RATE * (start or 0)) : None if end is None else int(RATE * end)]
+        found = tagger({"raw": part, "sampling_rate": RATE}, top_k=AMONG) if len(part) >= SHORTEST else []
         tags.append([(each["label"], log(max(each["score"], 1e-12))) for each in found])
     return spoken_text(chunks, tags)
