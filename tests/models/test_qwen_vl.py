@@ -40,6 +40,7 @@ def config(**text):
 
 class TestQwenVL(GenerationSuite, ModelSuite):
     model_class, auto_class = HfvlmQwenVLForConditionalGeneration, AutoModelForImageTextToText
+    implementations = ("sdpa",)  # flex is tried on the towers
 
     def config(self):
         return config()
@@ -55,10 +56,6 @@ class TestQwenVL(GenerationSuite, ModelSuite):
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
         return {"labels": ids.masked_fill(ids == PICTURE, -100)}
-
-    @pytest.mark.parametrize("implementation", ["sdpa"])  # flex is tried on the towers
-    def test_attention_implementations_agree(self, model, batch, implementation):
-        super().test_attention_implementations_agree(model, batch, implementation)
 
     def test_pictures_of_another_size_have_as_many_tokens(self, model):
         (features,) = model.get_image_features(torch.randn(1, 3, 42, 21)).pooler_output
@@ -85,6 +82,7 @@ class TestVision(ModelSuite):
 
 class TestText(ModelSuite):
     model_class, auto_class = HfvlmQwenVLTextModel, AutoModel
+    implementations: tuple[str, ...] = ("sdpa",)  # flex with the output layer, below
 
     def config(self):
         return HfvlmQwenVLTextConfig(**TEXT | {"use_cache": False})
@@ -93,20 +91,13 @@ class TestText(ModelSuite):
         ids = torch.arange(27).reshape(3, 9) * 17 % 61 + 2
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    @pytest.mark.parametrize("implementation", ["sdpa"])  # flex with the output layer, below
-    def test_attention_implementations_agree(self, model, batch, implementation):
-        super().test_attention_implementations_agree(model, batch, implementation)
-
 
 class TestCausalLM(TestText):
     model_class, auto_class = HfvlmQwenVLForCausalLM, AutoModelForCausalLM
+    implementations = ("sdpa", "flex_attention")
 
     def loss_inputs(self):
         return {"labels": self.inputs()["input_ids"]}
-
-    @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-    def test_attention_implementations_agree(self, model, batch, implementation):
-        super().test_attention_implementations_agree(model, batch, implementation)
 
     @pytest.mark.parametrize("bias", [False, True])
     def test_up_to_the_trained_length_it_is_qwen2(self, batch, bias):
