@@ -35,6 +35,12 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
 
     language_model: Any
 
+    def post_init(self) -> None:
+        """As transformers'. What encodes pictures stays on one device: some of its parameters belong to no layer."""
+        super().post_init()
+        parts = (child for child in self.children() if child is not self.language_model)
+        self._no_split_modules = [*(self._no_split_modules or ()), *(type(part).__name__ for part in parts)]
+
     @property
     def unread_modules(self) -> list[str]:
         """Names of the modules whose weights no output depends on; they are frozen, and LoRA leaves them out."""

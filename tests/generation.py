@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from tests.suite import close, relative
 
@@ -66,6 +67,38 @@ class GenerationSuite:
         assert torch.equal(self.answer(model, batch), expected)
         assert torch.equal(self.answer(model, batch, use_cache=False), expected)
         assert torch.equal(self.answer(model, batch, cache_implementation="static"), expected)
+
+    def test_decoding_compiles_as_one_graph(self, model, batch):
+        """With a static cache, as generate does where there is a GPU."""
+        batch = self.one(batch, 0)
+        expected = self.answer(model, batch)
+        options = CompileConfig(fullgraph=True, backend="eager", mode=None)
+        options._compile_all_devices = True
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert torch.equal(self.answer(model, batch, cache_implementation="static", compile_config=options), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+    def test_split_over_devices(self, model, batch, tmp_path):
+        """Part of it in memory, the rest on disk: no layer is in two places, and nothing else changes."""
+        pytest.importorskip("accelerate", reason="comes with hfvlm[train]")
+        model.save_pretrained(tmp_path / "whole")
+        room = sum(p.nbytes for p in model.parameters())
+        layers = [name for name, _ in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
+        for share in (0.85, 0.95):
+            places = {"device_map": "auto", "max_memory": {"cpu": int(room * share)}, "offload_folder": str(tmp_path)}
+            split = type(model).from_pretrained(tmp_path / "whole", **places)
+            assert set(split.hf_device_map.values()) == {"cpu", "disk"}
+            assert not any(part.startswith(f"{layer}.") for part in split.hf_device_map for layer in layers)
+            with torch.no_grad():
+                close(split(**batch).logits, model(**batch).logits, 1e-6, "split")
+            assert torch.equal(self.answer(split, batch), self.answer(model, batch))
+
+    def test_attention_implementations_of_tower_and_language_model(self):
+        chosen = {"vision_config": "eager", "text_config": "sdpa"}
+        model = self.model_class._from_config(self.config(), attn_implementation=chosen)
+        assert model.vision_model.config._attn_implementation == "eager"
+        assert model.language_model.config._attn_implementation == "sdpa"
 
     def test_another_picture_changes_the_output(self, model, batch):
         with torch.no_grad():

@@ -13,7 +13,7 @@ from hfvlm.conversion.clip import transformers_vision_rows
 from hfvlm.conversion.language_models import llama_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
 from typer.testing import CliRunner
 
 import hfvlm
@@ -241,6 +241,24 @@ def test_processor_survives_a_round_trip(processor, tmp_path):
     for name, value in processor(text=text, videos=[film()]).items():
         assert torch.equal(again(text=text, videos=[film()])[name], value)
     assert again.training_conversation == "vicuna_v1_1"
+
+
+def test_pipeline(folder, chat, clip):
+    answer = pipeline("video-text-to-text", model=str(folder), device="cpu")
+    options = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
+    expected = []
+    for source in (str(clip), film()):
+        chat.reset()
+        expected.append(chat.ask("What?", videos=[source]))
+    found = answer([str(clip), film()], ["What?", "What?"], **options)
+    assert [given[0]["generated_text"].strip() for given in found] == expected
+    assert answer(str(clip), "What?", **options)[0]["generated_text"].strip() == expected[0]
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What?"}]
+    messages = answer([{"role": "user", "content": content}], **options)[0]["generated_text"]
+    assert messages[-1]["role"] == "assistant"
+    assert messages[-1]["content"].strip() == expected[0]
+    with pytest.raises(ValueError, match="1 films and 2 texts are no pairs"):
+        answer([film()], ["a", "b"])
 
 
 def test_truncation_never_cuts_a_film(processor):

@@ -1,11 +1,9 @@
-"""Pipelines that transformers 5 has no longer."""
+"""Pipelines that transformers 5 has not, or no longer."""
 
 from typing import Any
 
-from transformers import AutoModelForVisualQuestionAnswering, pipelines
-from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
-
-TASK = "visual-question-answering"
+from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, pipelines
+from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline, Pipeline
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
@@ -52,13 +50,40 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return [{"answer": text} for text in written]
 
 
+class VideoTextToTextPipeline(ImageTextToTextPipeline):
+    """`pipeline("video-text-to-text", model=folder)(film, text)` -> `[{"generated_text": "..."}]`.
+
+    Takes a film, as `hfvlm.media.read_video` reads it, and a text, or lists of as many of both; or, as
+    "image-text-to-text" does, messages with `{"type": "video", "video": film}` in their content, or a list of such
+    conversations. Of messages, all of them come back, the answer last, unless `return_full_text=False`.
+    """
+
+    def __call__(self, videos: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if videos is None or text is None:
+            return super().__call__(text=videos if text is None else text, **kwargs)
+        several = isinstance(text, list)
+        films, texts = (videos, text) if several else ([videos], [text])
+        if len(films) != len(texts):
+            raise ValueError(f"{len(films)} films and {len(texts)} texts are no pairs.")
+        conversations: Any = [_about(film, one) for film, one in zip(films, texts, strict=True)]
+        given = super().__call__(text=conversations, **{"return_full_text": False} | kwargs)
+        return given if several else given[0]
+
+
+def _about(film: Any, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "video", "video": film}, {"type": "text", "text": text}]}]
+
+
+# Of each task its pipeline and the Auto class that finds the model.
+TASKS: dict[str, tuple[type[Pipeline], Any]] = {
+    "visual-question-answering": (VisualQuestionAnsweringPipeline, AutoModelForVisualQuestionAnswering),
+    "video-text-to-text": (VideoTextToTextPipeline, AutoModelForImageTextToText),
+}
+
+
 def register_pipelines() -> None:
-    """Add what the installed transformers lacks, and refuses by name."""
-    getattr(pipelines, "REMOVED_TASKS", {}).pop(TASK, None)
-    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(
-            TASK,
-            pipeline_class=VisualQuestionAnsweringPipeline,
-            pt_model=AutoModelForVisualQuestionAnswering,
-            type="multimodal",
-        )
+    """Add what the installed transformers lacks, or refuses by name."""
+    for task, (pipeline, model) in TASKS.items():
+        getattr(pipelines, "REMOVED_TASKS", {}).pop(task, None)
+        if task not in PIPELINE_REGISTRY.get_supported_tasks():
+            PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline, pt_model=model, type="multimodal")
