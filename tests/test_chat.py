@@ -15,7 +15,7 @@ from hfvlm.cli.commands import app
 from hfvlm.inference.chat import _until
 from hfvlm.media_text import ImageTextProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.training.chat import ChatCollator
+from hfvlm.training.chat import MANY, ChatCollator, ChatTrainer, length_of
 from tests.suite import close
 from tests.tiny_llava import GRID, VOCABULARY, converted
 
@@ -333,6 +333,31 @@ def test_long_examples_are_cut_but_not_in_a_picture(processor):
     assert ChatCollator(processor, pad_to_multiple_of=short)(EXAMPLES)["input_ids"].shape[1] % short == 0
 
 
+def test_batches_of_one_length(processor, tmp_path):
+    """Of conversations about pictures, or of others, alone."""
+    texts = [" ".join(["word"] * (1 + i * 7 % 20)) for i in range(400)]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
+    ]
+    rows = [row | ({"images": ["a.png"]} if i % 2 else {}) for i, row in enumerate(rows)]
+    assert [length_of(row) for row in rows[:2]] == [2, MANY + 16]
+    assert length_of(EXAMPLES[0]) == MANY + 5
+    assert length_of(EXAMPLES[1]) == MANY + 7
+    assert length_of({"messages": [], "videos": [np.zeros((2, 4, 4, 3))], "images": None}) == MANY
+    assert length_of({"messages": [], "image": np.zeros((4, 4, 3)), "images": []}) == MANY
+    assert length_of({"messages": [], "images": []}) == 0
+    arguments = {"per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length", "use_cpu": True}
+    trainer = ChatTrainer(
+        torch.nn.Linear(1, 1), TrainingArguments(tmp_path, **arguments), ChatCollator(processor), train_dataset=rows
+    )
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(400))
+    batches = [[length_of(rows[i]) for i in order[k : k + 4]] for k in range(0, 400, 4)]
+    assert sum(max(batch) - min(batch) <= 4 for batch in batches) > 85
+    trainer.args.train_sampling_strategy = "random"
+    assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
+
+
 def test_trainer_and_adapter(folder, processor, tmp_path):
     """The loss falls, the projector travels with the adapter, and merging changes no logit."""
     from peft import PeftModel
@@ -386,15 +411,26 @@ def test_recipes_adapt_what_they_say(model):
     assert seen == {"0", "1"}, "the last layer of the tower is not read, and not adapted"
 
 
-def test_quantised_loading_keeps_the_projector(folder):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
+def test_quantised_loading_keeps_the_projector(folder, processor, bits, kind):
+    pytest.importorskip("bitsandbytes", reason="comes with hfvlm[quantization]")
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+    options = {"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     kinds = {
         name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__
     }
-    assert kinds["language_model.model.layers.0.self_attn.q_proj"] == "Linear4bit"
+    assert kinds["language_model.model.layers.0.self_attn.q_proj"] == kind
     for name in ("projector.layers.0", "vision_model.layers.0.attention.q_proj", "language_model.lm_head"):
         assert kinds[name] == "Linear", name
+        assert model.get_submodule(name).weight.dtype == torch.float32
+    whole = AutoModelForImageTextToText.from_pretrained(folder)
+    inputs = processor(images=picture(), text="<image> What?")
+    with torch.no_grad():
+        pixels = inputs["pixel_values"]
+        (seen,), (expected,) = (m.get_image_features(pixels).pooler_output for m in (model, whole))
+        assert torch.equal(seen, expected)
+        if bits == 8:  # in 4 bits, bitsandbytes computes no layers as small as these without gradients
+            close(model(**inputs).logits, whole(**inputs).logits, 0.1, "logits")

@@ -224,7 +224,7 @@ def test_pretraining_by_all_losses_of_a_model(small_blip, pictures, tmp_path):
 
 
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
-    script = [sys.executable, str(EXAMPLES / "train_chat.py"), "--model", str(llava_folder)]
+    script = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--model", str(llava_folder)]
     for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
         name, value = change.split("=", 1)
         script += [f"--{name}", value]

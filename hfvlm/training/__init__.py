@@ -2,7 +2,7 @@
 
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomCropAndFlip, RandomResizedCrop
-from hfvlm.training.chat import ChatCollator
+from hfvlm.training.chat import ChatCollator, ChatTrainer, PreferenceCollator
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
@@ -11,9 +11,11 @@ from hfvlm.training.trainer import ContrastiveTrainer
 
 __all__ = [
     "ChatCollator",
+    "ChatTrainer",
     "ContrastiveCollator",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
+    "PreferenceCollator",
     "RandomCropAndFlip",
     "RandomResizedCrop",
     "RowTrainer",

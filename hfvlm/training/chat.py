@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hfvlm.media_text import IGNORE
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+# More words than any conversation has.
+MANY = 1_000_000
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 Message = dict[str, Any]
 
 
@@ -25,11 +29,11 @@ class ChatCollator:
       message has a place for stand before the first question.
     - `{"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}`, as in LLaVA's own files.
 
-    For `transformers.Trainer`, or TRL's `SFTTrainer` with `dataset_kwargs={"skip_prepare_dataset": True}`; both need
-    `remove_unused_columns=False`.
+    For `ChatTrainer`, transformers' `Trainer`, or TRL's `SFTTrainer`; all need `remove_unused_columns=False`, and
+    TRL's, for films, `dataset_kwargs={"skip_prepare_dataset": True}`.
 
     Args:
-        processor: an `hfvlm.processing.MediaTextProcessor`.
+        processor: an `hfvlm.media_text.MediaTextProcessor`.
         max_length: longer examples are cut, never in a picture.
         truncation: "pictures" leaves out pictures that do not fit, and what follows them; True refuses.
         pad_to_multiple_of: of the batch's length.
@@ -85,6 +89,67 @@ class ChatCollator:
         return ids, labels[: len(ids)], pictures[: len(counts)]
 
 
+class PreferenceCollator:
+    """Pairs of answers -> the inputs of TRL's `DPOTrainer`: conversations with the answers that are preferred, then
+    with the others, as `ChatCollator` writes them, and `completion_mask`, 1 where a last answer is.
+
+    An example is `{"prompt": ..., "chosen": ..., "rejected": ..., "images": [...]}`, each a text or a list of
+    messages. Nothing is cut. TRL's own collator would leave out the token that texts begin with.
+
+    Args:
+        processor: an `hfvlm.media_text.MediaTextProcessor`.
+        pad_to_multiple_of: of the batch's length.
+    """
+
+    def __init__(self, processor: Any, *, pad_to_multiple_of: int | None = None):
+        self.collate = ChatCollator(processor, pad_to_multiple_of=pad_to_multiple_of)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(
+            [
+                dict(example) | {"messages": [*_said("user", example["prompt"]), *_said("assistant", example[answer])]}
+                for answer in ("chosen", "rejected")
+                for example in examples
+            ]
+        )
+        answered = batch.pop("labels") != IGNORE
+        # Which answer a token belongs to; a text begins with none.
+        turn = (answered & ~answered.roll(1, dims=1)).cumsum(dim=1)
+        batch["completion_mask"] = (answered & (turn == turn.amax(dim=1, keepdim=True))).long()
+        return batch
+
+
+class ChatTrainer(Trainer):
+    """`Trainer` over conversations that are rows of a list or a data set.
+
+    With `train_sampling_strategy="group_by_length"` conversations of about the same length make a batch, those with
+    pictures and those without apart, as LLaVA's authors do (`group_by_modality_length`).
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(rows)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=[length_of(row) for row in rows])
+
+
+def length_of(example: Mapping[str, Any]) -> int:
+    """How long a conversation is beside others: its words, and MANY for pictures or films.
+
+    TRL's and transformers' own trainers group data sets that have it as a column, `length`.
+    """
+    texts = [turn["value"] for turn in example.get("conversations", ())]
+    given = [example[name] for name in ("image", "images", "video", "videos") if example.get(name) is not None]
+    media = any(len(one) > 0 if isinstance(one, list | tuple) else True for one in given)
+    for message in example.get("messages", ()):
+        parts = message["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        texts += [part["text"] for part in parts if part["type"] == "text"]
+        media = media or any(part["type"] in ("image", "video") for part in parts)
+    return sum(len(text.split()) for text in texts) + MANY * media
+
+
 def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str, Any]]:
     """Examples of a file of JSON or JSON lines, whose pictures and films are paths in the folder `pictures`.
 
@@ -113,6 +178,8 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
     else:
         messages = [dict(message) for message in example["messages"]]
         images = example.get(several, example.get(one))
+    if token != f"<{modality}>":  # the place in every file; models that call it otherwise number their pictures, too
+        messages = [_with_places(message, modality) for message in messages]
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     inside = [
         part[key]
@@ -131,6 +198,20 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
         texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         first["content"] = [{"type": modality}] * missing + texts
     return messages, images
+
+
+def _with_places(message: Message, modality: str) -> Message:
+    if not isinstance(message["content"], str):
+        return message
+    first, *others = message["content"].split(f"<{modality}>")
+    parts = [{"type": "text", "text": first}]
+    for text in others:
+        parts += [{"type": modality}, {"type": "text", "text": text.removeprefix("\n")}]
+    return message | {"content": parts if others else first}
+
+
+def _said(role: str, content: Any) -> list[Message]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
 def _places(content: Any, token: str, modality: str) -> int:

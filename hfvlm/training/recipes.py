@@ -23,7 +23,7 @@ from hfvlm.media.rows import load_rows
 from hfvlm.registry import find_class
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
-from hfvlm.training.chat import ChatCollator, read_examples
+from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.row_trainer import RowTrainer
@@ -197,7 +197,7 @@ def train_chat(
     """Train on the answers of conversations about pictures."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     arguments.remove_unused_columns = False
-    trainer = Trainer(
+    trainer = ChatTrainer(
         load_model(model_arguments, arguments.seed),
         arguments,
         ChatCollator(processor, max_length=data.max_length),

@@ -224,6 +224,30 @@ class TestWhole:
         assert answer in trained
         assert torch.isfinite(model(**batch).loss)
 
+    def test_places_of_other_files_are_numbered(self, processor, picture):
+        """`<image>` of TRL, ms-swift and LLaVA is no text to this model."""
+        answer = {"role": "assistant", "content": "A dog."}
+        parts = [PICTURE, text("What?"), PICTURE, text("And this?")]
+        rows = [
+            {"messages": [*asked(*parts), answer], "images": [picture, picture]},
+            {
+                "messages": [{"role": "user", "content": "<image>\nWhat?<image>And this?"}, answer],
+                "images": [picture, picture],
+            },
+            {
+                "conversations": [
+                    {"from": "user", "value": "<image>What?<image>\nAnd this?"},
+                    {"from": "assistant", "value": "A dog."},
+                ],
+                "image": [picture, picture],
+            },
+        ]
+        first, *others = (ChatCollator(processor)([row]) for row in rows)
+        assert (first["input_ids"] == processor.image_token_id).sum() == 2 * processor.num_queries
+        for batch in others:
+            assert torch.equal(batch["input_ids"], first["input_ids"])
+            assert torch.equal(batch["labels"], first["labels"])
+
     def test_the_example(self, folder, picture, tmp_path, monkeypatch):
         picture.save(tmp_path / "a.png")
         find = runpy.run_path(str(EXAMPLES / "find_in_pictures.py"))["main"]

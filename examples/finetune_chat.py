@@ -1,9 +1,9 @@
-"""Trains a model on conversations about pictures: the same as `hfvlm train` with `task: chat`, from a command line.
+"""Fine-tunes a model on conversations about pictures: `hfvlm train` with `task: chat`, from a command line.
 
 The file is JSON or JSON lines. An example is `{"messages": [...], "images": ["cat.jpg"]}` or, as LLaVA's own files,
 `{"conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, ...], "image": "cat.jpg"}`.
 
-    python examples/train_chat.py --model llava-v1.5-7b --data conversations.json --pictures photos \\
+    python examples/finetune_chat.py --model llava-v1.5-7b --data conversations.json --pictures photos \\
         --output_dir tuned --lora_recipe language+projection --lora_rank 128 --four_bits
 """
 
