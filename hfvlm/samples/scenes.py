@@ -84,6 +84,74 @@ def all_pairs() -> list[ScenePair]:
     return [ScenePair(left, right) for left, right in product(shapes, shapes) if left != right]
 
 
+# The four quarters of a picture, by where their middle is across and down it.
+PLACES = {
+    "northwest": (0.26, 0.26),
+    "northeast": (0.74, 0.26),
+    "southwest": (0.26, 0.74),
+    "southeast": (0.74, 0.74),
+}
+NUMBERS = ("no", "one", "two", "three", "four")
+
+
+@dataclass(frozen=True)
+class SceneGroup:
+    """One to four equal shapes, each in a quarter of its own."""
+
+    colour: str
+    shape: str
+    places: tuple[str, ...]
+
+    def caption(self) -> str:
+        number, ending = NUMBERS[len(self.places)], "s"[: len(self.places) - 1]
+        places = ", ".join(place for place in PLACES if place in self.places)
+        return f"{number} {self.colour} {self.shape}{ending} in the {places}"
+
+    def questions(self) -> dict[str, tuple[str, str]]:
+        """What can be asked, with the answers; the place is asked for where there is one alone."""
+        number = NUMBERS[len(self.places)]
+        asked = {"colour": ("What colour is there?", self.colour), "count": ("How many are there?", number)}
+        return asked | ({"position": ("Where is it?", self.places[0])} if len(self.places) == 1 else {})
+
+    def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
+        edge = 4 * pixels
+        image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
+        for place in self.places:
+            radius = edge * random.uniform(0.18, 0.23)
+            x, y = (edge * (middle + random.uniform(-0.02, 0.02)) for middle in PLACES[place])
+            _draw(ImageDraw.Draw(image), self.shape, (x, y), radius, COLOURS[self.colour])
+        return image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+
+
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+@dataclass(frozen=True)
+class MovingScene:
+    """One shape that crosses the picture. Whichever way it goes, any one frame is as likely."""
+
+    colour: str
+    shape: str
+    direction: str
+
+    def render(self, random: np.random.RandomState, frames: int = 8, pixels: int = 32) -> np.ndarray:
+        """A film, (T, H, W, 3), 0..255."""
+        edge = 4 * pixels
+        ground = tuple(int(v) for v in random.randint(0, 50, 3))
+        radius = edge * random.uniform(0.18, 0.23)
+        across, down = DIRECTIONS[self.direction]
+        way = (np.arange(frames) + random.uniform()) / frames
+        still = np.full(frames, random.uniform())
+        x = still if not across else way if across > 0 else way[::-1]
+        y = still if not down else way if down > 0 else way[::-1]
+        film = []
+        for centre in zip(*(radius + (edge - 2 * radius) * part for part in (x, y)), strict=True):
+            image = Image.new("RGB", (edge, edge), ground)
+            _draw(ImageDraw.Draw(image), self.shape, centre, radius, COLOURS[self.colour])
+            film.append(np.asarray(image.resize((pixels, pixels), Image.Resampling.BICUBIC)))
+        return np.stack(film)
+
+
 def _draw(
     draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
 ) -> None:
