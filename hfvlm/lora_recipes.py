@@ -107,7 +107,9 @@ def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
 
 def _instances(model: PreTrainedModel, part: str) -> list[str]:
     kind = WHOLE_PARTS.get(part)
-    return [] if kind is None else [name for name, module in model.named_modules() if isinstance(module, kind)]
+    unread = tuple(getattr(model, "unread_modules", ()))
+    read = (pair for pair in model.named_modules() if pair[0] not in unread)
+    return [] if kind is None else [name for name, module in read if isinstance(module, kind)]
 
 
 def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:

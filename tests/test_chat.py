@@ -17,7 +17,7 @@ from hfvlm.media_text import ImageTextProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.training.chat import MANY, ChatCollator, ChatTrainer, length_of
 from tests.suite import close
-from tests.tiny_llava import GRID, VOCABULARY, converted
+from tests.tiny_llava import GRID, VISION, VOCABULARY, converted, tiny_model
 
 ASK = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
 
@@ -409,6 +409,15 @@ def test_recipes_adapt_what_they_say(model):
     both = adapted("vision+language")
     seen = {name.split(".")[2] for name in both if name.startswith("vision_model.layers")}
     assert seen == {"0", "1"}, "the last layer of the tower is not read, and not adapted"
+
+
+def test_what_nothing_reads_is_not_trained():
+    """A tower that was taken from a CLIP has its projection still."""
+    model = tiny_model(vision_config=VISION | {"projection_dim": 16})
+    assert "vision_model.projection" in model.unread_modules
+    tuned = hfvlm.lora(model, "language+projection", quiet=True)
+    parts = {name.split(".")[2] for name, p in tuned.named_parameters() if p.requires_grad}
+    assert parts == {"language_model", "projector"}
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
