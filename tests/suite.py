@@ -159,7 +159,7 @@ class ModelSuite:
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_changes_nothing(self, model, batch, reentrant):
         if not model.supports_gradient_checkpointing:  # of batch norms, which would count their batches twice
-            with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+            with pytest.raises(ValueError, match="does not support .* checkpointing"):
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             return
         model.train()
