@@ -33,6 +33,10 @@ WEIGHTS = (
 )
 # The end of every table of LevelDB's kind, such as TensorFlow's index.
 TABLE_END = struct.pack("<Q", 0xDB4775248B80FB57)
+# Packages whose checkpoints were released as whole pickled modules alone.
+_MODULE_PACKAGES = ("dall_e.",)
+# What such a module keeps its state in.
+_MEMBERS = ("_parameters", "_buffers", "_modules")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -291,6 +295,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be 
     def __init__(self, file: io.BytesIO, archive: _TorchZip):
         super().__init__(file)
         self.archive = archive
+        self.whole_module = False
         self.allowed: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_tensor"): self._tensor,
@@ -323,7 +328,11 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be 
             raise CheckpointError(f"{self.archive.path}: damaged pickle ({error!r}).") from error
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):  # a TorchScript class: its attributes are wanted, its code is not
+        # Of a TorchScript class, and of a module and its parts, the attributes are wanted, the code is not.
+        self.whole_module |= module.startswith(_MODULE_PACKAGES)
+        if module.startswith(("__torch__", *_MODULE_PACKAGES)):
+            return _Inert
+        if self.whole_module and module.startswith("torch.nn.modules."):
             return _Inert
         if (module, name) in self.allowed:
             return self.allowed[module, name]
@@ -383,8 +392,13 @@ def _unwrap(path: Path, tree: Any) -> Checkpoint:
 
 
 def _module_tensors(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a TorchScript module, named as its `state_dict()` would."""
-    for name, value in module.attributes.items():
+    """Tensors of a TorchScript module or of a pickled one, named as its `state_dict()` would."""
+    attributes = module.attributes
+    if all(kind in attributes for kind in _MEMBERS):
+        fleeting = attributes.get("_non_persistent_buffers_set", ())
+        members = (item for kind in _MEMBERS for item in attributes[kind].items())
+        attributes = {name: value for name, value in members if name not in fleeting}
+    for name, value in attributes.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
         elif isinstance(value, _Inert):

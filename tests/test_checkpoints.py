@@ -6,7 +6,10 @@ import json
 import os
 import pickle
 import struct
+import sys
+import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,28 @@ def test_a_whole_training_state(tmp_path):
     optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
     check(tmp_path / "a.pt", dict(model.state_dict()))
+
+
+def test_a_whole_pickled_module_without_its_code(tmp_path, monkeypatch):
+    """As OpenAI released DALL-E's codebook."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.Sequential(OrderedDict(input=torch.nn.Conv2d(3, 4, 1), relu=torch.nn.ReLU()))
+            self.norm = torch.nn.BatchNorm1d(4)
+            self.device, self.gain, self.scratch = torch.device("cpu"), 0.5, torch.ones(2)
+            self.register_buffer("places", torch.arange(3), persistent=False)
+            self.register_parameter("bias", None)
+
+    package = types.ModuleType("dall_e.encoder")
+    package.Encoder, Encoder.__module__, Encoder.__qualname__ = Encoder, "dall_e.encoder", "Encoder"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "dall_e", types.ModuleType("dall_e"))
+        patch.setitem(sys.modules, "dall_e.encoder", package)
+        module = Encoder()
+        torch.save(module, tmp_path / "encoder.pkl")
+    check(tmp_path / "encoder.pkl", module.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
