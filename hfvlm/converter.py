@@ -23,7 +23,7 @@ from hfvlm.hub import write_card
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
 from hfvlm.presets import Preset, list_presets, load_preset
-from hfvlm.registry import architectures
+from hfvlm.registry import architecture_of, architectures
 from hfvlm.writing import new_folder
 
 logger = logging.get_logger(__name__)
@@ -295,7 +295,7 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         raise ValueError(f"Folders are exported to 'transformers', not to {to!r}.")
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    module = conversion_module(config.model_type.removeprefix("hfvlm_"))
+    module = conversion_module(architecture_of(config.model_type).name)
     if not hasattr(module, "config_to_transformers"):
         raise UnsupportedOriginalError(f"{folder}: transformers has no classes of its own for {config.model_type}.")
     with new_folder(output, overwrite=overwrite) as target:

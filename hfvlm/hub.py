@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import hfvlm
 from hfvlm.licences import UNKNOWN, check_licence
 from hfvlm.presets import Preset, load_preset
-from hfvlm.registry import architectures
+from hfvlm.registry import architecture_of
 
 STUB = "hfvlm_stub"
 NO_RESULTS = (
@@ -44,7 +44,7 @@ def write_card(
     """
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    architecture = config.model_type.removeprefix("hfvlm_")
+    architecture = architecture_of(config.model_type).name
     record = _read_json(folder / "conversion.json")
     preset = preset or _preset_of(record, architecture, config.licence)
     card = ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
@@ -118,8 +118,8 @@ def write_stub(folder: str | Path) -> Path:
     """`hfvlm_stub.py` and the `auto_map` entries that point to it."""
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    architecture = architectures()[config["model_type"].removeprefix("hfvlm_")]
-    names = [config["architectures"][0], architecture.configs[architecture.model_type]]
+    architecture = architecture_of(config["model_type"])
+    names = [config["architectures"][0], architecture.configs[config["model_type"]]]
     autos = {auto: name for auto, models in architecture.models.items() for name in models if name in names}
     config["auto_map"] = {
         "AutoConfig": f"{STUB}.{names[1]}",

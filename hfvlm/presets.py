@@ -18,7 +18,8 @@ class Preset:
     Args:
         name: "clip/vit-b-32".
         architecture: the folder's name, "clip".
-        config: the configuration's fields that differ from its defaults.
+        config: the configuration's fields that differ from its defaults; a `model_type` among them is that of a tower
+            which was released alone.
         processor: settings of the processor's parts that differ from theirs.
         source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer, and
             `parts`, what else the model is made of.
@@ -38,7 +39,8 @@ class Preset:
 
     def make_config(self) -> PreTrainedConfig:
         """The configuration, in full."""
-        return AutoConfig.for_model(f"hfvlm_{self.architecture}", **json.loads(json.dumps(self.config)))
+        fields = {"model_type": f"hfvlm_{self.architecture}"} | json.loads(json.dumps(self.config))
+        return AutoConfig.for_model(**fields)
 
 
 @cache

@@ -190,6 +190,18 @@ def architectures() -> dict[str, Architecture]:
     return _architectures
 
 
+def architecture_of(model_type: str) -> Architecture:
+    """The architecture that owns a `model_type`, a tower's included.
+
+    Raises:
+        ValueError: it is none of hfvlm's.
+    """
+    for architecture in architectures().values():
+        if model_type in architecture.configs:
+            return architecture
+    raise ValueError(f"{model_type} is no model_type of hfvlm; `hfvlm list` shows what there is.")
+
+
 def load_for(model_type: str) -> None:
     """Load the architecture that owns a `model_type`, if it is one of hfvlm's."""
     for architecture in _architectures.values():

@@ -23,7 +23,7 @@ def test_preset(name):
     assert preset.parameters == sum(p.numel() for p in model.parameters())
     module = conversion_module(preset.architecture)
     processor = module.image_processor_for(config, preset.processor)
-    size = getattr(config.vision_config, "image_size", None)
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is not None:
         assert processor.size == {"height": size, "width": size}
     assert preset.licence["id"] != "unknown"
