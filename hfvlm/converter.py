@@ -231,7 +231,8 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedMo
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
     """The processor's files; without a vocabulary, the image processor's alone."""
-    if vocabulary == NO_VOCABULARY:
+    reads_texts = getattr(plan.module, "reads_texts", lambda _: True)(plan.config)
+    if vocabulary == NO_VOCABULARY or not reads_texts:
         plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
     beside = (_beside(source, plan.module.VOCABULARIES) for source in sources)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from hfvlm.media_text import MediaTextProcessor
+from hfvlm.processing import HfvlmProcessor
 
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")
@@ -39,6 +40,10 @@ def verify(folder: str | Path) -> list[Check]:
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]
     processor = AutoProcessor.from_pretrained(folder)
+    if not isinstance(processor, HfvlmProcessor):
+        raise ValueError(
+            f"{folder}: has no processor of texts and pictures to verify it with, but {type(processor).__name__}."
+        )
     if isinstance(processor, MediaTextProcessor):
         return [*checks, *answering_checks(folder, model.eval(), processor)]
     known = getattr(model, "modalities", model.input_modalities)
