@@ -30,6 +30,9 @@ class RowTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        if self.args.label_names is None:
+            # The loss comes with `return_loss`, whatever labels forward takes; the host would wait for all of these.
+            self.label_names = []
         self.sampler: EpochSampler | None = None
         self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
         self.add_callback(_EachEpoch(self))
