@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
-from hfvlm.conversion import blip
+from hfvlm.conversion import blip, flava
 from hfvlm.conversion.imagebind import processor_for
 from transformers import AutoModel
 
@@ -60,6 +60,21 @@ def small_blip(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def flava_folder(tmp_path_factory):
+    """A FLAVA for pretraining that learned nothing yet: the tiny preset with a few words. Read only."""
+    folder = tmp_path_factory.mktemp("flava")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a picture of what ##s shape circle square".split()]  # noqa: SIM905
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    preset = load_preset("flava/tiny")
+    config = preset.make_config()
+    config.text_config.vocab_size = len(pieces)
+    torch.manual_seed(0)
+    hfvlm.HfvlmFLAVAForPreTraining(config).save_pretrained(folder)
+    flava.processor_for(config, preset.processor, folder / "vocab.txt").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

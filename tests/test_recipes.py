@@ -223,6 +223,35 @@ def test_pretraining_by_all_losses_of_a_model(small_blip, pictures, tmp_path):
     assert {"vision_model", "text_model", "text_decoder", "itm_head", "logit_scale", "teacher"} <= moved
 
 
+# Which parts of a FLAVA learn from which columns of a data set.
+FLAVA = {
+    "{image: image, text: captions}": "(vision|text|multimodal)_model|logit_scale|(mmm_image|mmm_text|itm)_head",
+    "{image: image}": "vision_model|mim_head",
+    "{text: captions}": "text_model|mlm_head",
+}
+
+
+@pytest.mark.parametrize("columns", FLAVA)
+def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_path):
+    """The losses of a batch train what they read; no loss reads the towers' summaries, and the codebook stays."""
+    changes = [*QUICK[:-1], f"model={flava_folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    changes += ["learning_rate=0.001", "eval_split=test", "per_device_eval_batch_size=50", f"columns={columns}"]
+    changes += ["per_device_train_batch_size=16"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "flava-pretraining.yaml", changes)
+    assert metrics["train_loss"] > 0
+    assert metrics["eval_loss"] > 0
+    before, after = (
+        dict(hfvlm.HfvlmFLAVAForPreTraining.from_pretrained(path).named_parameters())
+        for path in (flava_folder, tmp_path / "out")
+    )
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    unread = r"\w+_model\.summary\..*" + (
+        "" if "image" in columns and "text" in columns else r"|\w+_model\.projection\..*"
+    )
+    wanted = {key for key in before if re.match(FLAVA[columns], key) and not re.fullmatch(unread, key)}
+    assert moved == wanted
+
+
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
     script = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--model", str(llava_folder)]
     for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
@@ -240,7 +269,7 @@ def test_what_a_model_has_not_is_said(llava_folder, conversations, tmp_path):
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    assert names == {*TRAINED, *CHAT, "scenes", "imagebind-lora", "blip-pretraining"}
+    assert names == {*TRAINED, *CHAT, "scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining"}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

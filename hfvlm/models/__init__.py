@@ -7,6 +7,7 @@ ARCHITECTURES = (
     "filip",
     "imagebind",
     "languagebind",
+    "flava",
     "blip",
     "coca",
     "mammut",

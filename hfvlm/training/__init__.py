@@ -6,6 +6,7 @@ from hfvlm.training.chat import ChatCollator, ChatTrainer, PreferenceCollator
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
+from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
@@ -15,6 +16,7 @@ __all__ = [
     "ContrastiveCollator",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
+    "MaskingCollator",
     "PreferenceCollator",
     "RandomCropAndFlip",
     "RandomResizedCrop",

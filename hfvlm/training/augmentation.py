@@ -29,6 +29,10 @@ class RandomResizedCrop:
         box = self.box(*image.size, random)
         return image.convert("RGB").resize((self.size, self.size), Image.Resampling(self.resample), box=box)
 
+    def cut(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        """The part alone, as it is: for what is read at several sizes."""
+        return image.convert("RGB").crop(self.box(*image.size, random))
+
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """Left, top, right, bottom: drawn until a box fits, else the largest one in the middle."""
         low, high = self.ratio

@@ -26,6 +26,7 @@ from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
@@ -153,15 +154,28 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
     return model
 
 
-def data_options(data: DataArguments, processor: Any, *, all_captions: bool = True) -> dict[str, Any]:
+def contrastive_collator(processor: Any, _: Any, columns: Any, **options: Any) -> Any:
+    return ContrastiveCollator(processor, columns, **options)
+
+
+def pairs_collator(processor: Any, rows: Any, columns: Any, **options: Any) -> Any:
+    """With patches and words hidden, where the processor of pictures does that."""
+    if hasattr(processor.image_processor, "patch_mask"):
+        return MaskingCollator(processor, columns, strangers=rows, **options)
+    return ContrastiveCollator(processor, columns, all_captions=False, **options)
+
+
+def data_options(
+    data: DataArguments, processor: Any, make_collator: Callable[..., Any] = contrastive_collator
+) -> dict[str, Any]:
     """What a trainer is told about its rows."""
     augment = {}
     if data.crop_scale is not None:
         augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
-    options: dict[str, Any] = {"id_column": data.id_column, "augment": augment, "all_captions": all_captions}
+    rows = load_rows(data.dataset, data.subset, split=data.train_split)
     return {
-        "data_collator": ContrastiveCollator(processor, data.columns, **options),
-        "train_dataset": load_rows(data.dataset, data.subset, split=data.train_split),
+        "data_collator": make_collator(processor, rows, data.columns, id_column=data.id_column, augment=augment),
+        "train_dataset": rows,
         "eval_dataset": load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
         "processing_class": processor,
     }
@@ -186,7 +200,7 @@ def train_pairs(
     """Train on pictures with captions by all of the model's own losses at once, batch by batch."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     arguments.remove_unused_columns = False
-    options = data_options(data, processor, all_captions=False)
+    options = data_options(data, processor, pairs_collator)
     trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments)
 
