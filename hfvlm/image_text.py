@@ -30,7 +30,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
     # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
     media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
     # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
-    full_precision_modules = ("vision_model", "projector", "lm_head")
+    full_precision_modules: tuple[str, ...] = ("vision_model", "projector", "lm_head")
     lora_recipe = "language+projection"
 
     language_model: Any
@@ -108,14 +108,28 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         """
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         media |= {name: kwargs.pop(name) for names in self.media_inputs.values() for name in names if name in kwargs}
-        return self.language_model(
-            inputs_embeds=self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs)),
+        return self.read_with(
+            self.language_model,
+            input_ids,
+            inputs_embeds,
+            self.encode_media(media, mm_encoder_outputs),
             attention_mask=attention_mask,
             labels=labels,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def read_with(
+        self,
+        reader: Any,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        features: Mapping[str, Features],
+        **kwargs: Any,
+    ) -> Any:
+        """What `reader`, the language model or its part before the output layer, makes of texts with pictures."""
+        return reader(inputs_embeds=self.merged(input_ids, inputs_embeds, features), **kwargs)
 
     @property
     def base_model(self) -> Any:
@@ -166,7 +180,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
 
     def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
         """As many placeholders as features, or an error that names both."""
-        counts = [] if features is None else [len(rows) for rows in each(features)]
+        counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
         if (found := int(place.sum())) == sum(counts):
             return
         token = f"{modality}_token_id {getattr(self.config, f'{modality}_token_id')}"
@@ -176,6 +190,10 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             f"each of its tokens, as {type(self).__name__}'s processor writes them; it must agree with "
             f"{self.token_count_fields()}."
         )
+
+    def count_places(self, rows: Tensor) -> int:
+        """How many placeholders stand for a picture of these features, `(tokens, hidden_size)`."""
+        return len(rows)
 
     def token_count_fields(self) -> str:
         """The fields of the configuration that decide how many tokens a picture has, with their values."""
@@ -229,7 +247,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         repeated: list[Tensor] = []
         for count in (input_ids == getattr(self.config, f"{modality}_token_id")).sum(dim=1).tolist():
             row: list[Tensor] = []
-            while sum(map(len, row)) < count:
+            while sum(map(self.count_places, row)) < count:
                 row.append(next(remaining))
             repeated += row * times
         return repeated
@@ -254,8 +272,7 @@ class _Backbone:
         """As the model's forward, to the last hidden states."""
         names = [name for names in self.model.media_inputs.values() for name in names]
         features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
-        merged = self.model.merged(input_ids, inputs_embeds, features)
-        return self.model.language_model.base_model(inputs_embeds=merged, **kwargs)
+        return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # `get_encoder` and `get_decoder` are the model's own, which would ask here again.

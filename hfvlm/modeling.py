@@ -20,7 +20,7 @@ from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 def other_towers(own: str) -> list[str]:
     """Patterns of the keys that a tower may leave unread in its composite's file."""
-    return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scales?|classifier|projector)\."]
+    return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scales?|classifier|projector|resampler|gates)\."]
 
 
 # Attention weights of the layers of a tower, not those of its pooling head.

@@ -95,7 +95,7 @@ class Chat:
         modality = self.processor.modality
         inputs = self.processor.prepare(modality, list(images)).to(self.model.device).to(self.model.dtype)
         features = list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
-        return [len(rows) for rows in features], features
+        return [self.model.count_places(rows) for rows in features], features
 
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
         """Of `generate`: the keys and values of all that stands in the cache already are used again."""

@@ -34,7 +34,8 @@ def eager_attention_forward(
 
 class MultiHead(nn.Module):
     """The projections and the arithmetic that every kind of attention shares; the kinds differ in what they read.
-    Without a `width` and `heads` of its own, one has its tower's."""
+    Without a `width` and `heads` of its own, one has its tower's; what goes in and out has the same width, unless
+    `in_size` and `out_size` say another."""
 
     is_causal = False
 
@@ -45,15 +46,18 @@ class MultiHead(nn.Module):
         out_size: int | None = None,
         width: int | None = None,
         heads: int | None = None,
+        in_size: int | None = None,
+        *,
+        bias: bool = True,
     ):
         super().__init__()
         self.config = config
         width = width or config.hidden_size
         self.head_dim = width // (heads or config.num_attention_heads)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(context_size or width, width)
-        self.v_proj = nn.Linear(context_size or width, width)
-        self.out_proj = nn.Linear(width, out_size or width)
+        self.q_proj = nn.Linear(in_size or width, width, bias=bias)
+        self.k_proj = nn.Linear(context_size or width, width, bias=bias)
+        self.v_proj = nn.Linear(context_size or width, width, bias=bias)
+        self.out_proj = nn.Linear(width, out_size or width, bias=bias)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, heads, N, head_dim)."""
@@ -110,10 +114,8 @@ class CrossAttention(MultiHead):
     that the context's keys and values are computed once and never copied.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, layer_idx: int, context_size: int | None = None, heads: int | None = None
-    ):
-        super().__init__(config, context_size, heads=heads)
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, context_size: int | None = None, **sizes: Any):
+        super().__init__(config, context_size, **sizes)
         self.layer_idx = layer_idx
 
     def forward(
