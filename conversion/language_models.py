@@ -1,6 +1,6 @@
 """The language models that others are built around, in transformers' names, which authors' files keep."""
 
-from hfvlm.key_table import Row
+from hfvlm.key_table import Row, split, tied
 
 # What decides the shape and the numbers of a LLaMA or a Mistral, in config.json of every version of transformers.
 LLAMA_FIELDS = (
@@ -23,4 +23,67 @@ def llama_rows(source: str = "model", head: str = "lm_head", target: str = "lang
         Row(f"{layer}.self_attn.rotary_emb.inv_freq", None, optional=True),
         Row(f"{source}.norm.weight", f"{target}.model.norm.weight"),
         Row(f"{head}.weight", f"{target}.lm_head.weight"),
+    ]
+
+
+# What MosaicML called the parts of MPT's layers in MosaicGPT, of which MPT-1B is one.
+MOSAIC_NAMES = {
+    "norm_1": "ln_1",
+    "norm_2": "ln_2",
+    "ffn.up_proj": "mlp.mlp_up",
+    "ffn.down_proj": "mlp.mlp_down",
+}
+
+
+def mpt_rows(target: str = "language_model", *, normalised: bool = False) -> list[Row]:
+    """MPT, whose output layer is its table of words; `normalised` are its queries and keys."""
+    words = (f"{target}.transformer.wte.weight", f"{target}.lm_head.weight")
+    block, ours = "transformer.blocks.{}", f"{target}.transformer.blocks.{{}}"
+    attention = [Row(f"{block}.attn.Wqkv.weight", f"{ours}.attn.Wqkv.weight")]
+    if normalised:
+        qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
+        attention = [
+            Row(f"{block}.attn.Wqkv.weight", qkv, split(3)),
+            *(Row(f"{block}.attn.{part}_ln.weight", f"{ours}.attn.{part}_norm.weight") for part in "qk"),
+        ]
+    return [
+        Row("transformer.wte.weight", words, tied(2)),
+        *attention,
+        Row(f"{block}.attn.out_proj.weight", f"{ours}.attn.out_proj.weight"),
+        # Of two names for a part, a file has one.
+        *(Row(f"{block}.{name}.weight", f"{ours}.{name}.weight", optional=True) for name in MOSAIC_NAMES),
+        *(Row(f"{block}.{old}.weight", f"{ours}.{name}.weight", optional=True) for name, old in MOSAIC_NAMES.items()),
+        *(
+            Row(f"transformer.{norm}.weight", f"{target}.transformer.norm_f.weight", optional=True)
+            for norm in ("norm_f", "ln_f")
+        ),
+        # The table of words again, in files that transformers wrote.
+        Row("lm_head.weight", None, optional=True),
+    ]
+
+
+def gpt_neox_rows(target: str = "language_model") -> list[Row]:
+    """GPT-NeoX, and whatever shares its names: Pythia, RedPajama."""
+    from transformers import GPTNeoXForCausalLM
+
+    # Versions of transformers differ in its name.
+    (head,) = GPTNeoXForCausalLM._tied_weights_keys
+    layer, ours = "gpt_neox.layers.{}", f"{target}.gpt_neox.layers.{{}}"
+    return [
+        Row("gpt_neox.embed_in.weight", f"{target}.gpt_neox.embed_in.weight"),
+        *(
+            Row(f"{layer}.{norm}.{{}}", f"{ours}.{norm}.{{}}")
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ),
+        *(
+            Row(f"{layer}.attention.{part}.{{}}", f"{ours}.attention.{part}.{{}}")
+            for part in ("query_key_value", "dense")
+        ),
+        Row(f"{layer}.mlp.{{}}.{{}}", f"{ours}.mlp.{{}}.{{}}"),
+        # Masks and frequencies are computed; files from before transformers 4.32 repeat them in every layer.
+        Row(f"{layer}.attention.bias", None, optional=True),
+        Row(f"{layer}.attention.masked_bias", None, optional=True),
+        Row(f"{layer}.attention.rotary_emb.inv_freq", None, optional=True),
+        Row("gpt_neox.final_layer_norm.{}", f"{target}.gpt_neox.final_layer_norm.{{}}"),
+        Row("embed_out.weight", f"{target}.{head}"),
     ]
