@@ -11,6 +11,7 @@ ARCHITECTURES = (
     "blip",
     "coca",
     "mammut",
+    "flamingo",
     "llava",
     "shikra",
     "qwen_vl",

@@ -1,0 +1,337 @@
+"""OpenFlamingo's releases: what was trained, to be put between a CLIP and a language model.
+
+Source: https://github.com/mlfoundations/open_flamingo at 655f693.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion import clip as clip_conversion
+from hfvlm.conversion.language_models import (
+    LLAMA_FIELDS,
+    gpt_neox_rows,
+    llama_rows,
+    mpt_rows,
+)
+from hfvlm.conversion.llava import part_of, vision_table
+from torch import Tensor
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
+
+from hfvlm.checkpoints import CheckpointError
+from hfvlm.compositions import with_average_rows
+from hfvlm.key_table import Row, Table, split, tied
+from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
+from hfvlm.models.flamingo.configuration_flamingo import (
+    HfvlmFlamingoConfig,
+    HfvlmFlamingoMPTConfig,
+    HfvlmFlamingoResamplerConfig,
+)
+from hfvlm.models.flamingo.processing_flamingo import (
+    ENDOFCHUNK,
+    IMAGE,
+    PADDING,
+    HfvlmFlamingoImageProcessor,
+    HfvlmFlamingoProcessor,
+    HfvlmFlamingoTokenizer,
+)
+from hfvlm.models.llava.configuration_llava import openai_vision_config
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+PARTS = {
+    "base": "the language model that the release was trained on, its authors' folder",
+    "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
+}
+FILES = {"trained": {"main": ("checkpoint.pt",)}}
+# Of each kind of language model: where its layers are, its table of words, its output layer if that is another, and
+# the rows of all its weights.
+KINDS: dict[str, tuple[str, str, str | None, Any]] = {
+    "mpt": ("transformer.blocks", "transformer.wte.weight", None, mpt_rows),
+    "hfvlm_flamingo_mpt": ("transformer.blocks", "transformer.wte.weight", None, partial(mpt_rows, normalised=True)),
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in.weight", "embed_out.weight", gpt_neox_rows),
+    "llama": ("model.layers", "model.embed_tokens.weight", "lm_head.weight", llama_rows),
+}
+# What stands for the language model in a whole checkpoint, and for a layer of it that looks at pictures.
+LANGUAGE, LAYER = "lang_encoder.", "decoder_layer."
+# Layers that are there a second time, under the names that they had while the model was put together.
+REPEATED = [
+    Row(f"{LANGUAGE}{name}.{{...}}", None, optional=True) for name in ("gated_cross_attn_layers", "old_decoder_blocks")
+]
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    """ "original", all weights in one file; what was trained alone is told by its file, or by a preset."""
+    return "original"
+
+
+def keys_for(config: HfvlmFlamingoConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
+    """The rows for the main file: of a whole model, or of what was trained."""
+    if layout == "original":
+        vision = clip_conversion.vision_rows("vision_encoder", "vision_model")
+        return [
+            *(row if row.source != "vision_encoder.proj" else Row(row.source, None) for row in vision),
+            *trained_rows(config),
+            *language_rows(config, LANGUAGE, LAYER),
+            *REPEATED,
+        ]
+    # The output layer is in files of language models that call it an embedding.
+    heads = [Row(row.source, row.target, row.change, optional=True) for row in table_rows(config, LANGUAGE)]
+    # What is computed anew is in files that keep the buffers of layers whose weights they leave out.
+    computed = [row for row in language_rows(config, LANGUAGE, LAYER) if row.target is None and row not in heads]
+    return [*trained_rows(config), *heads, *computed, *REPEATED]
+
+
+def trained_rows(config: HfvlmFlamingoConfig) -> list[Row]:
+    """The resampler and the layers that look at pictures."""
+    layers, *_ = kind_of(config)
+    look, gate = f"{LANGUAGE}{layers}.{{}}.gated_cross_attn_layer", "gates.{}"
+    latents, ours = "perceiver.layers.{}", "resampler.layers.{}"
+    return [
+        Row("perceiver.latents", "resampler.latents"),
+        Row(f"{latents}.0.norm_media.{{}}", f"{ours}.context_norm.{{}}"),
+        Row(f"{latents}.0.norm_latents.{{}}", f"{ours}.attention_norm.{{}}"),
+        *attention_rows(f"{latents}.0", f"{ours}.attention"),
+        *feed_forward_rows(f"{latents}.1", ours),
+        Row("perceiver.norm.{}", "resampler.post_norm.{}"),
+        Row(f"{look}.attn_gate", f"{gate}.attention_gate.weight"),
+        Row(f"{look}.ff_gate", f"{gate}.mlp_gate.weight"),
+        Row(f"{look}.attn.norm.{{}}", f"{gate}.attention_norm.{{}}"),
+        *attention_rows(f"{look}.attn", f"{gate}.attention"),
+        *feed_forward_rows(f"{look}.ff", gate),
+    ]
+
+
+def attention_rows(source: str, target: str) -> list[Row]:
+    return [
+        Row(f"{source}.to_q.weight", f"{target}.q_proj.weight"),
+        Row(f"{source}.to_kv.weight", (f"{target}.k_proj.weight", f"{target}.v_proj.weight"), split(2)),
+        Row(f"{source}.to_out.weight", f"{target}.out_proj.weight"),
+    ]
+
+
+def feed_forward_rows(source: str, target: str) -> list[Row]:
+    return [
+        Row(f"{source}.0.{{}}", f"{target}.mlp_norm.{{}}"),
+        Row(f"{source}.1.weight", f"{target}.mlp.fc1.weight"),
+        Row(f"{source}.3.weight", f"{target}.mlp.fc2.weight"),
+    ]
+
+
+def kind_of(config: HfvlmFlamingoConfig) -> tuple[str, str, str | None, Any]:
+    name = config.text_config.model_type
+    if name not in KINDS:
+        raise UnsupportedOriginalError(
+            f"text_config: hfvlm has no key table of Flamingo on {name!r}, but on {', '.join(KINDS)}."
+        )
+    return KINDS[name]
+
+
+def language_rows(config: HfvlmFlamingoConfig, prefix: str = "", layer: str = "") -> list[Row]:
+    """The language model, whose layers are inside those that look at pictures."""
+    layers, words, head, make = kind_of(config)
+    place, rows = f"{layers}.{{}}.", make()
+    if head and config.text_config.tie_word_embeddings:
+        targets = {row.source: row.target for row in rows}
+        one = Row(words, (targets[words], targets[head]), tied(2))
+        rows = [one, Row(head, None, optional=True), *(row for row in rows if row.source not in (words, head))]
+
+    def inside(name: Any, what: str) -> Any:
+        if isinstance(name, tuple):
+            return tuple(inside(item, what) for item in name)
+        return name and name.replace(place, f"{place}{what}")
+
+    return [Row(f"{prefix}{inside(r.source, layer)}", inside(r.target, "layer."), r.change, r.optional) for r in rows]
+
+
+def table_rows(config: HfvlmFlamingoConfig, prefix: str = "") -> list[Row]:
+    """The tables with a row for each token: of the embeddings, and of an output layer."""
+    _, words, head, _ = kind_of(config)
+    return [row for row in language_rows(config, prefix) if row.source in (f"{prefix}{words}", f"{prefix}{head}")]
+
+
+def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+    """Each source's tensors with their rows.
+
+    Raises:
+        FileNotFoundError: a part is needed, and was not given.
+        CheckpointError: a part was given that the checkpoint holds itself.
+    """
+    main = sources["main"].tensors
+    if layout == "original":
+        if surplus := sorted(set(PARTS) & set(sources)):
+            raise CheckpointError(f"This checkpoint is a whole model: leave {', '.join(surplus)} out.")
+        return [Table(main, keys_for(config, layout))]
+    base = part_of(sources, "base", PARTS)
+    tables = {row.source for row in table_rows(config)}
+    trained = {key.removeprefix(LANGUAGE) for key in main}
+    size = config.text_config.vocab_size
+    # Tables that were trained replace the base's; the others get rows for the tokens that were added.
+    beneath = {key: resized(tensor, size) if key in tables else tensor for key, tensor in base.items()}
+    rows = [Row(row.source, None) if row.source in tables & trained else row for row in language_rows(config)]
+    return [
+        Table(main, keys_for(config, layout), "trained"),
+        Table(beneath, rows, "base"),
+        vision_table(sources, PARTS),
+    ]
+
+
+def resized(table: Tensor, size: int) -> Tensor:
+    """With a row for each token. Language models have rows to spare; for tokens that were added after the last, where
+    the original has noise, the logits are as good as the average token's, and so never the largest."""
+    return table[:size] if len(table) >= size else with_average_rows(table, size - len(table))
+
+
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmFlamingoConfig:
+    """What the original's `create_model_and_transforms` is told: "cross_attn_every_n_layers" and the token ids, with
+    the configurations of the language model, "base_config", and of the tower, "vision_config", where they are at hand;
+    the rest from the shapes."""
+    vision, text = vision_config_of(original), language_settings(original)
+    vocabulary = vocabulary_of(text, state_dict)
+    # The factory adds an end, a picture's place and, to vocabularies that have none, padding.
+    end = original.get("eoc_token_id", vocabulary - 3)
+    return HfvlmFlamingoConfig(
+        vision_config=vision,
+        resampler_config=resampler_config_of(vision.hidden_size, state_dict),
+        text_config=text_config_of(text, vocabulary),
+        image_token_id=original.get("media_token_id", end + 1),
+        eos_token_id=end,
+        pad_token_id=original.get("pad_token_id", end + 2),
+        cross_attention_interval=original.get("cross_attn_every_n_layers") or interval_of(state_dict),
+    )
+
+
+def vocabulary_of(text: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> int:
+    """Rows of the table of words, in whatever the language model calls it; or as its configuration says."""
+    names = tuple(f"{LANGUAGE}{words}" for _, words, _, _ in KINDS.values())
+    return next((len(state_dict[name]) for name in names if name in state_dict), 0) or text["vocab_size"]
+
+
+def resampler_config_of(width: int, state_dict: Mapping[str, Tensor]) -> HfvlmFlamingoResamplerConfig:
+    fields: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width}
+    if "perceiver.latents" in state_dict:
+        fields["num_latents"] = len(state_dict["perceiver.latents"])
+        fields["num_hidden_layers"] = count_layers(state_dict, "perceiver.layers.")
+    return HfvlmFlamingoResamplerConfig(**fields)
+
+
+def interval_of(state_dict: Mapping[str, Tensor]) -> int:
+    """The first of the layers that look at pictures, counted from one."""
+    gate = ".gated_cross_attn_layer.attn_gate"
+    gates = [key.removesuffix(gate).rpartition(".")[2] for key in state_dict if key.endswith(gate)]
+    if not gates:
+        raise KeyError(gate)
+    return min(map(int, gates)) + 1
+
+
+def language_settings(original: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the language model, as its own configuration has them."""
+    given = original.get("lang_encoder")
+    if given:
+        return {"model_type": given["type"], **given["config"]}
+    if "base_config" not in original:
+        raise KeyError("base_config")
+    return dict(original["base_config"])
+
+
+def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
+    """Of the tower as open_clip describes it, as transformers does, or OpenAI's ViT-L/14."""
+    own = original.get("vision_encoder")
+    if own:
+        known = ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "quick_gelu")
+        check_options("vision_encoder", own, known)
+        return HfvlmCLIPVisionConfig(
+            hidden_size=own["width"],
+            intermediate_size=4 * own["width"],
+            num_hidden_layers=own["layers"],
+            num_attention_heads=own["heads"],
+            image_size=own["image_size"],
+            patch_size=own["patch_size"],
+            hidden_act="quick_gelu" if own.get("quick_gelu", True) else "gelu",
+            projection_dim=None,
+        )
+    given = original.get("vision_config")
+    if not given:
+        return openai_vision_config(224)
+    native: Any = AutoConfig.for_model(**given)
+    return clip_conversion.vision_config_of(getattr(native, "vision_config", native))
+
+
+# What decides the shape and the numbers of an MPT, and of a GPT-NeoX.
+MPT_FIELDS = ("d_model", "n_heads", "n_layers", "max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
+NEOX_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "rotary_pct"),
+    *("rotary_emb_base", "rope_parameters", "rope_theta", "max_position_embeddings", "layer_norm_eps"),
+    *("use_parallel_residual", "attention_bias", "tie_word_embeddings", "initializer_range"),
+    *("attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id"),
+)
+
+
+def text_config_of(settings: Mapping[str, Any], vocabulary: int) -> Any:
+    """The language model's configuration, with a row for each token that was added."""
+    kind, shared = settings["model_type"], {"vocab_size": vocabulary, "use_cache": True}
+    if kind in ("mpt", "mosaic_gpt", "hfvlm_flamingo_mpt"):
+        return mpt_config_of(settings, shared)
+    if kind == "gpt_neox":
+        return GPTNeoXConfig(**chosen(settings, NEOX_FIELDS) | shared)
+    if kind == "llama":
+        fields = chosen(settings, LLAMA_FIELDS)
+        if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions say -1 for "none"
+            del fields["pad_token_id"]
+        return LlamaConfig(**fields | shared)
+    raise UnsupportedOriginalError(f"Flamingo on {kind!r}: hfvlm converts MPT, MosaicGPT, GPT-NeoX and LLaMA.")
+
+
+def chosen(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def mpt_config_of(settings: Mapping[str, Any], shared: dict[str, Any]) -> MptConfig:
+    """MPT's own configuration, or that of MosaicGPT, which says `attn_` before each name of the attention's."""
+    flat = {name.removeprefix("attn_"): value for name, value in settings.items() if name.startswith("attn_")}
+    attention = dict(settings.get("attn_config") or {}) | {n: v for n, v in flat.items() if n != "config"}
+    attention |= {name: settings[name] for name in ("alibi", "alibi_bias_max", "softmax_scale") if name in settings}
+    refused = {
+        "attn_type": attention.get("attn_type", "multihead_attention") != "multihead_attention",
+        "alibi": not attention.get("alibi", True),
+        "alibi_bias_max": attention.get("alibi_bias_max", 8) != 8,
+        "prefix_lm": attention.get("prefix_lm", False),
+        "clip_qkv with qk_ln": attention.get("qk_ln", False) and attention.get("clip_qkv"),
+        "learned_pos_emb": settings.get("learned_pos_emb", False),
+        "no_bias": not settings.get("no_bias", True),
+        "logit_scale": settings.get("logit_scale"),
+        "mlp_ratio": settings.get("mlp_ratio", settings.get("expansion_ratio", 4)) != 4,
+    }
+    check_options("The language model's config.json", refused, ())
+    known = chosen(attention, ("qk_ln", "clip_qkv", "softmax_scale"))
+    kind = HfvlmFlamingoMPTConfig if attention.get("qk_ln") else MptConfig
+    fields = chosen(settings, MPT_FIELDS) | {"learned_pos_emb": False, "attn_config": known}
+    return kind(**fields | shared)
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the processor; the releases have none."""
+    return {}
+
+
+def image_processor_for(config: HfvlmFlamingoConfig, settings: Mapping[str, Any]) -> HfvlmFlamingoImageProcessor:
+    return HfvlmFlamingoImageProcessor(
+        **{"size": config.vision_config.image_size} | settings.get("image_processor", {})
+    )
+
+
+def processor_for(
+    config: HfvlmFlamingoConfig, settings: Mapping[str, Any], vocabulary: Path
+) -> HfvlmFlamingoProcessor:
+    """The processor; `vocabulary` is the language model's."""
+    tokenizer = HfvlmFlamingoTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {}))
+    tokens = {"eos_token_id": ENDOFCHUNK, "image_token_id": IMAGE, "pad_token_id": PADDING}
+    known = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    wanted = {name: getattr(config, name) for name in tokens}
+    if known != wanted:
+        raise ValueError(
+            f"{vocabulary}: its ids of {', '.join(tokens.values())} are {known}, the model's {wanted}: this is the "
+            "vocabulary of another model."
+        )
+    return HfvlmFlamingoProcessor(image_processor_for(config, settings), tokenizer)

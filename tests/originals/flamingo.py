@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import torch
+from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.conversion.flamingo import config_from_original, kind_of, language_rows, table_rows, tables_for
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from hfvlm.captioning import padded_right
+from hfvlm.converter import Source, empty_model
+from hfvlm.key_table import Table, restore_keys
+from hfvlm.models.flamingo import (
+    HfvlmFlamingoConfig,
+    HfvlmFlamingoForConditionalGeneration,
+    HfvlmFlamingoImageProcessor,
+    HfvlmFlamingoProcessor,
+    HfvlmFlamingoTokenizer,
+)
+from hfvlm.presets import load_preset
+from tests.golden import Golden, Recorder, read_key_list
+from tests.originals.common import converted, vocabulary
+
+# GPT-NeoX-20B's vocabulary by its name in $HFVLM_VOCABULARIES.
+NEOX = "gpt-neox-20b.tokenizer.json"
+
+
+def compare(golden: Golden) -> None:
+    case = golden.case
+    if "texts" in case:
+        tokens(golden)
+    elif "files" in case:
+        pixels(golden)
+    else:
+        model_outputs(golden)
+
+
+# Processor
+
+
+def pixels(golden: Golden) -> None:
+    stride = golden.case["stride"]
+    for file in golden.case["files"]:
+        name = file.removesuffix(".png")
+        processor = HfvlmFlamingoImageProcessor(size=golden.outputs[f"{name}.pixels"].shape[-1] * stride)
+        (picture,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]
+        exact = picture.double()
+        golden.compare(f"{name}.pixels", picture[:, ::stride, ::stride])
+        golden.compare(f"{name}.mean", exact.mean(dim=(1, 2)))
+        golden.compare(f"{name}.std", exact.std(dim=(1, 2), correction=0))
+
+
+def tokens(golden: Golden) -> None:
+    labels_and_prompts(golden)
+    case = golden.case
+    tokenizer = HfvlmFlamingoTokenizer.from_vocabulary(vocabulary(golden.folder, NEOX))
+    assert len(tokenizer) == case["final_length"]
+    assert {name: tokenizer.convert_tokens_to_ids(name) for name in case["ids"]} == case["ids"]
+    processor = HfvlmFlamingoProcessor(HfvlmFlamingoImageProcessor(), tokenizer)
+    for text, ids in zip(case["texts"], case["text_ids"], strict=True):
+        assert processor.encode(text) == ids, text
+    expected = case["left_padded_prompts"]
+    prompts = [text for text in case["texts"] if text.startswith("<image>") and "spaced" not in text]
+    padded = tokenizer.pad({"input_ids": [processor.encode(text) for text in prompts]}, padding=True)
+    assert padded["input_ids"] == expected["input_ids"]
+    assert padded["attention_mask"] == expected["attention_mask"]
+
+
+def labels_and_prompts(golden: Golden) -> None:
+    """What depends on the ids of the added tokens alone."""
+    case = golden.case
+    engine = Tokenizer(WordLevel(case["ids"], unk_token="<|endoftext|>"))
+    tokenizer = HfvlmFlamingoTokenizer(tokenizer_object=engine)
+    processor = HfvlmFlamingoProcessor(HfvlmFlamingoImageProcessor(), tokenizer)
+    for name, interleaved in (("laion_batch", False), ("mmc4_row", True)):
+        rows = torch.tensor(case[name]["input_ids"])
+        assert processor.labels(rows, interleaved=interleaved).tolist() == case[name]["labels"], name
+    evaluated = case["eval_prompts"]
+    shot = {"question": "{question}", "text": "{text}"}
+    for task, answer in (("caption", "caption"), ("vqa", "answer"), ("classify", "label"), ("hateful_memes", "label")):
+        prompt = evaluated["imagenet" if task == "classify" else task]
+        example = shot | {"answer": f"{{{answer}}}"}
+        query = prompt.partition(f"{{{answer}}}")[0]
+        assert processor.few_shot(task, [example], **shot) == prompt + query, task
+
+
+# Model
+
+
+def compose(path: Path) -> tuple[HfvlmFlamingoConfig, list[Table]]:
+    """What was trained and, without memory, the language model and the tower that its preset names."""
+    preset = load_preset(f"flamingo/{path.name.removesuffix('.gz').removesuffix('.json').lower()}")
+    config = preset.make_config()
+    model = empty_model(config).state_dict()
+    language = {key: t for key, t in model.items() if key.startswith("language_model.")}
+    tower = {key: t for key, t in model.items() if key.startswith("vision_model.")}
+    base = restore_keys(language, language_rows(config))
+    # The language models have rows to spare, all but LLaMA.
+    for row in table_rows(config):
+        base[row.source] = base[row.source].new_empty(50432, base[row.source].shape[1])
+    sources = {
+        "main": Source(path, read_key_list(path), {}),
+        "base": Source(path, base, {}),
+        "vision": Source(
+            path,
+            restore_keys(tower, transformers_vision_rows("vision_model", "vision_model")),
+            {"model_type": "clip_vision_model"},
+        ),
+    }
+    return config, tables_for(config, preset.source["layout"], sources)
+
+
+def pictures(golden: Golden, model: HfvlmFlamingoForConditionalGeneration, prefix: str = "") -> dict[str, Tensor]:
+    """A batch of the case. The original has as many pictures in each row; those without a place are never seen."""
+    ids, pixels = golden.inputs[f"{prefix}lang_x"], golden.inputs[f"{prefix}vision_x"]
+    counts = (ids == model.config.image_token_id).sum(dim=1).tolist()
+    own = [row[:count] for row, count in zip(pixels, counts, strict=True)]
+    mask = golden.inputs[f"{prefix}attention_mask"]
+    return {"input_ids": ids, "pixel_values": torch.cat(own), "attention_mask": mask}
+
+
+def model_outputs(golden: Golden) -> None:
+    config = config_from_original(golden.case, golden.state_dict)
+    model: HfvlmFlamingoForConditionalGeneration = converted("flamingo", golden.state_dict, config, "original")
+    layers, first = f"language_model.{kind_of(config)[0]}", config.looking_layers[0]
+    last = config.text_config.num_hidden_layers - 1
+    latents = config.resampler_config.num_latents
+    paths = {
+        "perceiver_layer0_attn": "resampler.layers.0.attention",
+        "perceiver_layer0_ff": "resampler.layers.0.mlp",
+        "perceiver": "resampler.post_norm",
+        "xattn_first_attn": f"gates.{first}.attention",
+        "xattn_first": f"gates.{first}",
+        "layer_first": f"{layers}.{first}",
+        "layer_last": f"{layers}.{last}",
+    }
+    inputs, batch = golden.inputs, pictures(golden, model)
+    every = inputs["vision_x"]
+    with torch.no_grad():
+        with Recorder(model, list(paths.values())) as seen:
+            features = model.get_image_features(every.flatten(0, 1))
+            resampled = {
+                name: seen[path].reshape(*every.shape[:2], latents, -1)
+                for name, path in paths.items()
+                if "perceiver" in name
+            }
+            output = model(**batch, labels=inputs["labels"])
+            values = {name: seen[path] for name, path in paths.items()} | resampled
+        # The original drops what is seen before any picture inside its attention, and hfvlm after it.
+        last_place = (batch["input_ids"] == config.image_token_id).cumsum(dim=1) > 0
+        values["xattn_first_attn"] = values["xattn_first_attn"] * last_place.unsqueeze(-1)
+        values |= {
+            "vision_tokens": features.last_hidden_state,
+            "logits": output.logits,
+            "loss": output.loss.reshape(1),
+        }
+        cache = model.cache_media(batch["input_ids"], batch["pixel_values"])
+        values["cached_media_logits"] = model(input_ids=inputs["tail"], past_key_values=cache).logits
+    asked = pictures(golden, model, "gen_")
+    for name, beams in (("greedy", 1), ("beam3", 3)):
+        new = golden.outputs[name].shape[1] - asked["input_ids"].shape[1]
+        options = {"eos_token_id": golden.case["gen_eos_token_id"], "pad_token_id": 0, "do_sample": False}
+        ids = model.generate(**asked, max_new_tokens=new, num_beams=beams, **options)
+        # Where the padding is 0, transformers' beams put more ends after the first.
+        values[name] = padded_right(ids, asked["input_ids"].shape[1], options["eos_token_id"], options["pad_token_id"])
+    stored = golden.case.get("stored_rows", {})
+    mask = inputs["attention_mask"].bool().unsqueeze(-1)
+    for name in golden.in_order():
+        count = stored.get(name, len(values[name]))
+        real = mask[:count] if name in ("logits", "layer_first", "layer_last", "xattn_first") else None
+        golden.compare(name, values[name][:count], real)
