@@ -6,7 +6,8 @@ A module has
   that leaves open from the shapes of its tensors;
 - `layout_of(original)` and `keys_for(config, layout, keys)`: the rows for one released layout;
 - `settings_from_original(original, preprocessing)`, `image_processor_for(config, settings)` and `processor_for(config,
-  settings, vocabulary)`, with `VOCABULARIES`, the names of the tokenizer's original file;
+  settings, vocabulary)`, with `VOCABULARIES`, the names of the tokenizer's original file; where a processor needs
+  several files, `vocabularies_for(config)`, the names of each;
 - where some of its models read no texts, `reads_texts(config)`;
 - where transformers has the architecture, `config_to_transformers(config)` and `processor_to_transformers(processor)`.
 """

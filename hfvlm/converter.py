@@ -235,17 +235,21 @@ def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabular
     if vocabulary == NO_VOCABULARY or not reads_texts:
         plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
-    beside = (_beside(source, plan.module.VOCABULARIES) for source in sources)
-    path = Path(vocabulary) if vocabulary else next((found for found in beside if found), None)
-    if path is None or not path.exists():
-        wanted = plan.preset.source.get("vocabulary", {})
-        where = f" It is at {wanted['url']}." if "url" in wanted else ""
-        names = " or ".join(plan.module.VOCABULARIES)
-        raise FileNotFoundError(
-            f"{path or sources[0]}: the tokenizer's vocabulary ({names}) is not there.{where} "
-            "Put it beside the source, pass its path as `vocabulary`, or pass 'none' to convert without a tokenizer."
-        )
-    plan.module.processor_for(plan.config, plan.settings, path).save_pretrained(folder)
+    wanted = plan.preset.source.get("vocabulary", {})
+    places, paths = [*([Path(vocabulary)] if vocabulary else ()), *sources], []
+    kinds = plan.module.vocabularies_for(plan.config) if hasattr(plan.module, "vocabularies_for") else None
+    for i, names in enumerate(kinds or [plan.module.VOCABULARIES]):
+        beside = (_beside(place, names) for place in places)
+        path = Path(vocabulary) if vocabulary and i == 0 else next((found for found in beside if found), None)
+        if path is None or not path.exists():
+            url = wanted.get("url" if i == 0 else f"url_{i + 1}")
+            raise FileNotFoundError(
+                f"{path or sources[0]}: the tokenizer's vocabulary ({' or '.join(names)}) is not there."
+                f"{f' It is at {url}.' if url else ''} Put it beside the source, pass its path as `vocabulary`, or "
+                "pass 'none' to convert without a tokenizer."
+            )
+        paths.append(path)
+    plan.module.processor_for(plan.config, plan.settings, *paths).save_pretrained(folder)
 
 
 def write_record(folder: Path, source: Path, plan: Plan, sources: Mapping[str, Source], written: int) -> None:

@@ -39,6 +39,7 @@ class Architecture:
         configs: configuration classes by `model_type`; the first is the composite.
         models: model classes by the name of the Auto class that finds them.
         processor: the processor of the composite.
+        processors: others that its checkpoints may name.
         image_processors: the composite's, and others that its checkpoints may name.
         tokenizers: likewise.
         feature_extractors: likewise.
@@ -50,6 +51,7 @@ class Architecture:
     configs: dict[str, str]
     models: dict[str, tuple[str, ...]]
     processor: str | None = None
+    processors: tuple[str, ...] = ()
     image_processors: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     feature_extractors: tuple[str, ...] = ()
@@ -69,7 +71,13 @@ class Architecture:
     def names(self) -> list[str]:
         """Every public class, in the order of the fields."""
         models = [name for names in self.models.values() for name in names]
-        processors = [*self.image_processors, *self.tokenizers, *self.feature_extractors, *self.video_processors]
+        processors = [
+            *self.processors,
+            *self.image_processors,
+            *self.tokenizers,
+            *self.feature_extractors,
+            *self.video_processors,
+        ]
         every = [*self.configs.values(), *models, *([self.processor] if self.processor else []), *processors]
         return list(dict.fromkeys(every))
 
@@ -114,6 +122,8 @@ class Architecture:
             AutoProcessor.register(config, classes[self.processor], exist_ok=True)
         # A table has one entry a configuration; the other names stand under configurations of their own towers.
         configs = [classes[name] for name in self.configs.values()]
+        for key, name in zip(configs[1:], self.processors, strict=False):
+            AutoProcessor.register(key, classes[name], exist_ok=True)
         for key, name in zip(configs, self.tokenizers, strict=False):
             AutoTokenizer.register(key, tokenizer_class=classes[name], exist_ok=True)
         for key, name in zip(configs, self.image_processors, strict=False):
