@@ -87,3 +87,37 @@ def gpt_neox_rows(target: str = "language_model") -> list[Row]:
         Row("gpt_neox.final_layer_norm.{}", f"{target}.gpt_neox.final_layer_norm.{{}}"),
         Row("embed_out.weight", f"{target}.{head}"),
     ]
+
+
+def opt_rows(source: str, head: str, target: str = "language_model") -> list[Row]:
+    """OPT; `source` is its decoder."""
+    ours, layer = f"{target}.model.decoder", f"{source}.layers.{{}}"
+    words = (f"{ours}.embed_tokens.weight", f"{target}.lm_head.weight")
+    return [
+        Row(f"{source}.embed_tokens.weight", words, tied(2)),
+        # The table of words again.
+        Row(f"{head}.weight", None, optional=True),
+        Row(f"{source}.embed_positions.weight", f"{ours}.embed_positions.weight"),
+        Row(f"{layer}.self_attn.{{}}.{{}}", f"{ours}.layers.{{}}.self_attn.{{}}.{{}}"),
+        Row(f"{layer}.{{}}.{{}}", f"{ours}.layers.{{}}.{{}}.{{}}"),
+        Row(f"{source}.final_layer_norm.{{}}", f"{ours}.final_layer_norm.{{}}"),
+    ]
+
+
+def t5_rows(source: str = "", target: str = "language_model", *, own_head: bool = True) -> list[Row]:
+    """A T5, in general with an output layer of its own; `source` ends in a dot."""
+    coders = ("encoder", "decoder")
+    words = (f"{target}.shared.weight", *(f"{target}.{coder}.embed_tokens.weight" for coder in coders))
+    head = f"{target}.lm_head.weight"
+    words = words if own_head else (*words, head)
+    return [
+        Row(f"{source}shared.weight", words, tied(len(words))),
+        # The shared table again.
+        *(Row(f"{source}{coder}.embed_tokens.weight", None, optional=True) for coder in coders),
+        *(Row(f"{source}{coder}.block.{{...}}", f"{target}.{coder}.block.{{...}}") for coder in coders),
+        *(
+            Row(f"{source}{coder}.final_layer_norm.weight", f"{target}.{coder}.final_layer_norm.weight")
+            for coder in coders
+        ),
+        *([Row(f"{source}lm_head.weight", head)] if own_head else ()),
+    ]

@@ -327,6 +327,30 @@ def _piece_pairs(proto: Any) -> Tokenizer:
     return engine
 
 
+def byte_pairs(path: str | Path) -> Tokenizer:
+    """GPT-2's engine, from its `vocab.json`, beside which lies `merges.txt`, or from a tokenizer.json.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    path = Path(path)
+    vocabulary: Any
+    if path.name.endswith("tokenizer.json"):
+        vocabulary, merges = _tokenizer_json(path)
+    else:
+        beside = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+        try:
+            vocabulary = json.loads(path.read_text(encoding="utf-8"))
+            lines = beside.read_text(encoding="utf-8").split("\n")
+            merges = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
+        except ValueError as error:
+            raise ValueError(f"{path}, {beside}: not the vocabulary and merges of GPT-2 ({error}).") from error
+    engine = Tokenizer(models.BPE(vocabulary, merges))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    return engine
+
+
 # How Qwen cuts a text before byte pairs are joined: digits one by one.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
