@@ -270,7 +270,7 @@ class _Backbone:
         **kwargs: Any,
     ) -> Any:
         """As the model's forward, to the last hidden states."""
-        names = [name for names in self.model.media_inputs.values() for name in names]
+        names = {name for names in self.model.media_inputs.values() for name in names}
         features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
 

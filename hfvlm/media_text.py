@@ -51,6 +51,14 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
         """Placeholders of each picture; `options` are those that the media processor will be called with."""
 
+    def asked(self, question: str) -> str:
+        content: Any = [{"type": self.modality}, {"type": "text", "text": question}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
+        """Pictures, and the messages that they stand in -> what the model encodes them from."""
+        return self.prepare(self.modality, list(media))
+
     def inputs_for(
         self,
         media: Any,

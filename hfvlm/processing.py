@@ -282,6 +282,10 @@ class HfvlmProcessor(ProcessorMixin):
         part = getattr(self, self.parts[modality])
         return BatchFeature(dict(part(sources, return_tensors=return_tensors, **options)))
 
+    def asked(self, question: str) -> str:
+        """A question about one picture, as the model was trained to be asked."""
+        return question
+
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
         """The class behind a name in processor_config.json; transformers looks through native classes only."""

@@ -188,7 +188,8 @@ def vqa(folder: str, data: Data, *, generate: Mapping[str, Any] | None = None, *
     images, questions = data.column(rows, "image"), data.column(rows, "question")
     answers = [captions_of(given) for given in data.column(rows, "answers")]
     generate = dict(generate or {"num_beams": 3, "max_new_tokens": 10})
-    written = Captioner.from_pretrained(folder, **options)(images, questions, **generate)
+    captioner = Captioner.from_pretrained(folder, **options)
+    written = captioner(images, [captioner.processor.asked(question) for question in questions], **generate)
     each = np.array([accuracy_of(*pair) for pair in zip(written, answers, strict=True)])
     protocol = generate | {"split": data.split}
     report = Report("vqa", folder, data.dataset, len(rows), protocol, [with_interval("VQA accuracy", each)])

@@ -1,6 +1,6 @@
 """Texts about pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfvlm.media.rows import are_several
+from hfvlm.media_text import MediaTextProcessor
 
 
 class Captioner:
@@ -64,5 +65,12 @@ class Captioner:
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         ids = self.model.generate(**inputs, **self.options | options)
-        decode = getattr(self.processor, "decode_captions", None)
-        return decode(ids) if decode else self.processor.batch_decode(ids, skip_special_tokens=True)
+        return written(self.processor, ids, inputs)
+
+
+def written(processor: Any, ids: Any, inputs: Mapping[str, Any]) -> list[str]:
+    """What `generate` made of a batch's inputs, without what it was to go on from."""
+    if isinstance(processor, MediaTextProcessor):
+        return processor.batch_decode(ids, new_tokens_only=inputs)
+    decode = getattr(processor, "decode_captions", None)
+    return decode(ids) if decode else processor.batch_decode(ids, skip_special_tokens=True)

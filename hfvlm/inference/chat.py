@@ -63,8 +63,9 @@ class Chat:
         """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten."""
         images = self.media(images, videos)
         content = [*({"type": self.processor.modality} for _ in images), {"type": "text", "text": text}]
-        messages = [*self.messages, {"role": "user", "content": content}]
-        counts, features = self.see(images)
+        message = {"role": "user", "content": content}
+        messages = [*self.messages, message]
+        counts, features = self.see(images, message)
         counts, features = [*self.counts, *counts], [*self.features, *features]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = self.processor.expand(self.processor.encode(prompt), counts)
@@ -88,12 +89,12 @@ class Chat:
         return known
 
     @torch.no_grad()
-    def see(self, images: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
-        """Pictures -> how many tokens they have, and their features."""
+    def see(self, images: Sequence[Any], message: dict[str, Any]) -> tuple[list[int], list[Tensor]]:
+        """Pictures of a message -> how many tokens they have, and their features."""
         if not len(images):
             return [], []
         modality = self.processor.modality
-        inputs = self.processor.prepare(modality, list(images)).to(self.model.device).to(self.model.dtype)
+        inputs = self.processor.media_inputs(images, [[message]]).to(self.model.device).to(self.model.dtype)
         features = list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
         return [self.model.count_places(rows) for rows in features], features
 

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, pipelines
 from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline, Pipeline
 
+from hfvlm.inference.captioner import written
+
 
 class VisualQuestionAnsweringPipeline(Pipeline):
     """`pipeline("visual-question-answering", model=folder)(image, question)` -> `[{"answer": "..."}]`.
@@ -36,18 +38,19 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return {}, ({"answers": answers} if answers else {}) | generate, {}
 
     def preprocess(self, pair: Any, **_: Any) -> Any:  # type: ignore[override]
-        return self.processor(images=[pair["image"]], text=[pair["question"]], return_tensors="pt")
+        return self.processor(
+            images=[pair["image"]], text=[self.processor.asked(pair["question"])], return_tensors="pt"
+        )
 
     def _forward(self, inputs: Any, answers: list[str] | None = None, **generate: Any) -> dict[str, Any]:  # type: ignore[override]
         model: Any = self.model
         if answers is None:
-            return {"ids": model.generate(**inputs, **generate)}
+            return {"answers": written(self.processor, model.generate(**inputs, **generate), inputs)}
         best = model.rank(**inputs, candidates=self.processor.answers(answers).to(model.device)).best
         return {"answers": [answers[i] for i in best.tolist()]}
 
     def postprocess(self, outputs: dict[str, Any], **_: Any) -> list[dict[str, str]]:  # type: ignore[override]
-        written = outputs.get("answers") or self.processor.batch_decode(outputs["ids"], skip_special_tokens=True)
-        return [{"answer": text} for text in written]
+        return [{"answer": text} for text in outputs["answers"]]
 
 
 class VideoTextToTextPipeline(ImageTextToTextPipeline):

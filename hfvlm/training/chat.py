@@ -51,11 +51,12 @@ class ChatCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows, pictures = [], []
+        rows, pictures, conversations = [], [], []
         for i, example in enumerate(examples):
-            ids, labels, own = self.row(example, f"example {i}")
+            ids, labels, own, messages = self.row(example, f"example {i}")
             rows.append((ids, labels))
             pictures += own
+            conversations += [messages] if own else []
         batch: dict[str, Any] = dict(
             self.processor.tokenizer.pad(
                 {"input_ids": [ids for ids, _ in rows]},
@@ -67,11 +68,13 @@ class ChatCollator:
         length = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
         if pictures:
-            batch |= self.processor.prepare(self.processor.modality, pictures)
+            batch |= self.processor.media_inputs(pictures, conversations)
         return batch
 
-    def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[list[int], list[int], list[Any]]:
-        """One example -> ids, labels and pictures."""
+    def row(
+        self, example: Mapping[str, Any], name: str = "example"
+    ) -> tuple[list[int], list[int], list[Any], list[Message]]:
+        """One example -> ids, labels, pictures and messages."""
         messages, images = read_example(example, self.processor.media_token, self.processor.modality)
         ids, labels = self.processor.training_row(messages)
         (pictures,) = self.processor.pictures_of([ids], images or None)
@@ -86,7 +89,7 @@ class ChatCollator:
         if self.max_length:
             drop = self.truncation == "pictures"
             ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
-        return ids, labels[: len(ids)], pictures[: len(counts)]
+        return ids, labels[: len(ids)], pictures[: len(counts)], messages
 
 
 class PreferenceCollator:
