@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfvlm.losses import (
+    best_query_loss,
     blocks,
     captioning_loss,
     contrastive_loss,
@@ -111,6 +112,24 @@ class TestBlockedEqualsPlain:
         same_values_and_gradients(ours, plain, *tokens, SCALE)
         scores = late_interaction_scores(*tokens, *masks)
         torch.testing.assert_close(scores, plain_scores(*tokens, *masks))
+
+
+@pytest.mark.parametrize("pair_ids", [None, torch.tensor([3, 1, 4, 1, 5, 9])])
+@pytest.mark.usefixtures("any_blocks")
+def test_the_best_query_by_the_plain_formula(tokens, pairs, pair_ids):
+    def plain(a, b, scale):
+        scores = torch.stack([torch.stack([max(q @ vector for q in row) for vector in b]) for row in a]) * scale
+        ids = torch.arange(6) if pair_ids is None else pair_ids
+        same = (ids[:, None] == ids).double()
+        target = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / 6
+        return sum(-(x.log_softmax(1) * target).sum(1).mean() for x in (scores, scores.t())) / 2
+
+    def ours(a, b, scale):
+        return best_query_loss(a, b, scale, pair_ids=pair_ids, label_smoothing=0.1)
+
+    same_values_and_gradients(ours, plain, tokens[0], pairs[0], SCALE)
+    with pytest.raises(ValueError, match="Row i belongs to row i"):
+        ours(tokens[0], pairs[0][:3], SCALE)
 
 
 def test_top_k_keeps_the_tokens_that_resemble_the_partner(tokens):
@@ -250,6 +269,9 @@ LOSSES = {
     "sigmoid": lambda a, b, scale, bias, group: sigmoid_loss(a.mean(1), b.mean(1), scale, bias, group=group),
     "focal": lambda a, b, scale, bias, group: focal_contrastive_loss(a.mean(1), b.mean(1), scale, bias, group=group),
     "late interaction": lambda a, b, scale, bias, group: late_interaction_loss(a, b, scale, top_k=2, group=group),
+    "best query": lambda a, b, scale, bias, group: best_query_loss(
+        a, b.mean(1), scale, label_smoothing=0.1, group=group
+    ),
     "distilled": lambda a, b, scale, bias, group: soft_contrastive_loss(
         a.mean(1),
         QUEUE,

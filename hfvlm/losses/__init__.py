@@ -1,5 +1,6 @@
 """Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
 
+from hfvlm.losses.best_query import best_query_loss, best_query_scores
 from hfvlm.losses.captioning import average_losses, captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
 from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
@@ -8,6 +9,8 @@ from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
 __all__ = [
     "average_losses",
+    "best_query_loss",
+    "best_query_scores",
     "captioning_loss",
     "contrastive_loss",
     "distilled_targets",
