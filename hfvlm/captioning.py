@@ -93,7 +93,8 @@ class GroundedGenerationMixin(GenerationMixin):
     def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]
         """No text is longer than there are positions, whatever a pipeline asks for."""
         options = super()._prepare_generated_length(**arguments)  # type: ignore[misc]
-        options.max_length = min(options.max_length, self.config.max_position_embeddings)
+        longest = self.config.get_text_config(decoder=True).max_position_embeddings
+        options.max_length = min(options.max_length, longest)
         return options
 
 

@@ -99,8 +99,11 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
 def with_attention(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], read: Callable[..., dict[str, Tensor]] = outputs_of
 ) -> dict[str, Tensor]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager" if before != "eager" else "sdpa")
+    # Each part has its own: transformers' language models do not all know the others'.
+    parts = {name: getattr(model.config, name) for name in model.config.sub_configs}
+    before = {"": model.config._attn_implementation}
+    before |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    model.set_attn_implementation("eager" if before[""] != "eager" else "sdpa")
     try:
         return read(model, inputs)
     finally:
@@ -192,8 +195,9 @@ def questions(processor: MediaTextProcessor, rows: slice) -> dict[str, Tensor]:
 
 
 def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the tokens that are no padding."""
-    return {"logits": model(**inputs).logits[inputs["attention_mask"].bool()]}
+    """Of the tokens that are no padding; of an encoder and a decoder, those of what is written."""
+    logits = model(**inputs).logits
+    return {"logits": logits if model.config.is_encoder_decoder else logits[inputs["attention_mask"].bool()]}
 
 
 def compare(name: str, actual: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]) -> Check:

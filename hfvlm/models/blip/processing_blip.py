@@ -36,22 +36,23 @@ class HfvlmBLIPTokenizer(HfvlmTokenizer):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    MARKS: tuple[str, ...] = ("[DEC]", "[ENC]")
 
     def __init__(self, clean: str = "none", model_max_length: int = 35, max_words: int | None = None, **kwargs: Any):
         tokens = {"bos_token": "[DEC]", "eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
         tokens |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        extra = {"extra_special_tokens": ["[ENC]"]}
+        extra = {"extra_special_tokens": list(self.MARKS[1:])}
         self.max_words = max_words
         super().__init__(
             clean=clean, model_max_length=model_max_length, max_words=max_words, **tokens | extra | kwargs
         )
 
     @classmethod
-    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmBLIPTokenizer":
+    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> Any:
         """From bert-base-uncased's `vocab.txt`, or a tokenizer.json of the same pieces."""
         engine = wordpiece(path)
         engine.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+        tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *cls.MARKS)
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
         return cls(tokenizer_object=engine, **kwargs)
 
