@@ -12,6 +12,7 @@ ARCHITECTURES = (
     "coca",
     "mammut",
     "flamingo",
+    "blip2",
     "llava",
     "shikra",
     "qwen_vl",

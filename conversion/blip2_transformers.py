@@ -1,0 +1,234 @@
+"""transformers' Blip2ForConditionalGeneration, Blip2Model, Blip2ForImageTextRetrieval and
+InstructBlipForConditionalGeneration, to hfvlm and back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.conversion.language_models import t5_rows
+from hfvlm.conversion.qformer import (
+    GENERATIVE,
+    LANGUAGE_MODELS,
+    RETRIEVAL,
+    attention_rows,
+    flattened,
+    head_of,
+    language_rows,
+    mlp_rows,
+    two_biases,
+    unbatched,
+)
+from torch import Tensor
+from transformers import AutoConfig
+
+from hfvlm.key_table import Row, scalar, split
+from hfvlm.models.blip2.configuration_blip2 import (
+    HfvlmBLIP2CLIPVisionConfig,
+    HfvlmBLIP2Config,
+    HfvlmBLIP2QFormerConfig,
+    HfvlmBLIP2VisionConfig,
+)
+from hfvlm.models.blip2.processing_blip2 import HfvlmBLIP2RetrievalProcessor, HfvlmInstructBLIPProcessor
+
+NATIVE_TYPES = ("blip-2", "instructblip")
+
+
+def transformers_rows(config: HfvlmBLIP2Config, keys: Iterable[str] = ()) -> list[Row]:
+    """Of Blip2ForConditionalGeneration, Blip2Model, InstructBlipForConditionalGeneration and
+    Blip2ForImageTextRetrieval; without `keys`, in the names that all versions of transformers load."""
+    check_native(config)
+    keys, read = list(keys), config.qformer_config.vocab_size is not None
+    rows = [*native_vision_rows(), *native_qformer_rows(config)]
+    if head_of(config) == RETRIEVAL:
+        rows += [Row(f"{name}_projection.{{}}", f"{part}_projection.{{}}") for name, part in JOINT.items()]
+        rows += [Row("itm_head.{}", "itm_head.{}"), *native_word_rows("embeddings")]
+        if config.similarity_temperature is not None:
+            rows.append(Row("temp", "logit_scale.scale", scalar, optional=True))
+        return rows
+    if read:
+        rows += native_word_rows("qformer.embeddings")
+    rows.append(Row("language_projection.{}", "projector.layers.0.{}"))
+    start = start_of(config, keys)
+    if config.text_config.model_type == "t5":  # a head that is tied is not saved
+        return [*rows, *t5_rows(start, own_head=not keys or f"{start}lm_head.weight" in keys)]
+    return [*rows, *language_rows(config, start)]
+
+
+JOINT = {"vision": "image", "text": "text"}
+
+
+def start_of(config: HfvlmBLIP2Config, keys: list[str]) -> str:
+    """What comes before the language model's own names, which differ between versions of transformers."""
+    known = {"opt": "model.decoder.embed_positions.weight", "t5": "shared.weight", "llama": "model.norm.weight"}
+    end = known[config.text_config.model_type]
+    return next((key.removesuffix(end) for key in keys if key.endswith(f".{end}")), "language_model.")
+
+
+def native_vision_rows() -> list[Row]:
+    embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
+    attention = f"{layer}.attention"
+    return [
+        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flattened),
+        Row(f"{embeddings}.position_embedding", "vision_model.position", unbatched),
+        Row(f"{embeddings}.patch_embedding.{{}}", "vision_model.patches.projection.{}"),
+        Row(f"{block}.layer_norm1.{{}}", f"{layer}.attention_norm.{{}}"),
+        Row(f"{block}.self_attn.qkv.weight", tuple(f"{attention}.{part}_proj.weight" for part in "qkv"), split(3)),
+        Row(f"{block}.self_attn.qkv.bias", tuple(f"{attention}.{part}_proj.bias" for part in "qv"), two_biases),
+        Row(f"{block}.self_attn.projection.{{}}", f"{attention}.out_proj.{{}}"),
+        Row(f"{block}.layer_norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+        Row("vision_model.post_layernorm.{}", "qformer_model.context_norm.{}"),
+    ]
+
+
+def native_qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
+    theirs, ours = "qformer.encoder.layer.{}", "qformer_model.layers.{}"
+    parts = {"attention.query": ".q_proj", "attention.key": ".k_proj", "attention.value": ".v_proj"}
+    instructed = head_of(config) != RETRIEVAL and config.qformer_config.vocab_size is not None
+    norm = "qformer.embeddings.layernorm" if instructed else "qformer.layernorm"
+    return [
+        Row("query_tokens", "qformer_model.embeddings.queries", unbatched),
+        Row(f"{norm}.{{}}", "qformer_model.embeddings.norm.{}"),
+        *attention_rows(theirs, ours, parts),
+        *mlp_rows(theirs, ours, "_query", "query_mlp"),
+        *(mlp_rows(theirs, ours, "", "mlp") if config.qformer_config.vocab_size is not None else ()),
+    ]
+
+
+def native_word_rows(source: str) -> list[Row]:
+    return [
+        Row(f"{source}.word_embeddings.weight", "qformer_model.embeddings.token.weight"),
+        Row(f"{source}.position_embeddings.weight", "qformer_model.embeddings.position"),
+        # The counting numbers.
+        Row(f"{source}.position_ids", None, optional=True),
+    ]
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+
+
+def from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
+    native: Any = AutoConfig.for_model(**original)
+    kind = next(iter(native.architectures or ()), "")
+    retrieval, instructed = kind == "Blip2ForImageTextRetrieval", native.model_type == "instructblip"
+    text = native.text_config
+    if not retrieval and text.model_type not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise UnsupportedOriginalError(f"text_config: hfvlm's BLIP-2 has {known}, not {text.model_type}.")
+    vision, qformer = native.vision_config, native.qformer_config
+    joint = native.image_text_hidden_size if retrieval else None
+    words: dict[str, Any] = {"vocab_size": None}
+    if retrieval or instructed:
+        words = {"vocab_size": qformer.vocab_size, "bos_token_id": qformer.vocab_size - 1, "eos_token_id": 102}
+    size = 50272 if retrieval else text.vocab_size
+    place = getattr(native, "image_token_index", None)
+    return HfvlmBLIP2Config(
+        architectures=[RETRIEVAL if retrieval else GENERATIVE[text.model_type == "t5"]],
+        vision_config=HfvlmBLIP2VisionConfig(
+            **{name: getattr(vision, name) for name in (*SIZES, "layer_norm_eps", "attention_dropout")},
+            **{name: getattr(vision, name) for name in ("image_size", "patch_size")},
+        ),
+        qformer_config=HfvlmBLIP2QFormerConfig(
+            num_queries=native.num_query_tokens,
+            context_size=vision.hidden_size,
+            context_norm_eps=vision.layer_norm_eps,
+            cross_attention_frequency=qformer.cross_attention_frequency,
+            hidden_dropout=qformer.hidden_dropout_prob,
+            attention_dropout=qformer.attention_probs_dropout_prob,
+            projection_dim=joint,
+            **{name: getattr(qformer, name) for name in (*SIZES, "layer_norm_eps", "max_position_embeddings")},
+            **words,
+        ),
+        text_config=None if retrieval else text,
+        image_token_id=size if place is None else place,
+        video_token_id=size + 1,
+        similarity_temperature=None if retrieval else 0.07,
+    )
+
+
+def check_native(config: HfvlmBLIP2Config) -> None:
+    """Refuse what transformers' classes do not compute."""
+    if head_of(config) == "HfvlmBLIP2ForPreTraining":
+        raise UnsupportedOriginalError(
+            f"transformers' BLIP-2 has no head that writes in the first stage: load it as {RETRIEVAL}, and save that."
+        )
+    if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
+        raise UnsupportedOriginalError("transformers' BLIP-2 has no tower but EVA-CLIP's.")
+
+
+def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
+    """transformers' Blip2Config or InstructBlipConfig of the same model. It has one epsilon for the norms of the tower
+    and the one behind it, which is that of the tower here."""
+    from transformers import Blip2Config, InstructBlipConfig
+
+    check_native(config)
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    retrieval = head_of(config) == RETRIEVAL
+    instructed = not retrieval and qformer.vocab_size is not None
+    kind: Any = InstructBlipConfig if instructed else Blip2Config
+    fields: dict[str, Any] = {
+        "vision_config": {
+            name: getattr(vision, name)
+            for name in (*SIZES, "layer_norm_eps", "attention_dropout", "image_size", "patch_size")
+        },
+        "qformer_config": {
+            **{name: getattr(qformer, name) for name in (*SIZES, "layer_norm_eps", "max_position_embeddings")},
+            "vocab_size": qformer.vocab_size or 30523,
+            "cross_attention_frequency": qformer.cross_attention_frequency,
+            "encoder_hidden_size": qformer.context_size,
+            "hidden_dropout_prob": qformer.hidden_dropout,
+            "attention_probs_dropout_prob": qformer.attention_dropout,
+            "use_qformer_text_input": retrieval,
+        },
+        "num_query_tokens": qformer.num_queries,
+    }
+    if retrieval:
+        fields |= {"image_text_hidden_size": qformer.projection_dim, "architectures": ["Blip2ForImageTextRetrieval"]}
+        return kind(**fields)
+    fields["text_config"] = text.to_dict() | {"vocab_size": max(text.vocab_size, config.image_token_id + 1)}
+    head = "InstructBlipForConditionalGeneration" if instructed else "Blip2ForConditionalGeneration"
+    return kind(architectures=[head], image_token_index=config.image_token_id, **fields)
+
+
+def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> dict[str, Tensor]:
+    """With rows for the placeholder, which transformers looks up; the average token's logit is never the largest.
+    Without the temperature, since transformers compares cosines as they are."""
+    kept = {key: tensor for key, tensor in tensors.items() if key != "temp"}
+    ends = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
+    for name in [key for key in kept if key.startswith("language_model.") and key.endswith(ends)]:
+        missing = native.text_config.vocab_size - len(kept[name])
+        mean = kept[name].float().mean(dim=0, keepdim=True).to(kept[name].dtype)
+        kept[name] = torch.cat([kept[name], mean.expand(missing, -1)])
+    return kept
+
+
+def processor_to_transformers(processor: Any) -> Any:
+    """transformers' Blip2Processor or InstructBlipProcessor. It knows neither a prompt nor how questions are put."""
+    from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
+
+    pixels = processor.image_processor
+    pictures = BlipImageProcessorPil(
+        size=pixels.size, resample=pixels.resample, image_mean=pixels.image_mean, image_std=pixels.image_std
+    )
+    tokenizer = native_tokenizer(processor.tokenizer)
+    if isinstance(processor, HfvlmBLIP2RetrievalProcessor):
+        return Blip2Processor(pictures, tokenizer)
+    options = {"num_query_tokens": processor.num_queries}
+    if isinstance(processor, HfvlmInstructBLIPProcessor):
+        return InstructBlipProcessor(pictures, tokenizer, native_tokenizer(processor.qformer_tokenizer), **options)
+    return Blip2Processor(pictures, tokenizer, **options)
+
+
+def native_tokenizer(own: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+    special = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own.backend_tokenizer,
+        padding_side=own.padding_side,
+        truncation_side=own.truncation_side,
+        model_max_length=own.model_max_length,
+        **special,
+    )

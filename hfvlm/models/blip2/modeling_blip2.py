@@ -1,0 +1,371 @@
+"""BLIP-2's towers and its Q-Former (https://arxiv.org/abs/2301.12597; https://github.com/salesforce/LAVIS at 506965b).
+
+The Q-Former is one transformer for learned queries and for words. They share its attention and have MLPs of their own;
+the queries alone look at the picture.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.models.blip2.configuration_blip2 import (
+    HfvlmBLIP2CLIPVisionConfig,
+    HfvlmBLIP2QFormerConfig,
+    HfvlmBLIP2VisionConfig,
+)
+from hfvlm.modules.context import Context
+from hfvlm.modules.dropout import PatchDropout
+from hfvlm.modules.embeddings import PatchEmbedding, text_positions
+from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, resize_grid
+from hfvlm.modules.transformer import MLP, Attention, CrossAttention, MultiHead, PreNormLayer, Stack
+
+# One folder serves several heads; each leaves unread what it has no part for.
+PARTS = [r"^(vision_model|qformer_model|image_projection|text_projection|logit_scale|itm_head|lm_head)\."]
+STAGE_2 = [r"^(projector|language_model)\."]
+
+
+class BLIP2VisionModel(HfvlmPreTrainedModel):
+    """What both towers share."""
+
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+    config: Any
+    patches: PatchEmbedding
+    class_token: nn.Parameter
+    position: nn.Parameter
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.class_token, std=std)
+        init.normal_(self.position, std=std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patches
+
+    def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
+        """`(B, C, H, W)` -> `(B, 1 + N, D)`, class token and patches with their positions."""
+        x = self.patches(pixel_values)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
+        check_positions(x, position, pixel_values, self.config.image_size)
+        return x + position
+
+    def position_for(self, pixel_values: Tensor) -> Tensor:
+        """The position table for pictures of another size."""
+        height, width = pixel_values.shape[-2:]
+        size = self.config.patch_size
+        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC_SAMPLED)
+
+    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+        """Change the picture size for good, as the original does when it loads a file that was trained at another."""
+        old, self.config.image_size = self.config.grid, image_size
+        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC_SAMPLED))
+
+
+class KeysWithoutBias(Attention):
+    """EVA's attention: queries and values have biases, keys have none."""
+
+    def __init__(self, config: HfvlmBLIP2VisionConfig):
+        super().__init__(config)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+
+class HfvlmBLIP2VisionModel(BLIP2VisionModel):
+    """EVA-CLIP's vision transformer (https://arxiv.org/abs/2211.07636) up to the last layer but one."""
+
+    config: HfvlmBLIP2VisionConfig
+
+    def __init__(self, config: HfvlmBLIP2VisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        depth = config.num_hidden_layers
+        self.patches = PatchEmbedding(config)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.layers = Stack(
+            PreNormLayer(config, config.drop_path_rate * i / max(depth - 1, 1), KeysWithoutBias(config))
+            for i in range(depth)
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.patch_dropout(x), **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
+
+
+class HfvlmBLIP2CLIPVisionModel(BLIP2VisionModel):
+    """CLIP's vision transformer up to the last layer but one."""
+
+    config: HfvlmBLIP2CLIPVisionConfig
+
+    def __init__(self, config: HfvlmBLIP2CLIPVisionConfig):
+        super().__init__(config)
+        rows, columns = config.grid
+        self.patches = PatchEmbedding(config, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
+        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
+
+        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        """
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(self.patch_dropout(x)), **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
+
+
+class QFormerEmbedding(nn.Module):
+    """Learned queries, without positions, and behind them the words of a text, with theirs."""
+
+    def __init__(self, config: HfvlmBLIP2QFormerConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(config.num_queries, config.hidden_size))
+        if config.vocab_size is not None:
+            self.token = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+            self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def init_own_weights(self, std: float) -> None:
+        init.normal_(self.queries, std=std)
+        if hasattr(self, "position"):
+            init.normal_(self.position, std=std)
+
+    def forward(self, rows: int, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """The queries for so many `rows`, then the words `(B, N)`, if there are any -> `(B, Q + N, D)`."""
+        parts = [self.queries.expand(rows, -1, -1)] if rows else []
+        if input_ids is not None:
+            parts.append(self.token(input_ids) + self.position[position_ids])
+        return self.dropout(self.norm(torch.cat(parts, dim=1)))
+
+
+class QFormerAttention(MultiHead):
+    """Attention of queries and words to each other; and of words to what they follow on."""
+
+    def __init__(self, config: HfvlmBLIP2QFormerConfig, layer_idx: int):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        before: Tensor | None = None,
+        kept: dict[int, tuple[Tensor, Tensor]] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(B * T, N, D)` -> the same, with weights where the implementation has them.
+
+        Args:
+            x: of T consecutive texts for each picture.
+            mask: over `before`, what is in the cache, and `x`.
+            before: `(B, Q, D)`, queries that stand before the texts.
+            kept: keys and values of these by layer; with it they are taken from there, or put there.
+            past_key_values: of words that stand between.
+        """
+        key, value = self.read(x)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if before is not None:
+            first = self.read_once(before, kept)
+            key, value = (
+                torch.cat([part.repeat_interleave(len(x) // len(before), dim=0), own], dim=2)
+                for part, own in zip(first, (key, value), strict=True)
+            )
+        return self.attend(x, key, value, mask, **kwargs)
+
+    def read_once(self, before: Tensor, kept: dict[int, tuple[Tensor, Tensor]] | None) -> tuple[Tensor, Tensor]:
+        if kept is None:
+            return self.read(before)
+        if self.layer_idx not in kept:
+            kept[self.layer_idx] = self.read(before)
+        return kept[self.layer_idx]
+
+
+class QFormerLayer(GradientCheckpointingLayer):
+    """norm(x + f(x)) for attention, in some layers of queries to the picture, and an MLP for queries or for words."""
+
+    def __init__(self, config: HfvlmBLIP2QFormerConfig, layer_idx: int):
+        super().__init__()
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+        self.attention, self.attention_norm = QFormerAttention(config, layer_idx), norm()
+        self.looks = layer_idx % config.cross_attention_frequency == 0
+        if self.looks:
+            self.cross_attention = CrossAttention(config, layer_idx, config.context_size)
+            self.cross_attention_norm = norm()
+        self.query_mlp, self.query_mlp_norm = MLP(config), norm()
+        if config.vocab_size is not None:
+            self.mlp, self.mlp_norm = MLP(config), norm()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        queries: int = 0,
+        context: Tensor | None = None,
+        before: Tensor | None = None,
+        kept: dict[int, tuple[Tensor, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`(B * T, N, D)`, of which the first `queries` are such and look at `context`, `(B, M, C)`."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, before, kept, **kwargs)[0]))
+        parts = []
+        if queries:
+            seen = x[:, :queries]
+            if self.looks:
+                seen = self.cross_attention_norm(seen + self.dropout(self.cross_attention(seen, context)[0]))
+            parts.append(self.query_mlp_norm(seen + self.dropout(self.query_mlp(seen))))
+        if x.shape[1] > queries:
+            words = x[:, queries:]
+            parts.append(self.mlp_norm(words + self.dropout(self.mlp(words))))
+        return torch.cat(parts, dim=1)
+
+
+class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
+    """The querying transformer: it reads pictures, texts, texts together with pictures, and writes about pictures."""
+
+    config: HfvlmBLIP2QFormerConfig
+    base_model_prefix = "qformer_model"
+    main_input_name = "image_tokens"
+    _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
+    _no_split_modules = ["QFormerLayer"]
+    _can_record_outputs = {
+        "hidden_states": QFormerLayer,
+        "attentions": OutputRecorder(QFormerAttention, index=1, layer_name=".attention"),
+        "cross_attentions": OutputRecorder(CrossAttention, index=1, layer_name=".cross_attention"),
+    }
+
+    def __init__(self, config: HfvlmBLIP2QFormerConfig):
+        super().__init__(config)
+        self.context_norm = nn.LayerNorm(config.context_size, eps=config.context_norm_eps)
+        self.embeddings = QFormerEmbedding(config)
+        self.layers = Stack(QFormerLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token if self.config.vocab_size is not None else self.context_norm
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embeddings.token = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        image_tokens: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Pictures, texts, or both together.
+
+        Args:
+            image_tokens: `(B, M, C)`, of a vision tower; without them, there are no queries.
+            input_ids: `(B * T, N)`, [CLS] first, T consecutive texts for each picture.
+            attention_mask: `(B * T, N)`, 0 for padding on either side.
+
+        Returns:
+            `last_hidden_state` `(B * T, Q + N, D)`, the queries first; `pooler_output`, of pictures the queries
+            `(B, Q, D)`, of a text alone its first token `(B, D)`.
+        """
+        if input_ids is not None and self.config.vocab_size is None:
+            raise ValueError("This Q-Former reads no texts: its config.vocab_size is None.")
+        context = None if image_tokens is None else self.context_norm(image_tokens.to(self.context_norm.weight.dtype))
+        queries = 0 if context is None else self.config.num_queries
+        positions, rows = None, 0 if context is None else len(context)
+        if input_ids is not None:
+            positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
+            rows = len(input_ids) if queries else 0
+        x = self.embeddings(rows, input_ids, positions)
+        mask = None
+        if attention_mask is not None:
+            whole = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=whole)
+        for layer in self.layers:
+            x = layer(x, mask, queries, context, **kwargs)
+        if queries:
+            return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, :queries])
+        first = torch.zeros_like(x[:, 0, 0], dtype=torch.long)
+        if attention_mask is not None:
+            first = attention_mask.argmax(dim=1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=x.gather(1, first.view(-1, 1, 1).expand(-1, 1, x.shape[-1]))[:, 0]
+        )
+
+    def read(self, image_tokens: Tensor) -> Context:
+        """`(B, M, C)` -> what texts are written about: the queries before each layer, `(B, layers, Q, D)`."""
+        states = self(image_tokens, output_hidden_states=True).hidden_states
+        return Context(torch.stack(states[:-1], dim=1))
+
+    def write(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        context: Context,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Texts `(B * T, N)` that follow on the queries, each word seeing those before it -> `(B * T, N, D)`.
+
+        Args:
+            input_ids: [DEC] first, or what follows on `past_key_values`.
+            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
+            context: of `read`.
+            past_key_values: of the words before `input_ids`.
+        """
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
+        x = self.embeddings(0, input_ids, positions)
+        mask = self.writing_mask(x, attention_mask, past)
+        for i, layer in enumerate(self.layers):
+            states = context.tokens[:, i].to(x.dtype)
+            x = layer(x, mask, 0, None, states, context.kept, past_key_values=past_key_values, is_causal=True)
+        return x
+
+    def writing_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
+        """Over queries, which all words see, and words, which see those before them."""
+        queries = self.config.num_queries
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+        # The queries are in no cache; the mask is that of one which holds them, too.
+        before = DynamicCache()
+        held = x.new_empty(len(x), 1, queries + past, 1)
+        before.update(held, held, 0)
+        return create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=before
+        )

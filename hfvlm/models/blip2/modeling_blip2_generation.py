@@ -1,0 +1,263 @@
+"""BLIP-2's second stage and InstructBLIP: a language model that reads queries (https://arxiv.org/abs/2301.12597, 3.3;
+https://arxiv.org/abs/2305.06500)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, T5ForConditionalGeneration
+from transformers import initialization as init
+from transformers.generation import GenerationConfig, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from hfvlm.image_text import Features, ImageTextModel
+from hfvlm.losses import token_losses
+from hfvlm.media_text import IGNORE
+from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
+from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
+from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
+from hfvlm.modules.projection import Projector
+
+# What the first stage has and the second does not.
+STAGE_1 = [
+    r"^(image_projection|text_projection|logit_scale|itm_head|lm_head)\.",
+    r"^qformer_model\.(embeddings\.(token|position)|layers\.\d+\.mlp)",
+]
+INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
+
+
+class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
+    """A language model that reads what the queries made of pictures: BLIP-2 with OPT, InstructBLIP with Vicuna.
+
+    With a Q-Former that reads texts, as InstructBLIP's, the queries look for what the instruction asks for.
+    """
+
+    config: HfvlmBLIP2Config
+    _no_split_modules = ["PreNormLayer", "QFormerLayer"]
+    _keys_to_ignore_on_load_unexpected = STAGE_1
+    full_precision_modules = (*ImageTextModel.full_precision_modules, "qformer_model")
+    media_inputs = {"image": ("pixel_values", *INSTRUCTION), "video": ("pixel_values_videos", *INSTRUCTION)}
+
+    def __init__(self, config: HfvlmBLIP2Config):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.qformer_model = HfvlmBLIP2QFormerModel._from_config(config.qformer_config)
+        self.projector = Projector(config.qformer_config.hidden_size, config.text_config.hidden_size, 1)
+        self.language_model = self.build_language_model(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As every language model with pictures. One that begins from the first stage's folder, with a `config` of its
+        own, does not end its texts as the Q-Former does there."""
+        loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
+        if folder is not None and config is not None:
+            place = {name: kwargs[name] for name in ("revision", "subfolder", "token") if name in kwargs}
+            if HfvlmBLIP2Config.from_pretrained(folder, **place).text_config is None:
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.generation_config = GenerationConfig.from_model_config(model.config)
+        return loaded
+
+    def build_language_model(self, config: HfvlmBLIP2Config) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config.text_config)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        *,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Pictures -> an output whose `pooler_output`, `(P, Q, hidden_size)`, the language model reads.
+
+        Args:
+            pixel_values: `(P, C, H, W)`, normalised.
+            qformer_input_ids: `(P, N)`, what is asked about each picture, for a Q-Former that reads it.
+            qformer_attention_mask: `(P, N)`, 0 for padding on either side.
+            interpolate_pos_encoding: take pictures of any size.
+
+        Raises:
+            ValueError: the Q-Former reads instructions, and there are none; or the other way round.
+        """
+        reads = self.config.qformer_config.vocab_size is not None
+        if reads != (qformer_input_ids is not None):
+            raise ValueError(
+                f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}: the Q-Former "
+                + ("reads qformer_input_ids, which are missing." if reads else "reads no qformer_input_ids.")
+            )
+        tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+        output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.pooler_output,
+            pooler_output=self.projector(output.pooler_output),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Films `(V, F, C, H, W)`, each frame read as a picture -> as above, `(V, F * Q, hidden_size)`."""
+        films, frames = pixel_values_videos.shape[:2]
+        asked = (
+            None if part is None else part.repeat_interleave(frames, dim=0)
+            for part in (qformer_input_ids, qformer_attention_mask)
+        )
+        output = self.get_image_features(pixel_values_videos.flatten(0, 1), *asked, **kwargs)
+        joined = output.pooler_output.unflatten(0, (films, frames)).flatten(1, 2)
+        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=joined)
+
+    @torch.no_grad()
+    def rank(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, candidates: Tensor, **media: Any
+    ) -> RankedAnswers:
+        """Order answers by their probability, as InstructBLIP chooses among a list. Each picture is encoded once.
+
+        Args:
+            input_ids: `(B, N)`, what is asked, with placeholders.
+            attention_mask: `(B, N)`, 0 for padding on either side.
+            candidates: `(A, M)` answers that each question has, -100 behind their end; see the processor's `answers`.
+            **media: the pictures' inputs.
+
+        Returns:
+            `indices` `(B, A)`, the likeliest first, and their `scores`.
+        """
+        embeds = self.embed(input_ids, self.encode_media(media))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [self.cost_of_answers(x[real], candidates) for x, real in zip(embeds, mask.bool(), strict=True)]
+        scores, indices = torch.stack(rows).neg().sort(dim=1, descending=True)
+        return RankedAnswers(indices=indices, scores=scores, best=indices[:, 0])
+
+    def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
+        """`(N, D)` and `(A, M)` -> `(A,)`, the sum of the losses of each answer's tokens."""
+        real = (candidates != IGNORE).long()
+        words = self.get_input_embeddings()(candidates.clamp_min(0))
+        x = torch.cat([asked.expand(len(words), -1, -1), words], dim=1)
+        mask = torch.cat([real.new_ones(len(x), len(asked)), real], dim=1)
+        logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
+        return token_losses(logits[:, len(asked) - 1 : -1], candidates).sum(dim=1)
+
+    def token_count_fields(self) -> str:
+        return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """With positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        if inputs.get("input_ids") is not None:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            positions = (real.cumsum(dim=1) - 1).clamp_min(0)
+            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+    def _get_logits_processor(
+        self, generation_config: Any, input_ids_seq_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        """The original generates from embeddings alone: no penalty knows the prompt, but for one start token."""
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
+        start = self.config.text_config.bos_token_id or 0
+        return _WithoutPrompt(processors, input_ids_seq_length or 0, start)
+
+
+class _WithoutPrompt(LogitsProcessorList):
+    """Shows each processor start tokens in place of the prompt."""
+
+    def __init__(self, processors: LogitsProcessorList, length: int, start: int):
+        super().__init__(list(processors))
+        self.length, self.start = length, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        shown = input_ids.clone()
+        shown[:, : self.length] = self.start
+        return super().__call__(shown, scores, **kwargs)  # type: ignore[arg-type]
+
+
+class FlanT5(T5ForConditionalGeneration):
+    """FLAN-T5 (https://arxiv.org/abs/2210.11416), whose output layer is not its table of words."""
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
+
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.lm_head.weight, std=self.config.initializer_factor)
+
+
+class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
+    """The same with an encoder and a decoder: BLIP-2 and InstructBLIP with FLAN-T5. The encoder reads the queries."""
+
+    # T5 averages over the labels of its own batch; the Trainer must not rescale that by counted tokens.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """T5 initialises a layer's weights where the layer stands; the host passes over such places in custom code."""
+        return False
+
+    def build_language_model(self, config: HfvlmBLIP2Config) -> PreTrainedModel:
+        return FlanT5._from_config(config.text_config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Features] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Texts with pictures in them -> the logits of each next token of what is written about them.
+
+        Args:
+            input_ids: `(B, N)`, with a placeholder for each token of each picture.
+            pixel_values: all pictures of the batch, in the order of their placeholders.
+            attention_mask: `(B, N)`, 0 where a row is padded.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
+            labels: `(B, M)`, what is to be written; the loss leaves out -100.
+            pixel_values_videos: likewise, all films.
+            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
+            **kwargs: what else `media_inputs` names, and of the language model: without `labels`, `decoder_input_ids`,
+                by default its start token alone.
+        """
+        media: dict[str, Any] = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
+        media |= {name: kwargs.pop(name, None) for name in INSTRUCTION}
+        embeds = self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs))
+        if labels is None and "decoder_input_ids" not in kwargs:
+            start = self.config.text_config.decoder_start_token_id
+            kwargs["decoder_input_ids"] = torch.full((len(embeds), 1), start, device=embeds.device)
+        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
+        read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
+        told = BaseModelOutput(last_hidden_state=read.expand(len(candidates), -1, -1))
+        logits = self.language_model(encoder_outputs=told, labels=candidates).logits
+        return token_losses(logits, candidates).sum(dim=1)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' of the language model: token ids of what is written, behind its start token. Each picture
+        is encoded once, and so is the text."""
+        names = [name for names in self.media_inputs.values() for name in names]
+        media = {name: kwargs.pop(name, None) for name in dict.fromkeys(names)}
+        features = self.encode_media(media, kwargs.pop("mm_encoder_outputs", None))
+        embeds = self.merged(kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None), features)
+        kwargs.pop("past_key_values", None)  # of the prompt, which this encoder reads anew
+        self.language_model.generation_config = self.generation_config
+        return self.language_model.generate(*args, inputs_embeds=embeds, **kwargs)
