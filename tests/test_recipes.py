@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from hfvlm.conversion import coca
+from hfvlm.conversion import blip2, coca
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
@@ -252,6 +252,42 @@ def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_p
     assert moved == wanted
 
 
+@pytest.fixture(scope="module")
+def blip2_folders(tmp_path_factory):
+    """A small BLIP-2 of each stage that learned nothing yet."""
+    from tests.test_blip2_conversion import BERT, CASES, tiny
+
+    folders = {}
+    for stage, kind in ((1, None), (2, "opt")):
+        folder, model = tmp_path_factory.mktemp(f"blip2-stage{stage}"), tiny(kind)
+        model.save_pretrained(folder)
+        vocabulary = CASES / "opt-eva" / "opt_vocab.json" if kind else BERT
+        blip2.processor_for(model.config, {}, vocabulary).save_pretrained(folder)
+        folders[f"blip2_stage{stage}"] = folder
+    return folders
+
+
+BLIP2 = {
+    "blip2_stage1": "(qformer_model|image_projection|text_projection|logit_scale|itm_head|lm_head).*",
+    "blip2_stage2": "(qformer_model|projector).*",
+}
+
+
+@pytest.mark.parametrize("name", BLIP2)
+def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
+    folder = blip2_folders[name]
+    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    metrics = run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", [*changes, "learning_rate=0.01"])
+    assert metrics["train_loss"] > 0
+    before, after = (AutoModel.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out"))
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert all(re.fullmatch(BLIP2[name], key) for key in moved), moved
+    still = {key for key in before if re.fullmatch(BLIP2[name], key)} - moved
+    assert not still, still
+    written = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(written) is type(AutoProcessor.from_pretrained(folder))
+
+
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
     script = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--model", str(llava_folder)]
     for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
@@ -269,7 +305,8 @@ def test_what_a_model_has_not_is_said(llava_folder, conversations, tmp_path):
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    assert names == {*TRAINED, *CHAT, "scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining"}
+    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining"}
+    assert names == {*TRAINED, *CHAT, *BLIP2, *alone}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -283,7 +320,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, chat"),
+        ("task: dream", "'dream' is none of contrastive, pairs, captions, chat"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],

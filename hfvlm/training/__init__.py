@@ -3,7 +3,7 @@
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomCropAndFlip, RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, PreferenceCollator
-from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.data import CaptionCollator, ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.masking import MaskingCollator
@@ -11,6 +11,7 @@ from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
 __all__ = [
+    "CaptionCollator",
     "ChatCollator",
     "ChatTrainer",
     "ContrastiveCollator",

@@ -151,6 +151,16 @@ class ContrastiveCollator:
         }
 
 
+class CaptionCollator(ContrastiveCollator):
+    """Pictures with captions to the inputs of a model that is to write these, by its processor's `captions`; arguments
+    as above."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows of `Rows`, of each the first caption -> the model's inputs, `labels` and "replaced"."""
+        inputs = self.processor.captions([row["image"] for row in rows], [row["text"][0] for row in rows])
+        return {**inputs, "replaced": torch.tensor([row["replaced"] for row in rows])}
+
+
 def row_id(value: Any) -> int:
     """A number for an identifier of any kind: numbers as they are, texts by their hash."""
     if isinstance(value, int | np.integer):

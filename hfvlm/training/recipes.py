@@ -25,7 +25,7 @@ from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
 from hfvlm.training.curves import draw_curve
-from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.data import CaptionCollator, ContrastiveCollator
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
@@ -165,6 +165,10 @@ def pairs_collator(processor: Any, rows: Any, columns: Any, **options: Any) -> A
     return ContrastiveCollator(processor, columns, all_captions=False, **options)
 
 
+def captions_collator(processor: Any, _: Any, columns: Any, **options: Any) -> Any:
+    return CaptionCollator(processor, columns, all_captions=False, **options)
+
+
 def data_options(
     data: DataArguments, processor: Any, make_collator: Callable[..., Any] = contrastive_collator
 ) -> dict[str, Any]:
@@ -205,6 +209,23 @@ def train_pairs(
     return finish(trainer, arguments)
 
 
+class CaptionTrainer(RowTrainer):
+    """Trains a model by the loss of its `labels`."""
+
+    training_inputs = {}
+
+
+def train_captions(
+    model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train on pictures a model that writes their captions."""
+    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    arguments.remove_unused_columns = False
+    options = data_options(data, processor, captions_collator)
+    trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    return finish(trainer, arguments)
+
+
 def train_chat(
     model_arguments: ModelArguments, data: ChatDataArguments, arguments: TrainingArguments
 ) -> dict[str, float]:
@@ -238,5 +259,6 @@ def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
 TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
+    "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }
