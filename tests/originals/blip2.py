@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hfvlm.conversion.blip2 import config_from_original, keys_for, tables_for, vision_rows
 from PIL import Image
@@ -29,6 +28,7 @@ from hfvlm.models.blip2 import (
 )
 from hfvlm.presets import load_preset
 from tests.golden import Golden, read_key_list
+from tests.originals.common import bert_vocabulary
 
 CLEANINGS = (
     ("BlipCaptionProcessor()", "caption", 50),
@@ -64,10 +64,7 @@ def pixels(golden: Golden) -> None:
 
 
 def tokens(golden: Golden) -> None:
-    # BERT's vocabulary lies with BLIP's case, where it is there at all.
-    path = golden.folder.parent.parent / "blip" / "processor-text" / "vocab.txt"
-    if not path.exists():
-        pytest.skip("bert-base-uncased's vocab.txt is not among the cases")
+    path = bert_vocabulary(golden.folder)
     tokenizer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path)
     special = golden.case["special_ids"]
     assert tokenizer.bos_token_id == special["[DEC] (bos_token)"]
