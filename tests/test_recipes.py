@@ -263,13 +263,13 @@ def blip2_folders(tmp_path_factory):
         model.save_pretrained(folder)
         vocabulary = CASES / "opt-eva" / "opt_vocab.json" if kind else BERT
         blip2.processor_for(model.config, {}, vocabulary).save_pretrained(folder)
-        folders[f"blip2_stage{stage}"] = folder
+        folders[f"blip2-stage{stage}"] = folder
     return folders
 
 
 BLIP2 = {
-    "blip2_stage1": "(qformer_model|image_projection|text_projection|logit_scale|itm_head|lm_head).*",
-    "blip2_stage2": "(qformer_model|projector).*",
+    "blip2-stage1": "(qformer_model|image_projection|text_projection|logit_scale|itm_head|lm_head).*",
+    "blip2-stage2": "(qformer_model|projector).*",
 }
 
 
