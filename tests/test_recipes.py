@@ -11,7 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from hfvlm.conversion import blip2, coca
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 import hfvlm
@@ -286,6 +286,36 @@ def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
     assert not still, still
     written = AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(written) is type(AutoProcessor.from_pretrained(folder))
+
+
+def test_the_second_stage_begins_where_the_documentation_says(blip2_folders, tmp_path, monkeypatch):
+    from tests.test_blip2_conversion import CASES, text_config
+
+    fields = text_config("opt")
+    language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    language.save_pretrained(tmp_path / "opt")
+    (tmp_path / "blip2-stage1").symlink_to(blip2_folders["blip2-stage1"])
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "opt" / name).write_text((CASES / "opt-eva" / f"opt_{name}").read_text())
+    text = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    (code,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "blip2-stage1" in part)
+    smaller = {"facebook/opt-2.7b": "opt", "opt-2.7b/": "opt/", "50272": str(fields["vocab_size"]), "50118": "4"}
+    for name, other in smaller.items():
+        assert name in code
+        code = code.replace(name, other)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    first, second = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("blip2-stage1", "blip2-opt"))
+    same = [key for key in second if key.startswith(("vision_model.", "qformer_model."))]
+    assert same
+    assert all(torch.equal(first[key], second[key]) for key in same)
+    assert torch.equal(language.get_output_embeddings().weight, second["language_model.lm_head.weight"])
+    model, processor = (
+        kind.from_pretrained(tmp_path / "blip2-opt") for kind in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    inputs = processor(images=np.zeros((28, 28, 3), np.uint8), text="<image>")
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    assert model.generation_config.eos_token_id == 4
 
 
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
