@@ -7,8 +7,7 @@ A module has
 - `layout_of(original)` and `keys_for(config, layout, keys)`: the rows for one released layout;
 - `settings_from_original(original, preprocessing)`, `image_processor_for(config, settings)` and `processor_for(config,
   settings, vocabulary)`, with `VOCABULARIES`, the names of the tokenizer's original file; where a processor needs
-  several files, `vocabularies_for(config)`, the names of each;
-- where some of its models read no texts, `reads_texts(config)`;
+  several files, or none, `vocabularies_for(config)`, the names of each;
 - where transformers has the architecture, `config_to_transformers(config)` and `processor_to_transformers(processor)`.
 """
 
@@ -33,6 +32,11 @@ def check_options(where: str, options: Mapping[str, Any], known: Iterable[str]) 
     unknown = sorted(name for name, value in options.items() if value and name not in set(known))
     if unknown:
         raise UnsupportedOriginalError(f"{where}: hfvlm does not implement {', '.join(unknown)}.")
+
+
+def vocabularies_of(module: Any, config: Any) -> list[tuple[str, ...]]:
+    """The names of each file that the processor's tokenizers are made of; none where the model reads no texts."""
+    return module.vocabularies_for(config) if hasattr(module, "vocabularies_for") else [module.VOCABULARIES]
 
 
 def count_layers(keys: Iterable[str], prefix: str) -> int:

@@ -501,9 +501,9 @@ def image_processor_for(config: AnyConfig, settings: Mapping[str, Any]) -> Hfvlm
     return HfvlmFLAVAImageProcessor(**sizes | settings.get("image_processor", {}))
 
 
-def reads_texts(config: AnyConfig) -> bool:
-    """All but the codebook alone."""
-    return isinstance(config, HfvlmFLAVAConfig)
+def vocabularies_for(config: AnyConfig) -> list[tuple[str, ...]]:
+    """None of the codebook alone, which reads no texts."""
+    return [VOCABULARIES] if isinstance(config, HfvlmFLAVAConfig) else []
 
 
 def processor_for(config: HfvlmFLAVAConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmFLAVAProcessor:

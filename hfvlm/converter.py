@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import hfvlm
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
 from hfvlm.hub import write_card
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
@@ -231,14 +231,13 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedMo
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
     """The processor's files; without a vocabulary, the image processor's alone."""
-    reads_texts = getattr(plan.module, "reads_texts", lambda _: True)(plan.config)
-    if vocabulary == NO_VOCABULARY or not reads_texts:
+    kinds = vocabularies_of(plan.module, plan.config)
+    if vocabulary == NO_VOCABULARY or not kinds:
         plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
     wanted = plan.preset.source.get("vocabulary", {})
     places, paths = [*([Path(vocabulary)] if vocabulary else ()), *sources], []
-    kinds = plan.module.vocabularies_for(plan.config) if hasattr(plan.module, "vocabularies_for") else None
-    for i, names in enumerate(kinds or [plan.module.VOCABULARIES]):
+    for i, names in enumerate(kinds):
         beside = (_beside(place, names) for place in places)
         path = Path(vocabulary) if vocabulary and i == 0 else next((found for found in beside if found), None)
         if path is None or not path.exists():

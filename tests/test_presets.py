@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+from hfvlm.conversion import vocabularies_of
 
 from hfvlm.converter import conversion_module, empty_model
 from hfvlm.presets import list_presets, load_preset
@@ -31,7 +32,7 @@ def test_preset(name):
         assert preset.source["files"]
         assert preset.source["url"].startswith("https://")
         assert module.keys_for(config, preset.source["layout"])
-        if getattr(module, "reads_texts", lambda _: True)(config):
+        if vocabularies_of(module, config):
             assert preset.source["vocabulary"]["file"] in module.VOCABULARIES
         assert len(preset.source.get("sha256", "0" * 64)) == 64
 

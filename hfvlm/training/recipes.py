@@ -154,32 +154,16 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
     return model
 
 
-def contrastive_collator(processor: Any, _: Any, columns: Any, **options: Any) -> Any:
-    return ContrastiveCollator(processor, columns, **options)
-
-
-def pairs_collator(processor: Any, rows: Any, columns: Any, **options: Any) -> Any:
-    """With patches and words hidden, where the processor of pictures does that."""
-    if hasattr(processor.image_processor, "patch_mask"):
-        return MaskingCollator(processor, columns, strangers=rows, **options)
-    return ContrastiveCollator(processor, columns, all_captions=False, **options)
-
-
-def captions_collator(processor: Any, _: Any, columns: Any, **options: Any) -> Any:
-    return CaptionCollator(processor, columns, all_captions=False, **options)
-
-
 def data_options(
-    data: DataArguments, processor: Any, make_collator: Callable[..., Any] = contrastive_collator
+    data: DataArguments, processor: Any, collator: type[ContrastiveCollator] = ContrastiveCollator, **options: Any
 ) -> dict[str, Any]:
-    """What a trainer is told about its rows."""
+    """What a trainer is told about its rows; `options` are the collator's."""
     augment = {}
     if data.crop_scale is not None:
         augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
-    rows = load_rows(data.dataset, data.subset, split=data.train_split)
     return {
-        "data_collator": make_collator(processor, rows, data.columns, id_column=data.id_column, augment=augment),
-        "train_dataset": rows,
+        "data_collator": collator(processor, data.columns, id_column=data.id_column, augment=augment, **options),
+        "train_dataset": load_rows(data.dataset, data.subset, split=data.train_split),
         "eval_dataset": load_rows(data.dataset, data.subset, split=data.eval_split) if data.eval_split else None,
         "processing_class": processor,
     }
@@ -204,7 +188,11 @@ def train_pairs(
     """Train on pictures with captions by all of the model's own losses at once, batch by batch."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     arguments.remove_unused_columns = False
-    options = data_options(data, processor, pairs_collator)
+    hides = hasattr(processor.image_processor, "patch_mask")  # patches, and with them words
+    collator = MaskingCollator if hides else ContrastiveCollator
+    options = data_options(data, processor, collator, all_captions=False)
+    if hides:
+        options["data_collator"].strangers = options["train_dataset"]
     trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments)
 
@@ -221,7 +209,7 @@ def train_captions(
     """Train on pictures a model that writes their captions."""
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     arguments.remove_unused_columns = False
-    options = data_options(data, processor, captions_collator)
+    options = data_options(data, processor, CaptionCollator, all_captions=False)
     trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments)
 
