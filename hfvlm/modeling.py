@@ -27,7 +27,16 @@ def other_towers(own: str) -> list[str]:
 LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
 
 
-class HfvlmPreTrainedModel(PreTrainedModel):
+class EveryModule:
+    """Has the host initialise every module. In what it calls custom code, it passes over those without parameters of
+    their own, such as the layers of CLIP, or of a language model, which initialise their parts."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
+class HfvlmPreTrainedModel(EveryModule, PreTrainedModel):
     """Base of every model and tower."""
 
     supports_gradient_checkpointing = True

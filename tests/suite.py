@@ -135,6 +135,18 @@ class ModelSuite:
             assert torch.isfinite(value).all(), name
             assert relative(value.float(), expected[name]) < 0.1, name
 
+    def test_every_module_is_initialised(self, monkeypatch):
+        """Also one without parameters of its own: it may initialise those of its parts."""
+        seen, initialise = set(), PreTrainedModel._init_weights
+
+        def record(model, module):
+            seen.add(module)
+            initialise(model, module)
+
+        monkeypatch.setattr(PreTrainedModel, "_init_weights", record)
+        model = self.model_class(self.config())
+        assert {type(module).__name__ for module in set(model.modules()) - seen} == set()
+
     def test_every_weight_is_initialised_from_nothing(self, model):
         """Models are made without memory and then filled; what no rule covers would be garbage."""
         torch.manual_seed(0)

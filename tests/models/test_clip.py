@@ -48,6 +48,13 @@ class TestVision(ModelSuite):
         with pytest.raises(ValueError, match=r"pixel_values are \(42, 70\).*interpolate_pos_encoding"):
             model(torch.randn(1, 3, 42, 70))
 
+    def test_residual_branches_begin_small(self, model):
+        """As in the paper's code."""
+        width, depth = VISION["hidden_size"], VISION["num_hidden_layers"]
+        for layer in model.layers:
+            assert layer.attention.q_proj.weight.std().item() == pytest.approx(width**-0.5, rel=0.1)
+            assert layer.attention.out_proj.weight.std().item() == pytest.approx((2 * width * depth) ** -0.5, rel=0.1)
+
     def test_without_projection_the_summary_is_the_embedding(self, batch):
         model = HfvlmCLIPVisionModel(HfvlmCLIPVisionConfig(**VISION | {"projection_dim": None})).eval()
         output = model(**batch)
@@ -63,6 +70,9 @@ class TestResNet(ModelSuite):
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 64, 64)}
+
+    def test_each_block_begins_as_its_shortcut(self, model):
+        assert not model.stage1[0].conv3.norm.weight.any()
 
     def test_any_size_with_interpolated_positions(self, model):
         assert model(torch.randn(1, 3, 96, 64), interpolate_pos_encoding=True).last_hidden_state.shape == (1, 6, 256)

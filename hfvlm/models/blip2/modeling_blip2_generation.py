@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.image_text import Features, ImageTextModel
 from hfvlm.losses import token_losses
 from hfvlm.media_text import IGNORE
+from hfvlm.modeling import EveryModule
 from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
@@ -183,7 +184,7 @@ class _WithoutPrompt(LogitsProcessorList):
         return super().__call__(shown, scores, **kwargs)  # type: ignore[arg-type]
 
 
-class FlanT5(T5ForConditionalGeneration):
+class FlanT5(EveryModule, T5ForConditionalGeneration):
     """FLAN-T5 (https://arxiv.org/abs/2210.11416), whose output layer is not its table of words."""
 
     _tied_weights_keys = {
@@ -202,11 +203,6 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
 
     # T5 averages over the labels of its own batch; the Trainer must not rescale that by counted tokens.
     accepts_loss_kwargs = False
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """T5 initialises a layer's weights where the layer stands; the host passes over such places in custom code."""
-        return False
 
     def build_language_model(self, config: HfvlmBLIP2Config) -> PreTrainedModel:
         return FlanT5._from_config(config.text_config)

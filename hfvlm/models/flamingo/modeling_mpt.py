@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptAttention
 
+from hfvlm.modeling import EveryModule
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoMPTConfig
 
 
@@ -28,7 +29,7 @@ class NormalisedAttention(MptAttention):
         return torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
 
 
-class HfvlmFlamingoMPTForCausalLM(MptForCausalLM):
+class HfvlmFlamingoMPTForCausalLM(EveryModule, MptForCausalLM):
     """transformers' MPT, with normalised queries and keys."""
 
     config: HfvlmFlamingoMPTConfig
