@@ -4,6 +4,7 @@ The paper's mixture of encoder and decoder is one layer with three uses: without
 reads the text together with the picture, and with causal attention it writes about the picture.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -379,6 +380,26 @@ class RetrievalScores:
     per_text: Tensor
 
 
+def scored_twice(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top_k: int) -> RetrievalScores:
+    """`(I, T)` cosines of pictures and texts -> two-stage scores: of each, the `top_k` nearest of the others have the
+    cosine plus the logit of a match.
+
+    Args:
+        cosines: the first stage.
+        match: numbers of pictures, and of as many consecutive texts for each -> `(texts, 2)`, the second column for a
+            match.
+        top_k: how many the second stage looks at.
+    """
+    per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
+    for i, row in enumerate(cosines):
+        cosine, texts = row.topk(min(top_k, len(row)))
+        per_image[i, texts] = match(texts.new_tensor([i]), texts)[:, 1] + cosine
+    for i, row in enumerate(cosines.t()):
+        cosine, images = row.topk(min(top_k, len(row)))
+        per_text[i, images] = match(images, torch.full_like(images, i))[:, 1] + cosine
+    return RetrievalScores(per_image, per_text)
+
+
 class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
     """Finds candidates by their embeddings, and looks at the best together with what was asked for."""
 
@@ -465,22 +486,10 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
         cosines = unit(image.pooler_output) @ unit(text.pooler_output).t()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
-        def look(similarities: Tensor, match: Any) -> Tensor:
-            scores = torch.full_like(similarities, -100.0)
-            for i, row in enumerate(similarities):
-                cosine, best = row.topk(min(top_k, len(row)))
-                scores[i, best] = match(i, best)[:, 1] + cosine
-            return scores
+        def match(images: Tensor, texts: Tensor) -> Tensor:
+            return self.match(input_ids[texts], mask[texts], Context(tokens[images]))
 
-        return RetrievalScores(
-            look(cosines, lambda i, texts: self.match(input_ids[texts], mask[texts], Context(tokens[i : i + 1]))),
-            look(
-                cosines.t(),
-                lambda i, images: self.match(
-                    input_ids[i].expand(len(images), -1), mask[i].expand(len(images), -1), Context(tokens[images])
-                ),
-            ),
-        )
+        return scored_twice(cosines, match, top_k)
 
 
 class HfvlmBLIPForConditionalGeneration(CaptioningModel):

@@ -19,11 +19,11 @@ from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, la
 from hfvlm.losses.best_query import partners
 from hfvlm.losses.processes import GatherRows, gather_rows
 from hfvlm.modeling import DualEncoder, unit
-from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss
+from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss, scored_twice
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel
 from hfvlm.modules.context import Context
-from hfvlm.modules.language_head import BertLanguageHead
+from hfvlm.modules.language_head import BertLanguageHead, last_tokens
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, Temperature
 
@@ -248,15 +248,11 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         cosines = best_query_scores(unit(image.pooler_output), unit(text.pooler_output))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         tokens: Any = image.image_tokens
-        per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
-        for i, row in enumerate(cosines):
-            cosine, texts = row.topk(min(top_k, len(row)))
-            per_image[i, texts] = self.match(input_ids[texts], mask[texts], tokens[i : i + 1])[:, 1] + cosine
-        for i, row in enumerate(cosines.t()):
-            cosine, images = row.topk(min(top_k, len(row)))
-            ids, shown = (x[i].expand(len(images), -1) for x in (input_ids, mask))
-            per_text[i, images] = self.match(ids, shown, tokens[images])[:, 1] + cosine
-        return RetrievalScores(per_image, per_text)
+
+        def match(images: Tensor, texts: Tensor) -> Tensor:
+            return self.match(input_ids[texts], mask[texts], tokens[images])
+
+        return scored_twice(cosines, match, top_k)
 
 
 def as_long_as_any(rows: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -334,8 +330,8 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, GroundedGenerati
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.qformer_config)
         x = self.qformer_model.write(input_ids, attention_mask, context, past_key_values)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.lm_head(x[:, kept]), past_key_values=past_key_values)
+        logits = self.lm_head(last_tokens(x, logits_to_keep))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
