@@ -49,7 +49,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
     def freeze_unread(self) -> None:
         """Data-parallel training waits for the gradient of every parameter that asks for one."""
         for name in self.unread_modules:
-            self.get_submodule(name).requires_grad_(False)  # noqa: FBT003
+            self.get_submodule(name).requires_grad_(requires_grad=False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:

@@ -178,7 +178,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
-    pytest.importorskip("ray.data", reason="comes with ray[data]")
+    pytest.importorskip("ray.data", reason="comes with hfvlm[ray]")
     script = Path(hfvlm.__file__).parent.parent / "examples" / "embed_with_ray.py"
     options = {"--model": clip_folder, "--pictures": folder, "--output": tmp_path / "out", "--batch-size": 10}
     command = [sys.executable, str(script), *[str(part) for pair in options.items() for part in pair]]

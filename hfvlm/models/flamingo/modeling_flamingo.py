@@ -227,9 +227,9 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         """As the authors train: the resampler and the gated layers; of the language model the embeddings of pictures'
         places and of their texts' ends; nothing else."""
         for part in (self.vision_model, self.language_model):
-            part.requires_grad_(False)  # noqa: FBT003
+            part.requires_grad_(requires_grad=False)
         words: Any = self.get_input_embeddings().weight
-        words.requires_grad_(True)  # noqa: FBT003
+        words.requires_grad_(requires_grad=True)
         learned = torch.zeros(len(words), 1)
         learned[[self.config.image_token_id, self.config.eos_token_id]] = 1
         words.register_hook(lambda gradient: gradient * learned.to(gradient))
