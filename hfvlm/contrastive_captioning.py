@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.captioning import CaptioningModel
+from hfvlm.keywords import Keywords
 from hfvlm.losses import average_losses, token_losses
 from hfvlm.modeling import DualEncoder, as_features
 from hfvlm.modules.context import Context
@@ -66,7 +67,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> ContrastiveCaptioningOutput:
         """Every text against every picture; with `return_loss` or `labels`, text i must belong to picture i, and is
         also written about it.

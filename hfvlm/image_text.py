@@ -1,21 +1,24 @@
 """Language models that read pictures and films: the base of LLaVA and its relatives."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.generation import LogitsProcessorList
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.compat import CACHE_NAMES, rename_cache, with_cache
+from hfvlm.generation import Generation, WithinVocabulary
+from hfvlm.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling import HfvlmPreTrainedModel
 
 Features = BaseModelOutputWithPooling
 
 
-class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
+class ImageTextModel(HfvlmPreTrainedModel, Generation):
     """A language model in whose input the features of pictures take the places of placeholder tokens.
 
     A subclass builds its towers and `language_model`, one of transformers', and says in `get_image_features` (and
@@ -26,7 +29,6 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
 
     base_model_prefix = "image_text"
     input_modalities = ["image", "text"]
-    _skip_keys_device_placement = ["past_key_values"]
     # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
     media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
     # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
@@ -61,6 +63,13 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(*args, **kwargs)
 
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return what the language model and the media's inputs know, or what the vision tower knows."""
+        if method != "forward":
+            return keywords_of(self.vision_model)
+        media = {name for names in self.media_inputs.values() for name in names}
+        return {*media, *keywords_of(self.language_model), "shift_labels"} - {*CACHE_NAMES}
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -84,9 +93,9 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Features] | None = None,
-        past_key_values: Any = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> CausalLMOutputWithPast:
         """Texts with pictures in them -> the logits of each next token.
 
@@ -99,7 +108,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
             pixel_values_videos: likewise, all films.
             mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
-            past_key_values: of what stands before `input_ids`.
+            cache: keys and values of what stands before `input_ids`, also as `past_key_values`.
             logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
             **kwargs: what else `media_inputs` names, and of the language model.
 
@@ -107,7 +116,8 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             ValueError: the pictures do not fit their placeholders; the message says how.
         """
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
-        media |= {name: kwargs.pop(name) for names in self.media_inputs.values() for name in names if name in kwargs}
+        rest: dict[str, Any] = dict(kwargs)
+        media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
         return self.read_with(
             self.language_model,
             input_ids,
@@ -115,9 +125,9 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             self.encode_media(media, mm_encoder_outputs),
             attention_mask=attention_mask,
             labels=labels,
-            past_key_values=past_key_values,
+            cache=cache,
             logits_to_keep=logits_to_keep,
-            **kwargs,
+            **rest,
         )
 
     def read_with(
@@ -126,10 +136,12 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         features: Mapping[str, Features],
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What `reader`, the language model or its part before the output layer, makes of texts with pictures."""
-        return reader(inputs_embeds=self.merged(input_ids, inputs_embeds, features), **kwargs)
+        """Run `reader`, the language model or its part before the output layer, over texts with media."""
+        embeds = self.merged(input_ids, inputs_embeds, features)
+        return reader(inputs_embeds=embeds, **with_cache(cache), **kwargs)
 
     @property
     def base_model(self) -> Any:
@@ -164,7 +176,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         """`(B, N)` token ids and features by modality -> `(B, N, D)`, what the language model reads."""
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} needs input_ids or inputs_embeds.")
-        places = {name: input_ids == getattr(self.config, f"{name}_token_id") for name in self.media_inputs}
+        places = {name: input_ids == self.placeholder(name) for name in self.media_inputs}
         text = input_ids
         for place in places.values():
             text = text.masked_fill(place, 0)  # placeholders may lie outside the embedding table
@@ -183,7 +195,7 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
         if (found := int(place.sum())) == sum(counts):
             return
-        token = f"{modality}_token_id {getattr(self.config, f'{modality}_token_id')}"
+        token = f"{modality}_token_id {self.placeholder(modality)}"
         given = f"the {modality}s make {sum(counts)} ({_some(counts)})" if counts else f"no {modality} was given"
         raise ValueError(
             f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
@@ -213,47 +225,40 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         media = {name: kwargs.pop(name) for name in names if name in kwargs}
         if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
             kwargs["mm_encoder_outputs"] = features
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Features go with the prompt alone; without a cache every step reads the prompt again."""
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,  # noqa: FBT001, FBT002 (the host's signature)
-        input_ids: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """A row's pictures are repeated with the row."""
-        features = kwargs.pop("mm_encoder_outputs", None)
-        expanded, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        if features and expand_size == 1:
-            kwargs["mm_encoder_outputs"] = features
-        elif features:
-            kwargs["mm_encoder_outputs"] = {
-                name: Features(pooler_output=self._repeat_by_row(name, output, input_ids, expand_size))  # type: ignore[arg-type]
-                for name, output in features.items()
-            }
-        return expanded, kwargs
+    def repeated(self, features: Mapping[str, Features], input_ids: Tensor, times: int) -> dict[str, Features]:
+        """Repeat a row's images with the row."""
+        return {
+            name: Features(pooler_output=self._repeat_by_row(name, output, input_ids, times))  # type: ignore[arg-type]
+            for name, output in features.items()
+        }
 
-    def _repeat_by_row(self, modality: str, features: Features, input_ids: Any, times: int) -> list[Tensor]:
+    def _repeat_by_row(self, modality: str, features: Features, input_ids: Tensor, times: int) -> list[Tensor]:
         remaining = iter(each(features))
         repeated: list[Tensor] = []
-        for count in (input_ids == getattr(self.config, f"{modality}_token_id")).sum(dim=1).tolist():
+        for count in (input_ids == self.placeholder(modality)).sum(dim=1).tolist():
             row: list[Tensor] = []
             while sum(map(self.count_places, row)) < count:
                 row.append(next(remaining))
             repeated += row * times
         return repeated
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return _WithinVocabulary(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
+    def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
+        """Never generate a placeholder, for which there would be no image, and look up none."""
+        placeholders = [self.placeholder(modality) for modality in self.media_inputs]
+        never = SuppressTokensLogitsProcessor(placeholders, device=str(self.device))
+        return WithinVocabulary([*processors, never])
+
+    def placeholder(self, modality: str) -> int:
+        """Return the id of the token that stands for a token of an image, or of another modality."""
+        return getattr(self.config, f"{modality}_token_id")
 
 
 class _Backbone:
@@ -270,6 +275,9 @@ class _Backbone:
         **kwargs: Any,
     ) -> Any:
         """As the model's forward, to the last hidden states."""
+        owner, known = f"{type(self.model).__name__}.base_model()", self.model.further_keywords("forward")
+        rename_cache(owner, kwargs)
+        check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
         names = {name for names in self.model.media_inputs.values() for name in names}
         features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
@@ -279,15 +287,6 @@ class _Backbone:
         if name.startswith("__") or name in ("get_encoder", "get_decoder", "set_encoder", "set_decoder"):
             raise AttributeError(name)
         return getattr(self.model, name)
-
-
-class _WithinVocabulary(LogitsProcessorList):
-    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        last = scores.shape[-1] - 1
-        known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
-        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
 
 
 def each(features: Features) -> list[Tensor]:

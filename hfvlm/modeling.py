@@ -1,7 +1,7 @@
 """Base classes of the models."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from hfvlm.compat import CACHE_NAMES
+from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
 from hfvlm.licences import check_licence
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer
@@ -28,18 +30,19 @@ LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
 
 
 class EveryModule:
-    """Has the host initialise every module. In what it calls custom code, it passes over those without parameters of
-    their own, such as the layers of CLIP, or of a language model, which initialise their parts."""
+    """Has transformers initialise every module. In what it calls custom code, it passes over those without parameters
+    of their own, such as the layers of CLIP, or of a language model, which initialise their parts."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
         return False
 
 
-class HfvlmPreTrainedModel(EveryModule, PreTrainedModel):
+class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     """Base of every model and tower."""
 
     supports_gradient_checkpointing = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _no_split_modules = ["PreNormLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -96,6 +99,9 @@ class DualEncoder(HfvlmPreTrainedModel):
         """What the model embeds: it has a `get_<modality>_features` for each."""
         return tuple(self.towers)
 
+    def further_keywords(self, method: str) -> Collection[str]:
+        return tower_keywords(self, method)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
@@ -103,13 +109,13 @@ class DualEncoder(HfvlmPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
         return self.encode_image(pixel_values, **kwargs)
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, not normalised."""
         return self.encode_text(input_ids, attention_mask, **kwargs)
@@ -172,7 +178,9 @@ class ImageClassifier(HfvlmPreTrainedModel):
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> ImageClassifierOutput:
         """`(B, C, H, W)` -> logits `(B, num_labels)` and, for `labels`, the loss that `config.problem_type` names."""
         vision = self.vision_model(pixel_values, **kwargs)
         logits = self.classifier(vision.pooler_output)

@@ -16,6 +16,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from hfvlm.compat import with_cache
 from hfvlm.image_text import Features
 
 
@@ -112,7 +113,7 @@ class Chat:
         if (surplus := self.cache.get_seq_length() - known) > 0:
             self.cache.crop(-surplus)
         table = torch.tensor([ids], device=self.model.device)
-        inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), "past_key_values": self.cache}
+        inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), **with_cache(self.cache)}
         seen = {self.processor.modality: Features(pooler_output=new)}  # type: ignore[arg-type]
         return inputs | ({"mm_encoder_outputs": seen} if new else {})
 

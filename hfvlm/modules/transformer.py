@@ -98,12 +98,12 @@ class CausalAttention(MultiHead):
         self.layer_idx = layer_idx
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
+        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D), (B, 1, N, past + N) or None -> (B, N, D) and, where the implementation has them, weights."""
         key, value = self.read(x)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         return self.attend(x, key, value, mask, **kwargs)
 
 

@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import hfvlm
+from hfvlm.compat import cache_of
 from hfvlm.models.blip import (
     HfvlmBLIPConfig,
     HfvlmBLIPForConditionalGeneration,
@@ -157,7 +158,7 @@ class TestDecoder(ModelSuite):
         close(output.logits, whole[:, :3], 1e-5, "prefill")
         kept = reused.kept[0]
         for i in range(3, 6):
-            output = model(ids[:, i : i + 1], None, reused, past_key_values=output.past_key_values)
+            output = model(ids[:, i : i + 1], None, reused, cache=cache_of(output))
             close(output.logits[:, 0], whole[:, i], 1e-5, f"step {i}")
         assert reused.kept[0] is kept
         close(model(ids, None, context, logits_to_keep=2).logits, whole[:, -2:], 1e-6, "last")

@@ -4,13 +4,14 @@ Source: https://github.com/salesforce/BLIP at 056a169, models/blip_vqa.py.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.captioning import CaptioningModel, CaptioningOutput
+from hfvlm.keywords import Keywords
 from hfvlm.losses import token_losses
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
 from hfvlm.models.blip.modeling_blip import (
@@ -80,7 +81,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         answer_weights: Tensor | None = None,
         *,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> CaptioningOutput:
         """Scores of each next token of answers to questions and, with `labels`, the loss.
 
@@ -125,7 +126,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         return token_losses(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing).sum(dim=1)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         pixel_values: Any = None,
         input_ids: Any = None,

@@ -5,7 +5,7 @@ Source: https://github.com/salesforce/BLIP at 056a169, models/blip_pretrain.py a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import captioning_loss, distilled_targets, soft_contrastive_loss
 from hfvlm.losses.processes import GatherRows, gather_rows
 from hfvlm.modeling import unit
@@ -154,7 +155,7 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         *,
         distillation: float | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Without `return_loss` as `HfvlmBLIPModel`; with it, a step of training, text i with picture i.
 
@@ -298,14 +299,15 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         input_ids: Tensor,
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
+        pair_ids: Tensor | None = None,
         *,
         distillation: float | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
-        """As when training retrieval, and writing the texts about their pictures."""
-        options = {"distillation": distillation, "return_loss": return_loss} | kwargs
-        output: Any = super().forward(input_ids, pixel_values, attention_mask, **options)
+        """Compute what training of retrieval does and, with `return_loss`, also the loss of captioning each image."""
+        options: dict[str, Any] = {"distillation": distillation, "return_loss": return_loss, **kwargs}
+        output: Any = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
         if return_loss:
             ids = begin_with(self.config.text_config.bos_token_id, input_ids, attention_mask)
             context = Context(output.vision_model_output.last_hidden_state)

@@ -2,7 +2,7 @@
 https://arxiv.org/abs/2305.06500)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from transformers.generation import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.compat import CACHE
 from hfvlm.image_text import Features, ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.losses import token_losses
 from hfvlm.media_text import IGNORE
 from hfvlm.modeling import EveryModule
@@ -72,7 +74,7 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         qformer_attention_mask: Tensor | None = None,
         *,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output`, `(P, Q, hidden_size)`, the language model reads.
 
@@ -106,7 +108,7 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         pixel_values_videos: Tensor,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
         """Films `(V, F, C, H, W)`, each frame read as a picture -> as above, `(V, F * Q, hidden_size)`."""
         films, frames = pixel_values_videos.shape[:2]
@@ -162,13 +164,10 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
             inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
-    def _get_logits_processor(
-        self, generation_config: Any, input_ids_seq_length: int | None = None, *args: Any, **kwargs: Any
-    ) -> LogitsProcessorList:
-        """The original generates from embeddings alone: no penalty knows the prompt, but for one start token."""
-        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
+    def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
+        """Hide the prompt: the original generates from embeddings alone, and penalties know one start token."""
         start = self.config.text_config.bos_token_id or 0
-        return _WithoutPrompt(processors, input_ids_seq_length or 0, start)
+        return _WithoutPrompt(super().adapted(processors, prompt_length), prompt_length, start)
 
 
 class _WithoutPrompt(LogitsProcessorList):
@@ -217,7 +216,7 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         labels: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Features] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> Any:
         """Texts with pictures in them -> the logits of each next token of what is written about them.
 
@@ -233,12 +232,13 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
                 by default its start token alone.
         """
         media: dict[str, Any] = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
-        media |= {name: kwargs.pop(name, None) for name in INSTRUCTION}
+        rest: dict[str, Any] = dict(kwargs)
+        media |= {name: rest.pop(name, None) for name in INSTRUCTION}
         embeds = self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs))
-        if labels is None and "decoder_input_ids" not in kwargs:
+        if labels is None and "decoder_input_ids" not in rest:
             start = self.config.text_config.decoder_start_token_id
-            kwargs["decoder_input_ids"] = torch.full((len(embeds), 1), start, device=embeds.device)
-        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **kwargs)
+            rest["decoder_input_ids"] = torch.full((len(embeds), 1), start, device=embeds.device)
+        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
 
     def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
         read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
@@ -254,6 +254,6 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         media = {name: kwargs.pop(name, None) for name in dict.fromkeys(names)}
         features = self.encode_media(media, kwargs.pop("mm_encoder_outputs", None))
         embeds = self.merged(kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None), features)
-        kwargs.pop("past_key_values", None)  # of the prompt, which this encoder reads anew
+        kwargs.pop(CACHE, None)  # of the prompt, which this encoder reads again
         self.language_model.generation_config = self.generation_config
         return self.language_model.generate(*args, inputs_embeds=embeds, **kwargs)

@@ -3,7 +3,7 @@
 Source: https://github.com/openai/CLIP at d05afc4.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
@@ -111,7 +112,9 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the last feature map as tokens `(B, H/32 * W/32, D)`, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.

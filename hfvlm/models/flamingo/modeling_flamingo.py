@@ -4,7 +4,7 @@ https://github.com/mlfoundations/open_flamingo at 655f693)."""
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import cache_of, with_cache
 from hfvlm.image_text import Features, ImageTextModel, each
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoConfig, HfvlmFlamingoResamplerConfig
@@ -91,7 +92,7 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, patches: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, N, D)`, of all frames -> `(B, num_latents, D)`."""
         patches = self.patches(patches.to(self.latents.dtype))
         x = self.latents.expand(len(patches), -1, -1)
@@ -235,7 +236,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         words.register_hook(lambda gradient: gradient * learned.to(gradient))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output` has one `(num_latents, D)` tensor a picture.
 
         Args:
@@ -258,7 +259,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> Cache:
         """`(B, N)` token ids and their pictures -> a cache without a token, for texts that come after the pictures.
 
-        What is read with it, `model(input_ids=..., past_key_values=cache)`, looks at the last picture of its row.
+        What is read with it, `model(input_ids=..., cache=cache)`, looks at the last picture of its row.
         """
         sight = self.sight_of(input_ids, self.encode_media({"pixel_values": pixel_values}), None)
         cache: Any = DynamicCache(config=self.config.get_text_config(decoder=True))
@@ -273,18 +274,18 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         features: Mapping[str, Features],
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(f"{type(self).__name__} needs input_ids alone: they say where pictures stand.")
-        sight = self.sight_of(input_ids, features, past_key_values)
-        if sight is not None and sight.kept is None and past_key_values is not None:
+        sight = self.sight_of(input_ids, features, cache)
+        if sight is not None and sight.kept is None and cache is not None:
             sight.kept = {}
-        with self.looking(sight, input_ids, past_key_values):
-            output = reader(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
-        if output.past_key_values is not None:
-            output.past_key_values.sight = sight
+        with self.looking(sight, input_ids, cache):
+            output = reader(input_ids=input_ids, **with_cache(cache), **kwargs)
+        if (cache := cache_of(output)) is not None:
+            cache.sight = sight
         return output
 
     def sight_of(self, input_ids: Tensor, features: Mapping[str, Features], cache: Any) -> Sight | None:
@@ -329,12 +330,6 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         finally:
             for layer in layers:
                 layer.look = None
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """A place for a picture is never written: there would be none to see."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=str(self.device)))
-        return processors
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -7,7 +7,7 @@ Source: https://github.com/facebookresearch/multimodal at 3c2a85a, torchmultimod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import BertTextConfig
+from hfvlm.keywords import Keywords
 from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
 from hfvlm.modeling import as_features
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
@@ -128,7 +129,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         mim_labels: Tensor | None = None,
         itm_labels: Tensor | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Pictures and texts of which nothing is hidden as `HfvlmFLAVAModel`, without `return_loss`; else a step of
         pretraining: text i with picture i, or pictures alone, or texts alone.

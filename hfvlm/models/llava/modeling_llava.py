@@ -1,7 +1,7 @@
 """LLaVA v1, v1.5 and v1.6 (https://arxiv.org/abs/2304.08485, 2310.03744; github.com/haotian-liu/LLaVA at c121f04)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.llava.anyres import Size, unpadded
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig
@@ -57,7 +58,7 @@ class HfvlmLLaVAForConditionalGeneration(ImageTextModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Any = None, **kwargs: Any
+        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Any = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output` has one `(tokens, hidden_size)` tensor a picture.
 

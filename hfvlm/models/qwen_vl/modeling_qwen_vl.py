@@ -1,6 +1,6 @@
 """Qwen-VL (https://arxiv.org/abs/2308.12966; the code released with Qwen/Qwen-VL-Chat, as of its last revision)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
@@ -53,7 +54,7 @@ class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, 3, H, W)` normalised pixels, of any size -> the patches after the last layer, `(B, N, D)`."""
         x = self.patches(pixel_values)
         x = x + resize_grid(self.position, TRAINED_GRID, self.grid(pixel_values), **BICUBIC_SAMPLED)
@@ -107,7 +108,7 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
         return self.kv_proj
 
     @can_return_tuple
-    def forward(self, patches: Tensor, grid: Size, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, patches: Tensor, grid: Size, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, rows * columns, C)` and `grid`, its rows and columns -> `(B, num_queries, D)`."""
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
@@ -132,7 +133,7 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
         picture."""
         patches = self.vision_model(pixel_values, **kwargs).last_hidden_state

@@ -1,6 +1,6 @@
 """Shikra (https://arxiv.org/abs/2306.15195; github.com/shikras/shikra at ff79a4c)."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.modules.projection import Projector
@@ -34,7 +35,7 @@ class HfvlmShikraForConditionalGeneration(ImageTextModel):
         return [f"vision_model.{name}" for name in self.vision_model.unread(self.config.vision_feature_layer)]
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output` has one `(patches, hidden_size)` tensor a picture.
 
         Args:

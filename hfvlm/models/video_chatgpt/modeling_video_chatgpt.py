@@ -1,7 +1,7 @@
 """Video-ChatGPT (https://arxiv.org/abs/2306.05424; github.com/mbzuai-oryx/Video-ChatGPT at 659e04b)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.modules.projection import Projector
@@ -38,7 +39,7 @@ class HfvlmVideoChatGPTForConditionalGeneration(ImageTextModel):
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor | Sequence[Tensor], num_frames: Any = None, **kwargs: Any
+        self, pixel_values_videos: Tensor | Sequence[Tensor], num_frames: Any = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """Films -> an output whose `pooler_output` has one `(tokens, hidden_size)` tensor a film.
 
