@@ -1,10 +1,11 @@
 """What towers and models return."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
@@ -115,6 +116,44 @@ class MultiEncoderOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class ImageTextOutput(CausalLMOutputWithPast):
+    """Scores of a language model that attends to media.
+
+    Args:
+        image_outputs: what `get_image_features` returned, None without images.
+        video_outputs: what `get_video_features` returned, None without videos.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class ImageTextSeq2SeqOutput(Seq2SeqLMOutput):
+    """As `ImageTextOutput`, of a language model with an encoder and a decoder."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+def media_features(output: Any, rows: Tensor | Iterable[Tensor]) -> BaseModelOutputWithPooling:
+    """Make the output of a `get_image_features` or `get_video_features` of a vision tower's output and of what the
+    language model attends to: for each image or video `(tokens, hidden_size)`."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=rows if isinstance(rows, Tensor) else tuple(rows),  # type: ignore[arg-type]
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )
 
 
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
@@ -363,12 +364,20 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         return x
 
     def decoding_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
-        """Over queries, which all words see, and words, which see those before them."""
+        """Let words attend to all queries, and to the words before them.
+
+        Args:
+            x: `(B * T, N, D)`.
+            attention_mask: `(B * T, past + N)`; or `(B * T, 1, N, length)`, over words, of a cache of fixed length.
+            past: how many words are in the cache.
+        """
         queries = self.config.num_queries
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
         if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
         # The queries are in no cache; the mask is that of one which holds them, too.
         before = DynamicCache()
-        held = x.new_empty(len(x), 1, queries + past, 1)
+        held = x.new_empty(x.shape[0], 1, queries + past, 1)
         before.update(held, held, 0)
         return causal_mask(self.config, x, attention_mask, before)
