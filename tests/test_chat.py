@@ -224,7 +224,7 @@ def test_an_answer_that_is_not_read_to_its_end_is_forgotten(chat):
 
 
 def test_errors_of_the_thread_are_raised(chat):
-    with pytest.raises(ValueError, match="not used by the model"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         chat.ask("What is it?", nonsense=1)
     assert chat.messages == []
 
