@@ -26,6 +26,8 @@ class Preset:
         licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
         parameters: of the whole model.
         notes: what a user should know.
+        published: what the authors' `readme` prints: `inputs`, texts and names of files by modality, and
+            `probabilities`, each with the two modalities it is `of` and its `values`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Preset:
     licence: Mapping[str, Any] = field(default_factory=lambda: {"id": "unknown"})
     parameters: int | None = None
     notes: str = ""
+    published: Mapping[str, Any] = field(default_factory=dict)
 
     def make_config(self) -> PreTrainedConfig:
         """The configuration, in full."""
