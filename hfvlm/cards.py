@@ -120,8 +120,9 @@ def complete(  # noqa: PLR0913 (what is known of adapters)
     """Give a card our metadata, and where its text is a template's or names no licence, ours."""
     data: Any = card.data
     written = ModelCard(files("hfvlm.model_cards").joinpath(f"{preset.architecture}.md").read_text(encoding="utf-8"))
-    tags: list[str] = [*(data.tags or []), *(written.data.tags or []), *(["lora"] if _is_lora(settings) else [])]
-    data.tags = sorted(set(tags) - ({"transformers"} if adapter else set()))
+    tags = {*(data.tags or []), *(written.data.tags or []), *(["lora"] if _is_lora(settings) else [])}
+    local = {tag for tag in tags if tag.startswith("base_model:") and not is_hub_id(tag.rpartition(":")[2])}
+    data.tags = sorted(tags - local - ({"transformers"} if adapter else set()))
     data.pipeline_tag = data.pipeline_tag or written.data.pipeline_tag
     describe(data, preset, base if is_hub_id(base) else None)
     data.library_name = "peft" if adapter else "hfvlm"
@@ -192,10 +193,12 @@ def _adapter_text(preset: Preset, name: str, base: str, settings: Mapping[str, A
     method = str(settings.get("peft_type") or "PEFT").upper().rpartition(".")[2]
     rank = f" of rank {settings['r']}" if isinstance(settings.get("r"), int) else ""
     origin = preset.source.get("repository") or preset.name
+    place = base if is_hub_id(base) else Path(base).name  # no folder of the machine that they were trained on
     return f"""
 # {name}
 
-Adapters ({method}{rank}) for a model of the architecture {preset.architecture}, {origin}. They are no model without it.
+Adapters ({method}{rank}) for a model of the architecture {preset.architecture}, {origin}.
+They are no model without it.
 
 ## Use
 
@@ -203,7 +206,7 @@ Adapters ({method}{rank}) for a model of the architecture {preset.architecture},
 import hfvlm  # registers the model with transformers
 from peft import PeftModel{imports}
 
-model = {loader}.from_pretrained("{spelled(base)}")  # the base that they were trained on
+model = {loader}.from_pretrained("{spelled(place)}")  # the base that they were trained on
 model = PeftModel.from_pretrained(model, "{name}")
 merged = model.merge_and_unload()  # a model without PEFT
 ```
@@ -228,7 +231,7 @@ def _source_text(preset: Preset, record: Mapping[str, Any]) -> str:
     url = preset.source.get("url")
     if not record and preset.source:
         origin = f"[{preset.name}]({url})" if url else f"`{preset.name}`"
-        return f"Made with hfvlm {hfvlm.__version__} from a conversion of {origin}, and changed since: trained, or merged."
+        return f"Made with hfvlm {hfvlm.__version__} from a conversion of {origin}, and trained or merged since."
     if not record:
         return "Saved with hfvlm; not converted from another format."
     source = record["source"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from hfvlm.licences import stricter
 from hfvlm.registry import load_for
 
 T = TypeVar("T")
@@ -53,10 +54,13 @@ class HfvlmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def pass_on_origin(self) -> None:
-        """Write where the weights are from, and their licence, into the towers' configurations, where none is."""
+        """Write where the weights are from, and their licence, into the towers' configurations.
+
+        A tower of another origin, or under a licence of its own that asks for more, keeps it.
+        """
         for part in (getattr(self, name) for name in self.sub_configs):
             if isinstance(part, HfvlmConfig):
-                part.licence = self.licence if part.licence is None else part.licence
+                part.licence = stricter(part.licence, self.licence)
                 part.preset = self.preset if part.preset is None else part.preset
                 part.pass_on_origin()
 
@@ -66,7 +70,8 @@ class HfvlmConfig(PreTrainedConfig):
         config, kwargs = super().get_config_dict(*args, **kwargs)
         part = config.get(cls.base_config_key)
         if isinstance(part, dict):
-            part |= {name: config.get(name) for name in ("licence", "preset") if part.get(name) is None}
+            part["licence"] = stricter(part.get("licence"), config.get("licence"))
+            part["preset"] = config.get("preset") if part.get("preset") is None else part["preset"]
         return config, kwargs
 
     @classmethod

@@ -31,6 +31,11 @@ def is_open(licence: Any) -> bool:
     return isinstance(licence, str) and "-".join(licence.casefold().replace("_", " ").split()) in OPEN
 
 
+def stricter(part: str | None, whole: str | None) -> str | None:
+    """Return the whole's licence for one of its parts, or the part's own where that is not open and the whole's is."""
+    return part if whole is None or (part is not None and not is_open(part) and is_open(whole)) else whole
+
+
 def check_licence(licence: str | None, *, accepted: bool, source: str = "") -> None:
     """Let own weights and those of open licences pass; others only if the user says to have read the licence.
 

@@ -75,5 +75,7 @@ def _complete(model: Any, folder: Path, name: str) -> None:
     if ours is None or not (folder / "README.md").exists():
         return
     configs = getattr(model, "peft_config", None)
-    adapter = next(iter(configs.values())).to_dict() if configs and ours is not model else None
+    adapter = None
+    if configs and ours is not model:
+        adapter = next(iter(configs.values())).to_dict() | {"auto_mapping": {"base_model_class": type(ours).__name__}}
     complete_card(folder / "README.md", ours.config, name, adapter)

@@ -29,8 +29,8 @@ class VerificationError(ValueError):
 def verify(folder: str | Path, examples: str | Path | None = None) -> list[Check]:
     """Check that a folder holds what its conversion wrote, and that it is whole and consistent.
 
-    By the record that `convert` left in conversion.json: every tensor, setting and file is the one that was written. By
-    running the model in float32: eager attention equals SDPA, a batch equals its rows, saving and loading changes
+    By the record that `convert` left in conversion.json: every tensor, setting and file is the one that was written.
+    By running the model in float32: eager attention equals SDPA, a batch equals its rows, saving and loading changes
     nothing, each tower loaded alone equals the tower inside, the processor survives a round trip, and another image
     gives another answer. By the authors' word: the numbers that their README prints, where its inputs are at hand.
 

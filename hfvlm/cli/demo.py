@@ -58,7 +58,7 @@ def demo(output: Path, seed: int = 0) -> Path:
         save(model, processor, tuned)
         after = measure(tuned, held_out, "after")
         results = report(before, after, held_out)
-        write_card(tuned, name=tuned.name, results=results, text=f'```json\n{{"seed": {seed}}}\n```')
+        write_card(tuned, name=tuned.name, results=results, text=f"Trained with seed {seed}.")
         draw_confusion(before, after, held_out, tuned / "confusion.png")
         draw_retrieval(model, processor, held_out, tuned / "retrieval.png")
         same_after_reload(model, processor, tuned, held_out)
