@@ -114,7 +114,7 @@ def complete_card(path: Path, config: Any, name: str, adapter: Mapping[str, Any]
     card.save(path)
 
 
-def complete(  # noqa: PLR0913 (what is known of adapters)
+def complete(
     card: ModelCard, preset: Preset, name: str, *, adapter: bool, base: str, settings: Mapping[str, Any]
 ) -> None:
     """Give a card our metadata, and where its text is a template's or names no licence, ours."""

@@ -21,7 +21,7 @@ def published_checks(folder: Path, examples: str | Path | None = None) -> list[C
     preset = getattr(AutoConfig.from_pretrained(folder), "preset", None)
     if preset not in list_presets():
         return []
-    published = load_preset(preset).published
+    published = load_preset(preset).source.get("published")
     if not published:
         return [unchecked(NAME, f"none are on record for {preset}")]
     place = Path(examples) if examples is not None else folder

@@ -92,7 +92,8 @@ class Hub(BaseHTTPRequestHandler):
             repo = "/".join(self.path.split("/")[3:5])
             self.answer({"id": repo, "modelId": repo, "sha": "0" * 40, "siblings": [], "tags": []})
 
-    do_HEAD = do_GET
+    def do_HEAD(self):
+        self.do_GET()
 
     def log_message(self, *_):
         pass
