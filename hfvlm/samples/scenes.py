@@ -135,9 +135,7 @@ class MovingScene:
     shape: str
     direction: str
 
-    def render(
-        self, random: np.random.RandomState | None = None, frames: int = 8, pixels: int = 32
-    ) -> np.ndarray:
+    def render(self, random: np.random.RandomState | None = None, frames: int = 8, pixels: int = 32) -> np.ndarray:
         """Draw a video, (T, H, W, 3), 0..255; without `random`, always the same."""
         random = random or np.random.RandomState(0)
         edge = 4 * pixels
