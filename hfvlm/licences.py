@@ -52,7 +52,7 @@ def check_licence(licence: str | None, *, accepted: bool, source: str = "") -> N
     said = f" ({source})" if source else ""
     raise LicenceError(
         f"The weights' licence is {licence!r}{said}: read what came with them, then say so with accept_licence=True "
-        "(--i-have-read-the-licence on the command line)."
+        "(--i-have-read-the-licence on the command line, model.licence_accepted = True for a Trainer)."
     )
 
 

@@ -160,10 +160,10 @@ def test_licences_that_need_none(licence):
 
 @pytest.mark.parametrize(
     "licence",
-    (
+    [
         "", " ", "other", "Other", "CC-BY-NC-4.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "gemma", "llama2", "Llama3.1",
         "openrail", "creativeml-openrail-m", "unknown", "proprietary", "mit, research only", "none", 7, ["mit"], {},
-    ),
+    ],
 )  # fmt: skip
 def test_whatever_is_not_known_to_be_open_is_refused(licence):
     with pytest.raises(LicenceError, match="accept_licence=True"):

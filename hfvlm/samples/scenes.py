@@ -36,7 +36,7 @@ class Scene:
         return template.format(colour=self.colour, shape=self.shape, size=self.size)
 
     def render(self, random: np.random.RandomState | None = None, pixels: int = 32) -> Image.Image:
-        """Draw an image, four times too large, and scale it down for smooth edges; without `random`, always the same."""
+        """Draw an image, four times too large, and scale it down for smooth edges; without `random`, the same."""
         random = random or np.random.RandomState(0)
         edge = 4 * pixels
         image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
@@ -136,7 +136,7 @@ class MovingScene:
     direction: str
 
     def render(self, random: np.random.RandomState | None = None, frames: int = 8, pixels: int = 32) -> np.ndarray:
-        """Draw a video, (T, H, W, 3), 0..255; without `random`, always the same."""
+        """Draw a video, (T, H, W, 3), 0..255; without `random`, the same."""
         random = random or np.random.RandomState(0)
         edge = 4 * pixels
         ground = tuple(int(v) for v in random.randint(0, 50, 3))

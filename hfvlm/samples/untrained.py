@@ -1,7 +1,7 @@
 """Small models that learned nothing, to try code with where no checkpoint is at hand.
 
-They have everything that a converted folder has: the architecture, a processor, a vocabulary. What they generate makes no
-sense, and takes milliseconds.
+They have everything that a converted folder has: the architecture, a processor, a vocabulary. What they generate makes
+no sense, and takes milliseconds.
 """
 
 import base64
