@@ -50,9 +50,9 @@ def write_card(
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         return write_adapter_card(folder, name)
     config = AutoConfig.from_pretrained(folder)
-    record = _read_json(folder / "conversion.json")
+    record = record_of(folder)
     preset = preset or preset_of(config, record)
-    card = ModelCard(files("hfvlm.model_cards").joinpath(f"{preset.architecture}.md").read_text(encoding="utf-8"))
+    card = template_of(preset.architecture)
     data: Any = card.data
     describe(data, preset, base_model)
     data.model_name = name
@@ -83,11 +83,39 @@ def write_adapter_card(folder: Path, name: str) -> Path:
             f"{folder}: its base {base!r} is not at hand, and adapter_config.json names no class of hfvlm."
         )
     config = AutoConfig.from_pretrained(base) if settings else found.config_class()
-    preset = preset_of(config, _read_json(Path(base) / "conversion.json") if settings else {})
+    preset = preset_of(config, record_of(Path(base)) if settings else {})
     card = ModelCard.load(folder / "README.md") if (folder / "README.md").exists() else ModelCard("---\n---\n")
     complete(card, preset, name, adapter=True, base=base, settings=adapter)
     card.save(folder / "README.md")
     return folder / "README.md"
+
+
+def write_export_card(folder: Path, config: Any, record: Mapping[str, Any], name: str) -> Path:
+    """Write the card of a folder for transformers' own classes: whose weights these are, and under which licence."""
+    preset = preset_of(config, record)
+    card = ModelCard("---\n---\n")
+    data: Any = card.data
+    describe(data, preset, None)
+    data.library_name, data.pipeline_tag = "transformers", template_of(preset.architecture).data.get("pipeline_tag")
+    card.text = (
+        f"\n# {spelled(name)}\n\nThe weights for transformers' own classes.\n\n"
+        f"## Where the weights come from\n\n{_source_text(preset, record)}\n\n"
+        f"## Licence\n\n{_licence_text(preset.licence)}\n\n{OURS} {hfvlm.__version__}.\n"
+    )
+    card.save(folder / "README.md")
+    if preset.source:
+        (folder / "NOTICE").write_text(_notice(preset, record), encoding="utf-8")
+    return folder / "README.md"
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What conversion.json says; nothing where it is damaged, which is no reason for a training to end unsaved."""
+    try:
+        record = _read_json(folder / "conversion.json")
+    except ValueError:
+        return {}
+    whole = isinstance(record, dict) and isinstance(record.get("source", {}), dict)
+    return record if whole and {"name", "sha256"} <= set(record.get("source", ())) and "keys" in record else {}
 
 
 def complete_card(path: Path, config: Any, name: str, adapter: Mapping[str, Any] | None = None) -> None:
@@ -102,13 +130,15 @@ def complete_card(path: Path, config: Any, name: str, adapter: Mapping[str, Any]
         adapter: for adapters, what PEFT says of them.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
+    data: Any = card.data
     origin = str(getattr(config, "_name_or_path", "") or "")
-    preset = preset_of(config, _read_json(Path(origin) / "conversion.json") if origin else {})
-    tags = list(card.data.tags or [])
+    preset = preset_of(config, record_of(Path(origin)) if origin else {})
+    tags = list(data.tags or [])
     if adapter is None and any(words in card.text for words in TEMPLATES):
         write_card(path.parent, preset, name=name)
         card = ModelCard.load(path)
-        card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+        data = card.data
+        data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     else:
         complete(card, preset, name, adapter=adapter is not None, base=origin, settings=adapter or {})
     card.save(path)
@@ -119,17 +149,22 @@ def complete(
 ) -> None:
     """Give a card our metadata, and where its text is a template's or names no licence, ours."""
     data: Any = card.data
-    written = ModelCard(files("hfvlm.model_cards").joinpath(f"{preset.architecture}.md").read_text(encoding="utf-8"))
-    tags = {*(data.tags or []), *(written.data.tags or []), *(["lora"] if _is_lora(settings) else [])}
+    ours: Any = template_of(preset.architecture).data
+    tags = {*(data.tags or []), *(ours.tags or []), *(["lora"] if _is_lora(settings) else [])}
     local = {tag for tag in tags if tag.startswith("base_model:") and not is_hub_id(tag.rpartition(":")[2])}
     data.tags = sorted(tags - local - ({"transformers"} if adapter else set()))
-    data.pipeline_tag = data.pipeline_tag or written.data.pipeline_tag
+    data.pipeline_tag = data.pipeline_tag or ours.pipeline_tag
     describe(data, preset, base if is_hub_id(base) else None)
     data.library_name = "peft" if adapter else "hfvlm"
     if adapter and (not card.text.strip() or any(words in card.text for words in TEMPLATES)):
         card.text = _adapter_text(preset, name, base, settings)
     elif "## Licence" not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Licence\n\n{_licence_text(preset.licence)}\n"
+
+
+def template_of(architecture: str) -> ModelCard:
+    """The architecture's card in `model_cards/`."""
+    return ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
 
 
 def describe(data: Any, preset: Preset, base_model: str | None) -> None:
@@ -229,12 +264,12 @@ def _licence_text(licence: Mapping[str, Any]) -> str:
 
 def _source_text(preset: Preset, record: Mapping[str, Any]) -> str:
     url = preset.source.get("url")
-    if not record and preset.source:
+    source = record.get("source", {})
+    if not source and preset.source:
         origin = f"[{preset.name}]({url})" if url else f"`{preset.name}`"
         return f"Made with hfvlm {hfvlm.__version__} from a conversion of {origin}, and trained or merged since."
-    if not record:
+    if not source:
         return "Saved with hfvlm; not converted from another format."
-    source = record["source"]
     origin = f"[{source['name']}]({url})" if url else f"`{source['name']}`"
     return (
         f"Converted (modified) by hfvlm {record['hfvlm']} from {origin}, sha256 `{source['sha256']}`. All "

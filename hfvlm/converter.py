@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.utils import logging
 
 import hfvlm
+from hfvlm.cards import record_of, write_card, write_export_card
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
 from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
 from hfvlm.fingerprints import RECORD, file_digests, sealed, settings_of, tensor_digest
-from hfvlm.hub import write_card
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
 from hfvlm.presets import Preset, list_presets, load_preset
@@ -327,6 +327,7 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
             {k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
         )
         native.save_pretrained(target)
+        write_export_card(target, config, record_of(folder), Path(output).name)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
     return Path(output)
 

@@ -120,8 +120,16 @@ def stage(folder: Path, staged: Path) -> dict[str, str]:
         elif path.suffix in (".json", ".md", ".py"):
             shutil.copyfile(path, staged / name, follow_symlinks=False)
         else:
-            (staged / name).symlink_to(path.absolute())
+            link(path, staged / name)
     return left_out
+
+
+def link(path: Path, place: Path) -> None:
+    """Link to a file, or copy it where the system makes no links."""
+    try:
+        place.symlink_to(path.absolute())
+    except OSError:
+        shutil.copyfile(path, place, follow_symlinks=False)
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -71,7 +71,7 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
         check_model(self, accepted=accept_licence)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: Any,
         is_main_process: bool = True,  # noqa: FBT001, FBT002 (the host's)

@@ -502,3 +502,21 @@ def test_the_licence_travels_with_a_fine_tuned_model(folder, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "tuned").config.licence == "apache-2.0"
     hub.write_card(tmp_path / "tuned")
     assert ModelCard.load(tmp_path / "tuned" / "README.md").data.license == "apache-2.0"
+
+
+def test_an_exported_folder_says_whose_weights_it_has(align, tmp_path):
+    card = ModelCard.load(hfvlm.export(align, tmp_path / "exported") / "README.md")
+    assert told(card)
+    assert (card.data.library_name, card.data.license) == ("transformers", "apache-2.0")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert "# exported\n" in card.text
+    assert "apache-2.0" in (tmp_path / "exported" / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "{}", '{"preset": 3}', '{"source": 7}', '{"source": {"name": "x"}}']
+)
+def test_a_damaged_record_stops_no_card(folder, record):
+    (folder / "conversion.json").write_text(record)
+    hub.write_card(folder)
+    assert ModelCard.load(folder / "README.md").data.license == "apache-2.0"
