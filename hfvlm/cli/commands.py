@@ -136,7 +136,11 @@ def verify(
         checks = hfvlm.verify(folder, examples)
     colours = {"yes": "green", "NO": "red", "not checked": "yellow"}
     for check in checks:
-        table.add_row(check.name, f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.detail))
+        table.add_row(
+            check.name,
+            f"[{colours[check.verdict]}]{check.verdict}[/]",
+            escape(check.detail.removeprefix("not checked: ")),
+        )
     stdout.print(table)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
