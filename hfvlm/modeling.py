@@ -1,6 +1,7 @@
 """Base classes of the models."""
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -14,7 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from hfvlm.compat import CACHE_NAMES
 from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
-from hfvlm.licences import check_licence
+from hfvlm.licences import check_model
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
@@ -58,14 +59,43 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
         if hasattr(module, "init_own_weights"):
             getattr(module, "init_own_weights")(self.config.initializer_range)  # noqa: B009  (nn.Module's own type)
 
+    # Say on a model that you have read its licence, where the Trainer or PEFT push it.
+    licence_accepted: bool = False
+
     def push_to_hub(self, repo_id: str, *, accept_licence: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As transformers', after a look at the licence of the weights.
+        """Do what transformers' does, with hfvlm's card, if the licence of the weights allows it.
 
         Raises:
-            LicenceError: it is non-commercial or unknown, and `accept_licence` is off.
+            LicenceError: it is non-commercial, special or unknown, and `accept_licence` is off.
         """
-        check_licence(self.config.licence, accepted=accept_licence)
+        check_model(self, accepted=accept_licence)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,  # noqa: FBT001, FBT002 (the host's)
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,  # noqa: FBT001, FBT002 (the host's)
+        *args: Any,
+        accept_licence: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Do what transformers' does; with `push_to_hub`, as `HfvlmPreTrainedModel.push_to_hub`.
+
+        Raises:
+            LicenceError: see `push_to_hub`.
+        """
+        if push_to_hub:
+            check_model(self, accepted=accept_licence)
+        super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Complete the card: the one step that all of transformers' uploads of a model share."""
+        from hfvlm.cards import complete_card
+
+        complete_card(Path(working_dir) / "README.md", self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -21,8 +21,10 @@ class Preset:
         config: the configuration's fields that differ from its defaults; a `model_type` among them is that of a tower
             which was released alone.
         processor: settings of the processor's parts that differ from theirs.
-        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer, and
-            `parts`, what else the model is made of.
+        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer,
+            `parts`, what else the model is made of, and `published`, what the authors' `readme` prints: `inputs`,
+            texts and names of files by modality, and `probabilities`, each with the two modalities it is `of` and its
+            `values`.
         licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
         parameters: of the whole model.
         notes: what a user should know.

@@ -192,6 +192,8 @@ def register() -> None:
         architecture.announce()
     _after_import("peft.utils.constants", _register_lora)
     _after_import("transformers.pipelines", _register_pipelines)
+    _after_import("transformers.trainer", _guard_trainer)
+    _after_import("peft.peft_model", _guard_peft)
 
 
 def architectures() -> dict[str, Architecture]:
@@ -231,6 +233,18 @@ def _register_pipelines(_: ModuleType) -> None:
     from hfvlm.inference.pipelines import register_pipelines
 
     register_pipelines()
+
+
+def _guard_trainer(trainer: ModuleType) -> None:
+    from hfvlm.publishing import guard_trainer
+
+    guard_trainer(trainer)
+
+
+def _guard_peft(peft_model: ModuleType) -> None:
+    from hfvlm.publishing import guard_peft
+
+    guard_peft(peft_model)
 
 
 def _register_lora(constants: ModuleType) -> None:

@@ -396,7 +396,7 @@ def test_trainer_and_adapter(folder, processor, tmp_path):
 def test_a_converted_folder_is_verified(folder, tiled_folder):
     for each in (folder, tiled_folder):
         checks = {check.name: check for check in hfvlm.verify(each)}
-        assert len(checks) == 7
+        assert len(checks) == 11
         assert all(check.passed for check in checks.values()), checks
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -123,13 +124,23 @@ def export(
 
 
 @app.command()
-def verify(folder: Folder) -> None:
-    """Check that a folder is whole and consistent."""
+def verify(
+    folder: Folder,
+    examples: Annotated[
+        Path | None, typer.Option(help="The folder of the media whose results the authors' README prints.")
+    ] = None,
+) -> None:
+    """Check that a folder holds what was converted, and is whole and consistent."""
     table = Table("check", "", "", box=None, pad_edge=False)
     with stderr.status(f"verifying {folder}"):
-        checks = hfvlm.verify(folder)
+        checks = hfvlm.verify(folder, examples)
+    colours = {"yes": "green", "NO": "red", "not checked": "yellow"}
     for check in checks:
-        table.add_row(check.name, "[green]yes[/green]" if check.passed else "[red]NO[/red]", check.detail)
+        table.add_row(
+            check.name,
+            f"[{colours[check.verdict]}]{check.verdict}[/]",
+            escape(check.detail.removeprefix("not checked: ")),
+        )
     stdout.print(table)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
