@@ -10,9 +10,9 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from transformers import AutoConfig
 
 import hfvlm
+from hfvlm.adapters import adapter_base, adapter_text, config_of, record_of
 from hfvlm.licences import UNKNOWN, check_licence
 from hfvlm.presets import Preset, load_preset
 from hfvlm.registry import architecture_of
@@ -35,7 +35,7 @@ def write_card(
     """README.md with today's metadata and NOTICE, from the architecture's card in `model_cards/`.
 
     Args:
-        folder: with config.json and, from a conversion, conversion.json.
+        folder: with config.json and, from a conversion, conversion.json; or an adapter's.
         preset: what was converted; by default what conversion.json names.
         name: of the model; by default the folder's.
         base_model: on the Hub, what this model was made from; by default where the preset's file is.
@@ -43,10 +43,10 @@ def write_card(
         text: what else there is to say, in Markdown.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     architecture = architecture_of(config.model_type).name
     record = _read_json(folder / "conversion.json")
-    preset = preset or _preset_of(record, architecture, config.licence)
+    preset = preset or _preset_of(record_of(folder), architecture, config.licence)
     card = ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
     licence = dict(preset.licence)
     data: Any = card.data
@@ -54,7 +54,7 @@ def write_card(
     data.license_name = licence.get("name", UNKNOWN if licence["id"] == UNKNOWN else None)
     data.license_link = licence.get("link")
     data.library_name = "hfvlm"
-    data.base_model = base_model or preset.source.get("repository")
+    data.base_model = base_model or adapter_base(folder) or preset.source.get("repository")
     data.model_name = name or folder.name
     if results:
         data.eval_results = [_eval_result(result) for result in results]
@@ -62,7 +62,7 @@ def write_card(
         name=name or folder.name,
         licence=_licence_text(licence),
         source=_source_text(preset, record),
-        notes="\n\n".join(part for part in (preset.notes, text) if part),
+        notes="\n\n".join(part for part in (preset.notes, adapter_text(folder), text) if part),
         results=_results_table(results) if results else NO_RESULTS,
         version=hfvlm.__version__,
     )
@@ -99,7 +99,7 @@ def push(
         LicenceError: see `accept_licence`.
     """
     folder = Path(folder)
-    check_licence(AutoConfig.from_pretrained(folder).licence, accepted=accept_licence)
+    check_licence(config_of(folder).licence, accepted=accept_licence)
     with tempfile.TemporaryDirectory() as temporary:
         upload = folder
         if stub or not (folder / "README.md").exists():

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from hfvlm.adapters import whole
 from hfvlm.media_text import MediaTextProcessor
 from hfvlm.processing import HfvlmProcessor
 
@@ -30,6 +31,12 @@ class Check:
 
 
 def verify(folder: str | Path) -> list[Check]:
+    """Check a folder, of an adapter as merged into its base; see `verify_whole`."""
+    with whole(folder) as model:
+        return verify_whole(model)
+
+
+def verify_whole(folder: str | Path) -> list[Check]:
     """Load a folder in float32 and check that it is whole and consistent.
 
     Eager attention equals SDPA, a batch equals its rows, saving and loading changes nothing, each tower loaded alone
