@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -132,7 +133,10 @@ def test_remedies_can_be_pasted(clip_folder):
 BAD_NUMBERS = {
     "embed": ([".", "-o", "out", "-m", "m"], ["--batch-size=0", "--batch-size=-1", "--shard-rows=0", "--dtype=int8"]),
     "search": (["INDEX", "--text", "x"], ["-k=0", "--dtype=foo", "--option=audio=1", "--option=rate"]),
-    "eval": (["MODEL", "--data", "."], ["--task=dream", "--task=vqa --limit=0", "--task=vqa --templates=name"]),
+    "eval": (
+        ["MODEL", "--data", "."],
+        ["--task=dream", "--task=vqa --limit=0", "--task=vqa --templates=name", "--task=vqa --modality=audio"],
+    ),
     "capfilt": (
         [".", "-o", "out", "--captioner", "c", "--judge", "j"], ["--threshold=1.5", "--threshold=nan", "--seed=-1"]
     ),
@@ -239,7 +243,7 @@ def test_options_reach_the_processor(images, clip_folder, tmp_path):
 
     common = ["embed", images, "-m", clip_folder]
     invoked(*common, "-o", tmp_path / "out", "--option", "text.max_length=5", "--option", "text.truncation=true")
-    assert read_settings(tmp_path / "out")["processor_options"] == {"text": {"max_length": 5, "truncation": True}}
+    assert read_settings(tmp_path / "out")["source_options"] == {"text": {"max_length": 5, "truncation": True}}
     result = invoked(*common, "-o", tmp_path / "other", "--option", "image.colour=blue", code=2)
     assert "--option" in result.output
     assert "colour" in result.output
@@ -346,13 +350,21 @@ def test_weights_are_loaded_without_bars(clip_folder, images, tmp_path):
 def test_push_shows_what_it_would_upload(clip_folder, monkeypatch):
     asked = {}
 
+    @dataclass
+    class Upload:
+        repo_id: str
+        files: dict
+
+        def __str__(self):
+            return "\n".join(self.files)
+
     def push(folder, repository, **options):
         asked.update(options, folder=folder, repository=repository)
-        return ["README.md", "model.safetensors"]
+        return Upload(repository, {"README.md": 10, "model.safetensors": 1000})
 
     monkeypatch.setattr("hfvlm.hub.push", push)
     printed = invoked("push", clip_folder, "me/x", "--dry-run").stdout
     assert printed.split() == ["README.md", "model.safetensors"]
     assert asked["dry_run"] is True
     shown = json.loads(invoked("push", clip_folder, "me/x", "--dry-run", "--json").stdout)
-    assert shown == {"repository": "me/x", "dry_run": True, "files": ["README.md", "model.safetensors"]}
+    assert shown == {"repo_id": "me/x", "dry_run": True, "files": {"README.md": 10, "model.safetensors": 1000}}

@@ -43,6 +43,7 @@ def embed(  # noqa: PLR0913 (options)
     quiet: Quiet = False,
 ) -> None:
     """Embed a data set to Parquet shards; a run that was killed goes on where it was."""
+    from hfvlm.inference.embed import count_rows
     from hfvlm.inference.embed import embed as run
 
     settings: dict[str, Any] = {"device": checked_device(device), "dtype": checked_dtype(dtype)}
@@ -50,14 +51,16 @@ def embed(  # noqa: PLR0913 (options)
     try:
         folder = run(
             source, output, model, split=split, columns=pairs(column, "--column") or None, id_column=id_column,
-            batch_size=batch_size, shard_rows=shard_rows, **({"processor_options": options} if options else {}),
-            **settings,
+            batch_size=batch_size, shard_rows=shard_rows, source_options=options, **settings,
         )  # fmt: skip
     except TypeError as error:  # of a setting that the processor does not know
         if not options:
             raise
         raise typer.BadParameter(str(error), param_hint="--option") from error
-    note(folder, err=False)
+    kept, errors = count_rows(folder)
+    note(f"{folder}: {kept} rows embedded" + (f", {errors} errors: see errors-*.parquet" if errors else ""), err=False)
+    if not kept:
+        raise ValueError(f"{folder}: no row could be embedded; errors-*.parquet says why.")
 
 
 def capfilt(  # noqa: PLR0913 (options)
@@ -109,8 +112,7 @@ def search(  # noqa: PLR0913 (options)
 ) -> None:
     """Search what was embedded; several queries are added up."""
     from hfvlm.cli.outputs import check_image, check_page
-    from hfvlm.inference.embed import read_captions, read_settings, read_vectors
-    from hfvlm.inference.embedder import Embedder
+    from hfvlm.inference.embed import read_captions, read_embedder, read_settings, read_vectors
     from hfvlm.inference.pages import draw_grid, write_page
     from hfvlm.inference.search import query_vector
 
@@ -118,15 +120,14 @@ def search(  # noqa: PLR0913 (options)
     queries = {modality: list(values) for modality, values in (given | {"imu": imu}).items() if values}
     check_page(html, overwrite=overwrite)
     check_image(grid, overwrite=overwrite)
-    settings = read_settings(index)
-    known = list(settings["columns"])
+    known = list(read_settings(index)["columns"])
     among = chosen(among, known, "--among") if among else "image" if "image" in known else known[0]
     vectors, paths = read_vectors(index, among)
     if not len(vectors):
         raise ValueError(f"{index}: no {among} was embedded: its run was stopped, or every row had an error.")
-    options: dict[str, Any] = {"device": checked_device(device), "dtype": checked_dtype(dtype)}
+    options = {"device": checked_device(device)} | ({} if dtype == "auto" else {"dtype": checked_dtype(dtype)})
     with status(f"searching {index}"):
-        embedder = Embedder.from_pretrained(settings["model"], list(queries) or None, **options)
+        embedder = read_embedder(index, list(queries) or None, **options)
         hits = vectors.search(query_vector(embedder, queries, processor_options(option)), k)
     captions = read_captions(index)
     if as_json:
@@ -155,6 +156,9 @@ def evaluate(  # noqa: PLR0913 (options)
     templates: Annotated[str | None, typer.Option(help="single, imagenet-7, imagenet, name, or 'a {}'.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
     limit: Limit = None,
+    modality: Annotated[str | None, typer.Option(help="Of the media, for zero-shot and probes: image, ...")] = None,
+    between: Annotated[str | None, typer.Option(help="For retrieval: audio,text, or any.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A folder of another model's report, to compare.")] = None,
     device: Device = "auto",
     card: Annotated[bool, typer.Option("--card", help="Write the numbers into the model's card.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that hfvlm did not write.")] = False,
@@ -169,9 +173,7 @@ def evaluate(  # noqa: PLR0913 (options)
     from hfvlm.hub import write_card
 
     chosen(task, TASKS, "--task")
-    options = {name: value for name, value in (("templates", templates), ("labels", label)) if value}
-    if options and task != "zero-shot":
-        raise typer.BadParameter("it goes with --task zero-shot only.", param_hint=f"--{next(iter(options))}")
+    options = task_options(task, templates=templates, label=label, modality=modality, between=between)
     if card:
         check_card(folder, overwrite=overwrite)
     rows = Rows(data, split, train_split, pairs(column, "--column") or None, limit)
@@ -183,22 +185,47 @@ def evaluate(  # noqa: PLR0913 (options)
         say_json(report.as_json())
     else:
         say_report(report)
+        if against is not None:
+            from hfvlm.evaluation.report import compare
+
+            for difference in compare(against, report):
+                say(f"{against}: {difference}")
     if output is not None:
         note(output)
     if card:
         write_card(folder, results=report.for_card())
 
 
+# The tasks that an option goes with.
+TASK_OPTIONS = {
+    "templates": ("zero-shot",),
+    "label": ("zero-shot",),
+    "modality": ("zero-shot", "linear-probe", "few-shot"),
+    "between": ("retrieval",),
+}
+
+
+def task_options(task: str, **given: Any) -> dict[str, Any]:
+    """The options that a task takes.
+
+    Raises:
+        typer.BadParameter: one goes with other tasks.
+    """
+    used = {name: value for name, value in given.items() if value}
+    for name in used:
+        if task not in TASK_OPTIONS[name]:
+            known = ", ".join(TASK_OPTIONS[name])
+            raise typer.BadParameter(f"it goes with --task {known} only.", param_hint=f"--{name}")
+    if "between" in used and used["between"] != "any":
+        used["between"] = used["between"].split(",")
+    return {"labels" if name == "label" else name: value for name, value in used.items()}
+
+
 def say_report(report: Any) -> None:
     """Print the numbers, and how many rows were passed over."""
     for result in report.results:
         say(result)
-    if skipped := skipped_rows(report):
-        say(f"{len(skipped)} of {report.rows + len(skipped)} rows could not be read and are not counted:")
-        for row in skipped[:5]:
-            say(f"  {line(row)}")
-
-
-def skipped_rows(report: Any) -> list[Any]:
-    """What could not be read, where the report says so."""
-    return list(getattr(report, "skipped", None) or ())
+    if report.errors:
+        say(f"{len(report.errors)} of {report.rows + len(report.errors)} rows could not be read and are left out:")
+        for row, error in list(report.errors.items())[:5]:
+            say(f"  row {row}: {line(error)}")

@@ -101,22 +101,29 @@ def merge(
     note(f"{output}: the base with its adapter", err=False)
 
 
-def verify(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Check that a folder is whole and consistent."""
+def verify(
+    folder: Folder,
+    examples: Annotated[
+        Path | None, typer.Option(help="The folder of the media whose results the authors' README prints.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that a folder holds what was converted, and is whole and consistent."""
     with status(f"verifying {folder}"):
-        checks = hfvlm.verify(folder)
+        checks = hfvlm.verify(folder, **({"examples": examples} if examples else {}))
     passed = all(check.passed is not False for check in checks)
     if as_json:
         say_json({"folder": str(folder), "passed": passed, "checks": [asdict(check) for check in checks]})
     else:
-        say_table([(check.name, verdict(check.passed), check.detail) for check in checks])
+        say_table([(check.name, verdict(check), check.detail) for check in checks])
     if not passed:
         raise typer.Exit(1)
 
 
-def verdict(passed: Any) -> str:
-    """yes, NO, or - for what could not be checked."""
-    return "-" if passed is None else "yes" if passed else "NO"
+def verdict(check: Any) -> str:
+    """yes, NO, or what the check itself says of what it could not see."""
+    return getattr(check, "verdict", None) or ("yes" if check.passed else "NO")
 
 
 def card(
@@ -150,10 +157,9 @@ def push(
     """Upload a folder with its card to the Hub."""
     options: dict[str, Any] = {"dry_run": True} if dry_run else {}
     done: Any = hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private, **options)
-    if as_json:
-        say_json({"repository": repository, "dry_run": dry_run, "files" if dry_run else "commit": done})
-    elif isinstance(done, list | tuple):
-        for file in done:
-            say(file)
-    else:
+    if not as_json:
         say(done)
+    elif dry_run:
+        say_json({"dry_run": True} | asdict(done))
+    else:
+        say_json({"dry_run": False, "repo_id": repository, "commit": str(done)})

@@ -26,7 +26,7 @@ def embed(  # noqa: PLR0913 (each says what the content is)
     id_column: str | None = None,
     batch_size: int = 64,
     shard_rows: int = 4096,
-    processor_options: Mapping[str, Mapping[str, Any]] | None = None,
+    source_options: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Path:
     """Embed every row of a data set.
@@ -46,7 +46,7 @@ def embed(  # noqa: PLR0913 (each says what the content is)
         id_column: by default webdataset's `__key__`, or the medium's path, or the row's number.
         batch_size: rows that the model takes at a time.
         shard_rows: rows of a shard.
-        processor_options: by modality: {"audio": {"sampling_rate": 16000}, "thermal": {"limits": [10, 40]}}.
+        source_options: by modality: {"audio": {"sampling_rate": 16000}, "thermal": {"limits": [10, 40]}}.
         **options: of `Embedder.from_pretrained`.
 
     Raises:
@@ -69,10 +69,10 @@ def embed(  # noqa: PLR0913 (each says what the content is)
         "columns": named_columns,
         "shard_rows": shard_rows,
     }
-    given = {modality: dict(values) for modality, values in (processor_options or {}).items()}
+    given = {modality: dict(values) for modality, values in (source_options or {}).items()}
     if unused := [modality for modality in given if modality not in named_columns]:
         raise ValueError(f"Options of {unused[0]}, which is not embedded; {', '.join(named_columns)} is.")
-    settings |= {"processor_options": given} if given else {}
+    settings |= {"source_options": given} if given else {}
 
     def tables(shard: list[Row], _: int) -> tuple[Any, Columns]:
         return embed_shard(embedder, shard, named_columns, id_column, batch_size, given)
@@ -139,6 +139,21 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is none: this is no folder of `hfvlm embed`.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_embedder(folder: str | Path, modalities: Sequence[str] | None = None, **options: Any) -> Embedder:
+    """The model that made the vectors of a folder, for queries."""
+    return Embedder.from_pretrained(read_settings(folder)["model"], modalities, **options)
+
+
+def count_rows(folder: str | Path) -> tuple[int, int]:
+    """How many rows of a folder have vectors, and how many are errors."""
+    from pyarrow import parquet
+
+    found = {VECTORS: 0, "errors": 0}
+    for name in found:
+        found[name] = sum(parquet.read_metadata(path).num_rows for path in Path(folder).glob(f"{name}-*.parquet"))
+    return found[VECTORS], found["errors"]
 
 
 def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, str]]:
