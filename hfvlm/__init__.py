@@ -11,6 +11,7 @@ from typing import Any
 if not (Path(__file__).parent / "conversion").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
+from hfvlm.logs import logger as logger  # which follows transformers' verbosity
 from hfvlm.registry import architectures, find_class, register
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "convert": "hfvlm.converter",
     "export": "hfvlm.converter",
+    "merge": "hfvlm.adapters",
     "verify": "hfvlm.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",

@@ -323,9 +323,8 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         if hasattr(module, "tensors_to_transformers"):
             tensors = module.tensors_to_transformers(tensors, native)
         native.dtype = config.dtype
-        save_file(
-            {k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-        )
+        about = {"format": "pt", "hfvlm": hfvlm.__version__}
+        save_file({k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", about)
         native.save_pretrained(target)
         write_export_card(target, config, record_of(folder), Path(output).name)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)

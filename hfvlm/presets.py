@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Preset:
     parameters: int | None = None
     notes: str = ""
 
-    def make_config(self) -> PreTrainedConfig:
+    def make_config(self) -> "PreTrainedConfig":
         """The configuration, in full."""
+        from transformers import AutoConfig
+
         fields = {"model_type": f"hfvlm_{self.architecture}"} | json.loads(json.dumps(self.config))
         return AutoConfig.for_model(**fields)
 

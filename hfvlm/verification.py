@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from hfvlm.adapters import whole
 from hfvlm.media_text import MediaTextProcessor
 from hfvlm.processing import HfvlmProcessor
 from hfvlm.published import published_checks
@@ -27,6 +28,12 @@ class VerificationError(ValueError):
 
 
 def verify(folder: str | Path, examples: str | Path | None = None) -> list[Check]:
+    """Check a folder, of an adapter as merged into its base; see `verify_whole`."""
+    with whole(folder) as model:
+        return verify_whole(model, examples)
+
+
+def verify_whole(folder: str | Path, examples: str | Path | None = None) -> list[Check]:
     """Check that a folder holds what its conversion wrote, and that it is whole and consistent.
 
     By the record that `convert` left in conversion.json: every tensor, setting and file is the one that was written.

@@ -53,6 +53,7 @@ class Report:
         results: the numbers.
         plots: names and functions that draw on matplotlib axes.
         mistakes: the worst first.
+        errors: what is wrong with the rows that were left out, by number.
     """
 
     task: str
@@ -63,6 +64,7 @@ class Report:
     results: list[Result]
     plots: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         known = {"hfvlm": hfvlm.__version__, "task": self.task, "model": self.model, "data": self.data}

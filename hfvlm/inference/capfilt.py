@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.shards import Columns, Row, append, named, run_shards
 from hfvlm.media.errors import MediaError
@@ -81,10 +81,10 @@ class CapFilt:
 
     def __init__(self, captioner: str | Path, judge: str | Path, options: dict[str, Any]):
         self.captioner, self.options = Captioner.from_pretrained(captioner), options
-        self.judge: Any = AutoModel.from_pretrained(judge).eval().to(self.captioner.model.device)
+        self.judge: Any = load_model(judge).eval().to(self.captioner.model.device)
         if not hasattr(self.judge, "match"):
             raise ValueError(f"{judge}: {type(self.judge).__name__} cannot tell whether a text matches a picture.")
-        self.processor = AutoProcessor.from_pretrained(judge)
+        self.processor = processor_of(judge)
 
     def shard(
         self, shard: list[Row], columns: Mapping[str, str], id_column: str | None, batch_size: int, threshold: float

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.media.rows import are_several
 from hfvlm.media_text import MediaTextProcessor
 
@@ -25,11 +26,11 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "auto", **kwargs: Any) -> "Captioner":
-        """Of a folder; `kwargs` are of the model's `from_pretrained`, as `dtype`."""
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+        """Load a folder, an adapter's too; `kwargs` are of the model's `from_pretrained`, as `dtype`."""
+        model: Any = load_model(folder, AutoModelForImageTextToText, **kwargs)
         if device == "auto":
             device = torch.accelerator.current_accelerator() or "cpu"
-        return cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        return cls(model.to(device), processor_of(folder))
 
     def __call__(
         self, images: Any, texts: Sequence[str] | str | None = None, *, batch_size: int = 16, **options: Any

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     DynamicCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.compat import with_cache
 from hfvlm.image_text import Features
 
@@ -42,9 +42,10 @@ class Chat:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None, **kwargs: Any) -> "Chat":
-        """Of a folder; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`, `quantization_config`."""
-        model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
-        return cls(model, AutoProcessor.from_pretrained(folder), system=system)
+        """Load a folder, an adapter's too; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`,
+        `quantization_config`."""
+        model = load_model(folder, AutoModelForImageTextToText, **kwargs).eval()
+        return cls(model, processor_of(folder), system=system)
 
     def reset(self) -> None:
         """Begin a new conversation."""

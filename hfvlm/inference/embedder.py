@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from hfvlm.adapters import config_of, load_model, processor_of
 from hfvlm.configuration import MultiEncoderConfig
+from hfvlm.logs import shows_progress
 from hfvlm.media.errors import MediaError
 from hfvlm.media.rows import are_several
 from hfvlm.modeling import unit
@@ -59,21 +60,21 @@ class Embedder:
         """Load a model with its processor.
 
         Args:
-            folder: a local folder or a Hub id.
+            folder: a local folder or a Hub id, of a model or of an adapter.
             modalities: as ["image", "audio"]: only these towers are read from disk, where the model has more than two.
             device: "auto" is a GPU where there is one.
             dtype: "auto" is the files' own.
-            **options: of `AutoModel.from_pretrained`.
+            **options: of the model's `from_pretrained`.
 
         Raises:
             ValueError: the model has no such modality.
         """
-        if isinstance(AutoConfig.from_pretrained(folder), MultiEncoderConfig) and modalities is not None:
+        if isinstance(config_of(folder), MultiEncoderConfig) and modalities is not None:
             options["modalities"] = list(modalities)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
+        model = load_model(folder, dtype=dtype, **options)
         if device == "auto":
             device = torch.accelerator.current_accelerator() or "cpu"
-        embedder = cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        embedder = cls(model.to(device), processor_of(folder))
         embedder.check(modalities or ())
         return embedder
 
@@ -131,7 +132,7 @@ class Embedder:
                 modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
             )
             count = 1 if alone else len(values)
-            done = list(track(parts, modality, -(-count // batch_size)) if progress else parts)
+            done = list(track(parts, modality, -(-count // batch_size)) if progress and shows_progress() else parts)
             vectors = self.assembled(done, count)
             found[modality] = as_output(vectors[0] if alone else vectors, output)
         if len(found) == 1:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hfvlm.logs import shows_progress
 from hfvlm.media.rows import path_of
 from hfvlm.writing import replaced
 
@@ -50,7 +51,8 @@ def run_shards(
 
     begin(output / settings_name, dict(settings))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as progress:
+    shown = Console(stderr=True, quiet=not shows_progress())
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=shown) as progress:
         task = progress.add_task("rows", total=None, rate="")
         for number, shard in missing_shards(rows, shard_rows, output, name):
             table, errors = tables(shard, number)

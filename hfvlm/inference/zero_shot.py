@@ -11,6 +11,7 @@ import torch
 
 from hfvlm.evaluation.templates import template_set
 from hfvlm.inference.embedder import Embedder, unit_rows
+from hfvlm.logs import said_once
 from hfvlm.media.rows import are_several
 from hfvlm.writing import replaced
 
@@ -73,7 +74,8 @@ class ZeroShotClassifier:
         texts = [
             [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
         ]
-        vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
+        with said_once("hfvlm.tokenization"):  # that texts are cut
+            vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
         ends = np.cumsum([len(wordings) for wordings in texts])[:-1]
         return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))
 
