@@ -63,6 +63,11 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         self.text_decoder = AnswerDecoder._from_config(config.text_config)
         self.post_init()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize both tables, of what reads questions and of what generates answers; see transformers'."""
+        self.text_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def read(  # type: ignore[override]
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Context:
