@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.panel import Panel
@@ -207,16 +207,23 @@ def embed(  # noqa: PLR0913 (an option each)
     shard_rows: Annotated[int, typer.Option(help="Rows of a Parquet file.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(help="modality.name=value, of the processor, as audio.sampling_rate=16000.")
+    ] = None,
 ) -> None:
     """Embed a data set to Parquet shards; a run that was killed goes on where it was."""
+    from hfvlm.inference.embed import count_rows
     from hfvlm.inference.embed import embed as run
 
     columns = dict(pair.split("=", 1) for pair in checked_pairs(column)) or None
     folder = run(
         source, output, model, split=split, columns=columns, id_column=id_column, batch_size=batch_size,
-        shard_rows=shard_rows, device=device, dtype=dtype,
+        shard_rows=shard_rows, source_options=by_modality(option), device=device, dtype=dtype,
     )  # fmt: skip
-    say(str(folder))
+    kept, errors = count_rows(folder)
+    say(f"{folder}: {kept} rows embedded" + (f", {errors} errors, see errors-*.parquet" if errors else ""))
+    if not kept:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -250,15 +257,14 @@ def search(  # noqa: PLR0913 (an option each)
     grid: Annotated[Path | None, typer.Option(help="Write the hits to one picture.")] = None,
 ) -> None:
     """Search what was embedded; several queries are added up."""
-    from hfvlm.inference.embed import read_settings, read_vectors
-    from hfvlm.inference.embedder import Embedder
+    from hfvlm.inference.embed import read_embedder, read_vectors
     from hfvlm.inference.pages import draw_grid, write_page
     from hfvlm.inference.search import query_vector
 
     given = {"text": text or [], "image": image or [], "audio": audio or [], "video": video or []}
     used = [modality for modality, queries in given.items() if queries]
-    embedder = Embedder.from_pretrained(read_settings(index)["model"], used or None)
     vectors, paths = read_vectors(index, among)
+    embedder = read_embedder(index, used or None)
     hits = vectors.search(query_vector(embedder, given), k)
     for name, score in hits:
         say(f"{score:.4f}  {name}")
@@ -334,6 +340,20 @@ def checked_pairs(pairs: list[str] | None) -> list[str]:
     if wrong := [pair for pair in pairs or [] if "=" not in pair]:
         raise ValueError(f"{wrong[0]!r}: write modality=column.")
     return pairs or []
+
+
+def by_modality(options: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Options written as modality.name=value, the values as in YAML."""
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for option in options or []:
+        place, _, value = option.partition("=")
+        modality, _, name = place.partition(".")
+        if not (modality and name and value):
+            raise ValueError(f"{option!r}: write modality.name=value.")
+        found.setdefault(modality, {})[name] = yaml.safe_load(value)
+    return found
 
 
 def say(text: str) -> None:
