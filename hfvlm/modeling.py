@@ -15,6 +15,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from hfvlm.compat import CACHE_NAMES
 from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
 from hfvlm.licences import check_licence
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
@@ -157,6 +159,8 @@ class DualEncoder(HfvlmPreTrainedModel):
         """The loss of pairs of embeddings, by the model's own objective or another of `hfvlm.losses`, over one or
         several processes."""
         loss = pair_loss or self.pair_loss
+        if self.training and torch.is_grad_enabled():
+            check_negatives(output.image_embeds.shape[0], rank_and_size(group)[1])
         return loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
 
 

@@ -20,12 +20,14 @@ from transformers import (
 
 from hfvlm.lora_recipes import lora
 from hfvlm.media.rows import load_rows
+from hfvlm.ranges import check_integer, check_number
 from hfvlm.registry import find_class
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
+from hfvlm.training.failures import check_arguments, check_processes
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
@@ -53,6 +55,10 @@ class ModelArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
     four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
 
+    def __post_init__(self) -> None:
+        check_integer("lora_rank", self.lora_rank)
+        check_number("lora_dropout", self.lora_dropout, 0, 1)
+
 
 @dataclass
 class DataArguments:
@@ -76,6 +82,10 @@ class DataArguments:
     id_column: str | None = field(default=None, metadata={"help": "Rows equal there are partners."})
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop keeps."})
 
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None:
+            check_number("crop_scale", self.crop_scale, 0, 1, open_low=True)
+
 
 @dataclass
 class ChatDataArguments:
@@ -90,6 +100,9 @@ class ChatDataArguments:
     data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
     pictures: str = field(default=".", metadata={"help": "The folder that the pictures' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+
+    def __post_init__(self) -> None:
+        check_integer("max_length", self.max_length)
 
 
 def run_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, float]:
@@ -121,6 +134,8 @@ def run_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, float
         parsed = HfArgumentParser(kinds).parse_dict(recipe)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    check_arguments(parsed[-1])
+    check_processes(parsed[-1])
     return train(*parsed)
 
 

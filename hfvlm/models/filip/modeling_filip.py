@@ -22,6 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.compat import causal_mask
 from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import DualEncoder, ImageClassifier, other_towers, unit
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
@@ -242,6 +244,8 @@ class HfvlmFILIPModel(DualEncoder):
         """The loss of pairs of rows of tokens, by `late_interaction_loss` or another that takes its arguments, over
         one or several processes."""
         image, text = output.image_embeds, output.text_embeds
+        if self.training and torch.is_grad_enabled():
+            check_negatives(image.shape[0], rank_and_size(group)[1])
         loss = (pair_loss or self.pair_loss)(
             image,
             text,
