@@ -17,7 +17,7 @@ from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
 from hfvlm.licences import check_licence
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
-from hfvlm.modules.similarity import LogitScale
+from hfvlm.modules.similarity import LogitScale, cosines
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
@@ -29,6 +29,9 @@ def other_towers(own: str) -> list[str]:
 
 # Attention weights of the layers of a tower, not those of its pooling head.
 LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class EveryModule:
@@ -52,6 +55,15 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
+
+    def post_init(self) -> None:
+        """Initialise, with temperatures and what else is to stay exact in float32 from the start, as
+        `from_pretrained` leaves it."""
+        exact = tuple(self._keep_in_fp32_modules_strict or ())
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in exact and any(x.dtype in HALF for x in module.parameters()):
+                module.float()
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,7 +147,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     ) -> DualEncoderOutput:
         """The features of images and of texts -> their similarities and, for pairs, the loss."""
         image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
-        logits = self.logit_scale(image_embeds @ text_embeds.t())
+        logits = self.logit_scale(cosines(image_embeds, text_embeds))
         output = DualEncoderOutput(
             logits_per_image=logits,
             logits_per_text=logits.t(),

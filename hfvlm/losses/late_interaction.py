@@ -29,8 +29,10 @@ def late_interaction_scores(
         key_mask: `(B, M)`, True where a token may be matched.
 
     Returns:
-        `(A, B)`.
+        `(A, B)`, in float32 or better.
     """
+    with in_full_precision(queries) as dtype:
+        queries, keys = queries.to(dtype), keys.to(dtype)
     blocks = query_blocks(queries, keys, query_mask)
     return torch.cat([checkpoint(scores, *block, keys, key_mask, use_reentrant=False) for block in blocks])
 

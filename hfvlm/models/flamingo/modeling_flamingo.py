@@ -95,7 +95,7 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, N, D)`, of all frames -> `(B, num_latents, D)`."""
         patches = self.patches(patches.to(self.latents.dtype))
-        x = self.latents.expand(len(patches), -1, -1)
+        x = self.latents.expand(patches.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=self.post_norm(self.layers(x, patches, **kwargs)))
 
 
@@ -245,7 +245,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         """
         frames = pixel_values.flatten(0, -4)
         patches = self.vision_model(frames, until=-1, **kwargs).last_hidden_state[:, 1:]
-        patches = patches.reshape(len(pixel_values), -1, patches.shape[-1])
+        patches = patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
         latents = self.resampler(patches, **kwargs).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(latents))  # type: ignore[arg-type]
 

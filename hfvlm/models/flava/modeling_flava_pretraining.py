@@ -297,7 +297,7 @@ def matched_contrastive_loss(
     check_equal_rows(a, group)
     rank, _ = rank_and_size(group)
     a, b, scale = a.float(), b.float(), logit_scale.float()
-    target = torch.arange(len(a), device=a.device)[matched] + rank * len(a)
+    target = torch.arange(a.shape[0], device=a.device)[matched] + rank * a.shape[0]
     all_a, all_b = GatherRows.apply(a, group), GatherRows.apply(b, group)
     losses = (F.cross_entropy(x[matched] @ y.t() * scale, target) for x, y in ((a, all_b), (b, all_a)))
     return sum(losses, start=a.new_zeros(())) / 2
