@@ -1,5 +1,6 @@
 """Base classes of the models."""
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Unpack
 
@@ -20,6 +21,30 @@ from hfvlm.losses.processes import rank_and_size
 from hfvlm.modules.similarity import LogitScale, cosines
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+
+class _Unlisted(str):
+    """A parameter's name in which transformers' Trainer finds no "label"."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return part != "label" and super().__contains__(part)
+
+
+def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a forward whose loss `return_loss` asks for, and whose labels only add to it.
+
+    transformers' Trainer takes every parameter with "label" in its name for one that batches must have before it
+    computes a loss in evaluations. Where labels alone ask for the loss, `label_names=["labels"]` says so.
+    """
+    signature = inspect.signature(forward)
+    parameters = [
+        parameter.replace(name=_Unlisted(name)) if "label" in name else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def other_towers(own: str) -> list[str]:

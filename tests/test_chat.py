@@ -1,6 +1,7 @@
 """Conversations: processors, answers, and what is trained on."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -221,6 +222,37 @@ def test_an_answer_that_is_not_read_to_its_end_is_forgotten(chat):
     assert chat.ask("And?") == afresh(chat, [picture(0)])
     chat.reset()
     assert chat.ask("What is it?", [picture(0)]) == expected
+
+
+def test_a_conversation_is_of_one_thread_at_a_time(chat):
+    """Another answer is refused while one is being read, and what was said stays whole."""
+    first = chat.stream("what is this ?")
+    next(first)
+    with pytest.raises(RuntimeError, match="in the middle of an answer.*several threads need one each"):
+        chat.ask("and this ?")
+    with pytest.raises(RuntimeError, match="in the middle of an answer"):
+        chat.reset()
+    rest = "".join(first)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert rest is not None
+
+    def ask(i):
+        try:
+            return chat.ask(f"what is {i} ?")
+        except RuntimeError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert any(answer is not None for answer in answers)
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * (1 + sum(answer is not None for answer in answers))
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": float("nan")}, {"top_p": 2}, {"num_beams": True}])
+def test_numbers_of_an_answer_are_checked(chat, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        chat.ask("hello", **options)
 
 
 def test_errors_of_the_thread_are_raised(chat):

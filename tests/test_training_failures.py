@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
+import hfvlm
+from hfvlm.presets import load_preset
 from hfvlm.training import ContrastiveCollator, ContrastiveTrainer, ContrastiveTrainingArguments
 from hfvlm.training.continuing import whole_checkpoint
 from hfvlm.training.data import StreamedRows
@@ -129,6 +131,33 @@ def test_the_collator_in_transformers_own_trainer(tmp_path, clip_folder, rows):
     assert all(np.isfinite(losses(trainer)))
     with pytest.raises(ValueError, match="augment needs a ContrastiveTrainer"):
         ContrastiveCollator(processor, augment={"image": lambda x, _: x})(rows[:2])
+
+
+@pytest.mark.parametrize("architecture", ["clip", "coca", "mammut", "flava", "siglip", "filip", "imagebind", "blip"])
+def test_every_contrastive_model_is_evaluated_by_its_loss(architecture, tmp_path):
+    """By `return_loss` alone, whatever labels its forward takes."""
+    config = load_preset(f"{architecture}/tiny").make_config()
+    classes = {"flava": "HfvlmFLAVAForPreTraining", "blip": "HfvlmBLIPForImageTextRetrieval"}
+    model = getattr(hfvlm, classes[architecture])(config) if architecture in classes else AutoModel.from_config(config)
+    size, text = config.vision_config.image_size, config.text_config
+    rows = [
+        {
+            "pixel_values": torch.randn(3, size, size),
+            "input_ids": torch.randint(5, text.vocab_size - 5, (getattr(text, "max_position_embeddings", 8),)),
+        }
+        for _ in range(4)
+    ]
+
+    def collate(batch):
+        return {k: torch.stack([row[k] for row in batch]) for k in batch[0]} | {"return_loss": True}
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(model, args, collate, eval_dataset=rows)
+    found = trainer.evaluate()["eval_loss"]
+    assert np.isfinite(found)
+    if architecture not in ("blip", "mammut"):  # which draw negatives, and crop
+        with torch.no_grad():
+            assert found == pytest.approx(model.eval()(**collate(rows)).loss.item(), rel=1e-4)
 
 
 # Runs that fail

@@ -12,6 +12,7 @@ from rich.table import Table
 import hfvlm
 from hfvlm.cli.console import stderr, stdout
 from hfvlm.presets import Preset, list_presets, load_preset
+from hfvlm.ranges import check_integer, check_number
 from hfvlm.registry import architectures
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -147,6 +148,8 @@ def chat(
 ) -> None:
     """Talk with a model about pictures or films. `/image PATH` and `/video PATH` show another one, `/reset` begins
     anew, Ctrl-D ends."""
+    check_number("temperature", temperature, 0)
+    check_integer("max_new_tokens", max_new_tokens)
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with stderr.status(f"loading {folder}"):
         talk = hfvlm.Chat.from_pretrained(folder, system=system, dtype="auto")

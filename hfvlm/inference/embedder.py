@@ -1,6 +1,6 @@
 """Pictures, texts, sounds and whatever else a model embeds, to vectors of unit length."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -192,23 +192,13 @@ class Embedder:
             check_texts(sources)
             order.sort(key=lambda i: len(sources[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        prepared = self.prepared(modality, ([sources[i] for i in batch] for batch in batches), options)
+        given = ([sources[i] for i in batch] for batch in batches)
+        prepared = ahead(lambda batch: self.prepare(modality, batch, **options), given)
         for batch, inputs in zip(batches, prepared, strict=True):
             features = self.features(modality, inputs)
             if wrong := unusable(features):
                 raise ValueError(f"{modality} {batch[wrong[0]]}: {NO_DIRECTION}")
             yield batch, features
-
-    def prepared(self, modality: str, batches: Iterable[list[Any]], options: dict[str, Any]) -> Iterator[Any]:
-        """Batches in the model's form; the next ones are decoded in a thread while the model works."""
-        with ThreadPoolExecutor(1) as thread:
-            waiting: list[Future[Any]] = []
-            for batch in batches:
-                waiting.append(thread.submit(self.prepare, modality, batch, **options))
-                if len(waiting) > AHEAD:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
 
     def prepare(self, modality: str, sources: list[Any], **options: Any) -> Any:
         """Sources -> the model's inputs, on the processor, in memory that a GPU can fetch from."""
@@ -229,22 +219,63 @@ class Embedder:
     def encode_readable(self, modality: str, sources: list[Any], **options: Any) -> tuple[np.ndarray, dict[int, str]]:
         """A batch of which some sources may be damaged: the vectors of the others, in order, and what is wrong with
         each damaged one, or one whose vector is zero or not finite."""
+        features, _, errors = self.finite(modality, len(sources), *self.prepare_readable(modality, sources, options))
+        return features.numpy(), errors
+
+    def encode_known(
+        self, modality: str, sources: Sequence[Any], *, batch_size: int = 32, progress: bool = False, **options: Any
+    ) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Many sources of which some may be damaged; the next batch is decoded while the model works.
+
+        Returns:
+            `(N, D)`, or `(N, tokens, D)`, the vectors of those that can be read; their places; and by place what is
+            wrong with the others.
+
+        Raises:
+            ValueError: the model does not know the modality, or batch_size is no number of sources.
+        """
+        self.check([modality])
+        step = check_integer("batch_size", batch_size)
+        batches = [list(range(start, min(start + step, len(sources)))) for start in range(0, len(sources), step)]
+        given = ([sources[i] for i in batch] for batch in batches)
+        prepared = ahead(lambda batch: self.prepare_readable(modality, batch, options), given)
+        parts: list[tuple[list[int], Tensor]] = []
+        kept: list[int] = []
         errors: dict[int, str] = {}
+        for batch, found in zip(batches, track(prepared, modality, len(batches)) if progress else prepared, strict=True):
+            features, places, wrong = self.finite(modality, len(batch), *found)
+            parts.append((list(range(len(kept), len(kept) + len(places))), features))
+            kept += [batch[i] for i in places]
+            errors |= {batch[i]: error for i, error in wrong.items()}
+        parts = [part for part in parts if part[0]]
+        return self.assembled(parts, len(kept)), kept, errors
+
+    def prepare_readable(
+        self, modality: str, sources: list[Any], options: dict[str, Any]
+    ) -> tuple[Any, dict[int, str]]:
+        """The model's inputs of the sources that can be read, None if there are none; and what is wrong with the
+        others."""
+        if not sources:
+            return None, {}
         try:
-            inputs = self.prepare(modality, sources, **options) if sources else None
+            return self.prepare(modality, sources, **options), {}
         except UNREADABLE:
-            errors = {
-                i: wrong for i, source in enumerate(sources) if (wrong := self.problem(modality, source, options))
-            }
+            wrong = ((i, self.problem(modality, source, options)) for i, source in enumerate(sources))
+            errors = {i: problem for i, problem in wrong if problem}
             rest = [source for i, source in enumerate(sources) if i not in errors]
-            inputs = self.prepare(modality, rest, **options) if rest else None
+            return self.prepare(modality, rest, **options) if rest else None, errors
+
+    def finite(
+        self, modality: str, count: int, inputs: Any, errors: dict[int, str]
+    ) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Features of a batch's inputs that are finite, their places among its `count` sources, and all errors."""
         if inputs is None:
-            return np.empty((0, self.size), np.float32), errors
-        readable = [i for i in range(len(sources)) if i not in errors]
-        features = self.features(modality, inputs)
-        wrong_rows = set(unusable(features))
-        errors |= {readable[i]: f"{modality}: {NO_DIRECTION}" for i in wrong_rows}
-        return features[[i for i in range(len(readable)) if i not in wrong_rows]].numpy(), dict(sorted(errors.items()))
+            return torch.zeros(0, self.size), [], errors
+        readable, features = [i for i in range(count) if i not in errors], self.features(modality, inputs)
+        wrong = set(unusable(features))
+        errors = errors | {readable[i]: f"{modality}: {NO_DIRECTION}" for i in wrong}
+        rows = [i for i in range(len(readable)) if i not in wrong]
+        return features[rows], [readable[i] for i in rows], dict(sorted(errors.items()))
 
     def problem(self, modality: str, source: Any, options: dict[str, Any]) -> str | None:
         """What is wrong with a source, if anything."""
@@ -253,6 +284,18 @@ class Embedder:
         except UNREADABLE as error:
             return str(error)
         return None
+
+
+def ahead(function: Callable[[list[Any]], Any], batches: Iterable[list[Any]]) -> Iterator[Any]:
+    """`map`, in which the next batches are worked on in a thread before they are asked for."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: list[Future[Any]] = []
+        for batch in batches:
+            waiting.append(thread.submit(function, batch))
+            if len(waiting) > AHEAD:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
 def check_texts(texts: Sequence[Any]) -> None:

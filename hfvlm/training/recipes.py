@@ -217,6 +217,11 @@ class CaptionTrainer(RowTrainer):
 
     training_inputs = {}
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.args.label_names is None:
+            self.label_names = ["labels"]
+
 
 def train_captions(
     model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments

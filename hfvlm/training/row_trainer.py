@@ -73,7 +73,7 @@ class RowTrainer(GuardedTrainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.args.label_names is None:
+        if self.args.label_names is None and self.training_inputs:
             # The loss comes with `return_loss`, whatever labels forward takes; the host would wait for all of these.
             self.label_names = []
         self.sampler: EpochSampler | None = None

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.configuration import BertTextConfig
 from hfvlm.keywords import Keywords
 from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
-from hfvlm.modeling import as_features
+from hfvlm.modeling import as_features, loss_without_labels
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAModel, Pooler
 from hfvlm.models.flava.modeling_flava_codebook import HfvlmFLAVACodebookModel
@@ -115,6 +115,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
     def group(self) -> ProcessGroup | None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
+    @loss_without_labels
     @can_return_tuple
     def forward(  # noqa: PLR0913  (what is hidden, and what is to be told, of either modality)
         self,
