@@ -104,7 +104,7 @@ class MultiEncoderOutput(ModelOutput):
         return tuple(name.removesuffix("_embeds") for name in self if name.endswith("_embeds"))
 
     def logits(self, a: str, b: str) -> Tensor:
-        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given, in float32 or better.
+        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given, in float32.
 
         Raises:
             ValueError: one was not given.

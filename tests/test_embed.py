@@ -24,6 +24,7 @@ import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.inference.embed import count_rows, embed, read_embedder, read_vectors
 from hfvlm.inference.search import weighed
+from hfvlm.media.rows import load_rows
 from hfvlm.samples import scenes
 
 KINDS = scenes.all_scenes()
@@ -213,59 +214,85 @@ def test_a_run_that_fails_leaves_nothing(copied, clip_folder, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["audio", "mixed", "sensors", "metadata", "tars", "parquet"])
-def test_other_media_without_their_decoders(kind, imagebind_folder, tmp_path):
-    source, expected = tmp_path / "source", {}
-    (source / "sub").mkdir(parents=True)
-    random = np.random.RandomState(0)
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder of three recordings."""
+    source, random = tmp_path / "source", np.random.RandomState(0)
+    source.mkdir()
     for i in range(3):
         soundfile.write(source / f"{i}.wav", random.randn(16000).astype(np.float32) / 10, 16000)
-    expected["audio"] = [f"{i}.wav" for i in range(3)]
-    if kind == "mixed":
-        for i in range(2):
-            Image.fromarray(random.randint(0, 255, (40, 40, 3), np.uint8)).save(source / "sub" / f"{i}.png")
-        (source / "3.wav").write_bytes(b"RIFF")
-        expected["image"] = ["sub/0.png", "sub/1.png"]
-    elif kind == "sensors":
-        (source / "depth").mkdir()
-        np.save(source / "depth" / "0.npy", random.rand(40, 40).astype(np.float32) * 5 + 1)
-        expected["depth"] = ["depth/0.npy"]
-    elif kind == "metadata":
-        lines = [{"file_name": f"{i}.wav", "caption": caption} for i, caption in enumerate(("rain", None, "wind"))]
-        (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        expected = {"audio": ["0.wav", "2.wav"], "text": ["0.wav", "2.wav"]}
-    elif kind in ("tars", "parquet"):
-        contents = [path.read_bytes() for path in sorted(source.glob("*.wav"))]
-        shutil.rmtree(source)
-        source.mkdir()
-        if kind == "tars":
-            with tarfile.open(source / "a.tar", "w") as tar:
-                for i, content in enumerate(contents):
-                    info = tarfile.TarInfo(f"{i}.wav")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        else:
-            import datasets
+    return source
 
-            features = datasets.Features(
-                {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
-            )
-            rows = datasets.Dataset.from_list([{"audio": {"bytes": c, "path": None}} for c in contents], features)
-            rows.cast(datasets.Features({"audio": datasets.Audio()})).to_parquet(source / "a.parquet")
-    output = embed(source, tmp_path / "out", imagebind_folder)
+
+def add_images(source):
+    (source / "sub").mkdir()
+    for i in range(2):
+        pixels = np.random.RandomState(i).randint(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(source / "sub" / f"{i}.png")
+    (source / "3.wav").write_bytes(b"RIFF")
+
+
+def add_depth(source):
+    (source / "depth").mkdir()
+    np.save(source / "depth" / "0.npy", np.random.RandomState(0).rand(40, 40).astype(np.float32) * 5 + 1)
+
+
+def add_captions(source):
+    lines = [{"file_name": f"{i}.wav", "caption": caption} for i, caption in enumerate(("rain", None, "wind"))]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+WAVES = ["0.wav", "1.wav", "2.wav"]
+
+
+@pytest.mark.parametrize(
+    ("add", "expected", "counts"),
+    [
+        (lambda _: None, {"audio": WAVES}, (3, 0)),
+        (add_images, {"audio": WAVES, "image": ["sub/0.png", "sub/1.png"]}, (5, 1)),
+        (add_depth, {"audio": WAVES, "depth": ["depth/0.npy"]}, (4, 0)),
+        (add_captions, {"audio": ["0.wav", "2.wav"], "text": ["0.wav", "2.wav"]}, (2, 1)),
+    ],
+    ids=["audio", "mixed", "sensors", "metadata"],
+)
+def test_folders_of_other_media(add, expected, counts, recordings, imagebind_folder, tmp_path):
+    """Without the decoders of `datasets`."""
+    add(recordings)
+    output = embed(recordings, tmp_path / "out", imagebind_folder)
+    embedder = hfvlm.Embedder.from_pretrained(imagebind_folder)
     for modality, names in expected.items():
         vectors, _ = read_vectors(output, modality)
-        assert len(vectors) == len(names)
-        if kind not in ("tars", "parquet"):
-            assert [Path(name).relative_to(source).as_posix() for name in vectors.ids] == names
-        if modality != "text" and kind not in ("tars", "parquet"):
-            given = {modality: [str(source / name) for name in names]}
-            found = hfvlm.Embedder.from_pretrained(imagebind_folder).encode(**given)
-            np.testing.assert_allclose(vectors.vectors, found, atol=1e-5)
-    assert count_rows(output) == (
-        {"mixed": 5, "sensors": 4, "metadata": 2}.get(kind, 3),
-        kind in ("mixed", "metadata"),
-    )
+        assert [Path(name).relative_to(recordings).as_posix() for name in vectors.ids] == names
+        given = ["rain", "wind"] if modality == "text" else [str(recordings / name) for name in names]
+        np.testing.assert_allclose(vectors.vectors, embedder.encode(**{modality: given}), atol=1e-5)
+    assert count_rows(output) == counts
+
+
+@pytest.mark.parametrize("form", ["tars", "parquet"])
+def test_audio_in_tars_and_tables(form, recordings, imagebind_folder, tmp_path):
+    """Without the decoders of `datasets`, streamed and not."""
+    import datasets
+
+    table = tmp_path / "table"
+    table.mkdir()
+    contents = [path.read_bytes() for path in sorted(recordings.iterdir())]
+    if form == "tars":
+        with tarfile.open(table / "a.tar", "w") as tar:
+            for i, content in enumerate(contents):
+                info = tarfile.TarInfo(f"{i}.wav")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        rows = [{"audio": {"bytes": content, "path": None}} for content in contents]
+        rows = datasets.Dataset.from_list(rows, datasets.Features({"audio": encoded}))
+        rows.cast(datasets.Features({"audio": datasets.Audio()})).to_parquet(table / "a.parquet")
+    vectors, _ = read_vectors(embed(table, tmp_path / "out", imagebind_folder), "audio")
+    embedder = hfvlm.Embedder.from_pretrained(imagebind_folder)
+    np.testing.assert_allclose(vectors.vectors, embedder.encode(audio=contents), atol=1e-5)
+    loaded = load_rows(str(table), split="train")
+    column = loaded["wav" if form == "tars" else "audio"]
+    np.testing.assert_allclose(vectors.vectors, embedder.encode(audio=list(column)), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["webdataset", "parquet"])

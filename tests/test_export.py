@@ -21,7 +21,13 @@ ARCHITECTURES = (
 def model_of(architecture):
     torch.manual_seed(0)
     if architecture == "clip_resnet":
-        sizes = {"image_size": 64, "stem_size": 8, "depths": [1, 2, 1, 1], "projection_dim": 16, "num_attention_heads": 4}
+        sizes = {
+            "image_size": 64,
+            "stem_size": 8,
+            "depths": [1, 2, 1, 1],
+            "projection_dim": 16,
+            "num_attention_heads": 4,
+        }
         vision = {"model_type": "hfvlm_clip_resnet"} | sizes
         return hfvlm.HfvlmCLIPModel(hfvlm.HfvlmCLIPConfig(vision_config=vision, text_config=TEXT)).eval()
     return AutoModel.from_config(load_preset(f"{architecture}/tiny").make_config()).eval()

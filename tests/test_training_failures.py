@@ -121,9 +121,7 @@ def test_the_collator_in_transformers_own_trainer(tmp_path, clip_folder, rows):
     processor = AutoProcessor.from_pretrained(clip_folder)
     model = AutoModel.from_pretrained(clip_folder)
     trainer = Trainer(model, args, ContrastiveCollator(processor), train_dataset=rows, eval_dataset=rows[:4])
-    batch = processor(
-        images=[row["image"] for row in rows[:4]], text=[row["text"] for row in rows[:4]], padding=True
-    )
+    batch = processor(images=[row["image"] for row in rows[:4]], text=[row["text"] for row in rows[:4]], padding=True)
     with torch.no_grad():
         expected = model.eval()(**batch, return_loss=True).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -179,7 +177,14 @@ def test_a_run_that_collapses_ends_with_an_error(tmp_path, clip_folder, rows, op
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, clip_folder, rows):
     trainer = trainer_for(
-        tmp_path, clip_folder, rows, max_steps=1, learning_rate=1e39, save_strategy="steps", save_steps=1, warmup_steps=0
+        tmp_path,
+        clip_folder,
+        rows,
+        max_steps=1,
+        learning_rate=1e39,
+        save_strategy="steps",
+        save_steps=1,
+        warmup_steps=0,
     )
     with pytest.raises(TrainingError, match="is not finite; nothing is saved"):
         trainer.train()
@@ -255,7 +260,9 @@ def test_numbers_of_transformers_own_arguments_are_checked(tmp_path, clip_folder
 
 def test_processes_that_do_not_see_one_another_are_refused(tmp_path, clip_folder):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"task: contrastive\nmodel: {clip_folder}\ndataset: {tmp_path}\noutput_dir: {tmp_path / 'out'}\n")
+    recipe.write_text(
+        f"task: contrastive\nmodel: {clip_folder}\ndataset: {tmp_path}\noutput_dir: {tmp_path / 'out'}\n"
+    )
     script = "import sys; from hfvlm.training.recipes import run_recipe; run_recipe(sys.argv[1])"
     environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
     done = subprocess.run(
@@ -315,7 +322,7 @@ def test_without_a_whole_checkpoint_nothing_begins_silently(interrupted, clip_fo
     shutil.copytree(interrupted[0], copy)
     for path in copy.glob("checkpoint-*"):
         (path / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint to go on from.*checkpoint-2 is passed over: no optimizer"):
+    with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-2 is passed over: no optimizer"):
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no such checkpoint"):
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=str(copy / "checkpoint-8"))

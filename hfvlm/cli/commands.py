@@ -289,22 +289,30 @@ def evaluate(  # noqa: PLR0913 (an option each)
     templates: Annotated[str | None, typer.Option(help="single, imagenet-7, imagenet, name, or 'a {}'.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
     limit: Annotated[int | None, typer.Option(help="No more rows than these.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Of the media, for zero-shot and probes; image.")] = None,
+    between: Annotated[str | None, typer.Option(help="For retrieval: audio,text; or any.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A folder of another model's report, to compare.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     card: Annotated[bool, typer.Option("--card", help="Write the numbers into the model's card.")] = False,
 ) -> None:
     """Measure what a model can do; every number with its protocol."""
+    from hfvlm.evaluation.report import compare
     from hfvlm.evaluation.tasks import Data
     from hfvlm.evaluation.tasks import evaluate as run
     from hfvlm.hub import write_card
     from hfvlm.writing import new_folder
 
     columns = dict(pair.split("=", 1) for pair in checked_pairs(column)) or None
-    options = {name: value for name, value in (("templates", templates), ("labels", label)) if value}
-    if options and task != "zero-shot":
-        raise ValueError(f"--{next(iter(options))} goes with zero-shot alone.")
+    pair = between.split(",") if between and between != "any" else between
+    options = task_options(task, templates=templates, labels=label, modality=modality, between=pair)
     report = run(task, folder, Data(data, split, train_split, columns, limit), device=device, **options)
     for result in report.results:
         say(str(result))
+    if report.errors:
+        row, error = next(iter(report.errors.items()))
+        say(f"{len(report.errors)} rows cannot be read and are left out; row {row}: {error}")
+    for difference in compare(against, report) if against is not None else ():
+        say(f"{against}: {difference}")
     if output is not None:
         with new_folder(output, overwrite=True) as target:
             report.write(target)
@@ -336,6 +344,21 @@ def demo(
     from hfvlm.cli.demo import demo as run
 
     run(output, seed)
+
+
+def task_options(task: str, **given: Any) -> dict[str, Any]:
+    """Options of an evaluation that were given, all of which its task must know."""
+    tasks = {
+        "templates": ("zero-shot",),
+        "labels": ("zero-shot",),
+        "modality": ("zero-shot", "linear-probe", "few-shot"),
+        "between": ("retrieval",),
+    }
+    options = {name: value for name, value in given.items() if value}
+    for name in options:
+        if task not in tasks[name]:
+            raise ValueError(f"--{name} goes with {', '.join(tasks[name])} alone.")
+    return options
 
 
 def checked_pairs(pairs: list[str] | None) -> list[str]:

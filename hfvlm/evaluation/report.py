@@ -136,7 +136,9 @@ class Difference:
 
     def __str__(self) -> str:
         sure = "" if self.low > 0 or self.high < 0 else ", not significant"
-        numbers = f"{self.first:.4f} -> {self.second:.4f}, {self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{sure})"
+        numbers = (
+            f"{self.first:.4f} -> {self.second:.4f}, {self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{sure})"
+        )
         return f"{self.metric}: {numbers}"
 
 
@@ -158,7 +160,7 @@ def compare(first: Report | str | Path, second: Report | str | Path) -> list[Dif
     for name in ("task", "data"):
         if one[name] != two[name]:
             raise ValueError(f"The reports are of another {name}, {one[name]} and {two[name]}: nothing to compare.")
-    if (one["about"].get("split"), one["about"].get("limit")) != (two["about"].get("split"), two["about"].get("limit")):
+    if any(one["about"].get(name) != two["about"].get(name) for name in ("split", "limit", "seed")):
         raise ValueError("The reports are of another split or limit of the data: nothing to compare.")
     found = []
     for metric in (name for name in one["each"] if name in two["each"]):

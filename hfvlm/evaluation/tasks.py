@@ -212,8 +212,8 @@ def compared(data: Data, rows: Any, embedder: Embedder, between: Sequence[str] |
     if len(set(chosen)) < 2:
         wanted = " and ".join(m for m in ("image", "text") if m not in there) or "a second modality"
         raise ValueError(
-            f"{data.dataset}: has no column for {wanted}; name one of {', '.join(rows.column_names)}. The model embeds "
-            f"{', '.join(embedder.modalities)}."
+            f"{data.dataset}: has no column for {wanted}; name one of {', '.join(rows.column_names)}. The model "
+            f"embeds {', '.join(embedder.modalities)}."
         )
     return list(dict.fromkeys(chosen))
 
@@ -303,7 +303,7 @@ def caption(folder: str, data: Data, *, generate: Mapping[str, Any] | None = Non
     generate = dict(generate or {"num_beams": 3, "max_new_tokens": 30})
     captioner = Captioner.from_pretrained(folder, **options)
     images = data.column(rows, "image")
-    written, errors = written_about(captioner, images, {row: None for row in references}, errors, generate)
+    written, errors = written_about(captioner, images, dict.fromkeys(references), errors, generate)
     numbers, texts = list(written), [references[row] for row in written]
     captions = list(written.values())
     each = np.array(cider_of_each(captions, texts))
@@ -313,9 +313,7 @@ def caption(folder: str, data: Data, *, generate: Mapping[str, Any] | None = Non
     add_each(report, "ROUGE-L", numbers, np.array(rouge_l_of_each(captions, texts)))
     add_each(report, "CIDEr-D", numbers, each)
     order = np.argsort(each, kind="stable")[:MOST_MISTAKES].tolist()
-    report.mistakes = [
-        Mistake(path_of(images[numbers[i]]), f"{captions[i]} (not: {texts[i][0]})") for i in order
-    ]
+    report.mistakes = [Mistake(path_of(images[numbers[i]]), f"{captions[i]} (not: {texts[i][0]})") for i in order]
     return report
 
 
@@ -378,7 +376,7 @@ def texts_of(values: Sequence[Any]) -> tuple[dict[int, list[str]], dict[int, str
     for row, value in enumerate(values):
         try:
             found[row] = captions_of(value)
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203 (a row at a time may be wrong)
             errors[row] = str(error)
     return found, errors
 
@@ -406,7 +404,7 @@ def written_about(
             for row in batch:
                 try:
                     (found[row],) = about_each(captioner, [images[row]], [prompts[row]], generate)
-                except UNREADABLE as error:
+                except UNREADABLE as error:  # noqa: PERF203 (a row at a time may be wrong)
                     wrong[row] = str(error)
     if not found:
         raise ValueError(f"No row can be read; the first: {next(iter(wrong.values()), 'there are none')}")
@@ -458,7 +456,9 @@ def labelled_vectors(
     errors = known.errors | {int(row): "has no label." for row in np.flatnonzero(truth < 0)}
     if not kept.any():
         raise ValueError(f"No row can be read; the first: {next(iter(errors.values()), 'there are none')}")
-    found = Known(known.vectors[torch.from_numpy(kept)], known.rows[torch.from_numpy(kept)], dict(sorted(errors.items())))
+    found = Known(
+        known.vectors[torch.from_numpy(kept)], known.rows[torch.from_numpy(kept)], dict(sorted(errors.items()))
+    )
     return found, truth[numbers[kept]]
 
 

@@ -63,6 +63,7 @@ def capfilt(  # noqa: PLR0913 (each says what the content is)
             made of other files, by other weights or with other settings.
     """
     check_integer("batch_size", batch_size)
+    check_integer("shard_rows", shard_rows)
     check_integer("seed", seed, 0)
     check_number("threshold", threshold, 0, 1)
     check_generation(dict(generate or {}))

@@ -242,7 +242,9 @@ class Embedder:
         parts: list[tuple[list[int], Tensor]] = []
         kept: list[int] = []
         errors: dict[int, str] = {}
-        for batch, found in zip(batches, track(prepared, modality, len(batches)) if progress else prepared, strict=True):
+        for batch, found in zip(
+            batches, track(prepared, modality, len(batches)) if progress else prepared, strict=True
+        ):
             features, places, wrong = self.finite(modality, len(batch), *found)
             parts.append((list(range(len(kept), len(kept) + len(places))), features))
             kept += [batch[i] for i in places]
@@ -282,7 +284,7 @@ class Embedder:
         try:
             self.prepare(modality, [source], **options)
         except UNREADABLE as error:
-            return str(error)
+            return str(error).removeprefix(f"{modality} 0: ")
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a long run depends on, by content: its data, its model and its settings, so that it is not mixed with another."""
+"""What a long run depends on, by content: its data, its model and its settings."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ Pins = dict[str, list[Any]]
 
 
 def pinned_data(source: str, split: str, earlier: Pins | None = None) -> Pins:
-    """The files that a data set is read from, in their order: of each its size, times in ns and hash; of files on the
-    Hub, their commit.
+    """The files that a data set is read from, in their order: of each its size, times in ns and hash; of a data set on
+    the Hub, its files and their commit.
 
     Args:
         source: what `hfvlm.media.rows.load_rows` reads.
@@ -38,12 +38,10 @@ def pinned_data(source: str, split: str, earlier: Pins | None = None) -> Pins:
     else:
         builder = import_extra("datasets", "train", "Reading data sets").load_dataset_builder(source)
         given = builder.config.data_files or {}
-        wanted = (
-            [split] if split in given else [name for name in given if re.match(rf"{name}\b", split)] or list(given)
-        )
-        files = [str(name) for part in wanted for name in given[part]]
+        parts = [name for name in given if re.match(rf"{re.escape(str(name))}(\W|$)", split)] or list(given)
+        files = [str(name) for part in parts for name in given[part]]
         if not Path(source).exists():
-            origins = {part: [list(origin) for origin in given[part].origin_metadata] for part in wanted}
+            origins = {str(part): [list(origin) for origin in given[part].origin_metadata] for part in parts}
             return {source: [json.dumps([files, origins], default=str)]}
     root = Path(source).resolve()
     names = {relative(Path(file), root): Path(file) for file in files}

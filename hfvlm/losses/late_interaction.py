@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfvlm.losses.blocks import BLOCK, in_full_precision
 from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
+from hfvlm.ranges import check_integer
 
 
 def late_interaction_scores(
@@ -137,7 +138,7 @@ def places_of_most_alike(
     tokens: Tensor, partner: Tensor, mask: Tensor | None, partner_mask: Tensor | None, top_k: int
 ) -> Tensor:
     """Where those tokens are, `(B, top_k)`."""
-    if top_k > tokens.shape[1]:
+    if check_integer("top_k", top_k) > tokens.shape[1]:
         raise ValueError(f"top_k is {top_k}, a row has {tokens.shape[1]} tokens.")
     weight = None if partner_mask is None else partner_mask.to(partner.dtype).unsqueeze(-1)
     whole = (partner if weight is None else partner * weight).sum(dim=1)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from hfvlm.media.rows import COLUMNS, UNREADABLE, captions_of, columns_by_name
+from hfvlm.ranges import check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """
 
     def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.seed, self.epoch = check_integer("length", length, 0), check_integer("seed", seed, 0), 0
 
     def __len__(self) -> int:
         return self.length
@@ -55,7 +56,7 @@ class Rows(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, read: Reader | None, seed: int = 0):
-        self.dataset, self.read, self.seed = dataset, read, seed
+        self.dataset, self.read, self.seed = dataset, read, check_integer("seed", seed, 0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -171,6 +172,8 @@ class ContrastiveCollator:
         all_captions: bool = True,
         **options: Any,
     ):
+        if options.get("max_length") is not None:
+            check_integer("max_length", options["max_length"])
         self.processor, self.columns, self.id_column = processor, columns, id_column
         self.augment, self.all_captions, self.options = dict(augment or {}), all_captions, options
 

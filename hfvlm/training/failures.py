@@ -1,7 +1,6 @@
 """Runs that can only fail: told apart and ended, with what to change."""
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +137,11 @@ class CollapseWatch:
         self.suspicious = self.suspicious + 1 if collapsed else 0
         if self.suspicious >= PATIENCE:
             names = [name for name, gone in zip(embeds, lost.tolist(), strict=True) if gone]
-            what = f"all rows of a batch have the same {', '.join(names)}" if names else "the temperature compares nothing"
+            what = (
+                f"all rows of a batch have the same {', '.join(names)}"
+                if names
+                else "the temperature compares nothing"
+            )
             raise TrainingError(
                 f"Step {step}: {what}; the run has collapsed. Lower learning_rate (now {arguments.learning_rate:g}) "
                 "or add warmup_steps; if it was so from the start, look for copies in the data."

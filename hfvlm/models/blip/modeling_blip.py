@@ -44,6 +44,7 @@ from hfvlm.modules.transformer import (
     Stack,
 )
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.ranges import check_integer
 
 # One folder serves several heads; each leaves unread what it has no part for.
 PARTS = [r"^(vision_model|text_model|text_decoder|teacher|itm_head|classifier|logit_scale)\."]
@@ -347,7 +348,11 @@ def scored_twice(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top
         match: numbers of pictures, and of as many consecutive texts for each -> `(texts, 2)`, the second column for a
             match.
         top_k: how many the second stage looks at.
+
+    Raises:
+        ValueError: top_k is no number of candidates.
     """
+    check_integer("top_k", top_k)
     per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
     for i, row in enumerate(cosines):
         cosine, texts = row.topk(min(top_k, row.shape[0]))

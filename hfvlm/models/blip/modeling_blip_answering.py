@@ -22,6 +22,7 @@ from hfvlm.models.blip.modeling_blip import (
     begin_with,
 )
 from hfvlm.modules.context import Context
+from hfvlm.ranges import check_integer
 
 
 class AnswerDecoder(HfvlmBLIPTextDecoder):
@@ -176,7 +177,11 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
             attention_mask: `(B, N)`, 0 for padding on either side.
             candidates: `(A, M)`, ids of the answers with -100 after their end.
             top_k: how many answers are compared in full; the paper takes 128.
+
+        Raises:
+            ValueError: top_k is no number of answers.
         """
+        check_integer("top_k", top_k)
         context = self.read(pixel_values, input_ids, attention_mask).for_reuse()
         first = self.text_decoder(*self.answers(None, input_ids.shape[0], input_ids), context).logits[:, 0]
         _, indices = first.softmax(dim=1)[:, candidates[:, 1]].topk(min(top_k, candidates.shape[0]), dim=1)

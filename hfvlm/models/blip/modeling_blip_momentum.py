@@ -267,7 +267,11 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
         return all_tokens[wrong_images], gather_rows(ids, group)[wrong_texts], gather_rows(mask, group)[wrong_texts]
 
     def remember(self, image: Tensor, text: Tensor, pair_ids: Tensor | None) -> None:
-        rows = {"image_queue": image, "text_queue": text, "id_queue": self.ids(pair_ids, image.shape[0]).clamp_min(-100)}
+        rows = {
+            "image_queue": image,
+            "text_queue": text,
+            "id_queue": self.ids(pair_ids, image.shape[0]).clamp_min(-100),
+        }
         self.teacher.remember(**{name: gather_rows(row, self.group) for name, row in rows.items()})
 
 
