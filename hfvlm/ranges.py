@@ -40,9 +40,10 @@ def check_integer(name: str, value: Any, low: int | None = 1, high: int | None =
     wanted = "an integer" + bounds(low, high)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be {wanted}, not {shown(value)}.")
-    if (low is not None and value < low) or (high is not None and value > high):
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} must be {wanted}, not {value}.")
-    return int(value)
+    return number
 
 
 def check_number(
@@ -63,10 +64,11 @@ def check_number(
     wanted = "a finite number" + bounds(low, high, open_low=open_low)
     if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
         raise ValueError(f"{name} must be {wanted}, not {shown(value)}.")
-    below = low is not None and (value <= low if open_low else value < low)
-    if below or (high is not None and value > high):
+    number = float(value)
+    below = low is not None and (number <= low if open_low else number < low)
+    if below or (high is not None and number > high):
         raise ValueError(f"{name} must be {wanted}, not {value}.")
-    return float(value)
+    return number
 
 
 def check_generation(options: Mapping[str, Any]) -> None:

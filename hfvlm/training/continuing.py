@@ -29,7 +29,7 @@ def whole_checkpoint(folder: str | Path, processes: int = 1) -> str:
         ValueError: there is none; the message says what each lacks.
     """
     found = [(int(path.name.split("-")[1]), path) for path in Path(folder).glob("checkpoint-*") if is_checkpoint(path)]
-    passed_over = []
+    passed_over: list[str] = []
     for _, path in sorted(found, reverse=True):
         wrong = faults(path, processes)
         if not wrong:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from hfvlm.losses.blocks import check_negatives
 from hfvlm.media.rows import undecoded
 from hfvlm.training.continuing import check_checkpoint, whole_checkpoint
 from hfvlm.training.data import BOOKKEEPING, EpochSampler, Rows, StreamedRows
@@ -116,7 +117,15 @@ class RowTrainer(GuardedTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def check_last_batch(self, rows: int, whole: int, *, is_training: bool) -> None:
-        """Refuse batches that cannot be trained on; here, none."""
+        """Refuse an epoch whose last batch is one pair, for a model that compares it with others.
+
+        Raises:
+            ValueError: it is.
+        """
+        compares = callable(getattr(self.accelerator.unwrap_model(self.model), "contrast", None))
+        if is_training and compares and rows % whole == 1 and not self.args.dataloader_drop_last:
+            remedy = f"The last of {rows} rows is alone: set dataloader_drop_last=True, or another batch size."
+            check_negatives(1, 1, remedy)
 
     def count(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs without what the collator says about its rows, which is counted."""

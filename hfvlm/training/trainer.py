@@ -109,12 +109,6 @@ class ContrastiveTrainer(RowTrainer):
         check_negatives(self.args.train_batch_size, processes, remedy)
         return super().train(*args, **kwargs)
 
-    def check_last_batch(self, rows: int, whole: int, *, is_training: bool) -> None:
-        """Refuse an epoch whose last batch is one pair."""
-        if is_training and rows % whole == 1:
-            remedy = f"The last of {rows} rows is alone: set dataloader_drop_last=True, or another batch size."
-            check_negatives(1 if not self.args.dataloader_drop_last else 2, 1, remedy)
-
     # Loss
 
     def contrast(self, output: ModelOutput) -> Tensor:

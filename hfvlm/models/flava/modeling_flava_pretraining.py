@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import BertTextConfig
 from hfvlm.keywords import Keywords
+from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
 from hfvlm.modeling import as_features, loss_without_labels
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
@@ -256,6 +257,8 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         matched = getattr(output, "matched_mask", None)
         if matched is None or pair_loss is not None:
             return super().contrast(output, pair_loss, group)
+        if self.training and torch.is_grad_enabled():
+            check_negatives(matched.shape[0], rank_and_size(group)[1])
         image, text, scale = (cast(Tensor, output[name]) for name in ("image_embeds", "text_embeds", "logit_scale"))
         return matched_contrastive_loss(image, text, scale, matched, group)
 
