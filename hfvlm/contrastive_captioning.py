@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.captioning import CaptioningModel
 from hfvlm.keywords import Keywords
 from hfvlm.losses import average_losses, token_losses
-from hfvlm.modeling import DualEncoder, as_features
+from hfvlm.modeling import DualEncoder, as_features, loss_without_labels
 from hfvlm.modules.context import Context
 from hfvlm.outputs import DualEncoderOutput
 
@@ -57,6 +57,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         """Texts `(T, N)`, padded on the right, and their features -> scores of the next tokens, `(T, N, V)`."""
         return self.text_model(input_ids, context=context).logits
 
+    @loss_without_labels
     @can_return_tuple
     def forward(
         self,

@@ -1,5 +1,6 @@
 """Base classes of the models."""
 
+import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -16,9 +17,35 @@ from transformers.utils.output_capturing import OutputRecorder
 from hfvlm.compat import CACHE_NAMES
 from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
 from hfvlm.licences import check_model
-from hfvlm.modules.similarity import LogitScale
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
+from hfvlm.modules.similarity import LogitScale, cosines
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+
+class _Unlisted(str):
+    """A parameter's name in which transformers' Trainer finds no "label"."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return part != "label" and super().__contains__(part)
+
+
+def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a forward whose loss `return_loss` asks for, and whose labels only add to it.
+
+    transformers' Trainer takes every parameter with "label" in its name for one that batches must have before it
+    computes a loss in evaluations. Where labels alone ask for the loss, `label_names=["labels"]` says so.
+    """
+    signature = inspect.signature(forward)
+    parameters = [
+        parameter.replace(name=_Unlisted(name)) if "label" in name else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def other_towers(own: str) -> list[str]:
@@ -28,6 +55,9 @@ def other_towers(own: str) -> list[str]:
 
 # Attention weights of the layers of a tower, not those of its pooling head.
 LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class EveryModule:
@@ -51,6 +81,15 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
+
+    def post_init(self) -> None:
+        """Initialise, with temperatures and what else is to stay exact in float32 from the start, as
+        `from_pretrained` leaves it."""
+        exact = tuple(self._keep_in_fp32_modules_strict or ())
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in exact and any(x.dtype in HALF for x in module.parameters()):
+                module.float()
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -163,7 +202,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     ) -> DualEncoderOutput:
         """The features of images and of texts -> their similarities and, for pairs, the loss."""
         image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
-        logits = self.logit_scale(image_embeds @ text_embeds.t())
+        logits = self.logit_scale(cosines(image_embeds, text_embeds))
         output = DualEncoderOutput(
             logits_per_image=logits,
             logits_per_text=logits.t(),
@@ -187,6 +226,8 @@ class DualEncoder(HfvlmPreTrainedModel):
         """The loss of pairs of embeddings, by the model's own objective or another of `hfvlm.losses`, over one or
         several processes."""
         loss = pair_loss or self.pair_loss
+        if self.training and torch.is_grad_enabled():
+            check_negatives(output.image_embeds.shape[0], rank_and_size(group)[1])
         return loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
@@ -104,15 +105,18 @@ class MultiEncoderOutput(ModelOutput):
         return tuple(name.removesuffix("_embeds") for name in self if name.endswith("_embeds"))
 
     def logits(self, a: str, b: str) -> Tensor:
-        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given.
+        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given, in float32.
 
         Raises:
             ValueError: one was not given.
         """
         if missing := [name for name in (a, b) if name not in self.modalities]:
             raise ValueError(f"No {' and no '.join(missing)} was given to the model.")
-        left, right = (self[f"{name}_embeds"] * self[f"{name}_scale"] for name in (a, b))
-        return left @ right.t()
+        left, right = (self[f"{name}_embeds"] for name in (a, b))
+        wide = torch.promote_types(left.dtype, torch.float32)
+        with torch.autocast(left.device.type, enabled=False):
+            left, right = left.to(wide) * self[f"{a}_scale"].to(wide), right.to(wide) * self[f"{b}_scale"].to(wide)
+            return left @ right.t()
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from hfvlm.adapters import load_model, processor_of
 from hfvlm.media.rows import are_several
 from hfvlm.media_text import MediaTextProcessor
+from hfvlm.ranges import check_generation, check_integer
 
 
 class Captioner:
@@ -22,6 +23,7 @@ class Captioner:
     """
 
     def __init__(self, model: Any, processor: Any, **options: Any):
+        check_generation(options)
         self.model, self.processor, self.options = model.eval(), processor, options
 
     @classmethod
@@ -48,7 +50,10 @@ class Captioner:
 
         Raises:
             MediaError: a picture cannot be read; the message names it.
+            ValueError: a number is out of its range, or there are more or fewer texts than pictures.
         """
+        check_integer("batch_size", batch_size)
+        check_generation(options)
         several = are_several(images)
         sources = images if several else [images]
         asked = None if texts is None else [texts] if isinstance(texts, str) else list(texts)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hfvlm.adapters import load_model, processor_of
+from hfvlm.ranges import check_integer
 
 
 def rerank(
@@ -25,9 +26,10 @@ def rerank(
         arrays; -100 for those that were not looked at.
 
     Raises:
-        ValueError: the model has only embeddings.
+        ValueError: the model has only embeddings, or top_k is no number of candidates.
         MediaError: a picture cannot be read; the message names it.
     """
+    check_integer("top_k", top_k)
     model: Any = load_model(folder, **options).eval()
     if not hasattr(model, "rerank"):
         raise ValueError(f"{folder}: {type(model).__name__} has only embeddings, and cannot look at pairs.")

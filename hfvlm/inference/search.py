@@ -1,10 +1,10 @@
 """Searching what was embedded, with queries of any modality and sums of them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfvlm.inference.embedder import Embedder, combine
+from hfvlm.ranges import check_number
 
 # "snow::0.5" has half the weight of "snow".
 SEPARATOR = "::"
@@ -14,18 +14,15 @@ def weighed(query: str) -> tuple[str, float]:
     """A query and its weight, written behind `::`, by default 1.
 
     Raises:
-        ValueError: what is behind `::` is no number.
+        ValueError: what is behind `::` is no finite number.
     """
     source, separator, weight = query.rpartition(SEPARATOR)
     if not separator:
         return query, 1.0
     try:
-        number = float(weight)
+        return source, check_number("a weight", float(weight))
     except ValueError as error:
         raise ValueError(f"{query!r}: {weight!r} is no weight; write source{SEPARATOR}number.") from error
-    if not math.isfinite(number):
-        raise ValueError(f"{query!r}: {weight!r} is no finite weight.")
-    return source, number
 
 
 def query_vector(

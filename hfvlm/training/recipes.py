@@ -22,12 +22,14 @@ from hfvlm.hub import write_card
 from hfvlm.logs import shows_progress
 from hfvlm.lora_recipes import lora
 from hfvlm.media.rows import load_rows
+from hfvlm.ranges import check_integer, check_number
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
+from hfvlm.training.failures import check_arguments, check_processes
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.outputs import run_output
 from hfvlm.training.recipe_files import checked, read_recipe
@@ -59,6 +61,10 @@ class ModelArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
     four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
 
+    def __post_init__(self) -> None:
+        check_integer("lora_rank", self.lora_rank)
+        check_number("lora_dropout", self.lora_dropout, 0, 1)
+
 
 @dataclass
 class DataArguments:
@@ -85,6 +91,10 @@ class DataArguments:
     id_column: str | None = field(default=None, metadata={"help": "Rows equal there are partners."})
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop keeps."})
 
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None:
+            check_number("crop_scale", self.crop_scale, 0, 1, open_low=True)
+
 
 @dataclass
 class ChatDataArguments:
@@ -99,6 +109,9 @@ class ChatDataArguments:
     data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
     pictures: str = field(default=".", metadata={"help": "The folder that the pictures' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+
+    def __post_init__(self) -> None:
+        check_integer("max_length", self.max_length)
 
 
 def run_recipe(
@@ -127,6 +140,8 @@ def run_recipe(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     arguments = parsed[-1]
+    check_arguments(arguments)
+    check_processes(arguments)
     if resume:
         arguments.resume_from_checkpoint = True
     going_on = bool(arguments.resume_from_checkpoint)
@@ -258,6 +273,11 @@ class CaptionTrainer(RowTrainer):
     """Trains a model by the loss of its `labels`."""
 
     training_inputs = {}
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.args.label_names is None:
+            self.label_names = ["labels"]
 
 
 def train_captions(

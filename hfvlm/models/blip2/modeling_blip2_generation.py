@@ -146,10 +146,10 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         """`(N, D)` and `(A, M)` -> `(A,)`, the sum of the losses of each answer's tokens."""
         real = (candidates != IGNORE).long()
         words = self.get_input_embeddings()(candidates.clamp_min(0))
-        x = torch.cat([asked.expand(len(words), -1, -1), words], dim=1)
-        mask = torch.cat([real.new_ones(len(x), len(asked)), real], dim=1)
+        x = torch.cat([asked.expand(words.shape[0], -1, -1), words], dim=1)
+        mask = torch.cat([real.new_ones(x.shape[0], asked.shape[0]), real], dim=1)
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
-        return token_losses(logits[:, len(asked) - 1 : -1], candidates).sum(dim=1)
+        return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
 
     def token_count_fields(self) -> str:
         return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
@@ -239,13 +239,13 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         embeds = self.merged(input_ids, inputs_embeds, features)
         if labels is None and "decoder_input_ids" not in rest:
             start = self.config.text_config.decoder_start_token_id
-            rest["decoder_input_ids"] = torch.full((len(embeds), 1), start, device=embeds.device)
+            rest["decoder_input_ids"] = torch.full((embeds.shape[0], 1), start, device=embeds.device)
         output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
         return ImageTextSeq2SeqOutput(**output, **as_outputs(features))
 
     def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
         read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
-        told = BaseModelOutput(last_hidden_state=read.expand(len(candidates), -1, -1))
+        told = BaseModelOutput(last_hidden_state=read.expand(candidates.shape[0], -1, -1))
         logits = self.language_model(encoder_outputs=told, labels=candidates).logits
         return token_losses(logits, candidates).sum(dim=1)
 

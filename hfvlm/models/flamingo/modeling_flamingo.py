@@ -96,7 +96,7 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, N, D)`, of all frames -> `(B, num_latents, D)`."""
         patches = self.patches(patches.to(self.latents.dtype))
-        x = self.latents.expand(len(patches), -1, -1)
+        x = self.latents.expand(patches.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=self.post_norm(self.layers(x, patches, **kwargs)))
 
 

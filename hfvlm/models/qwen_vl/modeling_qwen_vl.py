@@ -114,7 +114,7 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
         places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
-        query = (self.query_norm(self.query) + self.position).expand(len(patches), -1, -1)
+        query = (self.query_norm(self.query) + self.position).expand(patches.shape[0], -1, -1)
         x, _ = self.attention(query, context + places, context, **kwargs)
         return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
 

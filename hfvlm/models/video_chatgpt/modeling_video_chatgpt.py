@@ -67,5 +67,5 @@ def average(patches: Tensor, temporal_tokens: int) -> Tensor:
     First each frame's average over its patches, and zeros for the frames that it lacks, which the language model reads
     like the others; then each patch's average over the frames.
     """
-    missing = max(temporal_tokens - len(patches), 0)
+    missing = max(temporal_tokens - patches.shape[0], 0)
     return torch.cat([F.pad(patches.mean(dim=1), (0, 0, 0, missing)), patches.mean(dim=0)])
