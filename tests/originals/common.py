@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hfvlm.converter import conversion_module, empty_model
+from hfvlm.converter import conversion_module, empty_model, fresh_tensors
 from hfvlm.key_table import convert_keys
 
 
@@ -17,10 +17,12 @@ def converted(
     architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str
 ) -> PreTrainedModel:
     """The original's weights in our model, as a user's `from_pretrained` would give it."""
-    rows = conversion_module(architecture).keys_for(config, layout, state_dict)
-    empty = empty_model(config)
-    tensors = convert_keys(state_dict, rows, empty.state_dict())
-    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    module, empty = conversion_module(architecture), empty_model(config)
+    expected = empty.state_dict()
+    fresh = fresh_tensors(module, config, layout, state_dict, expected)
+    rows = module.keys_for(config, layout, state_dict)
+    tensors = convert_keys(state_dict, rows, {key: t for key, t in expected.items() if key not in fresh})
+    tensors = {key: tensor.contiguous().clone() for key, tensor in (tensors | fresh).items()}
     model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info
     assert {type(m) for m in model.modules()} == {type(m) for m in AutoModel.from_config(config).modules()}
