@@ -305,8 +305,8 @@ ID_QUEUE = Row("idx_queue", "teacher.id_queue", unbatched)
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIPConfig:
     """Read the constructor's arguments (none are needed for released files), or transformers' config.json.
 
-    The head is that of the original's `class`, or else the one that the tensors are for. The position of [SEP] in a vocabulary that is not BERT's is no
-    argument of the original's: say it as `sep_token_id`.
+    The head is that of the original's `class`, or else the one that the tensors are for. The position of [SEP] in a
+    vocabulary that is not BERT's is no argument of the original's: say it as `sep_token_id`.
     """
     if original.get("model_type") == "blip":
         return _from_transformers(original)

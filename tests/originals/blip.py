@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
 from hfvlm.tokenization import clean_caption, clean_question
-from tests.golden import Golden, UnknownOptionError
-from tests.originals.common import bert_vocabulary, converted
+from tests.golden import Golden
+from tests.originals.common import bert_vocabulary, converted, made_of
 
 # Their values are those of the weights, or of a fresh start alone.
 ARGUMENTS = (
@@ -89,14 +89,6 @@ def tokens(golden: Golden) -> None:
         assert {name: made_of(fields, name, text) for name in row} == row, text
         for clean in (clean_caption, clean_question):
             assert clean(clean(text)) == clean(text)
-
-
-def made_of(fields: dict[str, Any], name: str, text: str) -> Any:
-    """What a field of that name holds of a text."""
-    for pattern, make in fields.items():
-        if found := re.fullmatch(pattern, name):
-            return make(text, *found.groups())
-    raise UnknownOptionError(f"a row of texts has {name}; the runner knows {', '.join(fields)}")
 
 
 def model_of(golden: Golden, head: str | None = None) -> Any:

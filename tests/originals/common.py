@@ -2,15 +2,21 @@
 
 import importlib.util
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from hfvlm.checkpoints import CheckpointError
 from hfvlm.converter import conversion_module, empty_model, fresh_tensors
-from hfvlm.key_table import convert_keys
+from hfvlm.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.presets import Preset, list_presets, load_preset
+from tests.golden import UnknownOptionError
 
 
 def converted(
@@ -28,6 +34,43 @@ def converted(
     assert {type(m) for m in model.modules()} == {type(m) for m in AutoModel.from_config(config).modules()}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     return model.eval()
+
+
+def made_of(fields: dict[str, Any], name: str, text: str) -> Any:
+    """What a field of that name holds of a text."""
+    for pattern, make in fields.items():
+        if found := re.fullmatch(pattern, name):
+            return make(text, *found.groups())
+    raise UnknownOptionError(f"a row of texts has {name}; the runner knows {', '.join(fields)}")
+
+
+Compose = Callable[[Preset], tuple[Any, list[Table]]]
+
+
+def fitting(architecture: str, stem: str, compose: Compose) -> tuple[Any, list[Table]]:
+    """The configuration and the tables of a released file: those of its own preset, or of the first that fits.
+
+    Raises:
+        AssertionError: no preset fits; it says why the last does not.
+    """
+    released = [preset for preset in map(load_preset, list_presets(architecture)) if "layout" in preset.source]
+    own = [preset for preset in released if preset.name == f"{architecture}/{stem.lower()}"]
+    reason: Exception | None = None
+    for preset in own or released:
+        config, tables, reason = tried(compose, preset)
+        if reason is None:
+            return config, tables
+    raise AssertionError(f"no preset of {architecture} fits {stem or 'the file'}: {reason}") from reason
+
+
+def tried(compose: Compose, preset: Preset) -> tuple[Any, list[Table], Exception | None]:
+    """What `compose` makes of a preset, and why it does not fit."""
+    try:
+        config, tables = compose(preset)
+        convert_tables(tables, empty_model(config).state_dict())
+    except (AssertionError, KeyTableError, CheckpointError, FileNotFoundError, KeyError) as error:
+        return None, [], error
+    return config, tables, None
 
 
 def vocabulary(folder: Path, name: str) -> Path:
