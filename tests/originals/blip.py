@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
 from hfvlm.tokenization import clean_caption, clean_question
-from tests.golden import Golden
+from tests.golden import Golden, UnknownOptionError
 from tests.originals.common import bert_vocabulary, converted, made_of
 
 # Their values are those of the weights, or of a fresh start alone.
@@ -196,6 +196,8 @@ def captions(golden: Golden) -> None:
         calls.compare(golden)
     prompts = processor(text=[processor.prompt] * len(image))
     for name in golden.section("generate"):
+        if f"ids_{name}" not in golden.outputs:
+            raise UnknownOptionError(f"{golden.folder.name}: generate has {name}, whose ids are not stored")
         golden.check(**{f"generate__{name}": ("arguments", "captions"), f"generate__{name}__arguments": GENERATE})
         setting = golden.section(f"generate.{name}")
         generated = model.generate(image, **prompts, **golden.section(f"generate.{name}.arguments"))

@@ -365,6 +365,8 @@ def second_stage(golden: Golden) -> None:
     if "text_input" in golden.section("texts"):
         training(golden, model, processor)
     for name in golden.section("generate"):
+        if f"ids_{name}" not in golden.outputs:
+            raise UnknownOptionError(f"{golden.folder.name}: generate has {name}, whose ids are not stored")
         path = f"generate__{name}"
         golden.check(**{path: (*GENERATE, "samples"), f"{path}__samples": ("prompt",)})
         options = golden.section(f"generate.{name}")
