@@ -12,6 +12,7 @@ if not (Path(__file__).parent / "conversion").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from hfvlm.registry import find_class, register
+from hfvlm.versions import warn_if_untested
 
 __version__ = "0.1.0"
 
@@ -51,4 +52,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"hfvlm has no {name!r}.")
 
 
+warn_if_untested()
 register()
