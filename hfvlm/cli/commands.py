@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|capfilt|eval|train|demo`."""
+"""`hfvlm list|info|convert|export|verify|chat|card|push|embed|search|capfilt|eval|train|demo|doctor`."""
 
 import json
 from collections.abc import Iterable
@@ -11,10 +11,12 @@ from rich.table import Table
 
 import hfvlm
 from hfvlm.cli.console import stderr, stdout
+from hfvlm.cli.doctor import doctor
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architectures
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(doctor)
 
 Folder = Annotated[Path, typer.Argument(help="A folder that convert or save_pretrained wrote.", exists=True)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The new folder.")]
