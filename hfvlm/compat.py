@@ -44,13 +44,19 @@ def cache_of(output: Any) -> Any:
     return output.get(CACHE)
 
 
+def keeps_no_activations(model: PreTrainedModel) -> bool:
+    """Return whether layers run again for their gradients; transformers renamed that from gradient checkpointing."""
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing")
+
+
 def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool | None) -> Cache | None:
     """Return the cache that a decoder's step writes to, made where one is wanted and none is given.
 
     Raises:
         ValueError: one is given in training under gradient checkpointing.
     """
-    if model.is_gradient_checkpointing and model.training and torch.is_grad_enabled():
+    if keeps_no_activations(model) and model.training and torch.is_grad_enabled():
         if cache is not None:
             raise ValueError("Under gradient checkpointing layers run twice, and would write to a cache twice.")
         return None
