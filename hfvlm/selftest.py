@@ -104,7 +104,7 @@ def failures_of(case: Case) -> list[str]:
 def small_model(case: Case) -> PreTrainedModel:
     """Build the model with weights that are large enough for every part to matter."""
     preset = load_preset(f"{case.architecture}/tiny")
-    sizes = preset.config | {"architectures": [case.model_class]}
+    sizes: dict[str, Any] = {**preset.config, "architectures": [case.model_class]}
     for part, changes in case.changes.items():
         known = sizes.get(part, {})
         sizes[part] = (known if changes.get("model_type") in (None, known.get("model_type")) else {}) | changes

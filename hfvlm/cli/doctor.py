@@ -23,7 +23,7 @@ def doctor(
     tests: Annotated[bool, typer.Option(help="Test a small model of each architecture that generates.")] = True,
 ) -> None:
     """Show versions, extras and devices, and test every architecture that generates; exit with 1 if a test fails."""
-    report = {
+    report: dict[str, Any] = {
         "hfvlm": hfvlm.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

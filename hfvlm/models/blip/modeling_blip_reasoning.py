@@ -99,8 +99,8 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         if source is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(source, *args, **kwargs)
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        found = cls.config_class.get_config_dict(source, **place)[0].get("architectures") or [cls.__name__]
-        other = find_class(found[0]) if found[0] != cls.__name__ else None
+        found = HfvlmBLIPConfig.get_config_dict(source, **place)[0].get("architectures") or [cls.__name__]
+        other: Any = find_class(found[0]) if found[0] != cls.__name__ else None
         if getattr(other, "config_class", None) is not cls.config_class:
             return super().from_pretrained(source, *args, **kwargs)
         with_info = {"output_loading_info": kwargs.pop("output_loading_info", False)}
@@ -122,11 +122,11 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         config = copy.deepcopy(other.config)
         config.architectures = [cls.__name__]
         config.vision_config.projection_dim = config.text_config.projection_dim = None
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for key, tensor in other.state_dict().items():
             if re.match(r"(vision_model|text_model)\.(?!projection\.)", key):
                 tensors |= {name: tensor.detach().clone() for name in _pair_names(key)}
-        info = {"output_loading_info": output_loading_info}
+        info: dict[str, Any] = {"output_loading_info": output_loading_info}
         return super().from_pretrained(None, config=config, state_dict=tensors, dtype=other.dtype, **info)
 
     def get_input_embeddings(self) -> nn.Module:
