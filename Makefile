@@ -1,13 +1,16 @@
-# Everything runs in .venv, which is made anew when pyproject.toml or constraints.txt change.
+# Everything runs in .venv, with the known-good set of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
 OLDEST := 5.4.0
+# What `test-newest` is to install otherwise than its newest release, such as a torch without GPU libraries.
+NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest check format wheel clean
+.PHONY: help demo test test-fast test-oldest test-newest test-matrix check format wheel clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,10 +24,18 @@ test: $(VENV)/.dev ## set up, then run all tests
 test-fast: $(VENV)/.dev ## run the tests of a few seconds each
 	$(PYTEST) -m "not slow"
 
-test-oldest: ## run all tests on the oldest transformers that pyproject.toml allows
-	$(MAKE) VENV=.venv-oldest .venv-oldest/.dev
-	.venv-oldest/bin/python -m pip install --quiet transformers==$(OLDEST)
-	$(MAKE) VENV=.venv-oldest test
+test-oldest: $(VENV)/.dev ## run all tests on the oldest transformers that pyproject.toml allows
+	$(BIN)/python -m tests.matrix --base $(VENV) --versions $(OLDEST) --all
+
+test-newest: ## run all tests on the newest release of everything; warnings are reported, not fatal
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]' $(NEWEST)
+	.venv-newest/bin/python $(INSTALL) --upgrade transformers $(NEWEST)
+	.venv-newest/bin/python $(INSTALL) --no-deps open_clip_torch==3.3.0
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses 2 --quiet --pythonwarnings default
+
+test-matrix: $(VENV)/.dev ## run generation, contracts and goldens on five versions of transformers
+	$(BIN)/python -m tests.matrix --base $(VENV)
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -36,20 +47,22 @@ format: $(VENV)/.dev ## put the code into shape
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/.dev ## build the package into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-oldest dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-newest .venv-matrix dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[demo]'
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 # open_clip's wheel brings OpenAI's vocabulary file, for the tokenizer's goldens; it is never imported.
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[dev]'
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch==3.3.0
 	@touch $@

@@ -3,7 +3,7 @@
 Source: https://github.com/salesforce/BLIP at 056a169.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
 from torch import Tensor
 
-from hfvlm.key_table import Row, flat, scalar, split, tied, transpose, unbatched
+from hfvlm.key_table import Row, fit, flat, scalar, split, tied, transpose, unbatched
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 
@@ -24,12 +24,30 @@ NATIVE = {
 }
 
 
+# The authors' classes; any of them loads the file of another, as far as it has its parts.
+CLASSES = {
+    "BLIP_Base": "HfvlmBLIPModel",
+    "BLIP_Decoder": "HfvlmBLIPForConditionalGeneration",
+    "BLIP_ITM": "HfvlmBLIPForImageTextRetrieval",
+    "BLIP_NLVR": "HfvlmBLIPForVisualReasoning",
+    "BLIP_Pretrain": "HfvlmBLIPForPreTraining",
+    "BLIP_Retrieval": "HfvlmBLIPForImageTextRetrieval",
+    "BLIP_VQA": "HfvlmBLIPForQuestionAnswering",
+}
+# Parameters that begin anew in a model that begins with the file of another class, and what a file calls them.
+FRESH = {
+    "HfvlmBLIPForVisualReasoning": {"classifier.": "cls_head.", ".merge_layer.": ".merge_layer."},
+    "HfvlmBLIPForRetrievalTraining": {"teacher.id_queue": "idx_queue", "teacher.pointer": "ptr_queue"},
+}
+
+
 def layout_of(original: Mapping[str, Any]) -> str:
     return "transformers" if original.get("model_type") == "blip" else "salesforce"
 
 
 def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, "salesforce" or "transformers", for the head in `config.architectures`."""
+    """Give the rows for a file of `layout`, "salesforce" or "transformers", for the head in `config.architectures`;
+    with `keys`, also for a file of another head that has the parts of this one."""
     vision = native_vision_rows() if layout == "transformers" else vision_rows("visual_encoder", "vision_model")
     head = head_of(config)
     if layout == "transformers" and head not in NATIVE:
@@ -44,7 +62,37 @@ def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable
         "HfvlmBLIPForPreTraining": [*pretraining_rows(), *matching_rows(config), *teacher_rows("queue_ptr")],
         "HfvlmBLIPForVisualReasoning": pair_rows("text_encoder", "text_model"),
     }
-    return [*vision, *heads[head]]
+    rows = [*vision, *heads[head]]
+    theirs = None if layout == "transformers" else head_of_another(config, keys)
+    if theirs is None:
+        return rows
+    if head == "HfvlmBLIPForVisualReasoning":
+        rows = [*vision, *both_rows("text_encoder", "text_model")]
+    return [*(row._replace(optional=True) for row in rows), *unread_rows(rows, heads[theirs], keys)]
+
+
+def head_of_another(config: HfvlmBLIPConfig, keys: Iterable[str]) -> str | None:
+    """Give the head that a file's keys are for, if it is not the configuration's."""
+    head = head_of(config)
+    keys = {key for key in keys if key.startswith(("text_encoder.", "text_decoder.", "itm_head."))}
+    own = "HfvlmBLIPForImageTextRetrieval" if head == "HfvlmBLIPForRetrievalTraining" else head
+    theirs = _head_of_file(keys) if keys else own
+    return None if theirs == own else theirs
+
+
+def fresh_parameters(config: HfvlmBLIPConfig, layout: str, keys: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """Name the parameters that begin anew, as in the original, since a file of another head lacks them."""
+    fresh, keys = FRESH.get(head_of(config), {}), list(keys)
+    if layout == "transformers" or head_of_another(config, keys) is None:
+        return []
+    missing = [ours for ours, theirs in fresh.items() if not any(theirs in key for key in keys)]
+    return [name for name in expected if any(part in name for part in missing)]
+
+
+def unread_rows(rows: list[Row], theirs: list[Row], keys: Iterable[str]) -> list[Row]:
+    """Drop what another head's table knows and this one's does not."""
+    theirs = [*theirs, *(Row(name, None) for name in ("vision_proj.{}", "text_proj.{}", "temp"))]
+    return [Row(key, None) for key in keys if not fit([key], rows) and fit([key], theirs)]
 
 
 def head_of(config: HfvlmBLIPConfig) -> str:
@@ -190,9 +238,23 @@ def pair_rows(source: str, target: str) -> list[Row]:
             Row(f"{theirs}.output.dense{i}.{{}}", f"{ours}.{place}.out_proj.{{}}"),
         )
     ]
+    return [*text_rows(source, target)[: -len(ATTENTION)], *pairs, *merging_rows(theirs, ours)]
+
+
+def both_rows(source: str, target: str) -> list[Row]:
+    """NLVR2's encoder out of one that attends to one image: both cross-attentions begin with the one that is there."""
+    theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
+    pairs = [
+        row(f"{theirs}.{part}.{{}}", *(f"{ours}.{place}{name}.{{}}" for place in ("first", "second")))
+        for part, name in ATTENTION.items()
+        if not name.endswith("_norm")
+    ]
+    return [*text_rows(source, target)[: -len(ATTENTION)], *pairs, *merging_rows(theirs, ours)]
+
+
+def merging_rows(theirs: str, ours: str) -> list[Row]:
+    """What is done with the two cross-attentions' outputs, and the head."""
     return [
-        *text_rows(source, target)[: -len(ATTENTION)],
-        *pairs,
         Row(f"{theirs}.output.merge_layer.{{}}", f"{ours}.merge_layer.{{}}", optional=True),
         Row(f"{theirs}.output.LayerNorm.{{}}", f"{ours}_norm.{{}}"),
         Row("cls_head.{}.{}", "classifier.{}.{}"),
@@ -241,10 +303,10 @@ ID_QUEUE = Row("idx_queue", "teacher.id_queue", unbatched)
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIPConfig:
-    """The constructor's arguments (none are needed for released files), or transformers' config.json.
+    """Read the constructor's arguments (none are needed for released files), or transformers' config.json.
 
-    The head is the one that the tensors are for. The position of [SEP] in a vocabulary that is not BERT's is no
-    argument of the original's: say it as `sep_token_id`.
+    The head is that of the original's `class`, or else the one that the tensors are for. The position of [SEP] in a
+    vocabulary that is not BERT's is no argument of the original's: say it as `sep_token_id`.
     """
     if original.get("model_type") == "blip":
         return _from_transformers(original)
@@ -254,7 +316,8 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     check_options("BLIP's med_config", med, MED_FIELDS)
     check_options("BLIP's vision transformer", vit, ("patch_size", "embed_dim", "depth", "num_heads"))
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
-    head, joint = _head_of_file(shapes), shapes.get("vision_proj.weight", (None,))[0]
+    head = CLASSES.get(original.get("class", "").rpartition(".")[2]) or _head_of_file(shapes)
+    joint = shapes.get("vision_proj.weight", (None,))[0] if head in JOINT else None
     vision = _vision_config(shapes, arguments, joint)
     if head in ("HfvlmBLIPForQuestionAnswering", "HfvlmBLIPForVisualReasoning") or vision.hidden_size == 1024:
         vision.drop_path_rate = 0.1
@@ -285,15 +348,22 @@ MED_FIELDS = (
 )
 
 
-def _head_of_file(shapes: Mapping[str, Any]) -> str:
-    encoder, decoder = (any(key.startswith(part) for key in shapes) for part in ("text_encoder.", "text_decoder."))
-    if "cls_head.0.weight" in shapes:
+# The heads whose towers have projections to a joint space.
+JOINT = (
+    *("HfvlmBLIPModel", "HfvlmBLIPForImageTextRetrieval", "HfvlmBLIPForRetrievalTraining"),
+    "HfvlmBLIPForPreTraining",
+)
+
+
+def _head_of_file(keys: Collection[str]) -> str:
+    encoder, decoder = (any(key.startswith(part) for key in keys) for part in ("text_encoder.", "text_decoder."))
+    if any(".crossattention.self0." in key for key in keys):
         return "HfvlmBLIPForVisualReasoning"
     if encoder and decoder:
-        return "HfvlmBLIPForPreTraining" if "itm_head.weight" in shapes else "HfvlmBLIPForQuestionAnswering"
+        return "HfvlmBLIPForPreTraining" if "itm_head.weight" in keys else "HfvlmBLIPForQuestionAnswering"
     if decoder:
         return "HfvlmBLIPForConditionalGeneration"
-    return "HfvlmBLIPForImageTextRetrieval" if "itm_head.weight" in shapes else "HfvlmBLIPModel"
+    return "HfvlmBLIPForImageTextRetrieval" if "itm_head.weight" in keys else "HfvlmBLIPModel"
 
 
 def _vision_config(

@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "conversion").exists():
 
 from hfvlm.logs import logger as logger  # which follows transformers' verbosity
 from hfvlm.registry import architectures, find_class, register
+from hfvlm.versions import warn_if_untested
 
 __version__ = "0.1.0"
 
@@ -60,4 +61,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY, *(name for each in architectures().values() for name in each.names)})
 
 
+warn_if_untested()
 register()

@@ -60,8 +60,9 @@ def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool 
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Return whether a model's layers compute their activations again in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    """Return whether layers run again for their gradients, by the name that transformers has for it."""
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing")
 
 
 def causal_mask(config: PreTrainedConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -187,13 +187,31 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of all sources under the model's names, every key accounted for."""
+    expected = model.state_dict()
+    fresh = fresh_tensors(plan.module, plan.config, plan.layout, sources["main"].tensors, expected)
     try:
-        parts = convert_tables(tables_for(plan, sources), model.state_dict())
+        parts = convert_tables(tables_for(plan, sources), {k: t for k, t in expected.items() if k not in fresh})
     except KeyTableError as error:
         main = sources["main"]
         error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {_likely(main)} "
         raise
-    return {key: tensor for part in parts for key, tensor in part.items()}
+    if fresh:
+        logger.warning(f"The file has nothing for {', '.join(fresh)}: begun anew, to be trained.")
+    return {key: tensor for part in (*parts, fresh) for key, tensor in part.items()}
+
+
+def fresh_tensors(
+    module: ModuleType, config: PreTrainedConfig, layout: str, keys: Iterable[str], expected: Iterable[str]
+) -> dict[str, Tensor]:
+    """Begin the parameters anew that an architecture says a file need not have, the same way each time."""
+    name = getattr(module, "fresh_parameters", None)
+    names = name(config, layout, keys, expected) if name else []
+    if not names:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        begun = AutoModel.from_config(config).state_dict()
+    return {name: begun[name] for name in names}
 
 
 def tables_for(plan: Plan, sources: Mapping[str, Source]) -> list[Table]:

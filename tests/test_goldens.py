@@ -18,5 +18,6 @@ def test_equals_the_original(folder):
     if name not in architectures() and name not in RUNNERS:
         pytest.skip(f"hfvlm has no architecture called {name!r} yet")
     importlib.import_module(f"tests.originals.{name}").compare(golden)
+    assert golden.checked, "the runner does not check a case's options"
     forgotten = sorted(set(golden.outputs) - golden.compared)
     assert not forgotten, f"stored outputs that nothing was compared with: {forgotten}"

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|merge|verify|chat|card|push|embed|search|capfilt|eval|train|demo`.
+"""`hfvlm list|info|convert|export|merge|verify|chat|card|push|embed|search|capfilt|eval|train|demo|doctor`.
 
 A command's module is imported with the command line; what a command works with, as torch, when it runs.
 """
@@ -10,6 +10,7 @@ import typer
 import hfvlm
 from hfvlm.cli import catalogue, datasets, folders, models
 from hfvlm.cli.console import begin, say
+from hfvlm.cli.doctor import doctor
 
 # Plain help and errors: a frame around them would break the lines that are to be copied.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -42,3 +43,4 @@ app.command()(datasets.search)
 app.command("eval")(datasets.evaluate)
 app.command()(models.train)
 app.command()(models.demo)
+app.command()(doctor)

@@ -12,6 +12,7 @@ from transformers import (
 
 import hfvlm
 from hfvlm.compat import cache_of
+from hfvlm.key_table import KeyTableError
 from hfvlm.models.blip import (
     HfvlmBLIPConfig,
     HfvlmBLIPForConditionalGeneration,
@@ -30,6 +31,7 @@ from hfvlm.models.blip import (
 from hfvlm.models.blip.modeling_blip_momentum import Teacher
 from hfvlm.modules.context import Context
 from hfvlm.presets import load_preset
+from tests.golden import OURS, Golden
 from tests.processes import run_processes
 from tests.suite import ModelSuite, close, same, tensors
 
@@ -451,6 +453,68 @@ class TestVisualReasoning(ModelSuite):
     def test_the_order_of_the_pictures_matters(self, model, batch):
         other = model(**batch | {"pixel_values": batch["pixel_values"].flip(1)}).logits
         assert (model(**batch).logits - other).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("head", ["HfvlmBLIPForPreTraining", "HfvlmBLIPForImageTextRetrieval", "HfvlmBLIPModel"])
+    def test_begins_with_a_model_of_single_images(self, head, tmp_path):
+        small = config(head)
+        small.text_config.num_hidden_layers = 8
+        other = AutoModel.from_config(small).eval()
+        other.save_pretrained(tmp_path)
+        begun, info = HfvlmBLIPForVisualReasoning.from_pretrained(tmp_path, output_loading_info=True)
+        assert {name.split(".")[-3] if "merge" in name else "classifier" for name in info["missing_keys"]} == {
+            "cross_attention",
+            "classifier",
+        }
+        assert all("merge_layer" in name or name.startswith("classifier") for name in info["missing_keys"])
+        for one, two in zip(other.text_model.layers, begun.text_model.layers, strict=True):
+            for pair in (two.cross_attention.first, two.cross_attention.second):
+                same(tensors(pair.state_dict()), tensors(one.cross_attention.state_dict()))
+        # Twice the same image, in layers that average, is the image once.
+        begun.text_model.layers = begun.text_model.layers[:6]
+        other.text_model.layers = other.text_model.layers[:6]
+        image = torch.randn(2, 3, 24, 24)
+        context = Context(other.vision_model(image).last_hidden_state)
+        twice = Context(torch.cat([context.tokens, context.tokens], dim=1))
+        close(
+            begun.eval().text_model.ground(IDS, MASK, twice).last_hidden_state,
+            other.text_model.ground(IDS, MASK, context).last_hidden_state,
+            1e-5,
+            "tokens",
+        )
+        begun.save_pretrained(tmp_path / "begun")
+        again = HfvlmBLIPForVisualReasoning.from_pretrained(tmp_path / "begun")
+        assert type(again) is HfvlmBLIPForVisualReasoning
+
+    @pytest.mark.parametrize("case", ["pretrain-base", "itm-base", "retrieval-base", "features-base"])
+    def test_converts_from_the_file_of_a_model_of_single_images(self, case, tmp_path):
+        """As the authors' loader reads it; what such a file lacks begins anew, the same way each time."""
+        golden = Golden(OURS / "blip" / case)
+        torch.save({"model": golden.state_dict}, tmp_path / "model.pth")
+        original = {"class": "models.blip_nlvr.BLIP_NLVR", "sep_token_id": 3, "arguments": golden.case["arguments"]}
+        made = [
+            hfvlm.convert(tmp_path / "model.pth", "blip", tmp_path / name, original=original, vocabulary="none")
+            for name in ("one", "two")
+        ]
+        one, two = (AutoModel.from_pretrained(folder, output_loading_info=True) for folder in made)
+        assert type(one[0]) is HfvlmBLIPForVisualReasoning
+        assert not any(one[1].values())
+        same(one[0].state_dict(), two[0].state_dict(), exact=True)
+        theirs = golden.state_dict["text_encoder.encoder.layer.1.crossattention.self.key.weight"]
+        pair = one[0].text_model.layers[1].cross_attention
+        assert torch.equal(pair.first.k_proj.weight, theirs)
+        assert torch.equal(pair.second.k_proj.weight, theirs)
+
+    def test_does_not_convert_from_a_captioner(self, tmp_path):
+        golden = Golden(OURS / "blip" / "caption-base")
+        torch.save({"model": golden.state_dict}, tmp_path / "model.pth")
+        original = {"class": "models.blip_nlvr.BLIP_NLVR", "arguments": golden.case["arguments"]}
+        with pytest.raises(KeyTableError, match="left unfilled: text_model"):
+            hfvlm.convert(tmp_path / "model.pth", "blip", tmp_path / "out", original=original, vocabulary="none")
+
+    def test_does_not_begin_with_a_captioner(self, tmp_path):
+        AutoModel.from_config(config("HfvlmBLIPForConditionalGeneration", None)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="no text encoder"):
+            HfvlmBLIPForVisualReasoning.from_pretrained(tmp_path)
 
     def test_upper_layers_learn_to_merge(self, model):
         merging = [hasattr(layer.cross_attention, "merge_layer") for layer in model.text_model.layers]

@@ -12,20 +12,28 @@ from hfvlm.tensor_bundle import variable_names
 from tests.golden import Golden, Recorder
 from tests.originals.common import bert_vocabulary, converted
 
+# Those that the shapes of the weights say as well, and that is where they are read.
+IN_SHAPES = ("txt_encoder_name", "embed_dim", "seq_length", "vocab_size", "temperature")
+ARGUMENTS = (*IN_SHAPES, "img_encoder_name", "efficientnet", "bert_config")
+EFFICIENTNET = ("width_coefficient", "depth_coefficient", "depth_divisor", "blocks_args")
+BERT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+SIZES = {"resize_size": "resized", "crop_size": "size", "image_size": "size"}
+
 
 def compare(golden: Golden) -> None:
-    if "files" in golden.case:
-        pixels(golden)
-    elif "texts" in golden.case:
-        tokens(golden)
-    else:
+    if golden.state_dict:
         model_outputs(golden)
+    elif "files" in golden.case:
+        pixels(golden)
+    else:
+        tokens(golden)
 
 
 def pixels(golden: Golden) -> None:
-    edge, size = map(int, re.findall(r"(\d+)x\1", golden.case["sizes"]))
-    processor = HfvlmALIGNImageProcessor(resized=edge, size=size)
-    step = golden.case["stride"]
+    golden.check(arguments=SIZES)
+    sizes = {SIZES[name]: value for name, value in golden.section("arguments").items()}
+    processor = HfvlmALIGNImageProcessor(**sizes)
+    step = golden.case.get("stride", 1)
     for name, file in golden.case["files"].items():
         values = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]
         golden.compare(name, values[:, ::step, ::step])
@@ -34,14 +42,16 @@ def pixels(golden: Golden) -> None:
 
 
 def tokens(golden: Golden) -> None:
-    tokenizer = HfvlmALIGNTokenizer.from_vocabulary(bert_vocabulary(golden.folder))
+    golden.check(arguments=("seq_length",))
+    length = {"model_max_length": golden.section("arguments").get("seq_length", 64)}
+    tokenizer = HfvlmALIGNTokenizer.from_vocabulary(bert_vocabulary(golden.folder), **length)
     for row in golden.case["texts"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
 
 
 def original_weights(golden: Golden) -> dict[str, Tensor]:
     """By the names of the variables; where there is a real checkpoint, that must hold the same."""
-    names = variable_names({key: golden.case["variables"].get(key, key) for key in golden.state_dict})
+    names = variable_names({key: golden.section("variables").get(key, key) for key in golden.state_dict})
     weights = {names[key]: tensor for key, tensor in golden.state_dict.items()}
     for index in golden.folder.glob("*.index"):
         stored = read_checkpoint(index).tensors
@@ -51,11 +61,13 @@ def original_weights(golden: Golden) -> dict[str, Tensor]:
 
 
 def model_outputs(golden: Golden) -> None:
+    golden.check(arguments=ARGUMENTS, arguments__efficientnet=EFFICIENTNET, arguments__bert_config=BERT)
     weights = original_weights(golden)
     config = config_from_original(golden.case, weights)
     model = converted("align", weights, config, layout_of(golden.case))
     image = golden.inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
-    text = {name: golden.inputs[name].long() for name in ("input_ids", "attention_mask", "token_type_ids")}
+    text = {name: golden.inputs[name].long() for name in ("input_ids", "token_type_ids") if name in golden.inputs}
+    text["attention_mask"] = golden.mask().long()
     paths = {name: path for name in golden.in_order() if (path := module_path(name, model))}
     with torch.no_grad(), Recorder(model, sorted({path.removesuffix(":input") for path in paths.values()})) as seen:
         output = model(pixel_values=image, **text, output_hidden_states=True, return_loss=True)
@@ -97,7 +109,7 @@ def losses(logits: Tensor, smoothing: float) -> dict[str, Tensor]:
 
 def stored_part(golden: Golden, name: str, value: Tensor) -> Tensor:
     """What the meaning of an output says was kept of it."""
-    meaning = golden.case["outputs"][name]["meaning"]
+    meaning = golden.description(name).get("meaning", "")
     if step := re.search(r"\[:1, ::(\d+), ::\1\]", meaning):
         return value[:1, :: int(step[1]), :: int(step[1])]
     return value[:1] if "sample 0 only" in meaning else value

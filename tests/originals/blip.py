@@ -1,42 +1,57 @@
 import re
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import torch
-from hfvlm.conversion.blip import config_from_original
+from hfvlm.conversion.blip import MED_FIELDS, config_from_original
 from torch import Tensor
 from torch.nn import functional as F
 
 from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
 from hfvlm.tokenization import clean_caption, clean_question
-from tests.golden import Golden
-from tests.originals.common import bert_vocabulary, converted
+from tests.golden import Golden, UnknownOptionError
+from tests.originals.common import bert_vocabulary, converted, made_of
+
+# Their values are those of the weights, or of a fresh start alone.
+ARGUMENTS = (
+    *("image_size", "vit", "create_vit_override", "med_config", "prompt", "embed_dim", "queue_size", "momentum"),
+    *("negative_all_rank", "vit_grad_ckpt", "vit_ckpt_layer"),
+)
+GENERATE = ("num_beams", "max_length", "min_length", "repetition_penalty")
+# The original's default.
+PROMPT = "a picture of "
 
 
 def compare(golden: Golden) -> None:
-    if "sizes" in golden.case:
-        pixels(golden)
-    elif "class" not in golden.case:
-        tokens(golden)
-    else:
-        classes = {
-            "BLIP_Base": features,
-            "BLIP_Decoder": captions,
-            "BLIP_ITM": matching,
-            "BLIP_NLVR": reasoning,
-            "BLIP_Pretrain": pretraining,
-            "BLIP_Retrieval": retrieval if "k_test" in golden.case else momentum_retrieval,
-            "BLIP_VQA": answers,
-        }
-        classes[golden.case["class"].rpartition(".")[2]](golden)
+    if not golden.state_dict:
+        golden.check()
+        return pixels(golden) if "files" in golden.case else tokens(golden)
+    golden.check(
+        arguments=ARGUMENTS,
+        arguments__med_config=MED_FIELDS,
+        arguments__create_vit_override=("patch_size", "embed_dim", "depth", "num_heads"),
+        generate=golden.section("generate"),
+    )
+    classes = {
+        "BLIP_Base": features,
+        "BLIP_Decoder": captions,
+        "BLIP_ITM": matching,
+        "BLIP_NLVR": reasoning,
+        "BLIP_Pretrain": pretraining,
+        "BLIP_Retrieval": retrieval if "k_test" in golden.case else momentum_retrieval,
+        "BLIP_VQA": answers,
+    }
+    return classes[golden.case["class"].rpartition(".")[2]](golden)
 
 
 def pixels(golden: Golden) -> None:
     case = golden.case
+    normalisation = {f"image_{name}": case[name] for name in ("mean", "std") if name in case}
     for name, file in case["files"].items():
         for size, stride in case["stride"].items():
-            processor = HfvlmBLIPImageProcessor(size=int(size), image_mean=case["mean"], image_std=case["std"])
+            processor = HfvlmBLIPImageProcessor(size=int(size), **normalisation)
             image = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]
             golden.compare(f"{name}@{size}", image[:, ::stride, ::stride])
             exact = image.double().flatten(1)
@@ -46,39 +61,49 @@ def pixels(golden: Golden) -> None:
 def tokens(golden: Golden) -> None:
     path = bert_vocabulary(golden.folder)
     tokenizer = HfvlmBLIPTokenizer.from_vocabulary(path, model_max_length=512)
-    for name, token_id in golden.case["special_ids"].items():
+    for name, token_id in golden.section("special_ids").items():
         assert tokenizer.convert_tokens_to_ids(name.split()[0]) == token_id
-    prompt = next(name for name in golden.case if name.startswith("prompt '"))
-    assert tokenizer(prompt.split("'")[1])["input_ids"] == golden.case[prompt]
-    padded = {"padding": "max_length", "truncation": True, "max_length": 35}
-    caption = HfvlmBLIPTokenizer.from_vocabulary(path, clean="caption", model_max_length=40, max_words=50)
-    shorter = HfvlmBLIPTokenizer.from_vocabulary(path, clean="caption", max_words=30)
-    question = HfvlmBLIPTokenizer.from_vocabulary(path, clean="question", max_words=50)
+    for name, ids in golden.case.items():
+        if prompt := re.fullmatch(r"prompt '(.*)' ids", name):
+            assert tokenizer(prompt[1])["input_ids"] == ids
+
+    @cache
+    def cleaning(kind: str, longest: int, words: int) -> HfvlmBLIPTokenizer:
+        return HfvlmBLIPTokenizer.from_vocabulary(path, clean=kind, model_max_length=longest, max_words=words)
+
+    # What a row's field holds says what was done to its text.
+    fields = {
+        r"ids": lambda text: tokenizer(text)["input_ids"],
+        r"ids_padded_(\d+)": lambda text, size: tokenizer(
+            text, padding="max_length", truncation=True, max_length=int(size)
+        )["input_ids"],
+        r"pre_(caption|question)(?:_max_words_(\d+))?": lambda text, kind, words: cleaning(
+            kind, 512, int(words or 50)
+        )._cleaned(text),
+        r"ids_of_pre_(caption|question)(?:_max_words_(\d+))?(?:_max_length_(\d+))?": (
+            lambda text, kind, words, size: cleaning(kind, int(size or 512), int(words or 50))(text)["input_ids"]
+        ),
+    }
     for row in golden.case["texts"]:
-        text = row["text"]
-        assert tokenizer(text)["input_ids"] == row["ids"], text
-        assert tokenizer(text, **padded)["input_ids"] == row["ids_padded_35"], text
-        assert caption._cleaned(text) == row["pre_caption"], text
-        assert shorter._cleaned(text) == row["pre_caption_max_words_30"], text
-        assert question._cleaned(text) == row["pre_question"], text
-        assert caption(text)["input_ids"] == row["ids_of_pre_caption_max_length_40"], text
-        assert clean_caption(clean_caption(text)) == clean_caption(text)
-        assert clean_question(clean_question(text)) == clean_question(text)
+        text = row.pop("text")
+        assert {name: made_of(fields, name, text) for name in row} == row, text
+        for clean in (clean_caption, clean_question):
+            assert clean(clean(text)) == clean(text)
 
 
 def model_of(golden: Golden, head: str | None = None) -> Any:
     """The original's weights in our model, without dropout, since the cases were made without."""
-    vocabulary = (golden.folder / "vocab.txt").read_text().splitlines()
-    case = golden.case | {"sep_token_id": vocabulary.index("[SEP]")}
+    case = dict(golden.case)
+    if (words := golden.folder / "vocab.txt").exists():
+        case["sep_token_id"] = words.read_text(encoding="utf-8").splitlines().index("[SEP]")
     config = config_from_original(case, golden.state_dict)
     config.text_config.hidden_dropout = config.text_config.attention_dropout = 0.0
     config.vision_config.drop_path_rate = 0.0
     if head:
         config.architectures = [head]
     model = converted("blip", golden.state_dict, config, "salesforce")
-    if (size := case["arguments"].get("image_size", model.config.vision_config.image_size)) != (
-        model.config.vision_config.image_size
-    ):
+    own = model.config.vision_config.image_size
+    if (size := golden.section("arguments").get("image_size", own)) != own:
         model.vision_model.resize_positions(size)
     return model
 
@@ -133,7 +158,8 @@ class Calls:
 
 
 def text(golden: Golden, name: str = "text") -> tuple[Tensor, Tensor]:
-    return golden.inputs[f"{name}.input_ids"], golden.inputs[f"{name}.attention_mask"]
+    ids = f"{name}.input_ids"
+    return golden.inputs[ids], golden.mask(f"{name}.attention_mask", ids)
 
 
 @torch.no_grad()
@@ -147,7 +173,8 @@ def features(golden: Golden) -> None:
     both = model.get_multimodal_features(ids, image, mask).last_hidden_state
     golden.compare("multimodal_embeds", both)
     golden.compare("text_encoder.encoder.layer.0 (multimodal)", calls("text_encoder.encoder.layer.0", 1))
-    ids, mask = text(golden, "padded")
+    if "padded.input_ids" in golden.inputs:
+        ids, mask = text(golden, "padded")
     golden.compare("padded_text_embeds", model.text_model(ids, mask).last_hidden_state)
     golden.compare("padded_multimodal_embeds", model.text_model.ground(ids, mask, Context(tokens)).last_hidden_state)
     calls.compare(golden)
@@ -156,21 +183,27 @@ def features(golden: Golden) -> None:
 @torch.no_grad()
 def captions(golden: Golden) -> None:
     model, image = model_of(golden), golden.inputs["image"]
-    processor = processor_of(golden, golden.case["arguments"].get("prompt", "a picture of "))
+    processor = processor_of(golden, golden.section("arguments").get("prompt", PROMPT))
     calls = Calls(model)
-    texts = [text.removeprefix(processor.prompt) for text in golden.case["texts"]["caption"]]
-    inputs = processor.captions(list(image), texts)
-    assert torch.equal(inputs["input_ids"][:, 1:], text(golden)[0][:, 1:])
-    golden.compare("decoder_targets", inputs["labels"])
-    output = model(image, *text(golden), inputs["labels"])
-    golden.compare("loss_lm", output.loss)
-    golden.compare("decoder_logits", output.logits)
-    calls.compare(golden)
+    if "text.input_ids" in golden.inputs:
+        texts = [text.removeprefix(processor.prompt) for text in golden.case["texts"]["caption"]]
+        inputs = processor.captions(list(image), texts)
+        assert torch.equal(inputs["input_ids"][:, 1:], text(golden)[0][:, 1:])
+        golden.compare("decoder_targets", inputs["labels"])
+        output = model(image, *text(golden), inputs["labels"])
+        golden.compare("loss_lm", output.loss)
+        golden.compare("decoder_logits", output.logits)
+        calls.compare(golden)
     prompts = processor(text=[processor.prompt] * len(image))
-    for name, setting in golden.case["generate"].items():
-        written = model.generate(image, **prompts, **setting["arguments"])
-        golden.compare(f"ids_{name}", written)
-        assert processor.decode_captions(written) == setting["captions"]
+    for name in golden.section("generate"):
+        if f"ids_{name}" not in golden.outputs:
+            raise UnknownOptionError(f"{golden.folder.name}: generate has {name}, whose ids are not stored")
+        golden.check(**{f"generate__{name}": ("arguments", "captions"), f"generate__{name}__arguments": GENERATE})
+        setting = golden.section(f"generate.{name}")
+        generated = model.generate(image, **prompts, **golden.section(f"generate.{name}.arguments"))
+        golden.compare(f"ids_{name}", generated)
+        if "captions" in setting:
+            assert processor.decode_captions(generated) == setting["captions"]
 
 
 def processor_of(golden: Golden, prompt: str = "") -> HfvlmBLIPProcessor:
@@ -193,7 +226,8 @@ def matching(golden: Golden) -> None:
     # Its class leaves [CLS] where training and evaluation have [ENC].
     golden.compare("itm_output", model.itm_head(model.text_model(ids, mask, Context(tokens)).pooler_output))
     output = model(ids, image, mask)
-    golden.compare("itc_sim", output.logits_per_image)
+    # Cosines, also of a file that holds the temperature of a training.
+    golden.compare("itc_sim", output.image_embeds @ output.text_embeds.t())
     golden.compare("text_encoder.last_hidden_state (text mode)", output.text_model_output.last_hidden_state)
     golden.compare("vision_proj", output.vision_model_output.pooler_output)
     golden.compare("text_proj", output.text_model_output.pooler_output)
@@ -208,10 +242,11 @@ def reasoning(golden: Golden) -> None:
     first, second = golden.inputs["image"].chunk(2)
     order = torch.arange(len(first)).repeat_interleave(2) + torch.tensor([0, len(first)]).repeat(len(first))
     calls = Calls(model)
-    output = model(torch.stack([first, second], dim=1), *text(golden), golden.inputs["targets"])
+    output = model(torch.stack([first, second], dim=1), *text(golden), golden.inputs.get("targets"))
     golden.compare("prediction", output.logits)
-    golden.compare("loss", output.loss)
-    # The original's pictures are all the first ones, then all the second ones.
+    if output.loss is not None:
+        golden.compare("loss", output.loss)
+    # The original's images are all the first ones, then all the second ones.
     for name in golden.in_order():
         if name.startswith("visual_encoder."):
             golden.compare(name, calls(name)[order.argsort()])
@@ -222,23 +257,19 @@ def reasoning(golden: Golden) -> None:
 def answers(golden: Golden) -> None:
     model, image, case = model_of(golden), golden.inputs["image"], golden.case
     question = text(golden, "question")
-    ids, mask = text(golden, "answer")
-    labels = ids.masked_fill(mask == 0, -100)
-    assert torch.equal(processor_of(golden).answers(case["texts"]["answer"])[:, 1:], labels[:, 1:])
-    calls = Calls(model)
-    output = model(image, *question, labels, golden.inputs["n"], golden.inputs["weights"])
     start = model.config.text_config.bos_token_id
-    golden.compare("loss", output.loss)
-    golden.compare("question_states", output.text_model_output.last_hidden_state)
-    golden.compare("answer_logits", output.logits)
-    golden.compare("answer_targets", torch.cat([torch.full_like(labels[:, :1], start), labels[:, 1:]], dim=1))
-    golden.compare("answer_loss_per_answer", model.answer_losses(output.logits, labels))
-    calls.compare(golden)
+    if "answer.input_ids" in golden.inputs:
+        trained(golden, model, image, question)
     # Its generation attends to the padding of questions.
     context = Context(model.read(image, *question).tokens)
-    written = model.generate(context=context, num_beams=3, max_length=10, min_length=1)
-    golden.compare("generated_ids", written)
-    assert processor_of(golden).batch_decode(written, skip_special_tokens=True) == case["generated_answers"]
+    golden.check(generate=GENERATE)
+    options = {"num_beams": 3, "max_length": 10, "min_length": 1} | golden.section("generate")
+    generated = model.generate(context=context, **options)
+    golden.compare("generated_ids", generated)
+    if "generated_answers" in case:
+        assert processor_of(golden).batch_decode(generated, skip_special_tokens=True) == case["generated_answers"]
+    if "candidates.input_ids" not in golden.inputs:
+        return
     ids, mask = text(golden, "candidates")
     ranked = model.rank(image, *question, ids.masked_fill(mask == 0, -100), top_k=case["k_test"])
     golden.compare("rank_max_ids", ranked.best)
@@ -248,6 +279,21 @@ def answers(golden: Golden) -> None:
     first = model.text_decoder(begun, None, model.read(image, *question)).logits
     golden.compare("rank.logits", first[:, 0])
     golden.compare("rank.topk_probs", first[:, 0].softmax(1)[:, ids[:, 1]].gather(1, ranked.indices))
+
+
+def trained(golden: Golden, model: Any, image: Tensor, question: tuple[Tensor, Tensor]) -> None:
+    """The answers that the model is trained on."""
+    ids, mask = text(golden, "answer")
+    labels = ids.masked_fill(mask == 0, -100)
+    assert torch.equal(processor_of(golden).answers(golden.case["texts"]["answer"])[:, 1:], labels[:, 1:])
+    calls, start = Calls(model), model.config.text_config.bos_token_id
+    output = model(image, *question, labels, golden.inputs["n"], golden.inputs["weights"])
+    golden.compare("loss", output.loss)
+    golden.compare("question_states", output.text_model_output.last_hidden_state)
+    golden.compare("answer_logits", output.logits)
+    golden.compare("answer_targets", torch.cat([torch.full_like(labels[:, :1], start), labels[:, 1:]], dim=1))
+    golden.compare("answer_loss_per_answer", model.answer_losses(output.logits, labels))
+    calls.compare(golden)
 
 
 @torch.no_grad()
@@ -264,6 +310,7 @@ def retrieval(golden: Golden) -> None:
 
 
 def momentum_retrieval(golden: Golden) -> None:
+    """Steps of training."""
     model = model_of(golden, "HfvlmBLIPForRetrievalTraining")
     train(golden, model, pair_ids=golden.inputs["idx"])
     golden.compare("vision_proj_m.weight (after)", model.teacher.vision_model.projection.weight)
@@ -297,7 +344,7 @@ def train(golden: Golden, model: Any, **inputs: Tensor) -> None:
         drawn: list[Tensor] = []
         recorded = [golden.outputs[f"step{step}.neg_{kind}_idx"] for kind in ("image", "text")]
         model.draw = recorded_draws(recorded, drawn)
-        output = model.train()(ids, image, mask, **inputs, distillation=case["alpha"], return_loss=True)
+        output = model.train()(ids, image, mask, **inputs, distillation=case.get("alpha", 0.4), return_loss=True)
         per_image, per_text = output.logits_per_image, output.logits_per_text
         texts = torch.cat([output.momentum_text_embeds, queue])
         targets = output.targets_per_image, output.targets_per_text

@@ -1,18 +1,29 @@
 """LAVIS's BLIP-2 and InstructBLIP (https://github.com/salesforce/LAVIS at 506965b), run at tiny sizes."""
 
+import ast
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion.blip2 import config_from_original, keys_for, tables_for, vision_rows
+from hfvlm.conversion.blip2 import (
+    ARGUMENTS,
+    BERT_FIELDS,
+    VISION_FIELDS,
+    config_from_original,
+    tables_for,
+    vision_rows,
+)
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, OPTConfig, T5Config
 
 from hfvlm.converter import Source, empty_model
 from hfvlm.key_table import Row, Table, convert_tables, restore_keys
@@ -26,28 +37,48 @@ from hfvlm.models.blip2 import (
     HfvlmBLIP2Tokenizer,
     HfvlmInstructBLIPProcessor,
 )
-from hfvlm.presets import load_preset
-from tests.golden import Golden, read_key_list
-from tests.originals.common import bert_vocabulary
+from hfvlm.presets import Preset
+from tests.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of
+from tests.originals.common import bert_vocabulary, fitting, made_of
 
-CLEANINGS = (
-    ("BlipCaptionProcessor()", "caption", 50),
-    ("BlipQuestionProcessor()", "question", 50),
-    ("BlipQuestionProcessor(max_words=4)", "question", 4),
-)
 FIRST_STAGE = ("Blip2Qformer", "Blip2ITM")
 
 
+# What one call of `generate` is given, and of `predict_answers`.
+GENERATE = ("num_beams", "max_length", "min_length", "repetition_penalty", "length_penalty")
+ANSWERS = {
+    "num_beams": "num_beams",
+    "max_len": "max_length",
+    "min_len": "min_length",
+    "length_penalty": "length_penalty",
+}
+# The originals' own limits of texts.
+LIMITS = {"max_txt_len": 32, "max_output_txt_len": 32}
+INSTRUCT_LIMITS = {"max_txt_len": 128, "max_output_txt_len": 256}
+
+
 def compare(golden: Golden) -> None:
-    case = golden.case
-    if "sizes" in case:
-        pixels(golden)
-    elif "class" not in case:
-        tokens(golden)
-    elif case["class"].rpartition(".")[2] in FIRST_STAGE:
-        first_stage(golden)
-    else:
-        second_stage(golden)
+    if not golden.state_dict:
+        golden.check()
+        return pixels(golden) if "files" in golden.case else tokens(golden)
+    models = ("bert_config", "opt_config", "t5_config", "llm_config")
+    golden.check(
+        # The last is what the original sets itself.
+        arguments=(*ARGUMENTS, *models, "t5_config.dense_act_fn (set by LAVIS)"),
+        arguments__bert_config=BERT_FIELDS,
+        arguments__vision_override=VISION_FIELDS,
+        **language_options(),
+        generate=golden.section("generate"),
+    )
+    first = golden.case["class"].rpartition(".")[2] in FIRST_STAGE
+    return first_stage(golden) if first else second_stage(golden)
+
+
+def language_options() -> dict[str, Any]:
+    """What transformers knows of a language model."""
+    kinds = {"opt": OPTConfig, "t5": T5Config, "llm": LlamaConfig}
+    own = ("num_key_value_heads", "feed_forward_proj", "decoder_start_token_id", "rope_theta", "rope_scaling")
+    return {f"arguments__{name}_config": (*kind().to_dict(), *own) for name, kind in kinds.items()}
 
 
 # Processors
@@ -65,44 +96,55 @@ def pixels(golden: Golden) -> None:
 
 def tokens(golden: Golden) -> None:
     path = bert_vocabulary(golden.folder)
-    tokenizer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path)
-    special = golden.case["special_ids"]
-    assert tokenizer.bos_token_id == special["[DEC] (bos_token)"]
-    assert len(tokenizer) == special["len(tokenizer)"]
-    instruction = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, truncation_side="left", model_max_length=16)
-    cleaned = {
-        name: HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, clean=kind, max_words=words)
-        for name, kind, words in CLEANINGS
+    tokenizer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, model_max_length=512)
+    special = golden.section("special_ids")
+    for name, value in {"[DEC] (bos_token)": tokenizer.bos_token_id, "len(tokenizer)": len(tokenizer)}.items():
+        assert special.get(name, value) == value
+
+    @cache
+    def cleaning(kind: str, words: int) -> HfvlmBLIP2QFormerTokenizer:
+        return HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, clean=kind, max_words=words)
+
+    def cut(text: str, size: str, side: str = "right") -> list[int]:
+        own = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, truncation_side=side, model_max_length=int(size))
+        return own(text)["input_ids"]
+
+    # What a row's field holds says what was done to its text.
+    fields = {
+        r"Blip(Caption|Question)Processor\((?:prompt='(.*?)')?(?:, )?(?:max_words=(\d+))?\)": (
+            lambda text, kind, prompt, words: (prompt or "") + cleaning(kind.lower(), int(words or 50))._cleaned(text)
+        ),
+        r"qformer_ids_max_length_(\d+)": cut,
+        r"instruct_qformer_ids_left_truncation_max_length_(\d+)": lambda text, size: cut(text, size, "left"),
     }
-    shorter = HfvlmBLIP2QFormerTokenizer.from_vocabulary(path, clean="caption", max_words=5)
     for row in golden.case["texts"]:
-        text = row["text"]
-        for name, cleaning in cleaned.items():
-            assert cleaning._cleaned(text) == row[name], (text, name)
-        assert "a photo of " + shorter._cleaned(text) == row["BlipCaptionProcessor(prompt='a photo of ', max_words=5)"]
-        assert tokenizer(text)["input_ids"] == row["qformer_ids_max_length_32"], text
-        assert instruction(text)["input_ids"] == row["instruct_qformer_ids_left_truncation_max_length_16"], text
+        text = row.pop("text")
+        assert {name: made_of(fields, name, text) for name in row} == row, text
 
 
 # Released files
 
-# A tower's own file is tried with a release that leaves it out.
-TOWERS = {"eva_vit_g": "blip2_pretrained", "clip_vit_L": "blip2_pretrained_vitL"}
-
 
 def compose(path: Path) -> tuple[HfvlmBLIP2Config, list[Table]]:
-    """A released file and, without memory, the others that its preset names: the configuration and the tables."""
-    stem = path.name.removesuffix(".gz").removesuffix(".json")
-    preset = load_preset(f"blip2/{TOWERS.get(stem, stem).lower()}")
+    """A released file and, without memory, the others that its preset names: the configuration and the tables. A
+    tower's own file is tried with a release that leaves it out."""
+    tower = not any(key.startswith("Qformer.") for key in read_key_list(path))
+    return fitting("blip2", "" if tower else stem_of(path), lambda preset: composed(path, preset, tower=tower))
+
+
+def composed(path: Path, preset: Preset, *, tower: bool) -> tuple[HfvlmBLIP2Config, list[Table]]:
     config, parts = preset.make_config(), preset.source.get("parts", {})
     own = empty_model(config).state_dict()
-    given = {
-        name: read_key_list(found) for found in path.parent.glob("*.json*") for name in [found.name.split(".js")[0]]
-    }
-    tensors = {"main": given.get(TOWERS.get(stem, stem)) or restored(own, "qformer_model", keys_for(config))}
+    given = {stem_of(other).lower(): other for other in companions(path)}
+    name = Path(parts.get("vision", "")).stem.lower()
+    if tower:
+        assert name == stem_of(path).lower(), f"{preset.name} has another tower"
+    main = given.get(preset.name.rpartition("/")[2]) if tower else path
+    assert main, f"there is no key list of {preset.name}"
+    tensors = {"main": read_key_list(main)}
     if "vision" in parts:
-        name = Path(parts["vision"]).stem
-        tensors["vision"] = given.get(name) or restored(own, "vision_model", vision_rows(config))
+        found = path if tower else given.get(name)
+        tensors["vision"] = read_key_list(found) if found else restored(own, "vision_model", vision_rows(config))
     if "base" in parts:
         tensors["base"] = language_model(config)
     sources = {role: Source(path, part, {}) for role, part in tensors.items()}
@@ -189,8 +231,9 @@ class Calls:
 
 @torch.no_grad()
 def first_stage(golden: Golden) -> None:
-    model, case = model_of(golden), golden.case
-    image, ids, mask = (golden.inputs[name] for name in ("image", "text.input_ids", "text.attention_mask"))
+    model = model_of(golden)
+    image, ids = (golden.inputs[name] for name in ("image", "text.input_ids"))
+    mask = golden.mask("text.attention_mask", "text.input_ids")
     pair_ids = golden.inputs.get("image_id")
     calls, drawn = Calls(model), []
     recorded = iter([golden.outputs["neg_image_idx"], golden.outputs["neg_text_idx"]])
@@ -241,7 +284,8 @@ def first_stage(golden: Golden) -> None:
         "blip2_itm.itm (sample 0)": model.match(ids[:1], mask[:1], seen.image_tokens[:1]),
         "blip2_itm.itc (sample 0)": model.score(output.image_embeds[:1], output.text_embeds[:1]),
     }
-    options = case.get("generate", {})
+    golden.check(generate=(*GENERATE, "use_nucleus_sampling", "top_p"))
+    options = {name: value for name, value in golden.section("generate").items() if name in GENERATE}
     if "generated_ids" in golden.outputs:
         values["generated_ids"] = model.generate(image, do_sample=False, **options)
     for name in golden.in_order():
@@ -263,20 +307,20 @@ def processor_of(golden: Golden, model: Any) -> HfvlmBLIP2Processor:
     tokenizer = tokenizer_of(golden, model)
     options = {
         "num_queries": model.config.qformer_config.num_queries,
-        "prompt": golden.case["arguments"].get("prompt", ""),
+        "prompt": golden.section("arguments").get("prompt", ""),
         "kind": model.config.text_config.model_type,
     }
     pictures = HfvlmBLIP2ImageProcessor(size=model.config.vision_config.image_size)
     if model.config.qformer_config.vocab_size is None:
         return HfvlmBLIP2Processor(pictures, tokenizer, **options)
     words = next(golden.folder.glob("*vocab.txt"))
-    longest = golden.case["arguments"].get("max_txt_len", 128)
+    longest = golden.section("arguments").get("max_txt_len", INSTRUCT_LIMITS["max_txt_len"])
     qformer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(words, truncation_side="left", model_max_length=longest)
     return HfvlmInstructBLIPProcessor(pictures, tokenizer, qformer, **options)
 
 
-class Written:
-    """What the model writes, as the original's `generate` returns it."""
+class Generated:
+    """What the model generates, as the original's `generate` returns it."""
 
     # Of `generate`, and of `predict_answers`.
     DEFAULTS = {"num_beams": 5, "min_length": 1, "max_length": 30, "repetition_penalty": 1.0, "length_penalty": 1.0}
@@ -293,7 +337,7 @@ class Written:
         blank = [Image.new("RGB", (8, 8))] * len(texts)
         options = {}
         if self.kind == "opt":
-            longest = self.golden.case["arguments"].get("max_txt_len", 32)
+            longest = self.golden.section("arguments").get("max_txt_len", LIMITS["max_txt_len"])
             options = {"truncation": True, "max_length": self.processor.num_queries + longest}
         return {**self.processor(blank, texts, **options), "pixel_values": self.golden.inputs["image"]}
 
@@ -315,9 +359,28 @@ class Written:
 
 @torch.no_grad()
 def second_stage(golden: Golden) -> None:
-    model, case = model_of(golden), golden.case
+    model = model_of(golden)
     processor = processor_of(golden, model)
-    calls, written = Calls(model), Written(golden, model, processor)
+    generated = Generated(golden, model, processor)
+    if "text_input" in golden.section("texts"):
+        training(golden, model, processor)
+    for name in golden.section("generate"):
+        if f"ids_{name}" not in golden.outputs:
+            raise UnknownOptionError(f"{golden.folder.name}: generate has {name}, whose ids are not stored")
+        path = f"generate__{name}"
+        golden.check(**{path: (*GENERATE, "samples"), f"{path}__samples": ("prompt",)})
+        options = golden.section(f"generate.{name}")
+        prompts = options.pop("samples", {}).get("prompt", processor.prompt)
+        prompts = [prompts] * len(golden.inputs["image"]) if isinstance(prompts, str) else prompts
+        golden.compare(f"ids_{name}", generated(generated.inputs(prompts), **options))
+    if "vqa.ids" in golden.outputs:
+        answers(golden, generated)
+    if "video.ids" in golden.outputs:
+        video(golden, generated, model)
+
+
+def training(golden: Golden, model: Any, processor: HfvlmBLIP2Processor) -> None:
+    calls = Calls(model)
     inputs, stored = training_inputs(golden, processor)
     output = model(**inputs)
     calls.compare(golden)
@@ -327,18 +390,32 @@ def second_stage(golden: Golden) -> None:
         "query_output": calls.seen["qformer_model"][0].last_hidden_state,
         **{f"inputs_{name}": calls.seen["projector"][0] for name in ("opt", "t5", "llm")},
     }
-    for name in golden.in_order():
-        if name in values:
-            golden.compare(name, values[name])
-    for name, options in case.get("generate", {}).items():
-        options = dict(options)
-        prompts = options.pop("samples", {}).get("prompt", processor.prompt)
-        prompts = [prompts] * len(golden.inputs["image"]) if isinstance(prompts, str) else prompts
-        golden.compare(f"ids_{name}", written(written.inputs(prompts), **options))
-    if "vqa.ids" in golden.outputs:
-        answers(golden, written)
-    if "video.ids" in golden.outputs:
-        film(golden, written, model)
+    for name, value in values.items():
+        golden.compare(name, value)
+
+
+@contextmanager
+def cut(golden: Golden, processor: HfvlmBLIP2Processor) -> Iterator[Callable[[str], list[int]]]:
+    """Texts as long as the original's arguments let them be in training; yields the ids of what is to be answered."""
+    limits = INSTRUCT_LIMITS if golden.case["class"].endswith("Instruct") else LIMITS
+    given, answered = (golden.section("arguments").get(name, limits[name]) for name in limits)
+    whole, answer_ids = processor.text_ids, processor.answer_ids
+
+    def within(longest: int) -> Callable[[str], list[int]]:
+        return partial(whole, truncation=True, max_length=longest)
+
+    def answer(text: str) -> list[int]:
+        processor.text_ids = within(answered)
+        try:
+            return answer_ids(text)
+        finally:
+            processor.text_ids = within(given)
+
+    processor.text_ids, processor.answer_ids = within(given), answer
+    try:
+        yield within(answered)
+    finally:
+        processor.text_ids, processor.answer_ids = whole, answer_ids
 
 
 def training_inputs(golden: Golden, processor: HfvlmBLIP2Processor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -349,13 +426,14 @@ def training_inputs(golden: Golden, processor: HfvlmBLIP2Processor) -> tuple[dic
         wanted = [text.removeprefix(processor.prompt).lstrip() for text in given]
         given = [processor.prompt] * len(wanted)
     blank = [Image.new("RGB", (8, 8))] * len(given)
-    inputs = {**processor.examples(blank, given, wanted), "pixel_values": golden.inputs["image"]}
-    asked = padded(map(processor.text_ids, given), pad)
-    said = padded((processor.text_ids(text + (processor.tokenizer.eos_token or "")) for text in wanted), pad)
+    with cut(golden, processor) as answer_ids:
+        inputs = {**processor.examples(blank, given, wanted), "pixel_values": golden.inputs["image"]}
+        asked = padded(map(processor.text_ids, given), pad)
+        answered = padded((answer_ids(text + (processor.tokenizer.eos_token or "")) for text in wanted), pad)
     if processor.kind == "t5":
         inputs["decoder_attention_mask"] = (inputs["labels"] != IGNORE).long()
     if processor.kind == "llama":  # padding of what is asked and of what is answered is not shared
-        missing = queries + asked.shape[1] + said.shape[1] - 1 - inputs["input_ids"].shape[1]
+        missing = queries + asked.shape[1] + answered.shape[1] - 1 - inputs["input_ids"].shape[1]
         for name, value in (("input_ids", pad), ("attention_mask", 0), ("labels", IGNORE)):
             inputs[name] = F.pad(inputs[name], (0, missing), value=value)
     return inputs, {
@@ -364,7 +442,7 @@ def training_inputs(golden: Golden, processor: HfvlmBLIP2Processor) -> tuple[dic
         "targets": inputs["labels"],
         "output_tokens.input_ids": inputs["labels"].masked_fill(inputs["labels"] == IGNORE, pad),
         "text_input_tokens.input_ids": asked,
-        "text_output_tokens.input_ids": said,
+        "text_output_tokens.input_ids": answered,
         **{f"{name}_tokens.input_ids": inputs["input_ids"][:, queries:] for name in ("opt", "llm", "input")},
         **{f"text_Qformer.{name}": inputs.get(f"qformer_{name}") for name in ("input_ids", "attention_mask")},
     }
@@ -374,32 +452,46 @@ def padded(rows: Any, value: int) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def answers(golden: Golden, written: Written) -> None:
-    """`predict_answers`, as the case says that it was called."""
-    said = re.search(r"predict_answers\((.*?)\)", golden.case["how"])[1]
-    prompt = re.search(r"prompt='(.*?)'", said)[1]
-    beams, longest = (int(re.search(rf"{name}=(\d+)", said)[1]) for name in ("num_beams", "max_len"))
-    inputs = written.inputs([prompt.format(question) for question in golden.case["texts"]["questions"]])
-    golden.compare("vqa.prompt_ids", inputs["input_ids"][:, written.processor.num_queries :])
+def answers(golden: Golden, generated: Generated) -> None:
+    """`predict_answers`, with the original's defaults."""
+    golden.check(predict_answers=(*ANSWERS, "prompt"))
+    options = golden.section("predict_answers") or written_call(golden)
+    prompt = options.pop("prompt", "")
+    questions = golden.case["texts"]["questions"]
+    inputs = generated.inputs([prompt.format(question) if prompt else question for question in questions])
+    golden.compare("vqa.prompt_ids", inputs["input_ids"][:, generated.processor.num_queries :])
     golden.compare("vqa.attention_mask", inputs["attention_mask"])
-    penalty = -1.0 if written.kind == "t5" else 0.0
-    longest += written.kind == "opt"  # which counts new tokens here
-    ids = written(inputs, num_beams=beams, max_length=longest, length_penalty=penalty)
-    golden.compare("vqa.ids", ids)
+    penalty = -1.0 if generated.kind == "t5" else 0.0
+    options = {"max_length": 10, "length_penalty": penalty} | {ANSWERS[name]: value for name, value in options.items()}
+    options["max_length"] += generated.kind == "opt"  # which counts new tokens here
+    golden.compare("vqa.ids", generated(inputs, **options))
 
 
-def film(golden: Golden, written: Written, model: Any) -> None:
-    """Three frames, each read as a picture with the same instruction."""
-    image, count = golden.inputs["image"], written.processor.num_queries
-    inputs = written.inputs(golden.case["texts"]["text_input"])
+def written_call(golden: Golden) -> dict[str, Any]:
+    """The call itself, where the case has no section of its options."""
+    call = re.search(r"predict_answers\(.*?\)", golden.case["how"])
+    assert call, f"{golden.folder.name}: no predict_answers, whose options vqa.ids were made with"
+    options = {word.arg: ast.literal_eval(word.value) for word in ast.parse(call[0]).body[0].value.keywords}
+    if unknown := sorted(set(options) - {*ANSWERS, "prompt"}):
+        raise UnknownOptionError(f"{golden.folder.name}: predict_answers has {', '.join(unknown)}")
+    return options
+
+
+def video(golden: Golden, generated: Generated, model: Any) -> None:
+    """Frames, each read as an image with the same instruction."""
+    image, count = golden.inputs["image"], generated.processor.num_queries
+    inputs = generated.inputs(golden.case["texts"]["text_input"])
     place = model.config.video_token_id
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     del inputs["pixel_values"]
-    inputs["pixel_values_videos"] = torch.stack([image, image.flip(-1), image * 0.5], dim=1)
+    made = torch.stack([image, image.flip(-1), image * 0.5], dim=2)  # of a case that stores none
+    inputs["pixel_values_videos"] = golden.inputs.get("video", made).transpose(1, 2)
     features = model.get_video_features(**inputs).pooler_output
-    name = next(name for name in golden.outputs if name.startswith("video.inputs_"))
-    golden.compare(name, features)
-    inputs["input_ids"] = torch.cat([torch.full((len(ids), 3 * count), place), ids[:, count:]], dim=1)
-    inputs["attention_mask"] = torch.cat([torch.ones(len(ids), 3 * count, dtype=torch.long), mask[:, count:]], dim=1)
-    longest = golden.outputs["video.ids"].shape[1] - (written.kind == "t5")
-    golden.compare("video.ids", written(inputs, num_beams=1, max_length=longest))
+    for name in golden.outputs:
+        if name.startswith("video.inputs_"):
+            golden.compare(name, features)
+    size = inputs["pixel_values_videos"].shape[1] * count
+    inputs["input_ids"] = torch.cat([torch.full((len(ids), size), place), ids[:, count:]], dim=1)
+    inputs["attention_mask"] = torch.cat([torch.ones(len(ids), size, dtype=torch.long), mask[:, count:]], dim=1)
+    longest = golden.outputs["video.ids"].shape[1] - (generated.kind == "t5")
+    golden.compare("video.ids", generated(inputs, num_beams=1, max_length=longest))

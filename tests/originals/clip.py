@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import torch
-from hfvlm.conversion import FILTERS
+from hfvlm.conversion import FILTERS, UnsupportedOriginalError
 from hfvlm.conversion.clip import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,22 +17,35 @@ from hfvlm.models.clip import (
 from tests.golden import Golden, Recorder, compare_pixels
 from tests.originals.common import converted, vocabulary
 
+# OpenAI's constructor, whose values the shapes of the weights say; open_clip's are checked where they are converted.
+OPENAI = (
+    *("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length"),
+    *("vocab_size", "transformer_width", "transformer_heads", "transformer_layers"),
+)
+PIXELS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+
 
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "settings" in case:
+    if golden.state_dict:
+        open_clip = "vision_cfg" in golden.section("constructor")
+        golden.check(constructor=golden.section("constructor") if open_clip else OPENAI)
+        model_outputs(golden)
+    elif "settings" in case:
+        settings = {f"settings__{name}__cfg": PIXELS for name in case["settings"]}
+        golden.check(
+            **settings, **{f"settings__{name}": ("call", "cfg", "mean", "std", "of") for name in case["settings"]}
+        )
         list(compare_pixels(golden, pixels))
     elif "texts" in case:
         tokens(golden)
-    elif "new" in case:
-        positions(golden)
     else:
-        model_outputs(golden)
+        positions(golden)
 
 
-def pixels(setting: dict, path: Path) -> Tensor:
+def pixels(setting: dict, path: Path, shape: list[int] | None) -> Tensor:
     config = setting.get("cfg", {})
-    size = config.get("size") or int(re.search(r"\d+", setting["call"]).group())
+    size = config.get("size") or (shape or [224])[-1]
     processor = HfvlmCLIPImageProcessor(
         size=size if isinstance(size, int) else {"height": size[0], "width": size[1]},
         resize_mode=config.get("resize_mode", "shortest"),
@@ -45,20 +58,23 @@ def pixels(setting: dict, path: Path) -> Tensor:
 
 
 def tokens(golden: Golden) -> None:
-    facts = golden.case["facts"]
+    golden.check()
+    facts, files = golden.section("facts"), golden.section("files")
+    if files or "strip_sep_token" in facts:
+        raise UnsupportedOriginalError(f"hfvlm's CLIP has no tokenizer of {', '.join(files)}.")
     path = vocabulary(golden.folder, "bpe_simple_vocab_16e6.txt.gz")
-    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(path, model_max_length=facts["context_length"])
-    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == tuple(
-        facts[name] for name in ("vocab_size", "start", "end")
-    )
+    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(path, model_max_length=facts.get("context_length", 77))
+    known = {"vocab_size": len(tokenizer), "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id}
+    assert {name: facts.get(name, value) for name, value in known.items()} == known
     for row in golden.case["texts"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
 
 
 def positions(golden: Golden) -> None:
     old = golden.case["old"]
+    golden.check()
     for new in golden.case["new"]:
-        size = new["image_size"]
+        size, length = new["image_size"], new.get("context_length", old["context_length"])
         vision = {"image_size": old["image_size"], "patch_size": old["patch_size"]}
         tables = golden.inputs["visual.positional_embedding"], golden.inputs["positional_embedding"]
         width = {"hidden_size": tables[0].shape[1], "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -66,8 +82,8 @@ def positions(golden: Golden) -> None:
         text |= {"bos_token_id": 2, "pad_token_id": 3}
         model = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=width | vision, text_config=width | text))
         model.vision_model.position.data, model.text_model.embeddings.position.data = tables
-        model.resize_positions(size, new["context_length"])
-        name = f"{size if isinstance(size, int) else 'x'.join(map(str, size))}_ctx{new['context_length']}"
+        model.resize_positions(size, length)
+        name = f"{size if isinstance(size, int) else 'x'.join(map(str, size))}_ctx{length}"
         golden.compare(f"{name}/visual.positional_embedding", model.vision_model.position)
         golden.compare(f"{name}/positional_embedding", model.text_model.embeddings.position)
 

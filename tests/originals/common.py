@@ -2,30 +2,75 @@
 
 import importlib.util
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hfvlm.converter import conversion_module, empty_model
-from hfvlm.key_table import convert_keys
+from hfvlm.checkpoints import CheckpointError
+from hfvlm.converter import conversion_module, empty_model, fresh_tensors
+from hfvlm.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.presets import Preset, list_presets, load_preset
+from tests.golden import UnknownOptionError
 
 
 def converted(
     architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str
 ) -> PreTrainedModel:
     """The original's weights in our model, as a user's `from_pretrained` would give it."""
-    rows = conversion_module(architecture).keys_for(config, layout, state_dict)
-    empty = empty_model(config)
-    tensors = convert_keys(state_dict, rows, empty.state_dict())
-    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    module, empty = conversion_module(architecture), empty_model(config)
+    expected = empty.state_dict()
+    fresh = fresh_tensors(module, config, layout, state_dict, expected)
+    rows = module.keys_for(config, layout, state_dict)
+    tensors = convert_keys(state_dict, rows, {key: t for key, t in expected.items() if key not in fresh})
+    tensors = {key: tensor.contiguous().clone() for key, tensor in (tensors | fresh).items()}
     model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info
     assert {type(m) for m in model.modules()} == {type(m) for m in AutoModel.from_config(config).modules()}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     return model.eval()
+
+
+def made_of(fields: dict[str, Any], name: str, text: str) -> Any:
+    """What a field of that name holds of a text."""
+    for pattern, make in fields.items():
+        if found := re.fullmatch(pattern, name):
+            return make(text, *found.groups())
+    raise UnknownOptionError(f"a row of texts has {name}; the runner knows {', '.join(fields)}")
+
+
+Compose = Callable[[Preset], tuple[Any, list[Table]]]
+
+
+def fitting(architecture: str, stem: str, compose: Compose) -> tuple[Any, list[Table]]:
+    """The configuration and the tables of a released file: those of its own preset, or of the first that fits.
+
+    Raises:
+        AssertionError: no preset fits; it says why the last does not.
+    """
+    released = [preset for preset in map(load_preset, list_presets(architecture)) if "layout" in preset.source]
+    own = [preset for preset in released if preset.name == f"{architecture}/{stem.lower()}"]
+    reason: Exception | None = None
+    for preset in own or released:
+        config, tables, reason = tried(compose, preset)
+        if reason is None:
+            return config, tables
+    raise AssertionError(f"no preset of {architecture} fits {stem or 'the file'}: {reason}") from reason
+
+
+def tried(compose: Compose, preset: Preset) -> tuple[Any, list[Table], Exception | None]:
+    """What `compose` makes of a preset, and why it does not fit."""
+    try:
+        config, tables = compose(preset)
+        convert_tables(tables, empty_model(config).state_dict())
+    except (AssertionError, KeyTableError, CheckpointError, FileNotFoundError, KeyError) as error:
+        return None, [], error
+    return config, tables, None
 
 
 def vocabulary(folder: Path, name: str) -> Path:

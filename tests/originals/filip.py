@@ -9,8 +9,25 @@ from hfvlm.models.filip import HfvlmFILIPModel
 from tests.golden import Golden, Recorder
 from tests.originals.common import converted
 
+# Those that decide a value are read where they are converted, or stand in the shapes of the weights.
+CONSTRUCTOR = {
+    "constructor": ("image_encode", "text_encode", "clip", "dense_mapping_image", "dense_mapping_language"),
+    "constructor__image_encode": (
+        *("input_resolution", "patch_size", "width", "layers", "heads", "embed_dim", "checkpoint"),
+    ),
+    "constructor__text_encode": (
+        *("embed_dim", "context_length", "transformer_width", "transformer_heads", "transformer_layers"),
+        *("text_encode_type", "text_model_utils"),
+    ),
+    "constructor__clip": (
+        *("use_allgather", "text_mask_type", "return_dense", "return_nn_bank", "select_topk", "feature_dim"),
+        *("dense_embed_dim", "mask_rate", "patch_number"),
+    ),
+}
+
 
 def compare(golden: Golden) -> None:
+    golden.check(**CONSTRUCTOR)
     config = config_from_original(golden.case, golden.state_dict)
     model = converted("filip", golden.state_dict, config, layout_of(golden.case))
     paths = {name: path for name in golden.in_order() if (path := module_path(name, model))}

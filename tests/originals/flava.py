@@ -22,24 +22,31 @@ SETTINGS = {
     "mask_max_patches": "mask_group_max_patches",
     "mask_min_patches": "mask_group_min_patches",
 }
+# Of the transform in training alone.
+TRAINING = ("is_train",)
 
 
 def compare(golden: Golden) -> None:
     name = golden.case.get("class", "").lower()
-    if not name:
-        pixels(golden)
-    elif "pretraining" in name:
+    if not golden.state_dict:
+        golden.check(arguments=(*SETTINGS, *TRAINING))
+        return pixels(golden)
+    # The constructor's options are checked where they are converted.
+    golden.check(arguments=golden.section("arguments"))
+    if "pretraining" in name:
         pretraining(golden)
     elif "classification" in name:
         classification(golden)
     else:
         features(golden)
+    return None
 
 
 def pixels(golden: Golden) -> None:
-    """All pictures in one call, for the masks are drawn one after the other."""
-    case, stride = golden.case, golden.case["stride"]
-    given = {SETTINGS[name]: value for name, value in case.get("arguments", {}).items()}
+    """All images in one call, for the masks are drawn one after the other."""
+    case, stride, arguments = golden.case, golden.case["stride"], golden.section("arguments")
+    assert not arguments.get("is_train"), "the training's crops are drawn at random"
+    given = {SETTINGS[name]: value for name, value in arguments.items() if name in SETTINGS}
     processor = HfvlmFLAVAImageProcessor(return_codebook_pixels=True, return_image_mask=True, **given)
     pictures = [golden.folder / file for file in case["files"].values()]
     made = processor(pictures, mask_seed=0, return_tensors="pt")
@@ -88,18 +95,18 @@ class Calls:
 @torch.no_grad()
 def features(golden: Golden) -> None:
     model, inputs = model_of(golden), golden.inputs
-    hidden = inputs["image_patches_mask"] if model.config.vision_config.mask_token else None
+    hidden = inputs.get("image_patches_mask") if model.config.vision_config.mask_token else None
     calls = Calls(model)
     towers = {
         "image": model.vision_model(inputs["image"], output_hidden_states=True),
         "image_masked": model.vision_model(inputs["image"], hidden),
         "text": model.text_model(inputs["text"], output_hidden_states=True),
-        "text_masked": model.text_model(inputs["text_masked"]),
         "multimodal": model.get_multimodal_features(inputs["text"], inputs["image"], output_hidden_states=True),
-        "multimodal_masked": model.get_multimodal_features(
-            inputs["text_masked"], inputs["image"], bool_masked_pos=hidden
-        ),
     }
+    if "text_masked" in inputs:
+        masked = inputs["text_masked"]
+        towers["text_masked"] = model.text_model(masked)
+        towers["multimodal_masked"] = model.get_multimodal_features(masked, inputs["image"], bool_masked_pos=hidden)
     padded = torch.ones_like(inputs["text"])
     padded[:, -2:] = 0
     values = {

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from hfvlm.conversion.imagebind import config_from_original, layout_of
@@ -14,7 +15,7 @@ from hfvlm.models.imagebind import (
     HfvlmImageBindTokenizer,
     HfvlmImageBindVideoFeatureExtractor,
 )
-from tests.golden import Golden, Recorder
+from tests.golden import Golden, Recorder, UnknownOptionError
 from tests.originals.common import converted, vocabulary
 
 # The original's name of a modality: ours, and the argument of the model.
@@ -28,49 +29,76 @@ ARGUMENTS = {
 }
 
 
+# Of a loader, and ours.
+AUDIO = {
+    "target_length": "num_frames",
+    "clip_duration": "clip_seconds",
+    "clips_per_video": "num_clips",
+    "sample_rate": "sampling_rate",
+    "num_mel_bins": "num_mel_bins",
+    "mean": "mean",
+    "std": "std",
+}
+VIDEO = {"clip_duration": "clip_seconds", "clips_per_video": "num_clips"}
+
+
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "texts" in case:
-        tokens(golden)
-    elif "file" in case["source"] and case["source"]["file"].endswith("data.py"):
+    if golden.state_dict:
+        # The constructor's options are checked where they are converted.
+        golden.check(config=golden.section("config"), constructor=())
+        model_outputs(golden)
+    elif "files" in case:
+        golden.check()
         for name in case["files"]:
             media(golden, name)
     else:
-        model_outputs(golden)
+        tokens(golden)
 
 
 def tokens(golden: Golden) -> None:
+    golden.check()
     case = golden.case
     path = vocabulary(golden.folder, "bpe_simple_vocab_16e6.txt.gz")
-    tokenizer = HfvlmImageBindTokenizer.from_vocabulary(path, model_max_length=case["context_length"])
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (case["sot"], case["eot"])
+    tokenizer = HfvlmImageBindTokenizer.from_vocabulary(path, model_max_length=case.get("context_length", 77))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (case.get("sot", 49406), case.get("eot", 49407))
     for text, ids in zip(case["texts"], case["ids"], strict=True):
         assert tokenizer(text)["input_ids"] == ids, text
 
 
 def media(golden: Golden, name: str) -> None:
     path = golden.folder / name
-    if f"{name}.pixel_values_stride97" in golden.outputs:
-        image(golden, name, path)
-    elif f"{name}.stride997" in golden.outputs:
-        film(golden, name, path)
+    if path.suffix in (".mp4", ".avi", ".mkv", ".webm"):
+        video(golden, name, path, given(golden, name, VIDEO))
+    elif path.suffix == ".wav":
+        audio(golden, name, path, given(golden, name, AUDIO))
     else:
-        sound(golden, name, path, **golden.case["files"][name]["arguments"])
+        given(golden, name, {})
+        image(golden, name, path)
+
+
+def given(golden: Golden, name: str, known: dict[str, str]) -> dict[str, Any]:
+    """The arguments that a file was loaded with, as settings of ours."""
+    facts = golden.case["files"]
+    arguments = (facts[name].get("arguments") or {}) if isinstance(facts, dict) else {}
+    if unknown := sorted(set(arguments) - set(known)):
+        raise UnknownOptionError(f"{golden.folder.name}: {name} has {', '.join(unknown)}")
+    return {known[key]: value for key, value in arguments.items() if value is not None}
 
 
 def image(golden: Golden, name: str, path: Path) -> None:
     pixels = HfvlmImageBindImageProcessor()(path, return_tensors="pt")["pixel_values"]
-    assert list(pixels.shape) == golden.case["shapes"][name]
+    assert list(pixels.shape) == golden.section("shapes").get(name, list(pixels.shape))
     golden.compare(f"{name}.pixel_values_stride97", pixels.flatten()[::97])
     golden.compare(f"{name}.mean_std", mean_and_std(pixels[0].flatten(1)))
 
 
-def film(golden: Golden, name: str, path: Path) -> None:
+def video(golden: Golden, name: str, path: Path, settings: dict[str, Any]) -> None:
     facts, stored = golden.case["files"][name], read_video(path)
     frames = golden.inputs[f"{name}.frames"]
     assert torch.equal(torch.from_numpy(stored.frames(range(len(stored)))), frames)
     assert (stored.fps, stored.seconds) == (facts["fps"], facts["duration"])
-    extractor = HfvlmImageBindVideoFeatureExtractor()
+    extractor = HfvlmImageBindVideoFeatureExtractor(**settings)
     places = extractor.places(stored, {key: getattr(extractor, key) for key in extractor.SETTINGS})
     assert places == facts["frames_taken"]
     for source in (path, path.read_bytes(), (frames, facts["fps"]), (list(frames.numpy()), facts["fps"])):
@@ -81,18 +109,16 @@ def film(golden: Golden, name: str, path: Path) -> None:
         golden.compare(f"{name}.corner", pixels[0, :, :, :, :6, :6])
 
 
-def sound(golden: Golden, name: str, path: Path, **arguments: float) -> None:
-    names = {"target_length": "num_frames", "clip_duration": "clip_seconds", "clips_per_video": "num_clips"}
-    names |= {"sample_rate": "sampling_rate"}
-    extractor = HfvlmImageBindFeatureExtractor(**{names.get(key, key): value for key, value in arguments.items()})
+def audio(golden: Golden, name: str, path: Path, settings: dict[str, Any]) -> None:
+    extractor, facts = HfvlmImageBindFeatureExtractor(**settings), golden.case["files"][name]
     recording = read_audio(path)
-    assert recording.sampling_rate == golden.case["files"][name]["sample_rate"]
+    assert recording.sampling_rate == facts["sample_rate"]
     samples = resample(torch.from_numpy(recording.samples), recording.sampling_rate, extractor.sampling_rate)
-    assert samples.shape[1] == golden.case["files"][name]["samples_at_16k"]
+    assert samples.shape[1] == facts.get("samples_at_16k", samples.shape[1])
     golden.compare(f"{name}.waveform16k_stride53", samples.flatten()[::53])
     for source in (path, path.read_bytes(), (recording.samples, recording.sampling_rate)):
         spectrum = extractor([source], return_tensors="pt")["input_features"]
-        assert list(spectrum.shape) == golden.case["files"][name]["mel_shape"]
+        assert list(spectrum.shape) == facts["mel_shape"]
         golden.compare(f"{name}.mel_stride61", spectrum.flatten()[::61])
         golden.compare(f"{name}.mel_clip0", spectrum[0, 0, 0, ::3, ::5])
         golden.compare(f"{name}.mean_std_per_clip", mean_and_std(spectrum[0].flatten(1)))
@@ -137,7 +163,8 @@ def whole(golden: Golden, model: HfvlmImageBindModel) -> None:
             inputs["pixel_values_videos" if original == "vision" and value.ndim > 4 else argument] = value
     size = model.config.vision_config.image_size
     if (
-        golden.inputs["vision"].shape[-1] // model.config.vision_config.patch_size
+        "vision" in golden.inputs
+        and golden.inputs["vision"].shape[-1] // model.config.vision_config.patch_size
         != size // model.config.vision_config.patch_size
     ):
         return

@@ -22,9 +22,9 @@ from hfvlm.models.languagebind import (
     HfvlmLanguageBindVideoFeatureExtractor,
 )
 from hfvlm.modules.dropout import PatchDropout
-from hfvlm.presets import load_preset
-from tests.golden import Golden, Recorder, notes_of, read_key_list
-from tests.originals.common import converted, vocabulary
+from hfvlm.presets import Preset
+from tests.golden import Golden, Recorder, notes_of, read_key_list, stem_of
+from tests.originals.common import converted, fitting, vocabulary
 
 ARGUMENTS = {
     "image": "pixel_values",
@@ -35,28 +35,52 @@ ARGUMENTS = {
 }
 
 
+DROPOUT = ("B", "T", "prob", "torch_seed", "kept_patch_indices_in_order")
+TOWER = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    # Of the whole model's alone a value is read, and these are of training.
+    *("projection_dim", "attention_dropout", "initializer_range", "initializer_factor"),
+)
+MEL = ("num_mel_bins", "target_length", "audio_sample_rate", "audio_mean", "audio_std")
+VISION = (
+    *("image_size", "patch_size", "num_channels", "add_time_attn", "num_frames", "force_patch_dropout", "max_depth"),
+    *("lora_r", "lora_alpha", "lora_dropout", "clip_type", "tube_size", *TOWER, *MEL),
+)
+MODEL = {
+    "config": ("text_config", "vision_config", "projection_dim", "logit_scale_init_value"),
+    "config__text_config": ("vocab_size", "max_position_embeddings", *TOWER),
+    "config__vision_config": VISION,
+    "constructor": (),
+}
+
+
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "cases" in case:
-        dropped_patches(golden)
-    elif "resize_pos" in case["source"].get("file", ""):
-        positions(golden)
-    elif "texts" in case:
-        tokens(golden)
+    if golden.state_dict:
+        golden.check(**MODEL)
+        model_outputs(golden)
     elif "files" in case:
+        options = {"audio": MEL, "video": ("num_frames",), "depth": ("max_depth",)}
+        golden.check(config=options.get(case["modality"], ()))
         for name in case["files"]:
             MEDIA[case["modality"]](golden, name)
+    elif "texts" in case:
+        tokens(golden)
+    elif "cases" in case:
+        dropped_patches(golden)
     else:
-        model_outputs(golden)
+        positions(golden)
 
 
 def dropped_patches(golden: Golden) -> None:
+    golden.check(**{f"cases__{name}": DROPOUT for name in golden.case["cases"]})
     for name, facts in golden.case["cases"].items():
         torch.manual_seed(facts["torch_seed"])
         golden.compare(name, PatchDropout(facts["prob"], prefix=1).train()(golden.inputs[name], facts["T"]))
 
 
 def positions(golden: Golden) -> None:
+    golden.check()
     (table,) = golden.inputs.values()
     for name in golden.outputs:
         size = [int(edge) for edge in re.fullmatch(r".*_(\d+)x(\d+)", name).groups()]
@@ -67,17 +91,18 @@ def positions(golden: Golden) -> None:
 
 
 def tokens(golden: Golden) -> None:
+    golden.check()
     case = golden.case
     path = vocabulary(golden.folder, "bpe_simple_vocab_16e6.txt.gz")
-    tokenizer = HfvlmLanguageBindTokenizer.from_vocabulary(path, model_max_length=case["context_length"])
-    assert tokenizer.bos_token_id == case["bos"]
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (case["eos"], case["padding_id"])
+    tokenizer = HfvlmLanguageBindTokenizer.from_vocabulary(path, model_max_length=case.get("context_length", 77))
+    known = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding_id": tokenizer.pad_token_id}
+    assert {name: case.get(name, value) for name, value in known.items()} == known
     for text, ids in zip(case["texts"], case["ids"], strict=True):
         assert tokenizer(text)["input_ids"] == ids, text
     whole = tokenizer(case["texts"], padding="max_length", return_tensors="pt")
     for row, mask, ids in zip(whole["input_ids"], whole["attention_mask"], case["ids"], strict=True):
         assert row[mask == 1].tolist() == ids
-        assert set(row[mask == 0].tolist()) <= {case["padding_id"]}
+        assert set(row[mask == 0].tolist()) <= {tokenizer.pad_token_id}
 
 
 def pixels(golden: Golden, name: str, antialias: bool) -> Tensor | None:
@@ -96,7 +121,7 @@ def metres(golden: Golden, name: str, antialias: bool) -> Tensor:
 
 
 def original(golden: Golden) -> dict:
-    return {"modality": golden.case["modality"], "config": {"vision_config": golden.case["config"]}}
+    return {"modality": golden.case["modality"], "config": {"vision_config": golden.section("config")}}
 
 
 def picture(golden: Golden, name: str) -> None:
@@ -116,7 +141,7 @@ def film(golden: Golden, name: str) -> None:
     stored = read_video(path)
     assert (len(stored), stored.fps) == (facts["frames"], facts["fps"])
     assert torch.equal(torch.from_numpy(stored.frames(range(len(stored)))), frames)
-    extractor = HfvlmLanguageBindVideoFeatureExtractor(num_frames=golden.case["config"]["num_frames"])
+    extractor = HfvlmLanguageBindVideoFeatureExtractor(**golden.section("config"))
     for source in (path, path.read_bytes(), (frames, facts["fps"]), list(frames.numpy())):
         values = extractor([source], return_tensors="pt")["pixel_values_videos"]
         assert list(values.shape) == facts["decord"]
@@ -126,17 +151,18 @@ def film(golden: Golden, name: str) -> None:
 
 
 def sound(golden: Golden, name: str) -> None:
-    path, facts, config = golden.folder / name, golden.case["files"][name], golden.case["config"]
-    sizes = {"num_mel_bins": config["num_mel_bins"], "num_frames": config["target_length"]}
+    path, facts, config = golden.folder / name, golden.case["files"][name], golden.section("config")
+    names = {"num_mel_bins": "num_mel_bins", "target_length": "num_frames"}
+    sizes = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     extractor = HfvlmLanguageBindFeatureExtractor(
-        **sizes, **settings_from_original(original(golden), {})["feature_extractor"]
+        **sizes, **settings_from_original(original(golden), {}).get("feature_extractor", {})
     )
     settings = {key: getattr(extractor, key) for key in extractor.SETTINGS}
     mel = extractor.spectrogram(read_audio(path), settings)
     assert mel.shape[1] == facts["mel_frames"]
     golden.compare(f"{name}.mel_stride101", mel.t().flatten()[::101])
-    if drawn := facts["chunk_starts"]:
-        ours = extractor.starts(mel.shape[1], config["target_length"])
+    if drawn := facts.get("chunk_starts"):
+        ours = extractor.starts(mel.shape[1], extractor.num_frames)
         assert all(start <= theirs for start, theirs in zip(ours, drawn, strict=True))
         extractor.starts = lambda *_: drawn
     for source in (path, path.read_bytes()):
@@ -165,7 +191,7 @@ def model_outputs(golden: Golden) -> None:
     model = converted("languagebind", merged(released(golden)), config, modality)
     assert model.modalities == tuple(name for name in config.towers if name in (modality, "text"))
     tower, inputs = model.towers[modality], {ARGUMENTS[modality]: golden.inputs["pixel_values"]}
-    text = {name: golden.inputs[name] for name in ("input_ids", "attention_mask")}
+    text = {"input_ids": golden.inputs["input_ids"], "attention_mask": golden.mask()}
     paths = {name: path for name in golden.in_order() if (path := module_path(name, tower))}
     with torch.no_grad(), Recorder(model, sorted({path.removesuffix(":input") for path in paths.values()})) as seen:
         seen_image, seen_text = model.tower(modality)(**inputs), model.text_model(**text)
@@ -218,9 +244,12 @@ def module_path(name: str, tower: str) -> str | None:
 
 def compose(path: Path) -> tuple[HfvlmLanguageBindConfig, list[Table]]:
     """A released file as its preset and its own configuration, which agree, read it."""
-    preset = load_preset(f"languagebind/{path.name.partition('.json')[0].lower()}")
+    return fitting("languagebind", stem_of(path), lambda preset: composed(path, preset))
+
+
+def composed(path: Path, preset: Preset) -> tuple[HfvlmLanguageBindConfig, list[Table]]:
     config, modality = preset.make_config(), preset.source["layout"]
     notes, tensors = notes_of(path), read_key_list(path)
-    said = config_from_original({"modality": modality, "config": notes["config"]}, tensors)
-    assert said.to_dict() == config.to_dict()
+    own = config_from_original({"modality": modality, "config": notes["config"]}, tensors)
+    assert own.to_dict() == config.to_dict()
     return config, tables_for(config, modality, {"main": Source(path, tensors, notes["config"])})

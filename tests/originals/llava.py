@@ -1,12 +1,14 @@
 import copy
+import re
 from pathlib import Path
 
 import torch
+from hfvlm.conversion.language_models import LLAMA_FIELDS
 from hfvlm.conversion.llava import config_from_original, config_to_transformers, layout_of, tables_for
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from hfvlm.converter import Source, empty_model
 from hfvlm.image_text import Features
@@ -19,8 +21,9 @@ from hfvlm.models.llava import (
     HfvlmLLaVAProcessor,
 )
 from hfvlm.models.llava.processing_llava import HfvlmLLaVATokenizer
-from hfvlm.presets import load_preset
-from tests.golden import Golden, Recorder, read_key_list
+from hfvlm.presets import Preset
+from tests.golden import Golden, Recorder, UnknownOptionError, companions, notes_of, read_key_list, stem_of
+from tests.originals.common import fitting
 
 PICTURE = -200
 LAYOUTS = {"adapter_model.bin": "lora", "mm_projector.bin": "projector", "delta": "delta"}
@@ -28,18 +31,47 @@ PART_FILES = {"non_lora_trainables.bin": "main", "adapter_model.bin": "adapter"}
 MODES = {"default": "crop", "pad": "pad", "anyres": "tiles"}
 
 
+# Of config.json; what decides a value is read, or refused, where it is converted.
+CONFIG = (
+    *("model_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_use_im_start_end"),
+    *("mm_use_im_patch_token", "tokenizer_padding_side", "tokenizer_model_max_length", "image_aspect_ratio"),
+    *("image_grid_pinpoints", "mm_patch_merge_type", "use_mm_proj", "mm_hidden_size", "mm_vision_tower", "use_cache"),
+    *LLAMA_FIELDS,
+)
+ADAPTER = (
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "target_modules",
+    ),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern"),
+)
+PIXELS = ("size", "crop_size", "resample", "do_convert_rgb", "rescale", "image_mean", "image_std")
+ROW = (
+    *("version", "tokenizer", "legacy", "mm_use_im_start_end", "conversation", "has_image", "input_ids", "labels"),
+    *("error", "warning"),
+)
+
+
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "templates" in case:
-        prompts(golden)
-    elif "rows" in case:
-        training_labels(golden)
-    elif "image_grid_pinpoints" in case:
-        pixels(golden)
-    elif "texts" in case:
-        tokens(golden)
-    else:
+    if golden.state_dict:
+        vision = CLIPVisionConfig().to_dict()
+        golden.check(config=CONFIG, adapter_config=ADAPTER, vision_config=vision)
         model_outputs(golden)
+    elif "files" in case:
+        golden.check(image_processor=PIXELS)
+        pixels(golden)
+    else:
+        golden.check()
+        kinds = {"templates": prompts, "rows": training_labels, "texts": tokens}
+        for section in kinds.keys() & case:
+            kinds[section](golden)
 
 
 # Processor
@@ -81,16 +113,17 @@ def tokens(golden: Golden) -> None:
         tokenizer = tokenizer_for(golden, kind, legacy == "true")
         if tokenizer is None:
             continue
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, len(tokenizer))
-        assert known == tuple(expected[part] for part in ("bos", "eos", "unk", "vocab"))
+        known = {f"{name}": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")}
+        known["vocab"] = len(tokenizer)
+        assert {part: expected.get(part, value) for part, value in known.items()} == known
         for text, ids in zip(case["texts"], expected["texts"], strict=True):
             assert tokenizer(text)["input_ids"] == ids, (name, text)
         processor = processor_around(tokenizer_for(golden, kind, legacy == "true", added=["<image>"]))
-        for text, ids in zip(case["prompts"], expected["tokenizer_image_token"], strict=True):
+        for text, ids in zip(case.get("prompts", []), expected.get("tokenizer_image_token") or [], strict=True):
             assert as_original(processor, processor.encode(text)) == ids, (name, text)
-        if "truncated_16" in expected:
-            cut = tokenizer(case["texts"], truncation=True, max_length=16)["input_ids"]
-            assert expected["truncated_16"] in cut
+        for field in filter(re.compile(r"truncated_\d+").fullmatch, expected):
+            length = int(field.rpartition("_")[2])
+            assert expected[field] in tokenizer(case["texts"], truncation=True, max_length=length)["input_ids"]
 
 
 def processor_around(tokenizer, **options) -> HfvlmLLaVAProcessor:
@@ -103,6 +136,8 @@ def as_original(processor, ids):
 
 def training_labels(golden: Golden) -> None:
     for row in golden.case["rows"]:
+        if unknown := sorted(set(row) - set(ROW)):
+            raise UnknownOptionError(f"{golden.folder.name}: a row has {', '.join(unknown)}")
         around = {"image_start": "<im_start>", "image_end": "<im_end>"} if row["mm_use_im_start_end"] else {}
         added = [*around.values(), "<image>"]
         tokenizer = tokenizer_for(golden, row["tokenizer"], row["legacy"], added=added)
@@ -125,19 +160,22 @@ def training_labels(golden: Golden) -> None:
 
 
 def pixels(golden: Golden) -> None:
-    case = golden.case
-    facts = case["image_processor"]
-    shared = {name: facts[name] for name in ("image_mean", "image_std")} | {"size": facts["crop_size"]}
-    pinpoints = [size[::-1] for size in case["image_grid_pinpoints"]]
+    case, facts = golden.case, golden.section("image_processor")
+    names = {"image_mean": "image_mean", "image_std": "image_std", "crop_size": "size"}
+    shared = {ours: facts[theirs] for theirs, ours in names.items() if theirs in facts}
+    pinpoints = [size[::-1] for size in case.get("image_grid_pinpoints", [])]
+    # How an image is fitted is part of an output's name, and a case need not have every way.
+    modes = {mode: how for mode, how in MODES.items() if any(f".{mode}." in name for name in golden.outputs)}
     for file in case["files"]:
         stem = file.removesuffix(".png")
-        for mode, resize_mode in MODES.items():
+        for mode, resize_mode in modes.items():
             tiled = {"grid_pinpoints": pinpoints} if mode == "anyres" else {}
             processor = HfvlmLLaVAImageProcessor(resize_mode=resize_mode, **shared, **tiled)
             inputs = processor(golden.folder / file, return_tensors="pt")
             views, name = inputs["pixel_values"], f"{stem}.{mode}"
-            assert list(views.shape) == case["results"][name]["shape"], name
-            stride = case["stride"]
+            stated = golden.section("results").get(name, {})
+            assert list(views.shape) == stated.get("shape", list(views.shape)), name
+            stride = case.get("stride", 1)
             golden.compare(f"{name}.pixels", views[:, :, ::stride, ::stride])
             golden.compare(f"{name}.mean", views.double().mean(dim=(2, 3)))
             golden.compare(f"{name}.std", views.double().std(dim=(2, 3), correction=0))
@@ -148,23 +186,38 @@ def pixels(golden: Golden) -> None:
 
 def compose(path: Path) -> tuple[HfvlmLLaVAConfig, list[Table]]:
     """A released file and, without memory, the others that its preset names: the configuration and the tables."""
-    stem = path.name.removesuffix(".gz").removesuffix(".json")
-    name = stem
+    return fitting("llava", release_of(path), lambda preset: composed(path, preset))
+
+
+def release_of(path: Path) -> str:
+    """What a release is called of which the list has one file, whose own name follows."""
+    stem = stem_of(path)
     for file in (*PART_FILES, "mm_projector.bin"):
-        name = name.removesuffix(f".{file}")
-    preset = load_preset(f"llava/{name.lower()}")
+        stem = stem.removesuffix(f".{file}")
+    return stem
+
+
+def role_in(path: Path) -> str:
+    """What a list's file is in its release, as its notes and its keys say."""
+    adapter = all(".lora_" in key for key in read_key_list(path))
+    return "adapter" if adapter or notes_of(path).get("files", "").startswith("adapter_model") else "main"
+
+
+def composed(path: Path, preset: Preset) -> tuple[HfvlmLLaVAConfig, list[Table]]:
     config, source = preset.make_config(), preset.source
-    tensors = {"main": read_key_list(path)}
-    for file, role in PART_FILES.items():  # the two files of an adapter are two lists
-        for found in path.parent.glob(f"{name}.{file}.json*"):
-            tensors[role] = read_key_list(found)
+    tensors: dict[str, dict[str, Tensor]] = {role_in(path): read_key_list(path)}
+    if source["layout"] == "lora":  # the two files of an adapter are two lists
+        for other in companions(path):
+            if release_of(other) == release_of(path):
+                tensors.setdefault(role_in(other), read_key_list(other))
     parts = source.get("parts", {})
     if "base" in parts:
         tensors["base"] = language_model(config, source["layout"])
     if "vision" in parts:
         with torch.device("meta"):
             tensors["vision"] = CLIPVisionModel(config_to_transformers(whole(config)).vision_config).state_dict()
-    adapter = {"r": 128, "lora_alpha": 256}
+    assert "main" in tensors, f"{path.name}: the release's other file has no list"
+    adapter = notes_of(path).get("adapter_config", {"r": 128, "lora_alpha": 256})
     settings = {"vision": {"model_type": "clip_vision_model"}, "adapter": adapter}
     sources = {role: Source(path, part, settings.get(role, {})) for role, part in tensors.items()}
     return config, tables_for(config, source["layout"], sources)
@@ -196,7 +249,7 @@ def sources_of(golden: Golden) -> dict[str, Source]:
     for key, tensor in golden.state_dict.items():
         file, _, name = key.rpartition("|")
         files.setdefault(names.get(file, "main"), {})[name] = tensor
-    settings = {"adapter": golden.case.get("adapter_config", {}), "vision": {"model_type": "clip_vision_model"}}
+    settings = {"adapter": golden.section("adapter_config"), "vision": {"model_type": "clip_vision_model"}}
     return {role: Source(Path(role), tensors, settings.get(role, {})) for role, tensors in files.items()}
 
 
@@ -235,10 +288,11 @@ def model_outputs(golden: Golden) -> None:
         output = model(**prepared)
         embeds = model.embed(prepared["input_ids"], prepared["mm_encoder_outputs"]) * mask.unsqueeze(-1)
         values = {name: seen[path] for name, path in paths.items()}
-    values |= {"logits": output.logits, "loss": output.loss.reshape(1), "inputs_embeds": embeds}
+    loss = None if output.loss is None else output.loss.reshape(1)
+    values |= {"logits": output.logits, "loss": loss, "inputs_embeds": embeds}
     values |= {"attention_mask": mask, "labels": prepared["labels"]}
     values["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0) * mask
-    stored, places = golden.case.get("stored_rows", {}), {"logits", "lm_layer0", "lm_norm"}
+    stored, places = golden.section("stored_rows"), {"logits", "lm_layer0", "lm_norm"}
     for name in golden.in_order():
         if name in values:
             count = stored.get(name, len(values[name]))
@@ -265,9 +319,10 @@ def rows_of(golden: Golden, model: HfvlmLLaVAForConditionalGeneration, features:
     """Each sample's ids, labels and features as the original makes them: what is masked is dropped, every picture has
     its tokens' places, and what is too long is cut. A text alone consumes a picture that it does not show."""
     inputs, token = golden.inputs, model.config.image_token_id
-    longest = golden.case["config"].get("tokenizer_model_max_length")
+    longest = golden.section("config").get("tokenizer_model_max_length")
     remaining, rows = iter(features), []
-    for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
+    every = inputs.get("labels", torch.full_like(inputs["input_ids"], IGNORE))
+    for ids, mask, labels in zip(inputs["input_ids"], golden.mask().bool(), every, strict=True):
         pairs = list(zip(ids[mask].tolist(), labels[mask].tolist(), strict=True))
         shown = sum(i == PICTURE for i, _ in pairs)
         own = [next(remaining) for _ in range(max(1, shown))][:shown]
@@ -283,7 +338,7 @@ def rows_of(golden: Golden, model: HfvlmLLaVAForConditionalGeneration, features:
 def batch_of(golden: Golden, rows: list[tuple]) -> dict:
     """Rows padded on the original's side."""
     length = max(len(ids) for ids, _, _ in rows)
-    left = golden.case["config"].get("tokenizer_padding_side", "right") == "left"
+    left = golden.section("config").get("tokenizer_padding_side", "right") == "left"
 
     def pad(row: list[int], value: int) -> list[int]:
         rest = [value] * (length - len(row))

@@ -10,9 +10,13 @@ from hfvlm.modules.context import Context
 from tests.golden import Golden, Recorder
 from tests.originals.common import converted
 
+GENERATE = ("sot", "eos", "pad", "seq_len", "min_seq_len")
+
 
 @torch.no_grad()
 def compare(golden: Golden) -> None:
+    # The constructor's options are checked where they are converted.
+    golden.check(constructor=golden.section("constructor"), generate=GENERATE)
     config = config_from_original(golden.case, golden.state_dict)
     model: HfvlmMaMMUTModel = converted("mammut", golden.state_dict, config, "open_clip")
     paths = {name: path for name in golden.in_order() if (path := module_path(name, model))}
@@ -51,7 +55,9 @@ def compare(golden: Golden) -> None:
 
 
 def generated(golden: Golden, model: HfvlmMaMMUTModel) -> dict[str, Tensor]:
-    image, setting = golden.inputs["image"], golden.case["generate"]
+    image, setting = golden.inputs["image"], golden.section("generate")
+    if not setting:
+        return {}
     tokens = {"bos_token_id": setting["sot"], "eos_token_id": setting["eos"], "pad_token_id": setting["pad"]}
     model.generation_config.update(**tokens)
     length = setting["seq_len"]
@@ -60,7 +66,8 @@ def generated(golden: Golden, model: HfvlmMaMMUTModel) -> dict[str, Tensor]:
     forced = {"min_length": setting["min_seq_len"], "forced_eos_token_id": setting["eos"]}
     greedy = model.generate(image, max_length=length, **forced)
     # A group of its beams is a search of its own, and all groups find the same.
-    groups = {"generate_beam_3": 3, "generate_beam_6_in_3_groups": 2}
+    kinds = {name: re.fullmatch(r"generate_beam_(\d+)(?:_in_(\d+)_groups)?", name) for name in golden.outputs}
+    groups = {name: int(kind[1]) // int(kind[2] or 1) for name, kind in kinds.items() if kind}
     return {
         "greedy_free_running_ids": free.sequences,
         "greedy_free_running_logits": torch.stack(free.logits, dim=1),

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from hfvlm.conversion.qwen_vl import config_from_original, keys_for, tables_for
@@ -16,36 +17,59 @@ from hfvlm.models.qwen_vl import (
     HfvlmQwenVLTokenizer,
 )
 from hfvlm.models.qwen_vl.processing_qwen_vl import SAID
-from hfvlm.presets import load_preset
-from tests.golden import Golden, Recorder, notes_of, read_key_list
+from tests.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
 
 PLACE = HfvlmQwenVLProcessor.image_token
 # The original has the path of a picture where hfvlm has the place of one that is given beside the text.
 PATH = re.compile(r"<img>[^<]*</img>")
 
 
+CONFIG = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size"),
+    *("seq_length", "max_position_embeddings", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base", "no_bias"),
+    *("use_dynamic_ntk", "use_logn_attn", "emb_dropout_prob", "attn_dropout_prob", "initializer_range", "visual"),
+    *("tie_word_embeddings", "model_type"),
+    # How the original computes, not what.
+    *("use_flash_attn", "use_cache", "fp32", "bf16", "fp16", "softmax_in_fp32"),
+)
+VISUAL = (
+    *("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "n_queries", "output_dim"),
+    "image_start_id",
+)
+ROW = ("tokenizer", "conversation", "input_ids", "labels", "attention_ones")
+
+
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "texts" in case:
-        tokens(golden)
-    elif "rows" in case:
-        training_labels(golden)
-    elif "files" in case:
-        pixels(golden)
-    else:
+    if golden.state_dict:
+        golden.check(config=CONFIG, config__visual=VISUAL)
         model_outputs(golden)
+    elif "files" in case:
+        golden.check(arguments=("image_size",))
+        pixels(golden)
+    elif "rows" in case:
+        golden.check(arguments=("max_len", "system_message"))
+        training_labels(golden)
+    else:
+        golden.check()
+        tokens(golden)
+
+
+def role_of(notes: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    return "adapter" if "adapter_config" in notes else "base"
 
 
 def compose(path: Path) -> tuple[HfvlmQwenVLConfig, list[Table]]:
     """A whole release, or an adapter on its base."""
     notes, tensors = notes_of(path), read_key_list(path)
-    if "adapter_config" not in notes:
+    if role_of(notes, tensors) == "base":
         config = config_from_original(notes, tensors)
         return config, tables_for(config, "original", {"main": Source(path, tensors, {})})
-    (base,) = path.parent.glob("Qwen-VL-Chat.json*")
-    config = load_preset("qwen_vl/qwen-vl-chat").make_config()
+    base = parts_of(path, role_of)["base"]
+    whole = read_key_list(base)
+    config = config_from_original(notes_of(base), whole)
     main = Source(path, tensors, notes["adapter_config"])
-    return config, tables_for(config, "lora", {"main": main, "base": Source(base, read_key_list(base), {})})
+    return config, tables_for(config, "lora", {"main": main, "base": Source(base, whole, {})})
 
 
 # Processor
@@ -79,39 +103,59 @@ def tokens(golden: Golden) -> None:
     case, expected = golden.case, golden.case["results"]["tiny"]  # the released vocabulary may not be kept here
     processor = processor_for(golden)
     tokenizer = processor.tokenizer
-    assert len(tokenizer) == expected["n_vocab"]
-    assert tokenizer.eos_token_id == expected["eod_id"]
-    assert {name: processor.token_id(name) for name in expected["special"]} == expected["special"]
+    special = {name: processor.token_id(name) for name in expected.get("special", {})}
+    known = {"n_vocab": len(tokenizer), "eod_id": tokenizer.eos_token_id, "special": special}
+    assert {name: expected.get(name, value) for name, value in known.items()} == known
     for text, ids in zip(case["texts"], expected["texts"], strict=True):
         if PATH.search(text):
             actual = expanded(processor, processor.encode(PATH.sub(PLACE, text)))
             assert actual == pathless(unrolled(ids), processor), text
         else:
             assert tokenizer(text)["input_ids"] == ids, text
-    for context in expected["make_context"]:
-        history = context["history"] or []
+    contexts(expected.get("make_context") or [], processor)
+    if "lists" in case:
+        for results in present(case["results"]).values():
+            every_list(golden, case, results)
+    if "boxes_texts" in case:
+        boxes(case["boxes_texts"], expected["boxes"], processor)
+    if decoded := expected.get("decode_tokens"):
+        answer = tokenizer.decode(decoded["ids"][decoded["context_length"] :], skip_special_tokens=True)
+        assert answer.startswith(decoded["text"][0])
+
+
+def contexts(stated: list[dict], processor: HfvlmQwenVLProcessor) -> None:
+    for context in stated:
+        history = context.get("history") or []
         if any(answer is None for _, answer in history):  # the original writes a line too many here
             continue
         turns = [("system", context["system"]), *(t for q, a in history for t in (("user", q), ("assistant", a)))]
         turns.append(("user", context["query"]))
-        messages = [{"role": role, "content": PATH.sub(PLACE, said)} for role, said in turns]
+        messages = [{"role": role, "content": PATH.sub(PLACE, text)} for role, text in turns]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text.replace(SAID, "") == PATH.sub(PLACE, context["raw_text"])
         assert expanded(processor, processor.encode(text)) == pathless(unrolled(context["ids"]), processor)
-    lists(case, expected, processor_for(golden, conversation="raw"))
-    if "from_list_format_older" in case["results"]["real"]:
-        older = {"from_list_format": case["results"]["real"]["from_list_format_older"]}
+
+
+def every_list(golden: Golden, case: dict, results: dict) -> None:
+    """`from_list_format`, of the release and of an older revision."""
+    if "from_list_format" in results:
+        lists(case, results, processor_for(golden, conversation="raw"))
+    if "from_list_format_older" in results:
+        older = {"from_list_format": results["from_list_format_older"]}
         lists(case, older, processor_for(golden, conversation="raw", picture_colon=":"))
-    for text, boxes in zip(case["boxes_texts"], expected["boxes"], strict=False):
+
+
+def boxes(texts: list[str], expected: list[list[dict]], processor: HfvlmQwenVLProcessor) -> None:
+    for text, stated in zip(texts, expected, strict=False):
         found = [place for place in processor.post_process_grounding(text, [(1000, 1000)]) if "box_xyxy" in place]
         assert [{"box": place["box_xyxy"], "ref": place["label"]} for place in found] == [
-            {"ref": None} | box for box in boxes
+            {"ref": None} | box for box in stated
         ]
-    quads = [processor.post_process_grounding(text, [(1000, 1000)]) for text in case["boxes_texts"] if "quad" in text]
-    assert quads == [[{"label": None, "quad_xy": [[1, 2], [3, 4], [5, 6], [7, 8]]}]]
-    decoded = expected["decode_tokens"]
-    answer = tokenizer.decode(decoded["ids"][decoded["context_length"] :], skip_special_tokens=True)
-    assert answer.startswith(decoded["text"][0])
+    for text in texts:
+        for quad in re.findall(r"<quad>(.*?)</quad>", text):
+            corners = [[int(n) for n in pair] for pair in re.findall(r"\((\d+),(\d+)\)", quad)]
+            found = processor.post_process_grounding(text, [(1000, 1000)])
+            assert {"label": None, "quad_xy": corners} in found
 
 
 def lists(case: dict, expected: dict, processor: HfvlmQwenVLProcessor) -> None:
@@ -129,28 +173,36 @@ def part_of(part: dict, processor: HfvlmQwenVLProcessor) -> dict:
 
 
 def training_labels(golden: Golden) -> None:
-    processor = processor_for(golden)
+    processor, arguments = processor_for(golden), golden.section("arguments")
+    longest = arguments.get("max_len")
+    system = [{"role": "system", "content": arguments["system_message"]}] if "system_message" in arguments else []
     for row in golden.case["rows"]:
+        if unknown := sorted(set(row) - set(ROW)):
+            raise UnknownOptionError(f"{golden.folder.name}: a row has {', '.join(unknown)}")
         if row["tokenizer"] != "tiny":
             continue
         turns = golden.case["conversations"][row["conversation"]]
+        # The original drops a first turn that is not the user's.
+        turns = turns[turns[0]["from"] != "user" :]
         messages = [{"role": turn["from"], "content": PATH.sub(PLACE, turn["value"])} for turn in turns]
-        ids, labels = processor.training_row(messages)
-        expected = pathless(unrolled(row["input_ids"]), processor)[: row["attention_ones"]]
-        assert expanded(processor, ids) == expected
+        ids, labels = processor.training_row([*system, *messages])
+        count = row.get("attention_ones", len(unrolled(row["input_ids"])))
+        expected = pathless(unrolled(row["input_ids"]), processor)[:count]
+        assert expanded(processor, ids)[:longest] == expected
         wide = [
             same
             for i, label in zip(ids, labels, strict=True)
             for same in [label] * (processor.num_queries if i == processor.image_token_id else 1)
         ]
-        assert wide == unrolled(row["labels"])[: row["attention_ones"]]
+        assert wide[:longest] == unrolled(row["labels"])[:count]
 
 
 def pixels(golden: Golden) -> None:
-    stride = golden.case["stride"]
+    stride = golden.case.get("stride", 1)
+    processor = HfvlmQwenVLImageProcessor(size=golden.section("arguments").get("image_size", 448))
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
-        (values,) = HfvlmQwenVLImageProcessor()(golden.folder / file, return_tensors="pt")["pixel_values"]
+        (values,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]
         golden.compare(f"{name}.pixels", values[:, ::stride, ::stride])
         golden.compare(f"{name}.mean", values.double().mean(dim=(1, 2)))
         golden.compare(f"{name}.std", values.double().std(dim=(1, 2), correction=0))
@@ -180,7 +232,7 @@ def model_inputs(golden: Golden, config: HfvlmQwenVLConfig) -> tuple[dict[str, T
             span = row[left + 1 : right].tolist()
             paths.append(bytes(span[: span.index(config.image_token_id)]).decode())
             row[left + 1 : right] = config.image_token_id
-    return {"input_ids": ids, "attention_mask": golden.inputs["attention_mask"]}, paths
+    return {"input_ids": ids, "attention_mask": golden.mask()}, paths
 
 
 def model_outputs(golden: Golden) -> None:
@@ -205,13 +257,17 @@ def model_outputs(golden: Golden) -> None:
     }
     fused = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
     with torch.no_grad(), Recorder(model, [*modules.values(), *fused]) as seen:
-        output = model(**inputs, pixel_values=pixel_values, labels=golden.inputs["labels"], use_cache=True)
+        output = model(**inputs, pixel_values=pixel_values, labels=golden.inputs.get("labels"), use_cache=True)
         values = {name: seen[path] for name, path in modules.items()}
         values["lm_block0_c_attn"] = torch.cat([seen[path] for path in fused], dim=-1)
         values["lm_input"] = seen[f"{layer}:input"]
     for name in ("vit_block0", "vit_last"):  # the original's are sequence first
         values[name] = values[name].transpose(0, 1)
-    values |= {"pixel_values": pixel_values, "logits": output.logits, "loss": output.loss.reshape(1)}
+    values |= {
+        "pixel_values": pixel_values,
+        "logits": output.logits,
+        "loss": None if output.loss is None else output.loss.reshape(1),
+    }
     values["ntk_alpha"] = torch.tensor([float(cache_of(output).stretch)])
     real = inputs["attention_mask"].bool().unsqueeze(-1)
     masked = {name for name in values if name.startswith(("lm_", "ln_f", "logits")) and name != "lm_input"}

@@ -1,8 +1,10 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from hfvlm.conversion.language_models import LLAMA_FIELDS
 from hfvlm.conversion.shikra import MARKS, PATCH, config_from_original, tables_for
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -18,32 +20,41 @@ from hfvlm.models.shikra import (
     HfvlmShikraTokenizer,
 )
 from hfvlm.models.shikra.places import Bins, Decimals, Square
-from hfvlm.presets import load_preset
-from tests.golden import Golden, Recorder, read_key_list
+from hfvlm.presets import Preset
+from tests.golden import Golden, Recorder, UnknownOptionError, read_key_list, stem_of
+from tests.originals.common import fitting
 
 VISION = {"model_type": "clip_vision_model"}
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
+CONFIG = (*LLAMA_FIELDS, "mm_vision_select_layer", "model_type")
+FLAGS = ("use_im_start_end", "im_patch_token", "im_start_token", "im_end_token")
+ROW = ("dialog", "tokenizer", "mode", "image_token_len", "se", "prompt", "input_ids", "labels", "attention_mask_sum")
+
+
 def compare(golden: Golden) -> None:
     case = golden.case
-    if "files" in case:
+    if golden.state_dict:
+        golden.check(config=CONFIG, vision_flags=FLAGS, vision_config=CLIPVisionConfig().to_dict())
+        model_outputs(golden)
+    elif "files" in case:
+        golden.check(arguments=("image_size",))
         pixels(golden)
-    elif "rows" in case:
+    else:
+        golden.check()
         dialogs(golden)
         formatting(golden)
-    else:
-        model_outputs(golden)
 
 
 # Processor
 
 
 def pixels(golden: Golden) -> None:
-    stride = golden.case["stride"]
+    size, stride = golden.section("arguments").get("image_size", 224), golden.case.get("stride", 1)
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
-        processor = HfvlmShikraImageProcessor(size=golden.outputs[f"{name}.pixels"].shape[-1] * stride)
+        processor = HfvlmShikraImageProcessor(size=size)
         (picture,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]
         exact = picture.double()
         golden.compare(f"{name}.pixels", picture[:, ::stride, ::stride])
@@ -81,7 +92,9 @@ def messages_of(processor: HfvlmShikraProcessor, dialog: dict) -> list[dict]:
 
 def dialogs(golden: Golden) -> None:
     case = golden.case
-    for row in case["rows"]:
+    for row in case.get("rows", []):
+        if unknown := sorted(set(row) - set(ROW)):
+            raise UnknownOptionError(f"{golden.folder.name}: a row has {', '.join(unknown)}")
         if row["tokenizer"] != "tiny":  # LLaMA's own is under a licence that does not let it be kept here
             continue
         processor, counts = processor_of(golden, MARKS if row["se"] else ("", "")), [row["image_token_len"]]
@@ -104,26 +117,35 @@ def dialogs(golden: Golden) -> None:
 
 
 def formatting(golden: Golden) -> None:
-    facts = golden.case["formatting"]
-    plain, small = Decimals(), Decimals(2, "()")
-    for i, text in enumerate(facts["strings"]):
-        for name, width, notation in (("extract", 4, plain), ("extract_point", 2, plain), ("extract_small", 4, small)):
-            found = [written.places for written in notation.find(text) if len(written.places[0]) == width]
-            assert found == facts[name][i], (name, text)
-    bins = Bins(101)
-    for kind, places in (
-        ("format_box", facts["format_box"]["boxes"]),
-        ("format_point", facts["format_point"]["points"]),
-    ):
-        assert plain.write(places) == facts[kind]["plain"]
-        assert bins.write(places) == facts[kind]["token101"]
-    assert small.write(facts["format_box"]["boxes"]) == facts["format_box"]["small_precision2"]
-    assert [written.places for written in bins.find(facts["format_box"]["token101"])] == facts["token_extract"]
-    for known in facts["norm"]:
-        # A picture of this size alone is no square: the square's own pixels are meant.
+    """What a case has of how places are written and found."""
+    facts = golden.section("formatting")
+    plain, small, bins = Decimals(), Decimals(2, "()"), Bins(101)
+    found_in(facts, {"extract": (4, plain), "extract_point": (2, plain), "extract_small": (4, small)})
+    for kind, given in (("format_box", "boxes"), ("format_point", "points")):
+        stated = golden.section(f"formatting.{kind}")
+        notations = {"plain": plain, "token101": bins, "small_precision2": small}
+        for name in set(stated) - {given}:
+            assert notations[name].write(stated[given]) == stated[name], (kind, name)
+        if kind == "format_box" and "token101" in stated and "token_extract" in facts:
+            assert [written.places for written in bins.find(stated["token101"])] == facts["token_extract"]
+    squares(facts)
+
+
+def found_in(facts: dict[str, Any], kinds: dict[str, tuple[int, Decimals]]) -> None:
+    """Boxes and points in texts."""
+    for name in kinds.keys() & facts:
+        width, notation = kinds[name]
+        for text, expected in zip(facts["strings"], facts[name], strict=True):
+            found = [place.places for place in notation.find(text) if len(place.places[0]) == width]
+            assert found == expected, (name, text)
+
+
+def squares(facts: dict[str, Any]) -> None:
+    for known in facts.get("norm", []):
+        # An image of this size alone is no square: the square's own pixels are meant.
         if known["w"] == known["h"]:
             assert Square(known["w"], known["h"]).share(known["box"]) == known["norm"]
-    for known in facts["expand2square"]:
+    for known in facts.get("expand2square", []):
         square, side = Square(known["w"], known["h"]), max(known["w"], known["h"])
         assert square.share(known["box"]) == [round(value / side, 3) for value in known["out"]]
 
@@ -133,10 +155,15 @@ def formatting(golden: Golden) -> None:
 
 def compose(path: Path) -> tuple[HfvlmShikraConfig, list[Table]]:
     """The released difference and, without memory, its base and the tower."""
-    preset = load_preset(f"shikra/{path.name.removesuffix('.gz').removesuffix('.json')}")
+    return fitting("shikra", stem_of(path), lambda preset: composed(path, preset))
+
+
+def composed(path: Path, preset: Preset) -> tuple[HfvlmShikraConfig, list[Table]]:
     config = preset.make_config()
     delta = read_key_list(path)
-    base = {key: t[:32000] if t.shape[0] == 32003 else t for key, t in delta.items() if "mm_projector" not in key}
+    base = {
+        key: t[:32000] if t.ndim and t.shape[0] > 32000 else t for key, t in delta.items() if "mm_projector" not in key
+    }
     fields = (
         "hidden_size",
         "intermediate_size",
@@ -160,9 +187,10 @@ def converted(golden: Golden) -> HfvlmShikraForConditionalGeneration:
     for key, tensor in golden.state_dict.items():
         parts["vision" if key.startswith("vision_model.") else "main"][key] = tensor
     sources = {role: Source(Path(role), tensors, VISION) for role, tensors in parts.items()}
-    flags = case["vision_flags"]
+    flags = {"use_im_start_end": True} | golden.section("vision_flags")
     original = {**case["config"], "vision_config": VISION | case["vision_config"]}
-    original |= {"mm_use_im_start_end": flags["use_im_start_end"], "im_patch_token": flags["im_patch_token"]}
+    original["mm_use_im_start_end"] = flags["use_im_start_end"]
+    original |= {name: flags[name] for name in ("im_patch_token",) if name in flags}
     config = config_from_original(original, parts["main"])
     empty = empty_model(config)
     tables = convert_tables(tables_for(config, "original", sources), empty.state_dict())
@@ -181,23 +209,23 @@ def model_outputs(golden: Golden) -> None:
         "lm_layer0": "language_model.model.layers.0",
         "lm_norm": "language_model.model.norm",
     }
-    batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    batch = {"input_ids": inputs["input_ids"], "attention_mask": golden.mask(), "labels": inputs.get("labels")}
     with torch.no_grad(), Recorder(model, list(paths.values())) as seen:
         pictures = model.get_image_features(inputs["images"]).pooler_output
-        if not golden.case["vision_flags"]["use_im_start_end"]:
-            # Without tokens around pictures the original gives every row of a batch the first.
+        if not golden.section("vision_flags").get("use_im_start_end", True):
+            # Without tokens around images the original gives every row of a batch the first.
             pictures = pictures[:1] * len(pictures)
         features = {"image": Features(pooler_output=pictures)}
         output = model(**batch, mm_encoder_outputs=features)
         values = {name: seen[path] for name, path in paths.items()}
         values["inputs_embeds"] = model.embed(inputs["input_ids"], features)
-    values |= {"logits": output.logits, "loss": output.loss.reshape(1)}
-    mask, width = inputs["attention_mask"].bool().unsqueeze(-1), golden.outputs["vision_layer0"].shape[-1]
+    values |= {"logits": output.logits, "loss": None if output.loss is None else output.loss.reshape(1)}
+    mask = batch["attention_mask"].bool().unsqueeze(-1)
     for name in golden.in_order():
         if name.startswith("greedy"):
             golden.compare(name, greedy(golden, model, int(name.removeprefix("greedy_"))))
         elif name.startswith("vision"):
-            golden.compare(name, values[name][..., :width])
+            golden.compare(name, values[name][..., : golden.outputs[name].shape[-1]])
         else:
             real = mask if name in ("inputs_embeds", "logits", "lm_layer0", "lm_norm") else None
             golden.compare(name, values[name], real)
@@ -205,9 +233,9 @@ def model_outputs(golden: Golden) -> None:
 
 def greedy(golden: Golden, model: HfvlmShikraForConditionalGeneration, i: int) -> Tensor:
     """The new ids after row i, with the pictures that are its own."""
-    inputs, counts = golden.inputs, golden.case["images_per_sample"]
+    inputs, counts = golden.inputs, golden.case.get("images_per_sample") or [1] * len(golden.inputs["input_ids"])
     first = sum(counts[:i])
-    ids = inputs["input_ids"][i : i + 1, inputs["attention_mask"][i].bool()]
+    ids = inputs["input_ids"][i : i + 1, golden.mask()[i].bool()]
     picture = {"pixel_values": inputs["images"][first : first + counts[i]]} if counts[i] else {}
     length = len(golden.outputs[f"greedy_{i}"])
     new = model.generate(ids, **picture, do_sample=False, max_new_tokens=length, eos_token_id=None, pad_token_id=0)

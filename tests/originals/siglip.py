@@ -12,39 +12,64 @@ from hfvlm.modules.positions import ALIGNED_CORNERS, resize_grid
 from tests.golden import Golden, Recorder, compare_pixels
 from tests.originals.common import converted
 
+PIXELS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+# open_clip's constructor; the other sections are checked where they are converted.
+OPEN_CLIP = {
+    "constructor": ("embed_dim", "init_logit_bias", "init_logit_scale", "vision_cfg", "text_cfg", "custom_text"),
+    "constructor__vision_cfg": (
+        *("image_size", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_model_kwargs"),
+    ),
+}
+IMAGE = (
+    *("pool_type", "scan", "patch_size", "width", "depth", "mlp_dim", "num_heads", "nposemb", "posemb", "variant"),
+)
+TEXT = ("width", "depth", "mlp_dim", "num_heads", "vocab_size", "scan", "variant")
+# big_vision's; the shapes of the weights say the sizes.
+BIG_VISION = {
+    "constructor": ("image_model", "image", "text", "text_model", "out_dim", "bias_init", "temperature_init"),
+    "constructor__image": IMAGE,
+    "constructor__text": TEXT,
+}
+
 
 def compare(golden: Golden) -> None:
-    if "settings" in golden.case:
+    if not golden.state_dict and "settings" in golden.case:
+        names = golden.case["settings"]
+        golden.check(**{f"settings__{name}": ("call", "cfg", "of") for name in names})
+        golden.check(**{f"settings__{name}__cfg": PIXELS for name in names})
         list(compare_pixels(golden, pixels))
-    elif "texts" in golden.case:
+    elif not golden.state_dict:
+        golden.check(arguments=("context_length",))
         tokens(golden)
     elif layout_of(golden.case) == "big_vision":
+        golden.check(**BIG_VISION)
         big_vision(golden)
     else:
+        golden.check(**OPEN_CLIP)
         open_clip(golden)
 
 
-def pixels(setting: dict, path: Path) -> Tensor:
+def pixels(setting: dict, path: Path, shape: list[int] | None) -> Tensor:
     config = setting["cfg"]
     size = config["size"]
     processor = HfvlmSigLIPImageProcessor(
         size=size if isinstance(size, int) else {"height": size[0], "width": size[1]},
-        resize_mode=config["resize_mode"],
-        resample=FILTERS[config["interpolation"]],
-        fill_color=config["fill_color"],
-        image_mean=config["mean"],
-        image_std=config["std"],
+        resize_mode=config.get("resize_mode", "squash"),
+        resample=FILTERS[config.get("interpolation", "bicubic")],
+        fill_color=config.get("fill_color", 0),
+        image_mean=config.get("mean", [0.5] * 3),
+        image_std=config.get("std", [0.5] * 3),
     )
     return processor(path, return_tensors="pt")["pixel_values"][0]
 
 
 def tokens(golden: Golden) -> None:
     model = next(name for name in golden.case["files"] if name.endswith(".model"))
-    length = len(golden.case["texts"][0]["ids"])
+    length = golden.section("arguments").get("context_length", len(golden.case["texts"][0]["ids"]))
     tokenizer = HfvlmSigLIPTokenizer.from_vocabulary(golden.folder / model, model_max_length=length)
     for row in golden.case["texts"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
-        assert tokenizer._cleaned(row["text"]) == row["canonicalized"], row["text"]
+        assert tokenizer._cleaned(row["text"]) == row.get("canonicalized", tokenizer._cleaned(row["text"]))
 
 
 def open_clip(golden: Golden) -> None:
@@ -109,7 +134,7 @@ def big_vision(golden: Golden) -> None:
         "probabilities": output.logits_per_image.sigmoid(),
     }
     for name in golden.in_order():
-        stored = golden.case["outputs"][name]["shape"]
+        stored = golden.description(name).get("shape", list(golden.outputs[name].shape))
         if name == "resampled_pos_embedding":
             edge = int(stored[1] ** 0.5)
             table = resize_grid(

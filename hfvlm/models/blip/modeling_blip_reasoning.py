@@ -3,11 +3,14 @@
 Source: https://github.com/salesforce/BLIP at 056a169, models/blip_nlvr.py and models/nlvr_encoder.py.
 """
 
+import copy
+import re
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -17,6 +20,10 @@ from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextC
 from hfvlm.models.blip.modeling_blip import PARTS, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
 from hfvlm.modules.context import Context
 from hfvlm.modules.transformer import CrossAttention
+from hfvlm.registry import find_class
+
+# Arguments of `from_pretrained` that say which files are meant.
+PLACE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
 class PairReader(nn.Module):
@@ -56,8 +63,20 @@ class PairTextModel(HfvlmBLIPTextModel):
         return PairReader(config, layer) if layer < 6 else MergingPairReader(config, layer)
 
 
+def _pair_names(key: str) -> list[str]:
+    """What the parameter of a model for one image is called here: the projections of its cross-attention, twice."""
+    projection = re.search(r"\.cross_attention\.(?=[qkv]_proj|out_proj)", key)
+    if projection is None:
+        return [key]
+    return [f"{key[: projection.end()]}{place}.{key[projection.end() :]}" for place in ("first", "second")]
+
+
 class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
-    """Tells whether a sentence about two pictures is true (NLVR2)."""
+    """Tells whether a sentence about two images is true (NLVR2).
+
+    `from_pretrained` also takes the folder of a BLIP with a text encoder and another head: pretraining, matching or
+    features. Its one cross-attention then begins both, and the classifier and the merging layers begin anew.
+    """
 
     config: HfvlmBLIPConfig
     pictures_per_text = 2
@@ -73,6 +92,42 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         self.text_model = PairTextModel._from_config(config.text_config)
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        if source is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(source, *args, **kwargs)
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        found = HfvlmBLIPConfig.get_config_dict(source, **place)[0].get("architectures") or [cls.__name__]
+        other: Any = find_class(found[0]) if found[0] != cls.__name__ else None
+        if getattr(other, "config_class", None) is not cls.config_class:
+            return super().from_pretrained(source, *args, **kwargs)
+        with_info = {"output_loading_info": kwargs.pop("output_loading_info", False)}
+        return cls.begin_with(other.from_pretrained(source, *args, **kwargs), **with_info)
+
+    @classmethod
+    def begin_with(cls, other: PreTrainedModel, *, output_loading_info: bool = False) -> Any:
+        """Begin with the towers of a BLIP that was trained on single images.
+
+        Args:
+            other: a model with a vision tower and a text encoder; it is left as it is.
+            output_loading_info: return what `from_pretrained` tells of the parameters that begin anew, too.
+
+        Raises:
+            ValueError: it has no text encoder, as a captioner has none.
+        """
+        if not hasattr(other, "text_model"):
+            raise ValueError(f"{type(other).__name__} has no text encoder: {cls.__name__} cannot begin with it.")
+        config = copy.deepcopy(other.config)
+        config.architectures = [cls.__name__]
+        config.vision_config.projection_dim = config.text_config.projection_dim = None
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in other.state_dict().items():
+            if re.match(r"(vision_model|text_model)\.(?!projection\.)", key):
+                tensors |= {name: tensor.detach().clone() for name in _pair_names(key)}
+        info: dict[str, Any] = {"output_loading_info": output_loading_info}
+        return super().from_pretrained(None, config=config, state_dict=tensors, dtype=other.dtype, **info)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
