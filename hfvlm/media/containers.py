@@ -104,7 +104,9 @@ class AudioFrames:
 
     def __init__(self, container: Any, name: str):
         self.container, self.name = container, name
-        streams = container.streams.audio
+        streams = [s for s in container.streams.audio if s.codec_context is not None]
+        if not streams:
+            raise MediaError(f"{name}: FFmpeg has no decoder for its audio.")
         self.stream = next((s for s in streams if s.disposition & type(s.disposition).default), streams[0])
         if container.format.name == "flac":
             self.stream.codec_context.options = {"err_detect": "crccheck+explode"}

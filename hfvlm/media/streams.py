@@ -100,6 +100,7 @@ def flac_recordings(file: BinaryIO) -> list[tuple[int, int]]:
         place += len(block)
         before = data[-len(FLAC_MARK) + 1 :]
     file.seek(begin)
+    starts = starts or [begin]
     return list(zip(starts, [*starts[1:], end], strict=True))
 
 

@@ -283,6 +283,9 @@ def video_stream(container: Any, name: str) -> Any:
     shown = [s for s in streams if not s.disposition & (kinds.attached_pic | kinds.timed_thumbnails)]
     if not shown:
         raise MediaError(f"{name}: has no video, only cover art.")
+    shown = [s for s in shown if s.codec_context is not None]
+    if not shown:
+        raise MediaError(f"{name}: FFmpeg has no decoder for its video.")
     best = container.streams.best("video")
     return max(
         shown,
