@@ -4,6 +4,7 @@ import base64
 import io
 import logging
 import struct
+import weakref
 import zlib
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 
+from hfvlm.inference.embedder import Embedder
 from hfvlm.media import (
     MediaError,
     read_audio,
@@ -24,10 +26,15 @@ from hfvlm.media import (
     read_imus,
     read_thermal,
     read_video,
+    sources,
 )
 from hfvlm.media.images import to_8_bits
+from hfvlm.media.video import Video
 from hfvlm.models.clip import HfvlmCLIPImageProcessor
-from hfvlm.models.imagebind import HfvlmImageBindDepthFeatureExtractor
+from hfvlm.models.imagebind import HfvlmImageBindDepthFeatureExtractor, HfvlmImageBindVideoFeatureExtractor
+from hfvlm.models.languagebind import HfvlmLanguageBindVideoFeatureExtractor
+from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTFeatureExtractor
+from hfvlm.training.data import ContrastiveCollator
 
 Y, X = np.mgrid[:30, :40]
 PHOTO = Image.fromarray(np.dstack([X * 6, Y * 8, (X > 20) * 200]).clip(0, 255).astype(np.uint8))
@@ -88,6 +95,60 @@ def test_depth_and_thermal_images_are_upright():
 def test_exif_that_is_rubbish_condemns_no_image():
     data = saved(PHOTO, "JPEG", exif=b"Exif\0\0" + b"MM\0*\0\0\0\x08" + b"\xff" * 40)
     assert read_image(data).size == (40, 30)
+
+
+def test_one_file_one_embedding(clip_folder, tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(oriented(6, "JPEG", quality=100))
+    embedder = Embedder.from_pretrained(clip_folder, device="cpu")
+    roads = [path, str(path), path.read_bytes(), Image.open(path), {"bytes": path.read_bytes()}, read_image(path)]
+    vectors = embedder.encode(image=roads)
+    assert np.abs(vectors - vectors[0]).max() < 1e-6
+    lying = embedder.encode(image=Image.open(path).convert("RGB").copy(), options={"image": {"upright": False}})
+    assert np.abs(lying - vectors[0]).max() > 1e-3
+
+    collator = ContrastiveCollator(embedder.processor)
+    row = collator.read({"image": str(path), "text": "a one"}, None)
+    assert row["image"].size == (30, 40)
+    embedder.processor.image_processor.upright = False
+    assert collator.read({"image": str(path), "text": "a one"}, None)["image"].size == (40, 30)
+
+
+# In parts
+
+
+def test_a_batch_is_never_decoded_as_a_whole(monkeypatch):
+    monkeypatch.setattr(sources, "THREADS", 2)
+    alive, most = [0], [0]
+
+    def counted(*args, **options):
+        image = read_image(*args, **options)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(image, lambda: alive.__setitem__(0, alive[0] - 1))
+        return image
+
+    monkeypatch.setattr("hfvlm.processing.read_image", counted)
+    batch = [saved(PHOTO, "PNG")] * 24
+    pixels = HfvlmCLIPImageProcessor(size=8)(batch)["pixel_values"]
+    assert len(pixels) == 24
+    assert most[0] <= 4
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        HfvlmImageBindVideoFeatureExtractor(size=8),
+        HfvlmLanguageBindVideoFeatureExtractor(size=8),
+        HfvlmVideoChatGPTFeatureExtractor(size=8),
+    ],
+)
+def test_frames_are_resized_one_by_one(extractor, monkeypatch):
+    frames = np.random.RandomState(0).randint(0, 256, (40, 24, 32, 3), dtype=np.uint8)
+    monkeypatch.setattr(Video, "frames", lambda *_: pytest.fail("all frames at once"))
+    found = extractor([(frames, 8.0), (frames[:3], 8.0)], return_tensors="np")["pixel_values_videos"]
+    assert len(found) == 2
+    assert np.isfinite(found).all()
 
 
 # Bits

@@ -69,10 +69,12 @@ class FlacInfo:
 
     def holds(self, samples: np.ndarray) -> bool:
         """Whether `(channels, N)`, floating point, are the samples whose sum was stored."""
-        scaled = np.rint(np.ascontiguousarray(samples.T).astype(np.float64) * 2.0 ** (self.bits - 1))
-        width = (self.bits + 7) // 8
-        integers = scaled.clip(-(2**31), 2**31 - 1).astype("<i4").view(np.uint8).reshape(-1, 4)[:, :width]
-        return hashlib.md5(integers.tobytes(), usedforsecurity=False).digest() == self.md5
+        width, digest = (self.bits + 7) // 8, hashlib.md5(usedforsecurity=False)
+        for start in range(0, samples.shape[1], BLOCK):
+            block = np.ascontiguousarray(samples[:, start : start + BLOCK].T, dtype=np.float64)
+            scaled = np.rint(block * 2.0 ** (self.bits - 1)).clip(-(2**31), 2**31 - 1).astype("<i4")
+            digest.update(scaled.view(np.uint8).reshape(-1, 4)[:, :width].tobytes())
+        return digest.digest() == self.md5
 
 
 def flac_info(file: BinaryIO) -> FlacInfo | None:
