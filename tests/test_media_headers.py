@@ -174,6 +174,25 @@ def test_audio_is_the_default_stream_and_cut_mp4_is_refused(tmp_path):
         read_audio(data[: len(data) * 2 // 3])
 
 
+@pytest.mark.parametrize(
+    ("format", "codec"), [("mov", "pcm_s16le"), ("mov", "pcm_f32le"), ("avi", "pcm_s16le"), ("matroska", "pcm_s16le")]
+)
+def test_samples_in_containers_of_videos(format, codec):
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=RATE)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.tile(TONE, 3)[None], format="flt", layout="mono")
+        frame.sample_rate = RATE
+        for part in av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=RATE).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    data = buffer.getvalue()
+    assert np.abs(read_audio(data).samples - np.tile(TONE, 3)).max() < 1e-4
+    with pytest.raises(MediaError, match="truncated|damaged"):
+        read_audio(data[: len(data) // 2])
+
+
 def test_a_claimed_length_reserves_no_memory():
     header = WAV[:40] + struct.pack("<I", 0x7FFFF000 - 1) + bytes(100)
     with pytest.raises(MediaError, match="truncated"):

@@ -25,6 +25,8 @@ RESUMED = ("mp3", "aac", "ac3", "mpegts", "mpeg")
 # Formats that know how long a packet is, so that a shorter one is the file's end.
 SIZED = ("mp4", "avi", "flv")
 MAX_LOST = 0.1
+# Codecs of which MP4's table lists samples, and many make a packet.
+OF_SAMPLES = ("pcm_", "adpcm_", "mace", "gsm")
 
 
 @contextmanager
@@ -69,7 +71,8 @@ def is_cut(container: Any, stream: Any, packets: int, *, last_is_partial: bool) 
     """
     formats, file = container.format.name.split(","), container.file.file
     file.seek(0)
-    if "mp4" in formats or last_is_partial:
+    listed = "mp4" in formats and not stream.codec_context.name.startswith(OF_SAMPLES)
+    if listed or last_is_partial:
         # In MP4 this is no header's claim: a table lists every packet.
         return packets < stream.frames
     if "matroska" in formats:

@@ -148,7 +148,8 @@ def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
 def _stored(source: Any, name: str) -> np.ndarray:
     """A file's or a PIL image's values."""
     if isinstance(source, Image.Image):
-        if source.format == "PPM" and source.mode == "I" and (not source.tile or source.tile[0][0] != "raw"):
+        tiles = getattr(source, "tile", None)
+        if source.format == "PPM" and source.mode == "I" and (not tiles or tiles[0][0] != "raw"):
             raise MediaError(f"{name}: Pillow stretches the values of a PGM; pass its path or bytes.")
         decoded_by(source.load, name)
         return _values(source, name)

@@ -152,7 +152,7 @@ def turned(image: Image.Image) -> Image.Image:
     try:
         if image.getexif().get(ORIENTATION, 1) == 1:
             return image
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image) or image
     except Exception:  # Pillow parses EXIF, which may hold anything
         return image
 

@@ -161,7 +161,7 @@ class Video(ABC):
     def tensors(self, places: Sequence[int]) -> Iterator[torch.Tensor]:
         """As `stream`, each `(3, H, W)`."""
         for frame in self.stream(places):
-            yield torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
+            yield torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)
 
     @abstractmethod
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
