@@ -56,19 +56,19 @@ class MediaPipeline:
         return to_8_bits(read_image(image)).convert("RGB")
 
 
-class HfvlmZeroShotImageClassificationPipeline(MediaPipeline, ZeroShotImageClassificationPipeline):
+class HfvlmZeroShotImageClassificationPipeline(MediaPipeline, ZeroShotImageClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
-class HfvlmImageClassificationPipeline(MediaPipeline, ImageClassificationPipeline):
+class HfvlmImageClassificationPipeline(MediaPipeline, ImageClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
-class HfvlmImageFeatureExtractionPipeline(MediaPipeline, ImageFeatureExtractionPipeline):
+class HfvlmImageFeatureExtractionPipeline(MediaPipeline, ImageFeatureExtractionPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
-class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClassificationPipeline):
+class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_audio` reads."""
 
     def read(self, source: Any, allow_urls: AllowUrls) -> Any:
@@ -98,11 +98,11 @@ class ConversationPipeline(MediaPipeline):
         return self.read(sources, allow_urls)
 
 
-class HfvlmImageTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):
+class HfvlmImageTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
-class HfvlmAnyToAnyPipeline(ConversationPipeline, AnyToAnyPipeline):
+class HfvlmAnyToAnyPipeline(ConversationPipeline, AnyToAnyPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media` reads."""
 
 

@@ -57,7 +57,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return [{"answer": text} for text in outputs["answers"]]
 
 
-class VideoTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):
+class VideoTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):  # type: ignore[misc]
     """`pipeline("video-text-to-text", model=folder)(film, text)` -> `[{"generated_text": "..."}]`.
 
     Takes a film, as `hfvlm.media.read_video` reads it, and a text, or lists of as many of both; or, as

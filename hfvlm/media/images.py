@@ -152,7 +152,7 @@ def turned(image: Image.Image) -> Image.Image:
     try:
         if image.getexif().get(ORIENTATION, 1) == 1:
             return image
-        return ImageOps.exif_transpose(image) or image
+        return ImageOps.exif_transpose(image)
     except Exception:  # Pillow parses EXIF, which may hold anything
         return image
 
@@ -302,7 +302,8 @@ def _from_lab(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-    return ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
+    transform = ImageCms.buildTransform(*profiles, "LAB", "RGB")
+    return ImageCms.applyTransform(image, transform) or image
 
 
 # Portable grey maps, whose values Pillow stretches to 16 bits.
