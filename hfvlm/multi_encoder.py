@@ -18,6 +18,7 @@ from hfvlm.keywords import Keywords, tower_keywords
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import HfvlmPreTrainedModel, as_features, unit
+from hfvlm.modules.parts import in_parts
 from hfvlm.outputs import MultiEncoderOutput
 
 # Dimensions of a batch with one clip a row; one more is a row of clips.
@@ -145,7 +146,9 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
     def encode(self, modality: str, values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """The tower's output, whose `pooler_output` is `(B, D)` of unit length, or the mean over clips of such."""
         tower, clips = self.tower(modality), values.ndim > DIMENSIONS[modality]
-        output = as_features(tower(values.flatten(0, 1) if clips else values, **kwargs))
+        rows = values.flatten(0, 1) if clips else values
+        frames = rows.shape[2] if modality == "video" else 1
+        output = as_features(in_parts(tower, rows, frames, **kwargs) if clips or frames > 1 else tower(rows, **kwargs))
         output.pooler_output = unit(output.pooler_output)
         if clips:
             output.pooler_output = output.pooler_output.unflatten(0, values.shape[:2]).mean(dim=1)

@@ -32,7 +32,7 @@ def compare(golden: Golden) -> None:
 def pixels(golden: Golden) -> None:
     golden.check(arguments=SIZES)
     sizes = {SIZES[name]: value for name, value in golden.section("arguments").items()}
-    processor = HfvlmALIGNImageProcessor(**sizes)
+    processor = HfvlmALIGNImageProcessor(**sizes, upright=False)
     step = golden.case.get("stride", 1)
     for name, file in golden.case["files"].items():
         values = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]

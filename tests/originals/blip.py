@@ -51,7 +51,7 @@ def pixels(golden: Golden) -> None:
     normalisation = {f"image_{name}": case[name] for name in ("mean", "std") if name in case}
     for name, file in case["files"].items():
         for size, stride in case["stride"].items():
-            processor = HfvlmBLIPImageProcessor(size=int(size), **normalisation)
+            processor = HfvlmBLIPImageProcessor(size=int(size), upright=False, **normalisation)
             image = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]
             golden.compare(f"{name}@{size}", image[:, ::stride, ::stride])
             exact = image.double().flatten(1)

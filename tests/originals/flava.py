@@ -47,7 +47,7 @@ def pixels(golden: Golden) -> None:
     case, stride, arguments = golden.case, golden.case["stride"], golden.section("arguments")
     assert not arguments.get("is_train"), "the training's crops are drawn at random"
     given = {SETTINGS[name]: value for name, value in arguments.items() if name in SETTINGS}
-    processor = HfvlmFLAVAImageProcessor(return_codebook_pixels=True, return_image_mask=True, **given)
+    processor = HfvlmFLAVAImageProcessor(upright=False, return_codebook_pixels=True, return_image_mask=True, **given)
     pictures = [golden.folder / file for file in case["files"].values()]
     made = processor(pictures, mask_seed=0, return_tensors="pt")
     for i, name in enumerate(case["files"]):

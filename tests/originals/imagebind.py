@@ -87,7 +87,7 @@ def given(golden: Golden, name: str, known: dict[str, str]) -> dict[str, Any]:
 
 
 def image(golden: Golden, name: str, path: Path) -> None:
-    pixels = HfvlmImageBindImageProcessor()(path, return_tensors="pt")["pixel_values"]
+    pixels = HfvlmImageBindImageProcessor(upright=False)(path, return_tensors="pt")["pixel_values"]
     assert list(pixels.shape) == golden.section("shapes").get(name, list(pixels.shape))
     golden.compare(f"{name}.pixel_values_stride97", pixels.flatten()[::97])
     golden.compare(f"{name}.mean_std", mean_and_std(pixels[0].flatten(1)))

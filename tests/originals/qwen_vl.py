@@ -199,7 +199,7 @@ def training_labels(golden: Golden) -> None:
 
 def pixels(golden: Golden) -> None:
     stride = golden.case.get("stride", 1)
-    processor = HfvlmQwenVLImageProcessor(size=golden.section("arguments").get("image_size", 448))
+    processor = HfvlmQwenVLImageProcessor(upright=False, size=golden.section("arguments").get("image_size", 448))
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
         (values,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]

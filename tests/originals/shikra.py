@@ -54,7 +54,7 @@ def pixels(golden: Golden) -> None:
     size, stride = golden.section("arguments").get("image_size", 224), golden.case.get("stride", 1)
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
-        processor = HfvlmShikraImageProcessor(size=size)
+        processor = HfvlmShikraImageProcessor(size=size, upright=False)
         (picture,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]
         exact = picture.double()
         golden.compare(f"{name}.pixels", picture[:, ::stride, ::stride])

@@ -59,6 +59,7 @@ def pixels(setting: dict, path: Path, shape: list[int] | None) -> Tensor:
         fill_color=config.get("fill_color", 0),
         image_mean=config.get("mean", [0.5] * 3),
         image_std=config.get("std", [0.5] * 3),
+        upright=False,
     )
     return processor(path, return_tensors="pt")["pixel_values"][0]
 

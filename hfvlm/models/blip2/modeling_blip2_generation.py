@@ -21,6 +21,7 @@ from hfvlm.modeling import EveryModule
 from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
+from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
 from hfvlm.outputs import ImageTextSeq2SeqOutput, media_features
 
@@ -97,7 +98,8 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
                 f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}: the Q-Former "
                 + ("reads qformer_input_ids, which are missing." if reads else "reads no qformer_input_ids.")
             )
-        tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        tokens = in_parts(self.vision_model, pixel_values, **options).last_hidden_state
         output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
         features = media_features(output, self.projector(output.pooler_output))
         features.last_hidden_state = output.pooler_output  # the queries, without the instruction's words

@@ -14,6 +14,7 @@ from hfvlm.image_text import ImageTextModel
 from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
+from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
 from hfvlm.outputs import media_features
 
@@ -51,7 +52,8 @@ class HfvlmVideoChatGPTForConditionalGeneration(ImageTextModel):
         films = list(pixel_values_videos)
         if num_frames is not None:
             films = [film[: int(count)] for film, count in zip(films, num_frames, strict=True)]
-        vision = self.vision_model(torch.cat(films), until=self.config.vision_feature_layer, **kwargs)
+        layer = self.config.vision_feature_layer
+        vision = in_parts(self.vision_model, torch.cat(films), until=layer, **kwargs)
         patches = vision.last_hidden_state[:, 1:].split([film.shape[0] for film in films])
         averages = [average(film, self.config.temporal_tokens) for film in patches]
         rows = self.projector(torch.cat(averages)).split([film.shape[0] for film in averages])
