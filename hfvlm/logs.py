@@ -1,8 +1,11 @@
 """The one logger of hfvlm."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class FollowingLogger(logging.Logger):
@@ -43,6 +46,14 @@ def shows_progress() -> bool:
     from huggingface_hub.utils import are_progress_bars_disabled
 
     return not are_progress_bars_disabled()
+
+
+def tracked(items: Iterable[T], text: str, total: int) -> Iterable[T]:
+    """Yield the items, with a bar on the terminal's error stream, where bars are shown."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, text, total, console=Console(stderr=True)) if shows_progress() else items
 
 
 logger = logging.getLogger("hfvlm")

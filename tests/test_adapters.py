@@ -98,7 +98,7 @@ def test_commands_take_it(adapter, images, tmp_path):
     invoked("card", copy)
     card = ModelCard.load(copy / "README.md")
     assert card.data.library_name == "peft"
-    assert "LoRA adapter of rank 4 of `clip-tiny`" in card.text
+    assert "Adapters (LORA of rank 4) for a model of the architecture clip, clip/tiny" in card.text
     assert card.data.license == "apache-2.0"
     invoked("export", copy, "-o", tmp_path / "native")
     invoked("embed", tmp_path / "data", "-m", copy, "-o", tmp_path / "out", "--split", "test")

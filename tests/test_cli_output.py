@@ -233,7 +233,7 @@ def test_search_replaces_no_file_of_others(embedded, tmp_path, option):
 
 def test_an_index_without_vectors_is_an_error(embedded, tmp_path):
     (tmp_path / "embed.json").write_text((embedded / "embed.json").read_text())
-    assert "no image was embedded" in str(invoked("search", tmp_path, "--text", "x", code=1).exception)
+    assert "holds no vector of image" in str(invoked("search", tmp_path, "--text", "x", code=1).exception)
     assert "'sound' is none of image, text" in invoked("search", embedded, "--text=x", "--among=sound", code=2).output
     assert "give one of --image, --text" in str(invoked("search", embedded, code=1).exception)
 
@@ -248,7 +248,7 @@ def test_options_reach_the_processor(images, clip_folder, tmp_path):
     assert "--option" in result.output
     assert "colour" in result.output
     result = invoked(*common, "-o", tmp_path / "other", "--option", "audio.sampling_rate=16000", code=1)
-    assert "Options of audio, which is not embedded" in str(result.exception)
+    assert "source_options are given for audio, which is not embedded" in str(result.exception)
 
 
 @pytest.fixture

@@ -319,8 +319,8 @@ def test_a_run_as_users_have_it(described, clip_folder, tmp_path, caplog):
     assert "'description' is taken for text" in caplog.text
     assert "more than the rows there are: it becomes 6" in caplog.text
     out = tmp_path / "out"
-    assert "library_name: hfvlm" in (out / "README.md").read_text()
-    assert "Fine-tuned from `clip-tiny`" in (out / "README.md").read_text()
+    assert "library_name: peft" in (out / "README.md").read_text()
+    assert "Adapters (LORA" in (out / "README.md").read_text()
     assert (out / "processor_config.json").exists()
     with pytest.raises(FileExistsError, match="--overwrite"):
         run_recipe(path, changes)

@@ -1,5 +1,6 @@
 """Conversations with models that answer about pictures."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,9 +84,12 @@ class Chat:
         self.cache, self.cached = DynamicCache(config=self.model.config.get_text_config(decoder=True)), list[int]()
 
     def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
-        """What the model answers; pictures stand where it was trained to see them, beside the text. Options are of
+        """Answer; images stand where the model was trained to have them, beside the text. Options are of
         `model.generate`, for this answer."""
-        return "".join(self.stream(text, images, videos, **options)).strip()
+        check_generation(options)
+        with self.alone():
+            deque(self.answered(text, images, videos, options), maxlen=0)
+            return self.messages[-1]["content"]
 
     def stream(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
@@ -112,16 +116,16 @@ class Chat:
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = self.processor.expand(self.processor.encode(prompt), counts)
         run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | dict(options))
-        pieces = []
         try:
-            for piece in _until(run, self.processor.stop_strings):
-                pieces.append(piece)
-                yield piece
+            yield from _until(run, self.processor.stop_strings)
         finally:
             sequence = run.finish()
             self.cached = sequence[: self.cache.get_seq_length()]
         self.counts, self.features = counts, features
-        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+        # Bytes that are no text only in their whole are streamed as if they were.
+        answer = self.processor.tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True)
+        answer = "".join(_until(iter([answer]), self.processor.stop_strings)).strip()
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def media(self, images: Sequence[Any], videos: Sequence[Any]) -> Sequence[Any]:
         """Whichever of them the model reads."""

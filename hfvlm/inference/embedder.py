@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from hfvlm.adapters import config_of, load_model, processor_of
 from hfvlm.configuration import MultiEncoderConfig
 from hfvlm.inference.vectors import combine, similarity, unit_rows
-from hfvlm.logs import shows_progress
+from hfvlm.logs import tracked
 from hfvlm.media.errors import MediaError
 from hfvlm.media.rows import UNREADABLE, are_several
 from hfvlm.modeling import unit
@@ -138,7 +137,7 @@ class Embedder:
                 modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
             )
             count = 1 if alone else len(values)
-            done = list(track(parts, modality, -(-count // batch_size)) if progress and shows_progress() else parts)
+            done = list(tracked(parts, modality, -(-count // batch_size)) if progress else parts)
             vectors = self.assembled(done, count)
             found[modality] = as_output(vectors[0] if alone else vectors, output)
         if len(found) == 1:
@@ -244,7 +243,7 @@ class Embedder:
         kept: list[int] = []
         errors: dict[int, str] = {}
         for batch, found in zip(
-            batches, track(prepared, modality, len(batches)) if progress else prepared, strict=True
+            batches, tracked(prepared, modality, len(batches)) if progress else prepared, strict=True
         ):
             features, places, wrong = self.finite(modality, len(batch), *found)
             parts.append((list(range(len(kept), len(kept) + len(places))), features))
