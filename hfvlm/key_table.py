@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hfvlm.messages import listed
+
 
 class Change(NamedTuple):
     """What happens to a tensor on its way to our layout, and how to undo it."""
@@ -99,12 +101,8 @@ class KeyTableError(ValueError):
             "parameters of the model left unfilled": self.unfilled,
             "tensors of the wrong shape": self.misshapen,
         }
-        offenders = (f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+        offenders = (f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
         return self.context + "; ".join(offenders)
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)
