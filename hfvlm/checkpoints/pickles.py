@@ -21,7 +21,7 @@ from hfvlm.messages import shown
 # Packages whose checkpoints were released as whole pickled modules alone.
 MODULE_PACKAGES = ("dall_e.",)
 # Of one stream: the largest checkpoints of 2026 have a tenth of it, and it takes seconds.
-MOST_OPCODES = 4_000_000
+MOST_OPCODES = 3_000_000
 # What the objects of a stream may take at the least, in bytes; those of a large file may take as much as the file.
 SMALLEST_BUDGET = 2**24
 # Of one integer, in bytes: a generator's state has 16, most have four.
