@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from hfvlm.messages import cut
 from hfvlm.registry import load_for
 
 T = TypeVar("T")
@@ -21,6 +22,13 @@ else:
 
         def __class_getitem__(cls, _):
             return dict | PreTrainedConfig | None
+
+
+class ConfigurationError(ValueError):
+    """A configuration that no model can be made of; the message names the field and what it may be."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(cut(message))
 
 
 @strict
