@@ -25,7 +25,7 @@ def check_regular(path: Path, error: Callable[[str], Exception]) -> None:
     except (OSError, ValueError) as problem:
         raise error(f"{shown(str(path))}: no name of a file ({problem}).") from problem
     if not there:
-        raise FileNotFoundError(f"{path}: no such file.")
+        raise FileNotFoundError(f"{cut(str(path), 300)}: no such file.")
     if not regular:
         raise error(f"{path}: no regular file, but a {'folder' if path.is_dir() else 'device or pipe'}.")
 

@@ -292,10 +292,10 @@ def block(data: bytes, place: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
 # Protocol buffers
 
 
-def message(data: bytes) -> dict[int, list[Any]]:
+def message(data: bytes, most: int = MOST_FIELDS) -> dict[int, list[Any]]:
     """The fields of a message by their numbers: integers, or the bytes of anything else."""
     fields: dict[int, list[Any]] = {}
-    at, left = 0, MOST_FIELDS
+    at, left = 0, most
     while at < len(data):
         left -= 1
         if left < 0:
