@@ -7,7 +7,7 @@ import html
 import io
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
 from hfvlm.files import read_bytes, read_json, refusing
-from hfvlm.messages import cut
+from hfvlm.messages import cut, shown
 
 logger = logging.get_logger(__name__)
 
@@ -185,7 +185,33 @@ def engine_from_json(path: str | Path) -> Tokenizer:
         FileNotFoundError: there is no such file.
         VocabularyError: the file describes none.
     """
-    return Tokenizer.from_buffer(read_bytes(Path(path), LARGEST_TOKENIZER, VocabularyError))
+    engine = Tokenizer.from_buffer(read_bytes(Path(path), LARGEST_TOKENIZER, VocabularyError))
+    checked_ids(engine.get_vocab())
+    return engine
+
+
+def checked_ids(vocabulary: Any) -> dict[str, int]:
+    """Pieces by name, whose ids are about as many as they: engines make room up to the largest.
+
+    Raises:
+        ValueError: something else.
+    """
+    most = 2 * len(vocabulary) + 1000
+    if not isinstance(vocabulary, dict) or not all(type(i) is int and 0 <= i < most for i in vocabulary.values()):
+        raise ValueError("its pieces have no ids, or some far from each other")
+    return vocabulary
+
+
+def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Merges of pieces that the vocabulary has, into one that it has; an engine without could not be stored.
+
+    Raises:
+        ValueError: one of them makes another.
+    """
+    for left, right in merges:
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ValueError(f"{shown(left)} and {shown(right)} are merged, and not all of it is in the vocabulary")
+    return merges
 
 
 def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
@@ -257,7 +283,8 @@ def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     with refusing(path, "not the tokenizer.json of a byte-pair encoding", VocabularyError):
         model = read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        return model["vocab"], [(left, right) for left, right in pairs]
+        vocabulary = checked_ids(model["vocab"])
+        return vocabulary, checked_merges([(left, right) for left, right in pairs], vocabulary)
 
 
 def _text(path: Path) -> str:
@@ -284,7 +311,7 @@ def wordpiece(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.suffix == ".json":
         with refusing(path, "not the tokenizer.json of a BERT", VocabularyError):
-            vocabulary = read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]["vocab"]
+            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]["vocab"])
     else:
         pieces = _text(path).rstrip("\n").split("\n")
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -416,9 +443,10 @@ def byte_pairs(path: str | Path) -> Tokenizer:
     else:
         beside = path.with_name(path.name.replace("vocab.json", "merges.txt"))
         with refusing(path, f"with {beside.name}, not the vocabulary and merges of GPT-2", VocabularyError):
-            vocabulary = read_json(path, VocabularyError, LARGEST_LIST)
+            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_LIST))
             lines = _text(beside).split("\n")
-            merges = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
+            pairs = (line.split(" ") for line in lines[1:] if line)
+            merges = checked_merges([(left, right) for left, right in pairs], vocabulary)
     engine = Tokenizer(models.BPE(vocabulary, merges))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
@@ -442,6 +470,7 @@ def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
     with refusing(path, "not a list of ranks as tiktoken writes it", VocabularyError):
         lines = (line.split() for line in read_bytes(path, LARGEST_LIST, VocabularyError).splitlines() if line)
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
+        checked_ids(ranks)
     _check_pieces(path, list(ranks))
     letters = _byte_letters()
     names = {piece: piece.decode("latin-1").translate(letters) for piece in ranks}

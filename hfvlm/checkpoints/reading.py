@@ -61,6 +61,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         path = weights_in(path)
     check_regular(path, CheckpointError)
     checkpoint = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
+    if not len(checkpoint.tensors):
+        raise CheckpointError(f"{path}: holds no tensors.")
     return Checkpoint(without_marks(checkpoint.tensors), checkpoint.extras)
 
 

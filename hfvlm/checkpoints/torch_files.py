@@ -226,26 +226,29 @@ def zip_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
     Raises:
         CheckpointError: it is damaged, has two entries of one name, or more than any checkpoint has.
     """
-    if _directory_size(path) > LARGEST_DIRECTORY:
+    size, count = _directory(path)
+    if size > LARGEST_DIRECTORY:
         raise CheckpointError(f"{path}: its list of entries is longer than that of any checkpoint. Refused.")
     with refusing(path, "damaged archive, download it again", CheckpointError), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     entries = {info.filename: info for info in infos}
-    if len(entries) < len(infos):
-        raise CheckpointError(f"{path}: damaged archive, it has two entries of one name.")
+    if len(entries) < len(infos) or len(infos) != count:
+        raise CheckpointError(f"{path}: damaged archive, its list of entries is not whole, or names one twice.")
     return entries
 
 
-def _directory_size(path: Path) -> int:
-    """As the record at an archive's end says, or zero where there is none."""
+def _directory(path: Path) -> tuple[int, int]:
+    """How many bytes and entries the list of entries has, as the record at an archive's end says; zeros without one."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 2**16 - 22 - 76))
         tail = file.read()
     at = len(tail) - 22 if tail[-22:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0" else tail.rfind(b"PK\x05\x06")
     if at < 0 or at + 22 > len(tail):
-        return 0
-    size = struct.unpack_from("<I", tail, at + 12)[0]
+        return 0, 0
+    count, size = struct.unpack_from("<HI", tail, at + 10)
     # zip64: a longer record before it, and where that one is between the two
     longer = tail.rfind(b"PK\x06\x06", 0, at)
-    return struct.unpack_from("<Q", tail, longer + 40)[0] if size == 2**32 - 1 and 0 <= longer <= at - 56 else size
+    if 0 <= longer <= at - 56 and (count == 2**16 - 1 or size == 2**32 - 1):
+        count, size = struct.unpack_from("<QQ", tail, longer + 32)
+    return size, count

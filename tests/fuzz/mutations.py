@@ -1,5 +1,6 @@
 """Seeded damage to bytes and to JSON, and what came of it."""
 
+import copy
 import json
 import random
 import sys
@@ -80,7 +81,7 @@ def damaged_json(value: Any, chance: random.Random) -> Any:
         return value
     if isinstance(value, int) and chance.random() < 0.3:
         return chance.choice((-value, value + 1, value * 10**6, value * 1.5, str(value)))
-    return chance.choice(VALUES)
+    return copy.deepcopy(chance.choice(VALUES))
 
 
 class Tally:
