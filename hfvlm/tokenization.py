@@ -199,6 +199,8 @@ def checked_ids(vocabulary: Any) -> dict[str, int]:
     most = 2 * len(vocabulary) + 1000
     if not isinstance(vocabulary, dict) or not all(type(i) is int and 0 <= i < most for i in vocabulary.values()):
         raise ValueError("its pieces have no ids, or some far from each other")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("some of its pieces share an id")
     return vocabulary
 
 
