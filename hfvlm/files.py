@@ -96,3 +96,35 @@ def refusing(
 
 def is_mapping_of_names(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+class FolderError(ValueError):
+    """A folder whose files make no processor or tokenizer; the message names both."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(cut(message))
+
+
+class FolderTypeError(FolderError, TypeError):
+    """Likewise, where a value is of the wrong type."""
+
+
+class NamedErrors:
+    """What `from_pretrained` cannot make anything of, with the folder's name."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but for its errors.
+
+        Raises:
+            FolderError: the folder's files make no sense.
+            OSError: there are no such files.
+        """
+        try:
+            return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+        except (FolderError, OSError, ImportError):
+            raise
+        except Exception as error:  # foreign values can make no sense in every way
+            kind = FolderTypeError if isinstance(error, TypeError) else FolderError
+            reason = " ".join(cut(str(error), 600).split()) or type(error).__name__
+            raise kind(f"{cut(str(source), 300)}: makes no {cls.__name__}: {reason}") from error

@@ -19,7 +19,7 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
-from hfvlm.files import read_bytes, read_json, refusing
+from hfvlm.files import NamedErrors, read_bytes, read_json, refusing
 from hfvlm.messages import cut, shown
 
 logger = logging.get_logger(__name__)
@@ -99,7 +99,7 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-class HfvlmTokenizer(TokenizersBackend):
+class HfvlmTokenizer(NamedErrors, TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
 
     Args:
