@@ -1,6 +1,5 @@
 """Foreign text in messages: short, and without what a terminal would obey."""
 
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,10 +8,11 @@ LONGEST_MESSAGE = 2000
 
 
 def printable(text: str) -> str:
-    """`text` with every control, format or unassigned character as an escape, as terminals obey some of them."""
+    """`text` with every character that is not seen as an escape, as terminals obey some of them."""
+    if text.isprintable():
+        return text
     return "".join(
-        char if char == "\n" or unicodedata.category(char)[0] != "C" else char.encode("unicode_escape").decode()
-        for char in text
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
