@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
 OLDEST := 5.4.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest check format wheel clean
+.PHONY: help demo test fuzz test-fast test-oldest check format wheel clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,6 +20,9 @@ test: $(VENV)/.dev ## set up, then run all tests
 
 test-fast: $(VENV)/.dev ## run the tests of a few seconds each
 	$(PYTEST) -m "not slow"
+
+fuzz: $(VENV)/.dev ## try thousands of damaged files, folders and URLs (HFVLM_FUZZ=5000)
+	HFVLM_FUZZ=$${HFVLM_FUZZ:-5000} $(PYTEST) tests/fuzz
 
 test-oldest: ## run all tests on the oldest transformers that pyproject.toml allows
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.dev

@@ -121,9 +121,7 @@ def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> di
     """
     if not source.exists():
         near = difflib.get_close_matches(source.name, names_in(source.parent), n=3)
-        raise FileNotFoundError(
-            f"{source}: no such file or folder.{f' Did you mean {listed(near)}?' if near else ''}"
-        )
+        raise FileNotFoundError(f"{source}: no such file or folder.{f' Did you mean {listed(near)}?' if near else ''}")
     architecture = name if name in architectures() else load_preset(name).architecture
     module = conversion_module(architecture)
     known = getattr(module, "PARTS", {})
@@ -225,8 +223,10 @@ def make_plan(
         config = module.config_from_original(original, main.tensors)
         settings = module.settings_from_original(original, preprocessing)
         layout = released_layout(source, name) or module.layout_of(original)
-    except (CheckpointError, UnsupportedOriginalError, ConfigurationError, StrictDataclassError):
+    except (CheckpointError, UnsupportedOriginalError, ConfigurationError):
         raise
+    except StrictDataclassError as error:
+        raise ConfigurationError(f"{source}: its own configuration: {' '.join(str(error).split())}") from error
     except KeyError as error:
         raise CheckpointError(f"{where} beside it: no {shown(error.args[0])}. {_likely(main)}") from error
     except Exception as error:  # foreign settings and shapes can make no sense in every way
@@ -252,7 +252,8 @@ def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel)
         parts = convert_tables(tables_for(plan, sources), model.state_dict())
     except KeyTableError as error:
         main = sources["main"]
-        error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {_likely(main)} "
+        hint = _native(plan, main) or _likely(main)
+        error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {hint} "
         raise
     return {key: tensor for part in parts for key, tensor in part.items()}
 
@@ -315,7 +316,9 @@ def check_finite(source: Path, nonfinite: Mapping[str, int], dtype: str | None, 
         return
     names = listed(f"{name} ({count})" for name, count in nonfinite.items())
     cause = f", as {dtype}" if dtype else ""
-    text = f"{source}: {sum(nonfinite.values())} numbers in {len(nonfinite)} tensors are NaN or infinite{cause}: {names}."
+    text = (
+        f"{source}: {sum(nonfinite.values())} numbers in {len(nonfinite)} tensors are NaN or infinite{cause}: {names}."
+    )
     if not allowed:
         raise CheckpointError(f"{text} To convert it all the same: allow_nonfinite=True (--allow-nonfinite).")
     logger.warning(text)
@@ -426,12 +429,28 @@ def _likely(checkpoint: Checkpoint | Source) -> str:
         towers = [type(getattr(config, part)).__name__ for part in config.sub_configs]
         family = (preset.architecture, layout, *towers)
         if layout and family not in tables:
-            rows = conversion_module(preset.architecture).keys_for(config, layout, checkpoint.tensors)
-            tables[family] = fit(checkpoint.tensors, rows)
+            with contextlib.suppress(KeyError, ValueError):  # keys that this architecture cannot make rows of
+                rows = conversion_module(preset.architecture).keys_for(config, layout, checkpoint.tensors)
+                tables[family] = fit(checkpoint.tensors, rows)
     best = sorted(tables.items(), key=lambda item: -item[1])[:3]
     known = [f"{family[0]} ({family[1]}) knows {score:.0%}" for family, score in best if score > 0.1]
     return (
         f"Of its {len(checkpoint.tensors)} keys, {', '.join(known)}." if known else "No architecture knows its keys."
+    )
+
+
+def _native(plan: Plan, main: Source) -> str:
+    """What to do with a folder of transformers' own, which a preset for the authors' file does not fit."""
+    try:
+        layout = plan.module.layout_of(main.settings)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ""
+    if layout != "transformers" or plan.layout == "transformers":
+        return ""
+    name = plan.preset.architecture
+    return (
+        f"It is in transformers' own format ({main.settings.get('model_type')} in config.json), which the architecture's "
+        f"name converts: preset={name!r} (--preset {name})."
     )
 
 

@@ -227,9 +227,7 @@ def restored(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> 
     return LazyTensors(makers)
 
 
-def _undone(
-    tensors: Mapping[str, Tensor], keys: list[str | None], undo: Callable[..., Tensor] | None
-) -> Tensor:
+def _undone(tensors: Mapping[str, Tensor], keys: list[str | None], undo: Callable[..., Tensor] | None) -> Tensor:
     parts: list[Any] = [None if key is None else tensors[key] for key in keys]
     return undo(*parts) if undo else parts[0]
 

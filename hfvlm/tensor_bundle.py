@@ -175,7 +175,9 @@ class Shards:
         """The tensor's part of the file."""
         path = self.path(entry.shard)
         if entry.offset + entry.size > path.stat().st_size:
-            raise BundleError(f"shard {entry.shard} is cut off before the end of {shown(entry.key)}; download it again")
+            raise BundleError(
+                f"shard {entry.shard} is cut off before the end of {shown(entry.key)}; download it again"
+            )
         if entry.shard not in self.files:
             with path.open("rb") as file:
                 self.files[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

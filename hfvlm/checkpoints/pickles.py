@@ -124,7 +124,9 @@ class _Charged(Mapping[int, Callable[..., None]]):
     def __getitem__(self, code: int) -> Callable[..., None]:
         self.left -= 1
         if self.left < 0:
-            raise CheckpointError(f"{self.unpickler.path}: its pickle has more opcodes than any checkpoint's. Refused.")
+            raise CheckpointError(
+                f"{self.unpickler.path}: its pickle has more opcodes than any checkpoint's. Refused."
+            )
         try:
             cost, function = _TABLE[code]
         except KeyError:

@@ -87,7 +87,9 @@ class TorchFile:
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(numbers.view(torch.uint8).numpy()) < numbers.nbytes:
-                raise CheckpointError(f"{self.path}: storage {shown(storage.key)} is cut off. Download the file again.")
+                raise CheckpointError(
+                    f"{self.path}: storage {shown(storage.key)} is cut off. Download the file again."
+                )
         return numbers
 
 
@@ -178,7 +180,9 @@ class TorchLegacy(TorchFile):
     def _find(self, stream: mmap.mmap, keys: Any, storages: Mapping[str, Storage]) -> None:
         self.places: dict[str, tuple[int, int]] = {}
         if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys) or set(map(str, keys)) != set(storages):
-            raise CheckpointError(f"{self.path}: its list of storages is not that of its tensors; the file is damaged.")
+            raise CheckpointError(
+                f"{self.path}: its list of storages is not that of its tensors; the file is damaged."
+            )
         at = stream.tell()
         for key in map(str, keys):
             length = int.from_bytes(self.memory[at : at + 8], "little")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.panel import Panel
@@ -87,6 +87,9 @@ def convert(  # noqa: PLR0913 (options)
         str | None, typer.Option(help="The tokenizer's original file; 'none' leaves the tokenizer out.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as released.")] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite, too.")
+    ] = False,
     check: Annotated[bool, typer.Option("--verify", help="Run `hfvlm verify` on the result.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -96,7 +99,8 @@ def convert(  # noqa: PLR0913 (options)
     with stderr.status(f"converting {source}"):
         given = {"base": base, "delta": delta, "vision": vision}
         parts = {name: str(path) for name, path in given.items() if path} | named_paths(part or ())
-        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
+        options: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite, "overwrite": overwrite}
+        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, **options)
     record = json.loads((output / "conversion.json").read_text())
     say(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for")
     if check:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hfvlm.inference.devices import device_of
 from hfvlm.media.rows import are_several
 from hfvlm.media_text import MediaTextProcessor
 
@@ -27,9 +28,7 @@ class Captioner:
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "auto", **kwargs: Any) -> "Captioner":
         """Of a folder; `kwargs` are of the model's `from_pretrained`, as `dtype`."""
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
-        return cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        return cls(model.to(device_of(device)), AutoProcessor.from_pretrained(folder))
 
     def __call__(
         self, images: Any, texts: Sequence[str] | str | None = None, *, batch_size: int = 16, **options: Any

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from hfvlm.configuration import MultiEncoderConfig
+from hfvlm.inference.devices import device_of
 from hfvlm.media.errors import MediaError
 from hfvlm.media.rows import are_several
 from hfvlm.modeling import unit
@@ -66,14 +67,13 @@ class Embedder:
             **options: of `AutoModel.from_pretrained`.
 
         Raises:
-            ValueError: the model has no such modality.
+            ValueError: the model has no such modality, or the machine no such device.
         """
+        place = device_of(device)
         if isinstance(AutoConfig.from_pretrained(folder), MultiEncoderConfig) and modalities is not None:
             options["modalities"] = list(modalities)
         model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
-        embedder = cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        embedder = cls(model.to(place), AutoProcessor.from_pretrained(folder))
         embedder.check(modalities or ())
         return embedder
 

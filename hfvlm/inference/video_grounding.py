@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from hfvlm.inference.devices import device_of
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.grounding import draw_boxes
 from hfvlm.inference.zero_shot import ZeroShotClassifier
@@ -283,7 +284,7 @@ class TextDetector:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, threshold: float = 0.5, device: str = "cpu") -> "TextDetector":
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(device)
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(device_of(device))
         return cls(model, AutoProcessor.from_pretrained(folder), threshold=threshold)
 
     @torch.no_grad()
@@ -330,7 +331,7 @@ class BoxSegmenter:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "BoxSegmenter":
-        model = AutoModelForMaskGeneration.from_pretrained(folder).to(device)
+        model = AutoModelForMaskGeneration.from_pretrained(folder).to(device_of(device))
         return cls(model, AutoProcessor.from_pretrained(folder))
 
     @torch.no_grad()

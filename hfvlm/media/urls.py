@@ -51,7 +51,9 @@ def fetch(url: str, hosts: str | Collection[str] | None = None) -> bytes:
         except TimeoutError as error:
             raise MediaError(f"{_named(url)}: no whole answer in time. Download the file first.") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise MediaError(f"{_named(url)}: {cut(' '.join(str(error).split()), 200) or type(error).__name__}.") from error
+            raise MediaError(
+                f"{_named(url)}: {cut(' '.join(str(error).split()), 200) or type(error).__name__}."
+            ) from error
         if status == 200:
             return body
         if status not in (301, 302, 303, 307, 308) or not location:

@@ -10,8 +10,42 @@ from collections.abc import Callable
 from typing import Any
 
 NUMBERS = (0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 10**30)
-VALUES = (None, True, False, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x")
-VALUES += ("\x1b[31m", "../..", "1" * 5000, [], {}, [0], [-1, 2], ["a"], {"a": 1}, [[]], [None], "gelu", "float16", "é")
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+)
+VALUES += (
+    "\x1b[31m",
+    "../..",
+    "1" * 5000,
+    [],
+    {},
+    [0],
+    [-1, 2],
+    ["a"],
+    {"a": 1},
+    [[]],
+    [None],
+    "gelu",
+    "float16",
+    "é",
+)
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:

@@ -125,12 +125,17 @@ def test_damaged_indices_of_shards(tmp_path, fuzz_rounds):
     names = list(TENSORS)
     for i, part in enumerate((names[:2], names[2:])):
         save_file({name: TENSORS[name].contiguous() for name in part}, tmp_path / f"{i}.safetensors")
-    content = {"metadata": {"total_size": 1}, "weight_map": {name: f"{int(i > 1)}.safetensors" for i, name in enumerate(names)}}
+    content = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: f"{int(i > 1)}.safetensors" for i, name in enumerate(names)},
+    }
     for seed in range(fuzz_rounds):
         chance = random.Random(seed)
         text = json.dumps(mutated_json(content, chance)).encode()
         index.write_bytes(text if chance.random() < 0.7 else mutated(json.dumps(content).encode(), chance))
-        tally.attempt(f"shards {seed}", lambda: read(tmp_path), lambda found: "accepted unchanged" if same(found) else "other")
+        tally.attempt(
+            f"shards {seed}", lambda: read(tmp_path), lambda found: "accepted unchanged" if same(found) else "other"
+        )
     tally.report()
     assert not tally.counts["other"], "tensors of another shard than the index names, or not all"
 

@@ -65,7 +65,9 @@ def test_damaged_settings(tmp_path, fuzz_rounds, folders, kind, file):
     content, tally = json.loads(data), Tally(f"{kind} {file}", (*OURS, Foreign))
     for seed in range(fuzz_rounds // 10):
         chance = random.Random(seed)
-        damaged = json.dumps(mutated_json(content, chance)).encode() if chance.random() < 0.8 else mutated(data, chance)
+        damaged = (
+            json.dumps(mutated_json(content, chance)).encode() if chance.random() < 0.8 else mutated(data, chance)
+        )
         (folder / file).write_bytes(damaged)
         with torch.device("meta"):
             tally.attempt(f"{kind} {file} {seed}", lambda: judged(lambda: LOADERS[file](folder)))

@@ -52,7 +52,11 @@ KINDS = {
     "openai": ("bpe.txt.gz", gzip.compress(OPENAI, mtime=0), openai_bpe),
     "openai.json": ("t.json", json.dumps(STARTED).encode(), openai_bpe),
     "wordpiece": ("vocab.txt", "\n".join(WORDS).encode(), wordpiece),
-    "wordpiece.json": ("t.json", json.dumps({"model": {"vocab": dict(zip(WORDS, range(20), strict=False))}}).encode(), wordpiece),
+    "wordpiece.json": (
+        "t.json",
+        json.dumps({"model": {"vocab": dict(zip(WORDS, range(20), strict=False))}}).encode(),
+        wordpiece,
+    ),
     "unigram": ("spiece.model", pieces_of(1), sentencepiece),
     "pairs": ("tokenizer.model", pieces_of(2), sentencepiece),
     "pieces": ("tokenizer.model", pieces_of(2), PieceTokenizer.from_vocabulary),
@@ -60,7 +64,11 @@ KINDS = {
     "flamingo.json": ("tokenizer.json", json.dumps(tokenizer_json()).encode(), HfvlmFlamingoTokenizer.from_vocabulary),
     "byte pairs": ("vocab.json", json.dumps(tokenizer_json()["model"]["vocab"]).encode(), byte_pairs),
     "merges": ("merges.txt", b"#version: 0.2\na b\n", lambda path: byte_pairs(path.with_name("vocab.json"))),
-    "opt": ("vocab.json", json.dumps(tokenizer_json()["model"]["vocab"]).encode(), HfvlmBLIP2Tokenizer.from_vocabulary),
+    "opt": (
+        "vocab.json",
+        json.dumps(tokenizer_json()["model"]["vocab"]).encode(),
+        HfvlmBLIP2Tokenizer.from_vocabulary,
+    ),
     "tiktoken": (
         "qwen.tiktoken",
         b"\n".join(base64.b64encode(p.encode()) + b" %d" % i for i, p in enumerate([*LETTERS, "ab", "abc", "bc"])),
