@@ -61,7 +61,7 @@ class Plan:
     settings: Mapping[str, Any]
 
 
-def convert(
+def convert(  # noqa: PLR0913 (options)
     source: str | Path,
     preset: str,
     output: str | Path,
@@ -211,6 +211,13 @@ def make_plan(
         config = preset.make_config()
         config.licence = preset.licence["id"]
         return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
+    return plan_without_preset(source, name, sources, original)
+
+
+def plan_without_preset(
+    source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None = None
+) -> Plan:
+    """What the checkpoint's own configuration and the shapes of its tensors say."""
     module = conversion_module(name)
     main = sources["main"]
     original = dict(original or main.settings or _json_beside(source, ORIGINAL_CONFIGS))
@@ -449,8 +456,8 @@ def _native(plan: Plan, main: Source) -> str:
         return ""
     name = plan.preset.architecture
     return (
-        f"It is in transformers' own format ({main.settings.get('model_type')} in config.json), which the architecture's "
-        f"name converts: preset={name!r} (--preset {name})."
+        f"It is in transformers' own format ({main.settings.get('model_type')} in config.json), which the "
+        f"architecture's name converts: preset={name!r} (--preset {name})."
     )
 
 

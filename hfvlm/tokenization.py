@@ -349,9 +349,10 @@ def sentencepiece(path: str | Path) -> Tokenizer:
 
 @_of_file
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    from hfvlm.tensor_bundle import message
     from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    from hfvlm.tensor_bundle import message
 
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")

@@ -4,7 +4,7 @@ from hfvlm.messages import cut
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or that holds what a checkpoint has no use for. Its message is short and printable."""
+    """A file that cannot be read, or that holds what a checkpoint has no use for. Messages are short and printable."""
 
     def __init__(self, message: str = ""):
         super().__init__(cut(message))

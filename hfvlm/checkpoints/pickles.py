@@ -8,7 +8,6 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -130,8 +129,9 @@ class _Charged(Mapping[int, Callable[..., None]]):
         try:
             cost, function = _TABLE[code]
         except KeyError:
+            where, name = self.unpickler.path, _opcode_name(code)
             raise CheckpointError(
-                f"{self.unpickler.path}: its pickle uses opcode {_opcode_name(code)}, which no checkpoint needs. Refused."
+                f"{where}: its pickle uses opcode {name}, which no checkpoint needs. Refused."
             ) from None
         self.unpickler.charge(cost)
         return function

@@ -1,4 +1,4 @@
-"""Writes safetensors one tensor after another, so that no more than one is in memory beside the file they come from."""
+"""Writes safetensors one tensor after another, so that one alone is in memory beside the file they come from."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

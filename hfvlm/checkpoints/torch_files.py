@@ -157,8 +157,8 @@ class TorchZip(TorchFile):
 
 
 class TorchLegacy(TorchFile):
-    """Four pickles - a magic number, a version, the machine's sizes, the structure -, a list of the storages' keys, and
-    of each its length and its numbers."""
+    """Four pickles - a magic number, a version, the machine's sizes, the structure -, a list of the storages' keys,
+    and of each its length and its numbers."""
 
     def read(self) -> Any:
         stream = self.memory
@@ -242,7 +242,7 @@ def zip_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def _directory(path: Path) -> tuple[int, int]:
-    """How many bytes and entries the list of entries has, as the record at an archive's end says; zeros without one."""
+    """How many bytes and entries the list of entries has, as the record at an archive's end says, or zeros."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 2**16 - 22 - 76))

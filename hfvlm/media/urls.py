@@ -1,8 +1,8 @@
 """Fetches a URL that the user explicitly allowed, and only from public hosts.
 
 Each hop of a redirect is checked anew, and the connection goes to the very address that was checked, so that a name
-cannot point elsewhere a moment later. However slowly a server answers, and whatever it goes on saying, all hops together
-end within a time and a size.
+cannot point elsewhere a moment later. However slowly a server answers, and whatever it goes on saying, all hops
+together end within a time and a size.
 """
 
 import http.client

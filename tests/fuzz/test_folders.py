@@ -6,11 +6,11 @@ import shutil
 import traceback
 from pathlib import Path
 
+import hfvlm.conversion
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
-import hfvlm.conversion
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.configuration import ConfigurationError
 from hfvlm.files import FolderError
@@ -23,23 +23,23 @@ PACKAGES = [str(Path(hfvlm.__file__).parent)]
 PACKAGES += list(hfvlm.conversion.__path__)
 
 
-class Foreign(Exception):
+class ForeignError(Exception):
     """What transformers refused before it came to hfvlm."""
 
 
 def judged(call):
-    """`call`'s result; an error that no line of hfvlm has to do with, or that a file is missing, as `Foreign`."""
+    """`call`'s result; an error that no line of hfvlm has to do with, or that a file is missing, as `ForeignError`."""
     try:
         return call()
     except OURS:
         raise
     except OSError:
-        raise Foreign from None
+        raise ForeignError from None
     except Exception as error:
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
         if any(file.startswith(package) for file in files for package in PACKAGES):
             raise
-        raise Foreign from None
+        raise ForeignError from None
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_damaged_settings(tmp_path, fuzz_rounds, folders, kind, file):
     folder = tmp_path / "folder"
     shutil.copytree(folders[kind], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     data = (folder / file).read_bytes()
-    content, tally = json.loads(data), Tally(f"{kind} {file}", (*OURS, Foreign))
+    content, tally = json.loads(data), Tally(f"{kind} {file}", (*OURS, ForeignError))
     for seed in range(fuzz_rounds // 10):
         chance = random.Random(seed)
         damaged = (
@@ -79,7 +79,7 @@ def test_damaged_settings(tmp_path, fuzz_rounds, folders, kind, file):
 def test_damaged_models(tmp_path, fuzz_rounds, clip_folder, file):
     folder = tmp_path / "folder"
     shutil.copytree(clip_folder, folder)
-    data, tally = (folder / file).read_bytes(), Tally(f"weights and {file}", (*OURS, Foreign))
+    data, tally = (folder / file).read_bytes(), Tally(f"weights and {file}", (*OURS, ForeignError))
     for seed in range(fuzz_rounds // 10):
         chance = random.Random(seed)
         structured = file == "config.json" and chance.random() < 0.8
