@@ -39,7 +39,7 @@ def merge_lora(
         halves.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"adapter_config.json: r {shown(rank)} and lora_alpha {shown(alpha)} are no rank and scale.")
+        raise CheckpointError(f"adapter_config.json: r {shown(rank)}, lora_alpha {shown(alpha)}: no rank and scale.")
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     merged = dict(base)
     for key, half in halves.items():

@@ -1,7 +1,7 @@
 """Files that users bring: regular ones only, and no more of them than there is a use for."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ LARGEST_JSON = 2**22
 BYTES_A_CONTAINER = 8
 
 
-def check_regular(path: Path, error: Callable[[str], Exception]) -> None:
+def check_regular(path: Path, error: type[Exception]) -> None:
     """Refuse devices, pipes and sockets, which may never end.
 
     Raises:
@@ -30,7 +30,7 @@ def check_regular(path: Path, error: Callable[[str], Exception]) -> None:
         raise error(f"{path}: no regular file, but a {'folder' if path.is_dir() else 'device or pipe'}.")
 
 
-def read_bytes(path: Path, most: int, error: Callable[[str], Exception]) -> bytes:
+def read_bytes(path: Path, most: int, error: type[Exception]) -> bytes:
     """The content of a regular file of `most` bytes at the most.
 
     Raises:
@@ -45,7 +45,7 @@ def read_bytes(path: Path, most: int, error: Callable[[str], Exception]) -> byte
     return data
 
 
-def read_json(path: Path, error: Callable[[str], Exception], most: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, error: type[Exception], most: int = LARGEST_JSON) -> dict[str, Any]:
     """The dictionary in a JSON file.
 
     Raises:
@@ -72,30 +72,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def refusing(
-    path: Path, what: str, error: Callable[[str], Exception], ours: tuple[type[BaseException], ...] = ()
-) -> Iterator[None]:
+def refusing(path: Path, what: str, error: type[Exception], ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Whatever goes wrong inside as `error`, which names the file: foreign bytes can make no sense in every way.
 
     Errors of the type `error`, and `ours`, pass as they are.
     """
-    kind = error if isinstance(error, type) else ()
     try:
         yield
-    except (*ours, FileNotFoundError):
+    except (*ours, error, FileNotFoundError):
         raise
     except BaseException as problem:
         # Rust's panics derive from BaseException alone.
         if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
             raise
-        if kind and isinstance(problem, kind):
-            raise
         reason = cut(f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__, 300)
         raise error(f"{path}: {what} ({reason}).") from problem
-
-
-def is_mapping_of_names(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 
 
 class FolderError(ValueError):

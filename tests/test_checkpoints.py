@@ -362,7 +362,7 @@ def test_what_is_no_shard(tmp_path, shard):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "in" / "sub").mkdir(parents=True)
     shards(tmp_path / "in", {"a": shard})
-    with pytest.raises((CheckpointError, FileNotFoundError), match="is not a file beside the index|no regular|no such"):
+    with pytest.raises((CheckpointError, FileNotFoundError), match="not a file beside the index|no regular|no such"):
         read_checkpoint(tmp_path / "in")
 
 

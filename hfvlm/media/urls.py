@@ -147,7 +147,7 @@ def _connected(
             connected.close()
             raise
     reader = _Bounded(connected, end)
-    connection.sock = _Socket(reader)  # type: ignore[assignment]
+    connection.sock = _Socket(reader)
     return reader
 
 
