@@ -77,9 +77,10 @@ def refusing(path: Path, what: str, error: type[Exception], ours: tuple[type[Exc
 
     Errors of the type `error`, and `ours`, pass as they are.
     """
+    passing: tuple[type[Exception], ...] = (error, FileNotFoundError, *ours)
     try:
         yield
-    except (*ours, error, FileNotFoundError):
+    except passing:
         raise
     except BaseException as problem:
         # Rust's panics derive from BaseException alone.

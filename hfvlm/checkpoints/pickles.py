@@ -154,13 +154,18 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be l
     """
 
     stack: list[Any]
+    memo: dict[int, Any]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: Any, archive: Archive, budget: int, parts: int = 5):
         super().__init__(file)
         self.path, self.archive, self.parts = archive.path, archive, parts
         self.budget = max(budget, SMALLEST_BUDGET)
         self.whole_module = False
-        self.dispatch = _Charged(self)
+        self.charged = _Charged(self)
+        vars(self)["dispatch"] = self.charged  # where the loop of `load` looks opcodes up
         self.views: dict[Stored, Stored] = {}
         functions: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -186,7 +191,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be l
         except Exception as error:  # every way in which a stream of opcodes can make no sense
             reason = f"{type(error).__name__}: {shown(str(error))}"
             raise CheckpointError(f"{self.path}: damaged pickle ({reason}).") from error
-        check_tree(self.path, tree, 4 * (MOST_OPCODES - self.dispatch.left) + 1000)
+        check_tree(self.path, tree, 4 * (MOST_OPCODES - self.charged.left) + 1000)
         return tree
 
     def charge(self, cost: int) -> None:

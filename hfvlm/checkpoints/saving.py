@@ -80,7 +80,7 @@ def save_tensors(
             if visit:
                 visit(name, tensor)
             if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def count_nonfinite(tensor: Tensor) -> int:

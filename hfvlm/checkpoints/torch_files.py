@@ -86,7 +86,7 @@ class TorchFile:
         numbers = torch.empty(storage.length, dtype=storage.dtype)
         with self.path.open("rb") as file:
             file.seek(start)
-            if file.readinto(numbers.view(torch.uint8).numpy()) < numbers.nbytes:
+            if file.readinto(numbers.view(torch.uint8).numpy().data) < numbers.nbytes:
                 raise CheckpointError(
                     f"{self.path}: storage {shown(storage.key)} is cut off. Download the file again."
                 )
