@@ -411,6 +411,6 @@ def processor_to_transformers(processor: HfvlmSigLIPProcessor) -> Any:
         model_input_names=["input_ids"],
     )
     if isinstance(pixels, HfvlmSigLIPNaFlexImageProcessor):
-        sizes = {"patch_size": pixels.patch_size, "max_num_patches": pixels.max_num_patches}
+        sizes: dict[str, Any] = {"patch_size": pixels.patch_size, "max_num_patches": pixels.max_num_patches}
         return Siglip2Processor(Siglip2ImageProcessorPil(**sizes, **shared), tokenizer)
     return SiglipProcessor(SiglipImageProcessorPil(size=pixels.size, **shared), tokenizer)

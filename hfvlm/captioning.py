@@ -1,18 +1,26 @@
 """Models that write about pictures with transformers' `generate`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import begin_cache, with_cache
+from hfvlm.generation import Generation
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel
 from hfvlm.modules.context import Context
 from hfvlm.modules.embeddings import text_positions
+from hfvlm.modules.language_head import last_tokens
+from hfvlm.outputs import TowerOutput
 
 
 @dataclass
@@ -37,41 +45,137 @@ class CaptioningOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
-class GroundedGenerationMixin(GenerationMixin):
-    """`generate` for a text decoder whose forward takes a `context`, and where each step of it begins."""
+class TextDecoder(Generation, ABC):
+    """Base of text decoders, which continue texts that may attend to a context, by transformers' `generate`.
+
+    A subclass says in `decode` what its layers make of tokens, and in `logits_of` which tokens may come next.
+    """
 
     config: Any
+    device: torch.device
+    # Whether a text without a context is embedded, by `embed`, instead of being continued.
+    embeds_texts_alone: ClassVar[bool] = False
 
-    def begin_step(
+    @abstractmethod
+    def decode(
         self,
         input_ids: Tensor,
+        positions: Tensor,
         attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        context: Context | None,
         cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the layers over `(B * T, N)` token ids at `positions` -> hidden states `(B * T, N, D)`."""
+
+    @abstractmethod
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Turn hidden states `(B * T, N, D)` into scores `(B * T, N, V)` of what comes next."""
+
+    def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
+        """Embed texts `(B, N)` without a context."""
+        raise TypeError(f"{type(self).__name__} embeds no texts.")
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(  # noqa: PLR0913 (transformers reads these names)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         *,
-        use_cache: bool | None,
-    ) -> tuple[Tensor, Cache | None]:
-        """The positions of a step's tokens, by default those after the cache's; and the cache, made if missing."""
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask, cache)
-        return position_ids, cache
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[Keywords],
+    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
+        """Score the next token after each of `(B * T, N)` token ids.
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """Of ids `(B, N)` that follow a cache's, counted from each text's first token; see `text_positions`."""
-        past = 0 if cache is None else cache.get_seq_length()
-        return text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self, inputs: Any = None, *, context: Context, attention_mask: Tensor | None = None, **options: Any
-    ) -> Any:
-        """Continue texts that are grounded in a context.
+        Decoders that embed texts alone (CoCa, MaMMUT) return a `TowerOutput` where there is no context.
 
         Args:
-            inputs: `(B * T, N)` token ids to continue, padded on either side; by default the start token alone.
-            context: of B rows.
+            input_ids: the texts, or what follows the tokens in `cache`.
+            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
+            context: of B rows, T consecutive texts for each.
+            position_ids: `(B * T, N)`; by default counted from each text's first token.
+            cache: keys and values of the tokens before `input_ids`.
+            labels: `(B * T, N)`, the ids themselves, which are shifted here; the loss leaves out -100.
+            shift_labels: `(B * T, N)`, labels that are shifted already.
+            use_cache: return keys and values for the next call.
+            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
+
+        Raises:
+            ValueError: there are labels for a text that is embedded, or more tokens than positions.
+        """
+        if context is None and self.embeds_texts_alone:
+            if labels is not None or shift_labels is not None:
+                raise ValueError(f"{type(self).__name__} predicts labels only with a context.")
+            return self.embed(input_ids, **kwargs)
+        return self.step(
+            input_ids,
+            attention_mask,
+            context,
+            position_ids,
+            cache,
+            labels,
+            shift_labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def step(  # noqa: PLR0913 (the arguments of forward)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        *,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Do what `forward` does with texts that are continued."""
+        decoder: Any = self
+        cache = begin_cache(decoder, cache, use_cache=use_cache)
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask, cache)
+        x = self.decode(input_ids, position_ids, attention_mask, context, cache, **kwargs)
+        logits = self.logits_of(last_tokens(x, logits_to_keep))
+        loss = None
+        if labels is not None or shift_labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            size = self.config.get_text_config(decoder=True).vocab_size
+            loss = ForCausalLMLoss(logits, labels, size, count, shift_labels=shift_labels)
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **with_cache(cache))
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """Count the positions of ids `(B, N)` that follow a cache's from each text's first token."""
+        past = 0 if cache is None else cache.get_seq_length()
+        longest = self.config.get_text_config(decoder=True).max_position_embeddings
+        return text_positions(input_ids, attention_mask, longest, past)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        context: Context | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continue texts, which may attend to a context.
+
+        Args:
+            inputs: `(B * T, N)` token ids to continue, also as `input_ids`, padded on either side; by default the
+                start token alone.
+            context: of B rows; decoders that embed texts alone need one.
             attention_mask: `(B * T, N)`, 0 for padding.
             **options: of transformers' `generate`.
 
@@ -79,26 +183,28 @@ class GroundedGenerationMixin(GenerationMixin):
             What transformers' `generate` returns; token ids begin with `inputs`, padded on the left.
         """
         config = self.config.get_text_config(decoder=True)
+        inputs = options.pop("input_ids", None) if inputs is None else inputs
+        if context is not None:
+            options["context"] = context if context.kept is not None else context.for_reuse()
+        elif self.embeds_texts_alone:
+            raise ValueError(f"{type(self).__name__} continues texts only with a context: give `context`.")
         if inputs is None:
-            inputs = torch.full((len(context.tokens), 1), config.bos_token_id, device=context.tokens.device)
+            rows = 1 if context is None else context.tokens.shape[0]
+            inputs = torch.full((rows, 1), config.bos_token_id, device=self.device)
         elif attention_mask is not None:
             inputs, attention_mask = padded_left(inputs, attention_mask, config.pad_token_id)
-        reused = context if context.kept is not None else context.for_reuse()
-        result: Any = super().generate(inputs, attention_mask=attention_mask, context=reused, **options)  # type: ignore[misc]
+        result: Any = super().generate(inputs, attention_mask=attention_mask, **options)
         if isinstance(result, Tensor):
             return padded_right(result, inputs.shape[1], config.eos_token_id, config.pad_token_id)
         result.sequences = padded_right(result.sequences, inputs.shape[1], config.eos_token_id, config.pad_token_id)
         return result
 
-    def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]
-        """No text is longer than there are positions, whatever a pipeline asks for."""
-        options = super()._prepare_generated_length(**arguments)  # type: ignore[misc]
-        longest = self.config.get_text_config(decoder=True).max_position_embeddings
-        options.max_length = min(options.max_length, longest)
-        return options
+    def longest_text(self) -> int:
+        """Return the number of positions, whatever a pipeline asks for."""
+        return self.config.get_text_config(decoder=True).max_position_embeddings
 
 
-class CaptioningModel(HfvlmPreTrainedModel, GenerationMixin):
+class CaptioningModel(HfvlmPreTrainedModel, Generation):
     """A vision tower and a text decoder, which continues texts about the pictures.
 
     A subclass builds `vision_model` and `text_decoder`, whose `generate` takes a context, and may say in `read` what
@@ -130,7 +236,7 @@ class CaptioningModel(HfvlmPreTrainedModel, GenerationMixin):
         return input_ids
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         pixel_values: Any = None,
         input_ids: Tensor | None = None,

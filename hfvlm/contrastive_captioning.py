@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,8 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.captioning import CaptioningModel
+from hfvlm.keywords import Keywords
 from hfvlm.losses import average_losses, token_losses
-from hfvlm.modeling import DualEncoder, as_features
+from hfvlm.modeling import DualEncoder, as_features, loss_without_labels
 from hfvlm.modules.context import Context
 from hfvlm.outputs import DualEncoderOutput
 
@@ -56,6 +57,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         """Texts `(T, N)`, padded on the right, and their features -> scores of the next tokens, `(T, N, V)`."""
         return self.text_model(input_ids, context=context).logits
 
+    @loss_without_labels
     @can_return_tuple
     def forward(
         self,
@@ -66,7 +68,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> ContrastiveCaptioningOutput:
         """Every text against every picture; with `return_loss` or `labels`, text i must belong to picture i, and is
         also written about it.

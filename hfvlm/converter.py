@@ -20,12 +20,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.utils import logging
 
 import hfvlm
+from hfvlm.cards import record_of, write_card, write_export_card
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in, without_prefix
 from hfvlm.checkpoints.saving import count_nonfinite, save_tensors
 from hfvlm.configuration import ConfigurationError
 from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
 from hfvlm.files import read_json
-from hfvlm.hub import write_card
+from hfvlm.fingerprints import RECORD, file_digests, sealed, settings_of, tensor_digest
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys, restored
 from hfvlm.licences import UNKNOWN
 from hfvlm.messages import listed, shown
@@ -104,10 +105,10 @@ def convert(  # noqa: PLR0913 (options)
     with new_folder(output, overwrite=overwrite) as folder:
         sources = read_sources(source, preset, parts or {})
         plan, model, tensors = matched(source, preset, sources, original)
-        nonfinite = write_model(folder, tensors, model, dtype)
+        digests, nonfinite = write_model(folder, tensors, model, dtype)
         check_finite(sources["main"].path, nonfinite, dtype, allowed=allow_nonfinite)
         write_processor(folder, [source, *map(Path, (parts or {}).values())], plan, vocabulary)
-        write_record(folder, source, plan, sources, written=len(tensors), nonfinite=nonfinite)
+        write_record(folder, source, plan, sources, digests, nonfinite)
         write_card(folder, plan.preset, name=Path(output).name)
     return Path(output)
 
@@ -209,7 +210,8 @@ def make_plan(
         if "layout" not in preset.source:
             raise ValueError(f"Preset {preset.name} has sizes only; there is no released checkpoint to convert.")
         config = preset.make_config()
-        config.licence = preset.licence["id"]
+        config.licence, config.preset = preset.licence["id"], preset.name
+        config.pass_on_origin()
         return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
     return plan_without_preset(source, name, sources, original)
 
@@ -240,6 +242,7 @@ def plan_without_preset(
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{where} one: {shown(reason)[1:-1]}. {_likely(main)}") from error
     config.licence = UNKNOWN
+    config.pass_on_origin()
     return Plan(Preset(name=name, architecture=name), module, config, layout, settings)
 
 
@@ -294,15 +297,18 @@ def written_types(tensors: Mapping[str, Tensor], model: PreTrainedModel, dtype: 
 
 def write_model(
     folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel, dtype: str | None = None
-) -> dict[str, int]:
-    """safetensors, in shards of 5 GB at most, and config.json; how many numbers of which tensor are NaN or infinite.
+) -> tuple[dict[str, str], dict[str, int]]:
+    """safetensors, in shards of 5 GB at most, and config.json; each tensor's digest, and how many of its
+    numbers are NaN or infinite.
 
     A tensor is cast and made contiguous as it is written, so that one alone is in memory besides what was read.
     """
     shapes = written_types(tensors, model, dtype)
+    digests: dict[str, str] = {}
     nonfinite: dict[str, int] = {}
 
     def visit(name: str, tensor: Tensor) -> None:
+        digests[name] = tensor_digest(tensor)
         if count := count_nonfinite(tensor):
             nonfinite[name] = count
 
@@ -314,7 +320,7 @@ def write_model(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return nonfinite
+    return digests, nonfinite
 
 
 def check_finite(source: Path, nonfinite: Mapping[str, int], dtype: str | None, *, allowed: bool) -> None:
@@ -358,11 +364,10 @@ def write_record(
     source: Path,
     plan: Plan,
     sources: Mapping[str, Source],
-    *,
-    written: int,
-    nonfinite: Mapping[str, int] | None = None,
+    digests: Mapping[str, str],
+    nonfinite: Mapping[str, int],
 ) -> None:
-    """conversion.json: what was made from what."""
+    """conversion.json: what was made from what, the settings, and the hashes of all tensors and files."""
     main = sources["main"].path
     digest, published = sha256_of(main), plan.preset.source.get("sha256")
     if published and published != digest:
@@ -372,7 +377,7 @@ def write_record(
         "preset": plan.preset.name,
         "layout": plan.layout,
         "hfvlm": hfvlm.__version__,
-        "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": written},
+        "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": len(digests)},
     }
     if nonfinite:
         record["nonfinite"] = dict(nonfinite)
@@ -382,7 +387,13 @@ def write_record(
             role: {"name": f"{path.parent.name}/{path.name}", "sha256": sha256_of(path)}
             for role, path in others.items()
         }
-    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+    record |= {
+        "licence": dict(plan.preset.licence),
+        "settings": settings_of(folder),
+        "files": file_digests(folder),
+        "tensors": dict(digests),
+    }
+    (folder / RECORD).write_text(json.dumps(sealed(record), indent=2) + "\n")
 
 
 def sha256_of(source: Path) -> str:
@@ -421,8 +432,10 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         finish = getattr(module, "tensors_to_transformers", lambda tensors, _: tensors)
         shapes = finish(restore_keys({key: tensor.to("meta") for key, tensor in own.items()}, rows), native)
         native.dtype = config.dtype
-        save_tensors(target / "model.safetensors", dict(shapes), finish(restored(own, rows), native))
+        about = {"format": "pt", "hfvlm": hfvlm.__version__}
+        save_tensors(target / "model.safetensors", dict(shapes), finish(restored(own, rows), native), about=about)
         native.save_pretrained(target)
+        write_export_card(target, config, record_of(folder), Path(output).name)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
     return Path(output)
 

@@ -1,21 +1,25 @@
 """Language models that read pictures and films: the base of LLaVA and its relatives."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.generation import LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
+from hfvlm.generation import Generation, WithinVocabulary
+from hfvlm.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.outputs import ImageTextOutput
 
 Features = BaseModelOutputWithPooling
 
 
-class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
+class ImageTextModel(HfvlmPreTrainedModel, Generation):
     """A language model in whose input the features of pictures take the places of placeholder tokens.
 
     A subclass builds its towers and `language_model`, one of transformers', and says in `get_image_features` (and
@@ -26,7 +30,6 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
 
     base_model_prefix = "image_text"
     input_modalities = ["image", "text"]
-    _skip_keys_device_placement = ["past_key_values"]
     # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
     media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
     # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
@@ -36,7 +39,10 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
     language_model: Any
 
     def post_init(self) -> None:
-        """As transformers'. What encodes pictures stays on one device: some of its parameters belong to no layer."""
+        """Finish as transformers does. What encodes images stays on one device: some of its parameters belong to no
+        layer. The language model comes first: PEFT puts soft prompts before what the first model inside embeds."""
+        others = {name: child for name, child in self._modules.items() if name != "language_model"}
+        self._modules = {"language_model": self.language_model, **others}
         super().post_init()
         parts = (child for child in self.children() if child is not self.language_model)
         self._no_split_modules = [*(self._no_split_modules or ()), *(type(part).__name__ for part in parts)]
@@ -61,6 +67,13 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(*args, **kwargs)
 
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return what the language model and the media's inputs know, or what the vision tower knows."""
+        if method != "forward":
+            return keywords_of(self.vision_model)
+        media = {name for names in self.media_inputs.values() for name in names}
+        return {*media, *keywords_of(self.language_model), "shift_labels"} - {*CACHE_NAMES}
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -84,22 +97,23 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Features] | None = None,
-        past_key_values: Any = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Unpack[Keywords],
+    ) -> ImageTextOutput:
         """Texts with pictures in them -> the logits of each next token.
 
         Args:
             input_ids: `(B, N)`, with a placeholder for each token of each picture.
             pixel_values: all pictures of the batch, in the order of their placeholders; see `get_image_features`.
             attention_mask: `(B, N)`, 0 where a row is padded.
-            inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media are
+                to be put, or with media among them already; see `embed`.
             labels: `(B, N)`; the loss leaves out -100.
             image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
             pixel_values_videos: likewise, all films.
             mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
-            past_key_values: of what stands before `input_ids`.
+            cache: keys and values of what stands before `input_ids`, also as `past_key_values`.
             logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
             **kwargs: what else `media_inputs` names, and of the language model.
 
@@ -107,18 +121,21 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
             ValueError: the pictures do not fit their placeholders; the message says how.
         """
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
-        media |= {name: kwargs.pop(name) for names in self.media_inputs.values() for name in names if name in kwargs}
-        return self.read_with(
+        rest: dict[str, Any] = dict(kwargs)
+        media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
+        features = self.encode_media(media, mm_encoder_outputs)
+        output = self.read_with(
             self.language_model,
             input_ids,
             inputs_embeds,
-            self.encode_media(media, mm_encoder_outputs),
+            features,
             attention_mask=attention_mask,
             labels=labels,
-            past_key_values=past_key_values,
+            cache=cache,
             logits_to_keep=logits_to_keep,
-            **kwargs,
+            **rest,
         )
+        return ImageTextOutput(**output, **as_outputs(features))
 
     def read_with(
         self,
@@ -126,10 +143,12 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         features: Mapping[str, Features],
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What `reader`, the language model or its part before the output layer, makes of texts with pictures."""
-        return reader(inputs_embeds=self.merged(input_ids, inputs_embeds, features), **kwargs)
+        """Run `reader`, the language model or its part before the output layer, over texts with media."""
+        embeds = self.merged(input_ids, inputs_embeds, features)
+        return reader(inputs_embeds=embeds, **with_cache(cache), **kwargs)
 
     @property
     def base_model(self) -> Any:
@@ -139,12 +158,37 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
     def merged(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, features: Mapping[str, Features]
     ) -> Tensor:
-        """What the language model reads: tokens' embeddings with pictures among them, or those that are given."""
+        """Put features where the placeholders are, among the embeddings of tokens or those that are given."""
         if inputs_embeds is None:
             return self.embed(input_ids, features)
-        if features or input_ids is not None:
-            raise ValueError("inputs_embeds have their pictures merged already: give either them or input_ids.")
+        self.check_one(input_ids, inputs_embeds)
+        for name, output in features.items():
+            mask = self.placeholder_mask(name, None, inputs_embeds)
+            inputs_embeds = self.filled(name, inputs_embeds, mask, output)
         return inputs_embeds
+
+    def check_one(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{type(self).__name__} needs either input_ids or inputs_embeds.")
+
+    def placeholder_mask(self, modality: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Find the placeholders among ids `(B, N)`, or among embeddings `(B, N, D)`, of which they have their own row
+        of the table -> `(B, N)`, True where one is.
+
+        Raises:
+            ValueError: there are embeddings alone, and the table has no row for the placeholder.
+        """
+        token = self.placeholder(modality)
+        if input_ids is not None:
+            return input_ids == token
+        table: Any = self.get_input_embeddings()
+        if token >= table.weight.shape[0]:
+            raise ValueError(
+                f"{modality}_token_id {token} has no row in the table of {table.weight.shape[0]} embeddings, so that "
+                f"inputs_embeds cannot say where a placeholder is: give input_ids, or resize_token_embeddings first."
+            )
+        row = table(torch.tensor(token, device=table.weight.device))
+        return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
 
     def encode_media(
         self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
@@ -161,29 +205,32 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         return features
 
     def embed(self, input_ids: Tensor | None, features: Mapping[str, Features]) -> Tensor:
-        """`(B, N)` token ids and features by modality -> `(B, N, D)`, what the language model reads."""
-        if input_ids is None:
-            raise ValueError(f"{type(self).__name__} needs input_ids or inputs_embeds.")
-        places = {name: input_ids == getattr(self.config, f"{name}_token_id") for name in self.media_inputs}
-        text = input_ids
-        for place in places.values():
-            text = text.masked_fill(place, 0)  # placeholders may lie outside the embedding table
+        """Embed `(B, N)` token ids, and put the features of their media among them -> `(B, N, D)`."""
+        self.check_one(input_ids, None)
+        masks = {name: self.placeholder_mask(name, input_ids, None) for name in self.media_inputs}
+        text: Any = input_ids
+        for mask in masks.values():
+            text = text.masked_fill(mask, 0)  # placeholders may lie outside the embedding table
         embeds = self.get_input_embeddings()(text)
-        for name, place in places.items():
-            # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
-            if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-                self.check_places(name, place, features.get(name))
-            if name in features:
-                rows = torch.cat(each(features[name])).to(embeds)
-                embeds = embeds.masked_scatter(place.unsqueeze(-1), rows)
+        for name, mask in masks.items():
+            embeds = self.filled(name, embeds, mask, features.get(name))
         return embeds
+
+    def filled(self, modality: str, embeds: Tensor, mask: Tensor, features: Features | None) -> Tensor:
+        """Put features in the rows of embeddings `(B, N, D)` where the mask `(B, N)` has placeholders."""
+        # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
+        if mask.shape[1] > 1 and not torch.compiler.is_compiling():
+            self.check_places(modality, mask, features)
+        if features is None:
+            return embeds
+        return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(each(features)).to(embeds))
 
     def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
         """As many placeholders as features, or an error that names both."""
         counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
         if (found := int(place.sum())) == sum(counts):
             return
-        token = f"{modality}_token_id {getattr(self.config, f'{modality}_token_id')}"
+        token = f"{modality}_token_id {self.placeholder(modality)}"
         given = f"the {modality}s make {sum(counts)} ({_some(counts)})" if counts else f"no {modality} was given"
         raise ValueError(
             f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
@@ -213,47 +260,54 @@ class ImageTextModel(HfvlmPreTrainedModel, GenerationMixin):
         media = {name: kwargs.pop(name) for name in names if name in kwargs}
         if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
             kwargs["mm_encoder_outputs"] = features
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Features go with the prompt alone; without a cache every step reads the prompt again."""
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
-            kwargs.pop("mm_encoder_outputs", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+    def prepare_inputs_for_generation(
+        self, *args: Any, mm_encoder_outputs: Mapping[str, Features] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand features on with the prompt: in the first step, without a cache in every step, and where an assistant
+        begins, which transformers does not call a first step."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = cache_of(inputs)
+        if kwargs.get("is_first_iteration") or cache is None or cache.get_seq_length() == 0:
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return inputs
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,  # noqa: FBT001, FBT002 (the host's signature)
-        input_ids: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """A row's pictures are repeated with the row."""
-        features = kwargs.pop("mm_encoder_outputs", None)
-        expanded, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        if features and expand_size == 1:
-            kwargs["mm_encoder_outputs"] = features
-        elif features:
-            kwargs["mm_encoder_outputs"] = {
-                name: Features(pooler_output=self._repeat_by_row(name, output, input_ids, expand_size))  # type: ignore[arg-type]
-                for name, output in features.items()
-            }
-        return expanded, kwargs
+    def ids(self, vocab_size: int) -> int:
+        return max(vocab_size, *(self.placeholder(modality) + 1 for modality in self.media_inputs))
 
-    def _repeat_by_row(self, modality: str, features: Features, input_ids: Any, times: int) -> list[Tensor]:
+    def repeated(
+        self, features: Mapping[str, Features], rows: Mapping[str, Tensor], times: int
+    ) -> dict[str, Features]:
+        """Repeat a row's images with the row."""
+        return {
+            name: Features(pooler_output=self._repeat_by_row(name, output, rows, times))  # type: ignore[arg-type]
+            for name, output in features.items()
+        }
+
+    def _repeat_by_row(
+        self, modality: str, features: Features, rows: Mapping[str, Tensor], times: int
+    ) -> list[Tensor]:
         remaining = iter(each(features))
         repeated: list[Tensor] = []
-        for count in (input_ids == getattr(self.config, f"{modality}_token_id")).sum(dim=1).tolist():
+        embeds = rows.get("inputs_embeds")
+        mask = self.placeholder_mask(modality, None if embeds is not None else rows["input_ids"], embeds)
+        for count in mask.sum(dim=1).tolist():
             row: list[Tensor] = []
             while sum(map(self.count_places, row)) < count:
                 row.append(next(remaining))
             repeated += row * times
         return repeated
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return _WithinVocabulary(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
+    def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
+        """Never generate a placeholder, for which there would be no image, and look up none."""
+        placeholders = [self.placeholder(modality) for modality in self.media_inputs]
+        never = SuppressTokensLogitsProcessor(placeholders, device=str(self.device))
+        return WithinVocabulary([*processors, never])
+
+    def placeholder(self, modality: str) -> int:
+        """Return the id of the token that stands for a token of an image, or of another modality."""
+        return getattr(self.config, f"{modality}_token_id")
 
 
 class _Backbone:
@@ -270,6 +324,9 @@ class _Backbone:
         **kwargs: Any,
     ) -> Any:
         """As the model's forward, to the last hidden states."""
+        owner, known = f"{type(self.model).__name__}.base_model()", self.model.further_keywords("forward")
+        rename_cache(owner, kwargs)
+        check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
         names = {name for names in self.model.media_inputs.values() for name in names}
         features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
@@ -281,13 +338,9 @@ class _Backbone:
         return getattr(self.model, name)
 
 
-class _WithinVocabulary(LogitsProcessorList):
-    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        last = scores.shape[-1] - 1
-        known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
-        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
+def as_outputs(features: Mapping[str, Features]) -> dict[str, Features]:
+    """Name features by modality as the fields of an output."""
+    return {f"{modality}_outputs": output for modality, output in features.items()}
 
 
 def each(features: Features) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """The base of models with more than two modalities."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import combinations, product
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import MultiEncoderConfig, config_of
+from hfvlm.keywords import Keywords, tower_keywords
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import HfvlmPreTrainedModel, as_features, unit
 from hfvlm.outputs import MultiEncoderOutput
 
@@ -65,6 +68,9 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         """Which tower embeds a modality."""
         return {modality: self.config.towers[modality] for modality in self.modalities}
 
+    def further_keywords(self, method: str) -> Collection[str]:
+        return tower_keywords(self, method)
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """What the model embeds: it has a `get_<modality>_features` for each."""
@@ -95,41 +101,43 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return self.tower("text" if "text" in self.modalities else self.modalities[0]).get_input_embeddings()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("image", self.encode("image", pixel_values, **kwargs))
 
     @can_return_tuple
-    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_video_features(
+        self, pixel_values_videos: Tensor, **kwargs: Unpack[Keywords]
+    ) -> BaseModelOutputWithPooling:
         """`(B, C, T, H, W)`, or `(B, clips, C, T, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint
         embedding, scaled: the mean over the clips."""
         return self.scaled("video", self.encode("video", pixel_values_videos, **kwargs))
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """`(B, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("text", self.encode("text", input_ids, attention_mask=attention_mask, **kwargs))
 
     @can_return_tuple
-    def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_audio_features(self, input_features: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, C, bins, frames)`, or `(B, clips, C, bins, frames)` -> an output whose `pooler_output`, `(B, D)`, is
         the joint embedding, scaled: the mean over the clips."""
         return self.scaled("audio", self.encode("audio", input_features, **kwargs))
 
     @can_return_tuple
-    def get_depth_features(self, depth_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_depth_features(self, depth_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("depth", self.encode("depth", depth_values, **kwargs))
 
     @can_return_tuple
-    def get_thermal_features(self, thermal_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_thermal_features(self, thermal_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding, scaled."""
         return self.scaled("thermal", self.encode("thermal", thermal_values, **kwargs))
 
     @can_return_tuple
-    def get_imu_features(self, imu_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_imu_features(self, imu_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(B, 6, N)`, or `(B, clips, 6, N)` -> an output whose `pooler_output`, `(B, D)`, is the joint embedding,
         scaled: the mean over the clips."""
         return self.scaled("imu", self.encode("imu", imu_values, **kwargs))
@@ -162,7 +170,7 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         imu_values: Tensor | None = None,
         *,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> MultiEncoderOutput:
         """Embeds whatever is given; with `return_loss`, row i of each belongs to row i of every other.
 
@@ -220,6 +228,8 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         pairs = self.pairs(output.modalities)
         if not pairs:
             raise ValueError(f"A loss needs two modalities in different towers, not {', '.join(output.modalities)}.")
+        if self.training and torch.is_grad_enabled():
+            check_negatives(output[f"{pairs[0][0]}_embeds"].shape[0], rank_and_size(group)[1])
         losses = [
             loss(
                 output[f"{a}_embeds"],

@@ -136,11 +136,13 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
             text, text_pair = self._cleaned(text), self._cleaned(text_pair)
         encoded = super()._encode_plus(text, text_pair=text_pair, **kwargs)
         batch = [text] if isinstance(text, str) else text
-        for i, encoding in enumerate(encoded.encodings or ()):
-            if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
-                logger.warning(
-                    f"Text {i} is too long and was cut to {len(encoding.ids)} tokens: {str(batch[i])[:60]!r}..."
-                )
+        cut = [i for i, encoding in enumerate(encoded.encodings or ()) if encoding.overflowing]
+        if cut and not kwargs.get("return_overflowing_tokens"):
+            first, others = cut[0], f" {len(cut) - 1} more were cut, too." if len(cut) > 1 else ""
+            tokens = len(encoded.encodings[first].ids)
+            logger.warning(
+                f"Text {first} is too long and was cut to {tokens} tokens: {str(batch[first])[:60]!r}...{others}"
+            )
         return encoded
 
     def _cleaned(self, text: Any) -> Any:

@@ -37,7 +37,7 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     sweep(output)
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"{named} exists already: choose another output, or replace it with overwrite=True (--overwrite)."
+            f"{named} exists already: choose another output, or pass overwrite=True (--overwrite in a terminal)."
         )
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}{UNFINISHED}", dir=output.parent))
     lock = _lock(beside)

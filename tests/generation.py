@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from hfvlm.compat import cache_of
 from tests.suite import close, relative
 
 NEW = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
@@ -45,7 +46,7 @@ class GenerationSuite:
                 output = model(
                     input_ids=ids[:, i : i + 1],
                     attention_mask=mask[:, : i + 1],
-                    past_key_values=output.past_key_values,
+                    cache=cache_of(output),
                     use_cache=True,
                 )
                 steps.append(output.logits)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def save_tensors(
     shapes: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     visit: Callable[[str, Tensor], None] | None = None,
+    about: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """Write a safetensors file.
 
@@ -55,10 +57,11 @@ def save_tensors(
         shapes: what is written, in shape and type; meta tensors will do.
         tensors: the numbers, asked for one by one; they are cast to the types of `shapes`.
         visit: sees each tensor by its name as it is written, contiguous and in its type.
+        about: the file's metadata.
     """
     # The widest first, so that every tensor lies at a multiple of its width.
     names = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(about)}
     end = 0
     for name in names:
         if shapes[name].dtype not in DTYPES:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForZeroShotImageClassification
 
+from hfvlm.compat import cache_of
 from hfvlm.losses import captioning_loss, contrastive_loss, focal_contrastive_loss
 from hfvlm.outputs import contrastive_fields
 from hfvlm.training.gradient_cache import cached_backward
@@ -188,7 +189,7 @@ class WritingTowerSuite(ModelSuite):
         for i in range(3, 6):
             step = model.prepare_inputs_for_generation(ids[:, : i + 1], attention_mask=torch.ones(1, i + 1))
             seen = {key: value for key, value in step.items() if key == "visible"}
-            output = model(ids[:, i : i + 1], None, reused, past_key_values=output.past_key_values, **seen)
+            output = model(ids[:, i : i + 1], None, reused, cache=cache_of(output), **seen)
             close(output.logits[:, 0], whole[:, i], 1e-5, f"step {i}")
         assert next(iter(reused.kept.values())) is kept
         close(model(ids, None, context, logits_to_keep=2).logits, whole[:, -2:], 1e-6, "last")

@@ -10,6 +10,7 @@ from transformers import (
 )
 
 import hfvlm
+from hfvlm.compat import cache_of
 from hfvlm.models.blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2CLIPVisionModel,
@@ -112,15 +113,16 @@ class TestQFormer(ModelSuite):
         with pytest.raises(ValueError, match="reads no texts: its config.vocab_size is None"):
             model(**batch)
 
-    def test_words_need_no_query_to_write(self, model, batch):
-        """What is written about a picture sees all queries, and words before it."""
-        context = model.read(batch["image_tokens"])
+    def test_words_attend_to_all_queries_and_to_words_before(self, model, batch):
+        context, positions = model.read(batch["image_tokens"]), torch.arange(batch["input_ids"].shape[1])
         with torch.no_grad():
-            whole = model.write(batch["input_ids"], batch["attention_mask"], context)
+            whole = model.decode(batch["input_ids"], positions, batch["attention_mask"], context)
             changed = batch["input_ids"].clone()
             changed[0, 3] = 11
-            again = model.write(changed, batch["attention_mask"], context)
-            other = model.write(batch["input_ids"], batch["attention_mask"], model.read(batch["image_tokens"].flip(0)))
+            again = model.decode(changed, positions, batch["attention_mask"], context)
+            other = model.decode(
+                batch["input_ids"], positions, batch["attention_mask"], model.read(batch["image_tokens"].flip(0))
+            )
         close(again[0, :3], whole[0, :3], 1e-6, "before the change")
         assert relative(again[0, 3:], whole[0, 3:]) > 1e-3
         assert relative(other[:, 0], whole[:, 0]) > 1e-4
@@ -208,8 +210,8 @@ class TestPreTraining(Stage1):
             whole = model(ids, context=context).logits
             cache, steps = None, []
             for i in range(3):
-                output = model(ids[:, i : i + 1], context=context.for_reuse(), past_key_values=cache, use_cache=True)
-                cache, steps = output.past_key_values, [*steps, output.logits]
+                output = model(ids[:, i : i + 1], context=context.for_reuse(), cache=cache, use_cache=True)
+                cache, steps = cache_of(output), [*steps, output.logits]
         close(torch.cat(steps, dim=1), whole, 1e-5, "steps")
 
     def test_captions_are_those_of_their_pictures(self, model, batch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from hfvlm.compat import cache_of
 from hfvlm.lora_recipes import lora
 from hfvlm.models.flamingo import (
     HfvlmFlamingoConfig,
@@ -210,7 +211,7 @@ def test_pictures_stay_with_the_cache(model):
     with torch.no_grad():
         whole = model(input_ids=ids, pixel_values=pixels).logits
         output = model(input_ids=ids[:, :5], pixel_values=pixels, use_cache=True)
-        rest = model(input_ids=ids[:, 5:], past_key_values=output.past_key_values, use_cache=True)
+        rest = model(input_ids=ids[:, 5:], cache=cache_of(output), use_cache=True)
     close(torch.cat([output.logits, rest.logits], dim=1), whole, 1e-5, "several tokens at once")
 
 
@@ -219,9 +220,7 @@ def test_pictures_may_follow_in_a_later_part(model):
     with torch.no_grad():
         whole = model(input_ids=ids, pixel_values=pixels).logits
         output = model(input_ids=ids[:, :3], pixel_values=pixels[[0, 2]], use_cache=True)
-        rest = model(
-            input_ids=ids[:, 3:], pixel_values=pixels[1:2], past_key_values=output.past_key_values, use_cache=True
-        )
+        rest = model(input_ids=ids[:, 3:], pixel_values=pixels[1:2], cache=cache_of(output), use_cache=True)
     close(torch.cat([output.logits, rest.logits], dim=1), whole, 1e-5, "in two parts")
 
 
@@ -229,9 +228,9 @@ def test_what_is_cropped_from_a_cache_is_not_seen(model):
     pixels = torch.randn(2, 3, 28, 28)
     ids, tail = torch.tensor([[PICTURE, 5, 6, PICTURE, 7]]), torch.tensor([[8, 9, 4]])
     with torch.no_grad():
-        cache = model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, pixel_values=pixels, use_cache=True))
         cache.crop(-2)
-        steps = [model(input_ids=tail[:, i : i + 1], past_key_values=cache).logits for i in range(3)]
+        steps = [model(input_ids=tail[:, i : i + 1], cache=cache).logits for i in range(3)]
         found = torch.cat(steps, dim=1)
         expected = model(input_ids=torch.cat([ids[:, :3], tail], 1), pixel_values=pixels[:1]).logits[:, 3:]
     close(found, expected, 1e-5, "after the first picture")
@@ -243,7 +242,7 @@ def test_a_prompt_is_read_once_for_several_answers(model):
         output = model(input_ids=prompt, pixel_values=pixels, use_cache=True)
         for answer in ([7, 8, 9], [4]):
             ids = torch.tensor([answer])
-            found = model(input_ids=ids, past_key_values=copy.deepcopy(output.past_key_values)).logits
+            found = model(input_ids=ids, cache=copy.deepcopy(cache_of(output))).logits
             whole = model(input_ids=torch.cat([prompt, ids], dim=1), pixel_values=pixels).logits
             close(found, whole[:, prompt.shape[1] :], 1e-5, str(answer))
 
@@ -252,10 +251,10 @@ def test_cached_media_are_before_what_is_read(model):
     ids, pixels = torch.tensor([[PICTURE, 5, PICTURE], [3, PICTURE, 4]]), torch.randn(3, 3, 28, 28)
     tail = torch.tensor([[7, 8], [7, 8]])
     with torch.no_grad():
-        found = model(input_ids=tail, past_key_values=model.cache_media(ids, pixels)).logits
+        found = model(input_ids=tail, cache=model.cache_media(ids, pixels)).logits
         for i, last in enumerate((1, 2)):
             looked = model.cache_media(torch.tensor([[PICTURE]]), pixels[last : last + 1])
-            alone = model(input_ids=tail[i : i + 1], past_key_values=looked).logits
+            alone = model(input_ids=tail[i : i + 1], cache=looked).logits
             close(found[i : i + 1], alone, 1e-5, f"row {i}")
     assert relative(found[0], found[1]) > 1e-4
 
@@ -350,8 +349,3 @@ def test_configurations_that_make_no_sense(changes, message):
         HfvlmFlamingoConfig(
             **{"vision_config": VISION, "resampler_config": RESAMPLER, "text_config": NEOX} | SIZES | changes
         )
-
-
-def test_embeddings_do_not_say_where_pictures_are(model):
-    with pytest.raises(ValueError, match="needs input_ids alone"):
-        model(inputs_embeds=torch.randn(1, 3, 32))

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
 import hfvlm
+from hfvlm.compat import cache_of
 from hfvlm.inference.chat import Chat
 from hfvlm.models.qwen_vl import (
     HfvlmQwenVLConfig,
@@ -115,7 +116,7 @@ class TestCausalLM(TestText):
         with torch.no_grad():
             whole = model(**batch).logits
             first = model(batch["input_ids"][:, :5], use_cache=True)
-            rest = model(batch["input_ids"][:, 5:], past_key_values=first.past_key_values)
+            rest = model(batch["input_ids"][:, 5:], cache=cache_of(first))
         close(torch.cat([first.logits, rest.logits], dim=1), whole, 1e-5, "in two parts")
 
 
@@ -127,10 +128,10 @@ class TestBeyondTheTrainedLength:
     @pytest.mark.parametrize(("length", "stretch"), [(1, 1), (8, 1), (9, 3), (16, 3), (17, 7), (32, 7), (33, 15)])
     def test_the_prompt_decides_about_the_frequencies(self, model, length, stretch):
         ids = torch.randint(2, 60, (1, length))
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         assert cache.stretch == stretch
         for _ in range(9):
-            cache = model(ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, :1], cache=cache, use_cache=True))
         assert cache.stretch == stretch
 
     def test_steps_follow_one_forward_while_the_frequencies_last(self, model):
@@ -140,7 +141,7 @@ class TestBeyondTheTrainedLength:
             output = model(ids[:, :12], use_cache=True)
             parts = [output.logits]
             for i in range(12, 16):
-                output = model(ids[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
+                output = model(ids[:, i : i + 1], cache=cache_of(output), use_cache=True)
                 parts.append(output.logits)
         close(torch.cat(parts, dim=1), whole, 1e-5, "steps")
 

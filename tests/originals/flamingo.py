@@ -155,7 +155,7 @@ def model_outputs(golden: Golden) -> None:
             "loss": output.loss.reshape(1),
         }
         cache = model.cache_media(batch["input_ids"], batch["pixel_values"])
-        values["cached_media_logits"] = model(input_ids=inputs["tail"], past_key_values=cache).logits
+        values["cached_media_logits"] = model(input_ids=inputs["tail"], cache=cache).logits
     asked = pictures(golden, model, "gen_")
     for name, beams in (("greedy", 1), ("beam3", 3)):
         new = golden.outputs[name].shape[1] - asked["input_ids"].shape[1]

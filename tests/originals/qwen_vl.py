@@ -5,6 +5,7 @@ import torch
 from hfvlm.conversion.qwen_vl import config_from_original, keys_for, tables_for
 from torch import Tensor
 
+from hfvlm.compat import cache_of
 from hfvlm.converter import Source, empty_model
 from hfvlm.key_table import Table, convert_keys
 from hfvlm.models.qwen_vl import (
@@ -211,7 +212,7 @@ def model_outputs(golden: Golden) -> None:
     for name in ("vit_block0", "vit_last"):  # the original's are sequence first
         values[name] = values[name].transpose(0, 1)
     values |= {"pixel_values": pixel_values, "logits": output.logits, "loss": output.loss.reshape(1)}
-    values["ntk_alpha"] = torch.tensor([float(output.past_key_values.stretch)])
+    values["ntk_alpha"] = torch.tensor([float(cache_of(output).stretch)])
     real = inputs["attention_mask"].bool().unsqueeze(-1)
     masked = {name for name in values if name.startswith(("lm_", "ln_f", "logits")) and name != "lm_input"}
     for name in golden.in_order():

@@ -1,6 +1,6 @@
 """ALIGN (https://arxiv.org/abs/2102.05918; https://github.com/kakaobrain/coyo-align at 8cea82e)."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -12,6 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import (
     LAYER_ATTENTIONS,
@@ -28,6 +29,7 @@ from hfvlm.models.align.configuration_align import (
 )
 from hfvlm.modules.dropout import DropPath
 from hfvlm.modules.embeddings import BertEmbedding, text_positions
+from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import Temperature
 from hfvlm.modules.transformer import PostNormLayer, Stack
@@ -56,7 +58,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
         self.conv = nn.Conv2d(*channels, kernel_size, stride=stride, groups=self.groups(channels), bias=False)
-        self.norm = nn.BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
+        self.norm = BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
         self.act = ACT2FN[config.hidden_act]
 
     def groups(self, channels: tuple[int, int]) -> int:
@@ -145,7 +147,7 @@ class HfvlmALIGNVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, C, H, W)` pixels in -1..1 -> the last feature map as tokens `(B, H/32 * W/32, D)`, and their mean."""
         x = self.stem(pixel_values.to(self.dtype))
         for layer in self.layers:
@@ -180,7 +182,7 @@ class HfvlmALIGNTextModel(HfvlmPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens after the last layer, and the first of them.
 
@@ -230,7 +232,7 @@ class HfvlmALIGNModel(DualEncoder):
         token_type_ids: Tensor | None = None,
         *,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 

@@ -6,30 +6,31 @@ reads the text together with the picture, and with causal attention it writes ab
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
-    CausalLMOutputWithCrossAttentions,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import CaptioningModel, CaptioningOutput, GroundedGenerationMixin
+from hfvlm.captioning import CaptioningModel, CaptioningOutput, TextDecoder
+from hfvlm.compat import causal_mask
+from hfvlm.generation import WholeTextBeams
+from hfvlm.keywords import Keywords
 from hfvlm.losses import captioning_loss, contrastive_loss
 from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, unit
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import BertEmbedding, PatchEmbedding, text_positions
-from hfvlm.modules.language_head import BertLanguageHead, last_tokens
+from hfvlm.modules.language_head import BertLanguageHead
 from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, Temperature
@@ -43,6 +44,7 @@ from hfvlm.modules.transformer import (
     Stack,
 )
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.ranges import check_integer
 
 # One folder serves several heads; each leaves unread what it has no part for.
 PARTS = [r"^(vision_model|text_model|text_decoder|teacher|itm_head|classifier|logit_scale)\."]
@@ -79,13 +81,15 @@ class HfvlmBLIPVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens after the last norm, class token first, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC_SAMPLED)
@@ -177,7 +181,7 @@ class HfvlmBLIPTextModel(HfvlmBLIPTextPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         context: Context | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> TowerOutput:
         """`(B * T, N)` token ids, [CLS] first -> all tokens, and the first token's summary.
 
@@ -199,8 +203,8 @@ class HfvlmBLIPTextModel(HfvlmBLIPTextPreTrainedModel):
         return self(ids, attention_mask, context, **kwargs)
 
 
-class HfvlmBLIPTextDecoder(HfvlmBLIPTextPreTrainedModel, GroundedGenerationMixin):
-    """The image-grounded text decoder."""
+class HfvlmBLIPTextDecoder(WholeTextBeams, TextDecoder, HfvlmBLIPTextPreTrainedModel):
+    """The image-grounded text decoder: texts begin with [DEC]. The authors' beams are those of transformers 4.15."""
 
     base_model_prefix = "text_decoder"
     _keys_to_ignore_on_load_unexpected = PARTS
@@ -223,66 +227,21 @@ class HfvlmBLIPTextDecoder(HfvlmBLIPTextPreTrainedModel, GroundedGenerationMixin
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head.decoder = value
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
+    def decode(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Context | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        *,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        context: Context | None,
+        cache: Cache | None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithCrossAttentions:
-        """`(B * T, N)` token ids, [DEC] first -> scores `(B * T, N, V)` of what comes next.
-
-        Args:
-            input_ids: the texts, or what follows on `past_key_values`.
-            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
-            context: of B rows, T consecutive texts for each.
-            position_ids: `(B * T, N)`; by default counted from each text's first token.
-            past_key_values: of the tokens before `input_ids`.
-            use_cache: return keys and values for the next call.
-            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
-        """
-        positions, cache = self.begin_step(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
-        )
+    ) -> Tensor:
         x = self.embeddings(input_ids, positions)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache
-        )
-        x = self.layers(x, mask, context, past_key_values=cache, **kwargs)
-        logits = self.lm_head(last_tokens(x, logits_to_keep))
-        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
+        mask = causal_mask(self.config, x, attention_mask, cache)
+        return self.layers(x, mask, context, cache=cache, **kwargs)
 
-    # BLIP's beams were made with transformers 4.15, which compares log probabilities over the length of the whole
-    # text, prompt included and [SEP] not; later versions count what is written alone.
-
-    def _update_finished_beams(  # type: ignore[override]
-        self,
-        *,
-        topk_running_sequences: Tensor,
-        topk_log_probs: Tensor,
-        cur_len: int,
-        length_penalty: float,
-        **rest: Any,
-    ) -> Any:
-        length, ended = cur_len + 1, topk_running_sequences[:, :, cur_len].eq(self.config.eos_token_id or -1)
-        return super()._update_finished_beams(
-            topk_running_sequences=topk_running_sequences,
-            topk_log_probs=topk_log_probs * (length / (length - ended.to(topk_log_probs))) ** length_penalty,
-            cur_len=cur_len,
-            length_penalty=length_penalty,
-            **rest | {"decoder_prompt_len": 0},
-        )
-
-    @staticmethod
-    def _check_early_stop_heuristic(**arguments: Any) -> Any:  # type: ignore[override]
-        return GenerationMixin._check_early_stop_heuristic(**arguments | {"decoder_prompt_len": 1})
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
 
 
 class HfvlmBLIPModel(DualEncoder):
@@ -309,7 +268,7 @@ class HfvlmBLIPModel(DualEncoder):
 
     @can_return_tuple
     def get_multimodal_features(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """Texts `(B * T, N)` read together with pictures `(B, C, H, W)`, T consecutive texts with each.
 
@@ -333,7 +292,7 @@ class HfvlmBLIPModel(DualEncoder):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 
@@ -389,13 +348,17 @@ def scored_twice(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top
         match: numbers of pictures, and of as many consecutive texts for each -> `(texts, 2)`, the second column for a
             match.
         top_k: how many the second stage looks at.
+
+    Raises:
+        ValueError: top_k is no number of candidates.
     """
+    check_integer("top_k", top_k)
     per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
     for i, row in enumerate(cosines):
-        cosine, texts = row.topk(min(top_k, len(row)))
+        cosine, texts = row.topk(min(top_k, row.shape[0]))
         per_image[i, texts] = match(texts.new_tensor([i]), texts)[:, 1] + cosine
     for i, row in enumerate(cosines.t()):
-        cosine, images = row.topk(min(top_k, len(row)))
+        cosine, images = row.topk(min(top_k, row.shape[0]))
         per_text[i, images] = match(images, torch.full_like(images, i))[:, 1] + cosine
     return RetrievalScores(per_image, per_text)
 
@@ -421,7 +384,7 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture by their embeddings, as `HfvlmBLIPModel`.
 
@@ -433,7 +396,7 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
         output: Any = self.compare(image, text, return_loss=False)
         if not return_loss:
             return output
-        same = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        same = torch.eye(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         wrong_images, wrong_texts = self.hard_negatives(output.logits_per_text, output.logits_per_image, same)
         tokens: Any = image.last_hidden_state
         ids, mask = input_ids, attention_mask
@@ -452,14 +415,24 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
             per_image: `(B, B')` of pictures and texts.
             same: `(B, B')`, True for what belongs together.
         """
+        if bool(same.all(dim=1).any()):
+            raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         with torch.no_grad():
-            images = self.draw((per_text.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
-            return images, self.draw((per_image.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
+            images, texts = (self.draw(self.shares(scores.float(), same)) for scores in (per_text, per_image))
+        return images, texts
+
+    def shares(self, scores: Tensor, same: Tensor) -> Tensor:
+        """`(B, B')` similarities -> how likely each wrong partner is drawn, up to a factor.
+
+        Without a least weight, what belongs together is left out first: beside a pair that is far more similar, the
+        probabilities of all others would be zero.
+        """
+        if self.least_weight:
+            return (scores.softmax(dim=1) + self.least_weight).masked_fill(same, 0)
+        return scores.masked_fill(same, -torch.inf).softmax(dim=1)
 
     def draw(self, weights: Tensor) -> Tensor:
         """`(B, B')` -> `(B,)`, a column of each row."""
-        if not bool((weights.sum(dim=1) > 0).all()):
-            raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         return torch.multinomial(weights, 1).squeeze(1)
 
     def match_triples(self, right: tuple[Any, ...], wrong: tuple[Any, ...]) -> Tensor:
@@ -516,10 +489,10 @@ class HfvlmBLIPForConditionalGeneration(CaptioningModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         *,
-        num_items_in_batch: Tensor | int | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> CaptioningOutput:
         """Scores of each next token of texts about pictures and, with `labels`, the loss.
 
@@ -528,25 +501,25 @@ class HfvlmBLIPForConditionalGeneration(CaptioningModel):
             input_ids: `(B * T, N)`, T texts about each picture; [DEC] takes the place of their first token.
             attention_mask: `(B * T, N)`, 0 for padding on either side.
             labels: `(B * T, N)`, the ids that are to be predicted in their own places, -100 for padding and a prompt.
-            num_items_in_batch: how many labels count in all batches that make one step; the Trainer says it.
+            shift_labels: `(B * T, N)`, labels that are shifted already: those of each next token.
             interpolate_pos_encoding: take pictures of any size.
         """
         vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         context = Context(vision.last_hidden_state)
         decoder = self.text_decoder(self.begin(input_ids, attention_mask), attention_mask, context, **kwargs)
         output = CaptioningOutput(logits=decoder.logits, vision_model_output=vision, text_decoder_output=decoder)
-        if labels is not None:
-            smoothing = self.config.label_smoothing
-            output.loss = captioning_loss(
-                decoder.logits[:, :-1], labels[:, 1:], label_smoothing=smoothing, num_items=num_items_in_batch
-            )
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
+            smoothing, count = self.config.label_smoothing, kwargs.get("num_items_in_batch")
+            output.loss = captioning_loss(decoder.logits, shift_labels, label_smoothing=smoothing, num_items=count)
         return output
 
 
 def matching_loss(logits: Tensor) -> Tensor:
     """Of `matching_logits`: the first third are pairs, the others are not."""
-    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    labels[: len(logits) // 3] = 1
+    labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+    labels[: logits.shape[0] // 3] = 1
     return F.cross_entropy(logits.float(), labels)
 
 

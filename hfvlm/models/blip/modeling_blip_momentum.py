@@ -5,7 +5,7 @@ Source: https://github.com/salesforce/BLIP at 056a169, models/blip_pretrain.py a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import captioning_loss, distilled_targets, soft_contrastive_loss
 from hfvlm.losses.processes import GatherRows, gather_rows
 from hfvlm.modeling import unit
@@ -154,7 +155,7 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         *,
         distillation: float | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Without `return_loss` as `HfvlmBLIPModel`; with it, a step of training, text i with picture i.
 
@@ -202,7 +203,7 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         scale, size = output.logit_scale, len(taught[0])
         images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)])
         texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)])
-        right = self.right_partners(pair_ids, size, len(images))
+        right = self.right_partners(pair_ids, size, images.shape[0])
         image_targets = distilled_targets(taught[0], texts, scale, right, alpha)
         text_targets = distilled_targets(taught[1], images, scale, right, alpha)
         per_image = soft_contrastive_loss(output.image_embeds, texts, image_targets, scale)
@@ -256,7 +257,7 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = self.group if self.config.negatives_from_all_ranks else None
         with torch.no_grad():
-            pairs = self.ids(pair_ids, len(ids))
+            pairs = self.ids(pair_ids, ids.shape[0])
             same = pairs[:, None] == gather_rows(pairs, group)
             images, texts = (gather_rows(x.detach(), group) for x in (output.image_embeds, output.text_embeds))
             per_image = output.image_embeds @ texts.t() * output.logit_scale
@@ -266,7 +267,11 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
         return all_tokens[wrong_images], gather_rows(ids, group)[wrong_texts], gather_rows(mask, group)[wrong_texts]
 
     def remember(self, image: Tensor, text: Tensor, pair_ids: Tensor | None) -> None:
-        rows = {"image_queue": image, "text_queue": text, "id_queue": self.ids(pair_ids, len(image)).clamp_min(-100)}
+        rows = {
+            "image_queue": image,
+            "text_queue": text,
+            "id_queue": self.ids(pair_ids, image.shape[0]).clamp_min(-100),
+        }
         self.teacher.remember(**{name: gather_rows(row, self.group) for name, row in rows.items()})
 
 
@@ -298,14 +303,15 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         input_ids: Tensor,
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
+        pair_ids: Tensor | None = None,
         *,
         distillation: float | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
-        """As when training retrieval, and writing the texts about their pictures."""
-        options = {"distillation": distillation, "return_loss": return_loss} | kwargs
-        output: Any = super().forward(input_ids, pixel_values, attention_mask, **options)
+        """Compute what training of retrieval does and, with `return_loss`, also the loss of captioning each image."""
+        options: dict[str, Any] = {"distillation": distillation, "return_loss": return_loss, **kwargs}
+        output: Any = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
         if return_loss:
             ids = begin_with(self.config.text_config.bos_token_id, input_ids, attention_mask)
             context = Context(output.vision_model_output.last_hidden_state)
@@ -319,7 +325,7 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
     def wrong_partners(
         self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = len(ids)
+        size = ids.shape[0]
         same = torch.eye(size, dtype=torch.bool, device=ids.device)
         images, texts = self.hard_negatives(output.logits_per_text[:, :size], output.logits_per_image[:, :size], same)
         return tokens[images], ids[texts], mask[texts]

@@ -3,7 +3,7 @@
 Source: https://github.com/salesforce/BLIP at 056a169, models/blip_nlvr.py and models/nlvr_encoder.py.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
 from hfvlm.models.blip.modeling_blip import PARTS, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
@@ -88,7 +89,7 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         labels: Tensor | None = None,
         *,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> SequenceClassifierOutput:
         """Two pictures and a sentence -> logits `(B, 2)`, the second for "true".
 

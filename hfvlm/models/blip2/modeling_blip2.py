@@ -4,18 +4,21 @@ The Q-Former is one transformer for learned queries and for words. They share it
 the queries alone look at the picture.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hfvlm.compat import causal_mask
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
@@ -56,7 +59,7 @@ class BLIP2VisionModel(HfvlmPreTrainedModel):
     def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
         """`(B, C, H, W)` -> `(B, 1 + N, D)`, class token and patches with their positions."""
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
         return x + position
@@ -103,7 +106,7 @@ class HfvlmBLIP2VisionModel(BLIP2VisionModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
 
@@ -133,7 +136,7 @@ class HfvlmBLIP2CLIPVisionModel(BLIP2VisionModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
 
@@ -182,7 +185,7 @@ class QFormerAttention(MultiHead):
         mask: Tensor | None = None,
         before: Tensor | None = None,
         kept: dict[int, tuple[Tensor, Tensor]] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`(B * T, N, D)` -> the same, with weights where the implementation has them.
@@ -192,15 +195,15 @@ class QFormerAttention(MultiHead):
             mask: over `before`, what is in the cache, and `x`.
             before: `(B, Q, D)`, queries that stand before the texts.
             kept: keys and values of these by layer; with it they are taken from there, or put there.
-            past_key_values: of words that stand between.
+            cache: keys and values of the words between.
         """
         key, value = self.read(x)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if before is not None:
             first = self.read_once(before, kept)
             key, value = (
-                torch.cat([part.repeat_interleave(len(x) // len(before), dim=0), own], dim=2)
+                torch.cat([part.repeat_interleave(x.shape[0] // before.shape[0], dim=0), own], dim=2)
                 for part, own in zip(first, (key, value), strict=True)
             )
         return self.attend(x, key, value, mask, **kwargs)
@@ -290,7 +293,7 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         image_tokens: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
         """Pictures, texts, or both together.
 
@@ -307,14 +310,14 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
             raise ValueError("This Q-Former reads no texts: its config.vocab_size is None.")
         context = None if image_tokens is None else self.context_norm(image_tokens.to(self.context_norm.weight.dtype))
         queries = 0 if context is None else self.config.num_queries
-        positions, rows = None, 0 if context is None else len(context)
+        positions, rows = None, 0 if context is None else context.shape[0]
         if input_ids is not None:
             positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
-            rows = len(input_ids) if queries else 0
+            rows = input_ids.shape[0] if queries else 0
         x = self.embeddings(rows, input_ids, positions)
         mask = None
         if attention_mask is not None:
-            whole = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            whole = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=whole)
         for layer in self.layers:
             x = layer(x, mask, queries, context, **kwargs)
@@ -332,40 +335,49 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         states = self(image_tokens, output_hidden_states=True).hidden_states
         return Context(torch.stack(states[:-1], dim=1))
 
-    def write(
+    def decode(
         self,
         input_ids: Tensor,
+        positions: Tensor,
         attention_mask: Tensor | None,
         context: Context,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Texts `(B * T, N)` that follow on the queries, each word seeing those before it -> `(B * T, N, D)`.
+        """Run the layers over texts that follow on the queries, each word seeing those before it.
 
         Args:
-            input_ids: [DEC] first, or what follows on `past_key_values`.
+            input_ids: `(B * T, N)`, [DEC] first, or what follows the words in `cache`.
+            positions: `(B * T, N)`.
             attention_mask: `(B * T, past + N)`, 0 for padding on either side.
             context: of `read`.
-            past_key_values: of the words before `input_ids`.
+            cache: keys and values of the words before `input_ids`.
+
+        Returns:
+            Hidden states `(B * T, N, D)`.
         """
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings, past)
         x = self.embeddings(0, input_ids, positions)
-        mask = self.writing_mask(x, attention_mask, past)
+        mask = self.decoding_mask(x, attention_mask, 0 if cache is None else cache.get_seq_length())
         for i, layer in enumerate(self.layers):
             states = context.tokens[:, i].to(x.dtype)
-            x = layer(x, mask, 0, None, states, context.kept, past_key_values=past_key_values, is_causal=True)
+            x = layer(x, mask, 0, None, states, context.kept, cache=cache, **kwargs | {"is_causal": True})
         return x
 
-    def writing_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
-        """Over queries, which all words see, and words, which see those before them."""
+    def decoding_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
+        """Let words attend to all queries, and to the words before them.
+
+        Args:
+            x: `(B * T, N, D)`.
+            attention_mask: `(B * T, past + N)`; or `(B * T, 1, N, length)`, over words, of a cache of fixed length.
+            past: how many words are in the cache.
+        """
         queries = self.config.num_queries
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
         if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
         # The queries are in no cache; the mask is that of one which holds them, too.
         before = DynamicCache()
-        held = x.new_empty(len(x), 1, queries + past, 1)
+        held = x.new_empty(x.shape[0], 1, queries + past, 1)
         before.update(held, held, 0)
-        return create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=before
-        )
+        return causal_mask(self.config, x, attention_mask, before)

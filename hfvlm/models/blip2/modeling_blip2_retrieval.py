@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import AutoModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.captioning import GroundedGenerationMixin
+from hfvlm.captioning import TextDecoder
+from hfvlm.keywords import Keywords
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
 from hfvlm.losses.best_query import partners
 from hfvlm.losses.processes import GatherRows, gather_rows
@@ -23,9 +24,9 @@ from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, beg
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel
 from hfvlm.modules.context import Context
-from hfvlm.modules.language_head import BertLanguageHead, last_tokens
+from hfvlm.modules.language_head import BertLanguageHead
 from hfvlm.modules.projection import projection
-from hfvlm.modules.similarity import FixedTemperature, Temperature
+from hfvlm.modules.similarity import FixedTemperature, Temperature, cosines
 
 
 @dataclass
@@ -96,14 +97,14 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         )
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> PictureFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> PictureFeatures:
         """`(B, C, H, W)` -> an output whose `last_hidden_state`, `(B, Q, D)`, are the queries, and `pooler_output`,
         `(B, Q, P)`, their joint embeddings, not normalised."""
         return self.encode_image(pixel_values, **kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
         """Texts `(B * T, N)` read together with pictures `(B, C, H, W)`, T consecutive texts with each.
 
@@ -120,7 +121,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
             return best_query_scores(queries, gallery)
         if queries.ndim < gallery.ndim:
             return best_query_scores(gallery, queries).t()
-        return queries @ gallery.t() if queries.ndim == 2 else late_interaction_scores(queries, gallery)
+        return cosines(queries, gallery) if queries.ndim == 2 else late_interaction_scores(queries, gallery)
 
     def compare(
         self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, *, return_loss: bool | None
@@ -167,7 +168,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> MatchingOutput:
         """Every text against every picture by the query that fits best.
 
@@ -218,7 +219,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         similar the likelier."""
         own_images, own_texts, scale = output.image_embeds, output.text_embeds, output.logit_scale
         images, texts = (gather_rows(embeds, self.group) for embeds in (own_images, own_texts))
-        same = partners(len(own_texts), pair_ids, own_texts.device, self.group)
+        same = partners(own_texts.shape[0], pair_ids, own_texts.device, self.group)
         if bool(same.all(dim=1).any()):
             raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         per_text, per_image = (
@@ -264,7 +265,7 @@ def as_long_as_any(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     return F.pad(rows, (0, int(longest) - rows.shape[1]))
 
 
-class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, GroundedGenerationMixin):
+class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, TextDecoder):
     """The paper's figure 2: queries that are compared with texts, matched with them, and written about."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer_model.embeddings.token.weight"}
@@ -280,23 +281,37 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, GroundedGenerati
         self.lm_head.decoder = value
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: PLR0913 (two passes: of pairs, and of texts that are continued)
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pair_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         *,
         context: Context | None = None,
         return_loss: bool | None = None,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[Keywords],
     ) -> Any:
-        """As `HfvlmBLIP2ForImageTextRetrieval`; the loss is also that of writing each text about its picture.
+        """Compare as `HfvlmBLIP2ForImageTextRetrieval`; the loss is also that of captioning each image.
 
-        With `context`, what `read` returned, the logits of what comes next in texts about pictures: see `write`.
+        With `context`, what `read` returned, score the next tokens of texts about images instead: `position_ids`,
+        `cache`, `use_cache` and `logits_to_keep` are as in `TextDecoder.forward`.
         """
         if context is not None:
-            return self.write(input_ids, attention_mask, context, **kwargs)
+            return self.step(
+                input_ids,
+                attention_mask,
+                context,
+                position_ids,
+                cache,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
         if not return_loss:
             return super().forward(input_ids, pixel_values, attention_mask, **kwargs)
         output = super().forward(
@@ -304,7 +319,7 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, GroundedGenerati
         )
         seen: Any = output.vision_model_output
         ids = begin_with(self.config.qformer_config.bos_token_id, input_ids, attention_mask)
-        logits: Any = self.write(ids, attention_mask, Context(torch.stack(seen.hidden_states[:-1], dim=1))).logits
+        logits: Any = self.step(ids, attention_mask, Context(torch.stack(seen.hidden_states[:-1], dim=1))).logits
         labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
         smoothing = self.config.label_smoothing
         output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
@@ -316,22 +331,19 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, GroundedGenerati
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return self.qformer_model.read(tokens)
 
-    def write(
+    def decode(
         self,
         input_ids: Tensor,
+        positions: Tensor,
         attention_mask: Tensor | None,
-        context: Context,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,  # noqa: FBT001 (the host's)
-        logits_to_keep: int | Tensor = 0,
+        context: Any,
+        cache: Cache | None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """`(B * T, N)` token ids, [DEC] first -> scores `(B * T, N, V)` of what comes next; see the Q-Former's."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.qformer_config)
-        x = self.qformer_model.write(input_ids, attention_mask, context, past_key_values)
-        logits = self.lm_head(last_tokens(x, logits_to_keep))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+    ) -> Tensor:
+        return self.qformer_model.decode(input_ids, positions, attention_mask, context, cache, **kwargs)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

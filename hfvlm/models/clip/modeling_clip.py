@@ -1,17 +1,18 @@
 """CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import causal_mask
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
@@ -21,7 +22,7 @@ from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid, resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
-from hfvlm.modules.transformer import PreNormLayer, Stack
+from hfvlm.modules.transformer import GroundingLayer, PreNormLayer, Stack
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 
@@ -30,7 +31,7 @@ class HfvlmCLIPPreTrainedModel(HfvlmPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PreNormLayer):
+        if isinstance(module, PreNormLayer | GroundingLayer):
             width, depth = self.config.hidden_size, self.config.num_hidden_layers
             for projection in (module.attention.q_proj, module.attention.k_proj, module.attention.v_proj):
                 init.normal_(projection.weight, std=width**-0.5)
@@ -77,7 +78,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         *,
         interpolate_pos_encoding: bool = False,
         until: int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens before the last norm, class token first, and the summary.
 
@@ -85,7 +86,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         the tokens are `hidden_states[until]`, and nothing is computed that comes after them: there is no summary.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -122,17 +123,17 @@ class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens after the last norm, and the summary.
 
         Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
         """
         x = self.embeddings(input_ids)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
-        )
+        mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
-        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
@@ -180,7 +181,7 @@ class HfvlmCLIPModel(DualEncoder):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 

@@ -3,7 +3,7 @@
 Source: https://github.com/openai/CLIP at d05afc4.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
+from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
 from hfvlm.modules.transformer import Attention
 from hfvlm.outputs import TowerOutput
@@ -25,7 +27,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_size: int, out_size: int, kernel: int, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(in_size, out_size, kernel, stride=stride, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out_size)
+        self.norm = BatchNorm2d(out_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -111,7 +113,9 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the last feature map as tokens `(B, H/32 * W/32, D)`, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.

@@ -5,19 +5,21 @@ space; the upper half looks at the picture and writes. An attentional pooler mak
 and the others to write from.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import GroundedGenerationMixin
+from hfvlm.captioning import TextDecoder
+from hfvlm.compat import causal_mask
 from hfvlm.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import other_towers
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
@@ -25,7 +27,6 @@ from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextC
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
@@ -56,7 +57,7 @@ class QueryPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, C) -> (B, queries, D)."""
-        queries = self.query_norm(self.queries).expand(len(x), -1, -1)
+        queries = self.query_norm(self.queries).expand(x.shape[0], -1, -1)
         return self.attention(queries, context=self.context_norm(x))[0]
 
 
@@ -93,14 +94,16 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the pooler's tokens after the last norm, and the first of them, which is
         the summary. The others are what is written from.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -115,10 +118,11 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
         self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
 
 
-class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
+class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
     """The text decoder: without a context its lower half reads, with one the whole of it writes."""
 
     config: HfvlmCoCaTextConfig
+    embeds_texts_alone = True
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ["text"]
@@ -154,74 +158,56 @@ class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
         init.normal_(self.class_token, std=std / 2)
         init.normal_(self.position, std=std / 2)
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def further_keywords(self, method: str) -> Collection[str]:
+        return ("visible",) if method == "forward" else ()
+
+    def decode(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Context | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        context: Context | None,
+        cache: Cache | None,
         *,
         visible: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
-        """Texts alone -> their tokens and summary; texts with a context -> scores `(B * T, N, V)` of what comes next.
+    ) -> Tensor:
+        """Run both halves; see `TextDecoder`.
 
         Args:
-            input_ids: `(B * T, N)`. Read alone, they are padded on the right, and to the full length: the class token
-                that follows was trained there.
-            attention_mask: `(B * T, past + N)`, 0 for padding on either side of what is written. What is read alone
-                needs none: padding is told by its id, as in training.
-            context: of B rows, T consecutive texts for each.
-            position_ids: `(B * T, N)`, of what is written; by default counted from each text's first token.
-            past_key_values: of the tokens before `input_ids`.
             visible: `(B * T, past + N)`, what the lower half sees; by default made from `input_ids` by the same name's
                 method, which is right as long as what is past has no padding's id.
-            use_cache: return keys and values for the next call.
-            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
         """
-        if context is None:
-            return self.embed(input_ids, **kwargs)
-        positions, cache = self.begin_step(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
-        )
         x = self.token(input_ids) + self.position[positions]
         if visible is None and (cache is None or not cache.get_seq_length()):
             visible = self.visible(input_ids, attention_mask)
-        masks = [
-            create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=seen, past_key_values=cache)
+        lower, upper = [  # before a layer writes to the cache, whose length they ask for
+            causal_mask(self.config, x, seen, cache)
             for seen in (attention_mask if visible is None else visible, attention_mask)
         ]
-        x = self.layers(x, masks[0], past_key_values=cache, **kwargs)
-        logits = self.write(x, masks[1], context, logits_to_keep, past_key_values=cache, **kwargs)
-        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
+        x = self.layers(x, lower, cache=cache, **kwargs)
+        return self.decode_upper(x, upper, context, cache=cache, **kwargs)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.multimodal_norm(x))
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
         length = input_ids.shape[1]
         self.positions(input_ids, None)  # refuses texts that are too long
-        x = torch.cat([self.token(input_ids), self.class_token.expand(len(input_ids), 1, -1)], dim=1)
+        x = torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1)
         x = x + self.position[: length + 1]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=self.visible_to_class(input_ids),
-            past_key_values=None,
-        )
+        mask = causal_mask(self.config, x, self.visible_to_class(input_ids))
         x = self.layers(x, mask, **kwargs)
         pooled = self.post_norm(x[:, -1])
         return TowerOutput(last_hidden_state=x[:, :-1], pooler_output=pooled, embeds=self.projection(pooled))
 
-    def write(self, x: Tensor, mask: Any, context: Context, logits_to_keep: int | Tensor = 0, **kwargs: Any) -> Tensor:
-        """The upper half: the lower half's tokens `(B * T, N, D)`, without a norm -> scores of what comes next."""
+    def decode_upper(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        """Run the upper half over the lower half's tokens `(B * T, N, D)`, which no norm has seen."""
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for layer, grounding in zip(self.multimodal_layers, self.grounding_layers, strict=True):
             x = grounding(layer(x, mask, **kwargs), tokens, context_mask, context.kept)
-        return self.lm_head(self.multimodal_norm(last_tokens(x, logits_to_keep)))
+        return x
 
     # Padding's id is that of a real piece, "!" within a word, and is hidden there too. The original hides the key
     # after each such token, and calls that a mistake which the released weights were trained with.
@@ -242,7 +228,7 @@ class HfvlmCoCaTextModel(HfvlmCLIPPreTrainedModel, GroundedGenerationMixin):
         return real if attention_mask is None else real & (attention_mask != 0)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[arg-type, misc]
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return inputs | {"visible": self.visible(input_ids, kwargs.get("attention_mask"))}
 
 
@@ -269,7 +255,5 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
     def caption(self, input_ids: Tensor, text: BaseModelOutputWithPooling, context: Context) -> Tensor:
         """Goes on from the lower half's tokens, which are the same as with a class token after them."""
         tokens: Any = text.last_hidden_state
-        mask = create_causal_mask(
-            config=self.text_model.config, inputs_embeds=tokens, attention_mask=None, past_key_values=None
-        )
-        return self.text_model.write(tokens, mask, context)
+        mask = causal_mask(self.text_model.config, tokens, None)
+        return self.text_model.logits_of(self.text_model.decode_upper(tokens, mask, context))

@@ -10,19 +10,22 @@ with 16 tokens of each pair (`top_k`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import causal_mask
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import DualEncoder, ImageClassifier, other_towers, unit
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
@@ -102,14 +105,16 @@ class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens, class token first, the mean of the patches, and the patches
         in the joint space `(B, N, D)`.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -138,15 +143,15 @@ class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens, the end-of-text token, and all in the joint space
         `(B, N, D)`."""
         x = self.embeddings(input_ids)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
-        )
+        mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
-        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
 
 
@@ -196,14 +201,14 @@ class HfvlmFILIPModel(DualEncoder):
         return features(output, tokens, self.text_summary(output.pooler_output))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> FILIPFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> FILIPFeatures:
         """`(B, C, H, W)` -> an output whose `pooler_output`, `(B, patches, D)`, are the embeddings of the patches, not
         normalised."""
         return self.encode_image(pixel_values, **kwargs)
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> FILIPFeatures:
         """`(B, N)` -> an output whose `pooler_output`, `(B, N, D)`, are the embeddings of the tokens, not normalised,
         and zero where `attention_mask` is."""
@@ -241,6 +246,8 @@ class HfvlmFILIPModel(DualEncoder):
         """The loss of pairs of rows of tokens, by `late_interaction_loss` or another that takes its arguments, over
         one or several processes."""
         image, text = output.image_embeds, output.text_embeds
+        if self.training and torch.is_grad_enabled():
+            check_negatives(image.shape[0], rank_and_size(group)[1])
         loss = (pair_loss or self.pair_loss)(
             image,
             text,
@@ -263,7 +270,7 @@ class HfvlmFILIPModel(DualEncoder):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> FILIPOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 

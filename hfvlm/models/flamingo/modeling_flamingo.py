@@ -4,7 +4,7 @@ https://github.com/mlfoundations/open_flamingo at 655f693)."""
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import cache_of, with_cache
 from hfvlm.image_text import Features, ImageTextModel, each
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoConfig, HfvlmFlamingoResamplerConfig
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import Attention, CrossAttention, Stack
+from hfvlm.outputs import media_features
 
 # The column of a picture that stands before every text, and of one that a row does not have.
 BEFORE, NOWHERE = -1, 1 << 40
@@ -91,10 +93,10 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, patches: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, N, D)`, of all frames -> `(B, num_latents, D)`."""
         patches = self.patches(patches.to(self.latents.dtype))
-        x = self.latents.expand(len(patches), -1, -1)
+        x = self.latents.expand(patches.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=self.post_norm(self.layers(x, patches, **kwargs)))
 
 
@@ -235,7 +237,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         words.register_hook(lambda gradient: gradient * learned.to(gradient))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output` has one `(num_latents, D)` tensor a picture.
 
         Args:
@@ -243,10 +245,10 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
                 were trained with one frame.
         """
         frames = pixel_values.flatten(0, -4)
-        patches = self.vision_model(frames, until=-1, **kwargs).last_hidden_state[:, 1:]
-        patches = patches.reshape(len(pixel_values), -1, patches.shape[-1])
-        latents = self.resampler(patches, **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(latents))  # type: ignore[arg-type]
+        vision = self.vision_model(frames, until=-1, **kwargs)
+        patches = vision.last_hidden_state[:, 1:]
+        patches = patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
+        return media_features(vision, self.resampler(patches, **kwargs).last_hidden_state)
 
     def count_places(self, rows: Tensor) -> int:
         """A picture has one place in a text, whatever it shows."""
@@ -258,9 +260,10 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> Cache:
         """`(B, N)` token ids and their pictures -> a cache without a token, for texts that come after the pictures.
 
-        What is read with it, `model(input_ids=..., past_key_values=cache)`, looks at the last picture of its row.
+        What is read with it, `model(input_ids=..., cache=cache)`, looks at the last picture of its row.
         """
-        sight = self.sight_of(input_ids, self.encode_media({"pixel_values": pixel_values}), None)
+        places = self.placeholder_mask("image", input_ids, None)
+        sight = self.sight_of(places, self.encode_media({"pixel_values": pixel_values}), None)
         cache: Any = DynamicCache(config=self.config.get_text_config(decoder=True))
         if sight is not None:
             columns = sight.columns.masked_fill(sight.columns < NOWHERE, BEFORE)
@@ -273,24 +276,24 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         features: Mapping[str, Features],
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError(f"{type(self).__name__} needs input_ids alone: they say where pictures stand.")
-        sight = self.sight_of(input_ids, features, past_key_values)
-        if sight is not None and sight.kept is None and past_key_values is not None:
+        self.check_one(input_ids, inputs_embeds)
+        places = self.placeholder_mask("image", input_ids, inputs_embeds)
+        sight = self.sight_of(places, features, cache)
+        if sight is not None and sight.kept is None and cache is not None:
             sight.kept = {}
-        with self.looking(sight, input_ids, past_key_values):
-            output = reader(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
-        if output.past_key_values is not None:
-            output.past_key_values.sight = sight
+        with self.looking(sight, places, cache):
+            output = reader(input_ids=input_ids, inputs_embeds=inputs_embeds, **with_cache(cache), **kwargs)
+        if (cache := cache_of(output)) is not None:
+            cache.sight = sight
         return output
 
-    def sight_of(self, input_ids: Tensor, features: Mapping[str, Features], cache: Any) -> Sight | None:
-        """The pictures of these texts, after those that the cache's texts had."""
-        known, places = getattr(cache, "sight", None), input_ids == self.config.image_token_id
-        if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+    def sight_of(self, places: Tensor, features: Mapping[str, Features], cache: Any) -> Sight | None:
+        """Find the images of texts with placeholders at `places`, `(B, N)`, after those of the cache's texts."""
+        known = getattr(cache, "sight", None)
+        if places.shape[1] > 1 and not torch.compiler.is_compiling():
             self.check_places("image", places, features.get("image"))
         past = 0 if cache is None else cache.get_seq_length()
         if "image" not in features:
@@ -312,12 +315,12 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         return joined(known.cropped(past), Sight(media, columns))
 
     @contextmanager
-    def looking(self, sight: Sight | None, input_ids: Tensor, cache: Any) -> Iterator[None]:
+    def looking(self, sight: Sight | None, places: Tensor, cache: Any) -> Iterator[None]:
         """Within it, the layers of the language model look at the pictures first."""
         seen: tuple[Any, ...] = (None, None, None, None)
         if sight is not None:
             past = 0 if cache is None else cache.get_seq_length()
-            last = sight.last_picture(input_ids == self.config.image_token_id, past)
+            last = sight.last_picture(places, past)
             dtype = self.dtype
             sees = (last > 0).unsqueeze(-1).to(dtype)
             seen = (sight.media.flatten(1, 2).to(dtype), sight.mask_for(last, dtype), sees, sight.kept)
@@ -329,12 +332,6 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         finally:
             for layer in layers:
                 layer.look = None
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """A place for a picture is never written: there would be none to see."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=str(self.device)))
-        return processors
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

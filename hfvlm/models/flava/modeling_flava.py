@@ -6,7 +6,7 @@ alone are a dual encoder.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import LAYER_ATTENTIONS, DualEncoder, HfvlmPreTrainedModel
 from hfvlm.models.flava.configuration_flava import (
@@ -129,7 +130,7 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         bool_masked_pos: Tensor | None = None,
         *,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> FLAVATowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens after the last norm, class token first, and the summaries.
 
@@ -141,7 +142,7 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         x = self.patches(pixel_values)
         if bool_masked_pos is not None:
             x = self.hide(x, bool_masked_pos)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
         before = self.layers(self.dropout(x + position), **kwargs)
@@ -156,7 +157,7 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         if hidden.flatten(1).shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos is {tuple(hidden.shape)}, but there are {patches.shape[1]} patches in each of "
-                f"{len(patches)} pictures."
+                f"{patches.shape[0]} pictures."
             )
         return torch.where(hidden.flatten(1).bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
@@ -199,7 +200,7 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> FLAVATowerOutput:
         """`(B, N)` token ids, [CLS] first -> all tokens after the last norm, and the first one's summaries.
 
@@ -245,7 +246,9 @@ class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor, **kwargs: Unpack[Keywords]
+    ) -> BaseModelOutputWithPooling:
         """`before_norm` of both encoders, `(B, M, D)` and `(B, N, E)` -> `(B, 1 + M + N, F)`, and the first's summary.
 
         Trained on texts that were padded to 77 tokens, without a mask: padding is read like other tokens.
@@ -255,7 +258,7 @@ class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
             self.text_projection(text_tokens.to(self.dtype)),
         )
         both = torch.cat([image, text], dim=1)
-        x = torch.cat([self.class_token.expand(len(both), 1, -1), both], dim=1)
+        x = torch.cat([self.class_token.expand(both.shape[0], 1, -1), both], dim=1)
         x = self.post_norm(self.layers(x, **kwargs))
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.summary(x))
 
@@ -289,7 +292,7 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
         """Texts `(B, N)` read together with pictures `(B, C, H, W)`, text i with picture i.
 
@@ -311,7 +314,7 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 
@@ -377,7 +380,7 @@ class HfvlmFLAVAForClassification(HfvlmFLAVAPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> SequenceClassifierOutput:
         """Texts, pictures, or text i with picture i -> logits `(B, num_labels)`.
 

@@ -5,7 +5,7 @@ A picture becomes an eighth of its rows and columns of codes, which FLAVA learns
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVACodebookConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAPreTrainedModel
 
@@ -93,7 +94,7 @@ class HfvlmFLAVACodebookModel(HfvlmFLAVAPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, codebook_pixel_values: Tensor, **kwargs: Any) -> CodebookOutput:
+    def forward(self, codebook_pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> CodebookOutput:
         """`(B, C, H, W)` pixels in 0.1..0.9, as the image processor makes them -> codes.
 
         Args:

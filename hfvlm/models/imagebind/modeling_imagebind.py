@@ -1,16 +1,17 @@
 """ImageBind (https://arxiv.org/abs/2305.05665; https://github.com/facebookresearch/ImageBind at 53680b0)."""
 
 from math import log
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import causal_mask
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.imagebind.configuration_imagebind import (
@@ -73,7 +74,9 @@ class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """Images `(B, C, H, W)` or clips `(B, C, T, H, W)`, normalised -> all tokens before the last norm, class token
         first, and the summary.
 
@@ -82,7 +85,7 @@ class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
         """
         x = self.patches(pixel_values)
         position = self.position_for(pixel_values, x, resize=interpolate_pos_encoding)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         check_positions(x, position, pixel_values, self.config.image_size)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         pooled = self.post_norm(x[:, 0])
@@ -118,17 +121,17 @@ class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens before the last norm, and the summary.
 
         Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
         """
         x = self.embeddings(input_ids)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
-        )
+        mask = causal_mask(self.config, x, attention_mask)
         x = self.layers(x, mask, **kwargs | {"is_causal": True})
-        pooled = x[torch.arange(len(x), device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
         pooled = self.post_norm(pooled)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
@@ -168,7 +171,7 @@ class HfvlmImageBindSensorModel(HfvlmPreTrainedModel):
                 f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1]} patches; {type(self).__name__} "
                 f"has positions for {len(self.position) - 1}, and they cannot be interpolated: use the processor."
             )
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1) + self.position
         x = self.layers(self.patch_dropout(x), **kwargs)
         pooled = self.post_norm(x[:, 0])
         embeds = self.projection(self.projection_dropout(pooled))
@@ -190,7 +193,7 @@ class HfvlmImageBindAudioModel(HfvlmImageBindSensorModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, input_features: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, input_features: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 1, bins, frames)`, normalised -> all tokens, class token first, and the summary."""
         return self.embed(input_features, **kwargs)
 
@@ -210,7 +213,7 @@ class HfvlmImageBindDepthModel(HfvlmImageBindSensorModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, depth_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, depth_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 1, H, W)`, normalised disparity -> all tokens, class token first, and the summary."""
         return self.embed(depth_values, **kwargs)
 
@@ -230,7 +233,7 @@ class HfvlmImageBindThermalModel(HfvlmImageBindSensorModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, thermal_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, thermal_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 1, H, W)`, cold to hot as 0 to 1 -> all tokens, class token first, and the summary."""
         return self.embed(thermal_values, **kwargs)
 
@@ -249,7 +252,7 @@ class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, imu_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, imu_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 6, N)`, m/s^2 and rad/s -> all tokens, class token first, and the summary."""
         return self.embed(imu_values, **kwargs)
 
@@ -313,7 +316,7 @@ class BiasedAttention(Attention):
 
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
         key, value = super().read(source)
-        one = (len(source), 1, -1)
+        one = (source.shape[0], 1, -1)
         key = torch.cat([key, self.heads(self.bias_k.expand(one)).to(key.dtype)], dim=2)
         return key, torch.cat([value, self.heads(self.bias_v.expand(one)).to(value.dtype)], dim=2)
 

@@ -1,6 +1,6 @@
 """LanguageBind (https://arxiv.org/abs/2310.01852; https://github.com/PKU-YuanGroup/LanguageBind at 7070c53)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling import other_towers
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
@@ -50,7 +51,7 @@ class HfvlmLanguageBindDepthModel(HfvlmCLIPVisionModel):
     _keys_to_ignore_on_load_unexpected = other_towers("depth_model")
     main_input_name = "depth_values"
 
-    def forward(self, depth_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, depth_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 3, H, W)`, normalised, near to far -> as `HfvlmCLIPVisionModel`."""
         return super().forward(depth_values, **kwargs)
 
@@ -63,7 +64,7 @@ class HfvlmLanguageBindThermalModel(HfvlmCLIPVisionModel):
     _keys_to_ignore_on_load_unexpected = other_towers("thermal_model")
     main_input_name = "thermal_values"
 
-    def forward(self, thermal_values: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, thermal_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 3, H, W)`, normalised, cold to hot -> as `HfvlmCLIPVisionModel`."""
         return super().forward(thermal_values, **kwargs)
 
@@ -77,7 +78,7 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
     main_input_name = "input_features"
     input_modalities = ["audio"]
 
-    def forward(self, input_features: Tensor, **kwargs: Any) -> TowerOutput:
+    def forward(self, input_features: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 3, bins, frames)`, normalised; a channel a piece of the sound -> as `HfvlmCLIPVisionModel`."""
         return super().forward(input_features, **kwargs)
 
@@ -87,7 +88,7 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
 
         Where both have as many, they are taken as they are, though the grids differ: that is how the authors' were.
         """
-        edge = int((len(table) - 1) ** 0.5)
+        edge = int((table.shape[0] - 1) ** 0.5)
         fits = table.shape == self.position.shape
         self.position.copy_(table if fits else resize_grid(table, (edge, edge), self.config.grid, **BICUBIC))
 
@@ -130,14 +131,14 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values_videos: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values_videos: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """`(B, C, T, H, W)`, normalised -> all tokens before the last norm, `(B, T, N, D)`, each frame's class token
         first, and the summary.
 
         With `interpolate_pos_encoding`, frames may have any size; the position table is resized to it.
         """
-        films, frames = len(pixel_values_videos), pixel_values_videos.shape[2]
+        films, frames = pixel_values_videos.shape[0], pixel_values_videos.shape[2]
         if frames != self.config.num_frames:
             raise ValueError(
                 f"pixel_values_videos have {frames} frames, the tower takes num_frames {self.config.num_frames}: "

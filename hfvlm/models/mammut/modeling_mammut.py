@@ -5,7 +5,7 @@ the picture in the joint space; the generative pass is causal, looks at the pict
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import GroundedGenerationMixin
+from hfvlm.captioning import TextDecoder
+from hfvlm.compat import causal_mask
 from hfvlm.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.mammut.configuration_mammut import (
@@ -30,7 +32,6 @@ from hfvlm.models.mammut.configuration_mammut import (
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
@@ -70,13 +71,15 @@ class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens before any last norm, class token first, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -104,10 +107,11 @@ class AttentionLayer(PreNormLayer):
         return x + self.attention(self.attention_norm(x), mask, **kwargs)[0]
 
 
-class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, GroundedGenerationMixin):
+class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
     """The text decoder: without a context it is the contrastive pass, with one the generative."""
 
     config: HfvlmMaMMUTTextConfig
+    embeds_texts_alone = True
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ["text"]
@@ -140,50 +144,27 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, GroundedGenerationMixin):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=std / 2)
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def decode(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Context | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        *,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        context: Any,
+        cache: Cache | None,
         **kwargs: Any,
-    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
-        """Texts alone -> their tokens and summary; texts with a context -> scores `(B * T, N, V)` of what comes next.
-
-        Args:
-            input_ids: `(B * T, N)`. Read alone, they are padded on the right to the full length: padding is read, and
-                counts in the mean, as in training.
-            attention_mask: `(B * T, past + N)`, 0 for padding on either side of what is written. What is read alone
-                has none.
-            context: of B rows, T consecutive texts for each, as wide as the texts.
-            position_ids: `(B * T, N)`, of what is written; by default counted from each text's first token.
-            past_key_values: of the tokens before `input_ids`.
-            use_cache: return keys and values for the next call.
-            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
-        """
-        if context is None:
-            return self.embed(input_ids, **kwargs)
-        positions, cache = self.begin_step(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
-        )
+    ) -> Tensor:
         x = self.token(input_ids) + self.position[positions]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache
-        )
+        mask = causal_mask(self.config, x, attention_mask, cache)
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, past_key_values=cache, **kwargs)
+            x = layer(x, mask, cache=cache, **kwargs)
             if i in self.config.grounded:
                 grounding = self.grounding_layers[i // self.config.grounding_interval]
                 x = grounding(x, tokens, context_mask, context.kept)
-        logits = self.lm_head(self.post_norm(last_tokens(x, logits_to_keep)))
-        return CausalLMOutputWithCrossAttentions(logits=logits, past_key_values=cache)
+        return x
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.post_norm(x))
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """The contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""

@@ -4,15 +4,13 @@ Parameters have the names of transformers' Qwen2. Source: the code released with
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,6 +18,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.compat import begin_cache, cache_of, causal_mask, with_cache
+from hfvlm.generation import Generation
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
 from hfvlm.modules.language_head import last_tokens
@@ -46,7 +47,7 @@ class QwenAttention(nn.Module):
         mask: Tensor | None,
         turn: Callable[[Tensor], Tensor],
         query_scale: Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
@@ -57,8 +58,8 @@ class QwenAttention(nn.Module):
         query, key = turn(query), turn(key)
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
@@ -104,7 +105,6 @@ class HfvlmQwenVLTextPreTrainedModel(HfvlmPreTrainedModel):
 
     config: HfvlmQwenVLTextConfig
     _no_split_modules = ["QwenLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": QwenLayer, "attentions": QwenAttention}
     _input_embed_layer = "embed_tokens"
     input_modalities = ["text"]
@@ -131,10 +131,10 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,  # noqa: FBT001 (the host's signature)
-        **kwargs: Any,
+        use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPast:
         """`(B, N)` token ids, or `(B, N, D)` embeddings -> the hidden states after the last norm.
 
@@ -142,19 +142,16 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         `config.trained_length` tokens padding changes nothing but the numbers of the padding itself.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values
-        )
+        cache = begin_cache(self, cache, use_cache=use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = causal_mask(self.config, x, attention_mask, cache)
         positions = past + torch.arange(x.shape[1], device=x.device)
-        turn = rotation(self.config, positions, self.stretch(x.shape[1], past, past_key_values))
+        turn = rotation(self.config, positions, self.stretch(x.shape[1], past, cache))
         query_scale = self.query_scale(positions)
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, mask, turn=turn, query_scale=query_scale, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, mask, turn=turn, query_scale=query_scale, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def stretch(self, length: int, past: Any, cache: Cache | None) -> int:
         """How far the rotary frequencies are lowered. The prompt decides, and what follows it keeps to that."""
@@ -199,7 +196,7 @@ def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> 
     return turn
 
 
-class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, GenerationMixin):
+class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, Generation):
     """Qwen-7B."""
 
     base_model_prefix = "language_model"
@@ -217,33 +214,38 @@ class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, GenerationMixin):
         return self.model
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: PLR0913 (transformers reads these names)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        shift_labels: Tensor | None = None,
+        **kwargs: Unpack[Keywords],
     ) -> CausalLMOutputWithPast:
-        """`(B, N)` token ids -> the logits of each next token and, for `labels`, the loss, which leaves out -100."""
+        """Score the next token after each of `(B, N)` token ids and, for `labels` or, shifted already, `shift_labels`,
+        compute the loss, which leaves out -100."""
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             **kwargs,
         )
         logits = self.lm_head(last_tokens(output.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or shift_labels is not None:
+            options = {"vocab_size": self.config.vocab_size, "shift_labels": shift_labels, **kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **with_cache(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

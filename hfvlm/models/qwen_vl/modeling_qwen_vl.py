@@ -1,6 +1,6 @@
 """Qwen-VL (https://arxiv.org/abs/2308.12966; the code released with Qwen/Qwen-VL-Chat, as of its last revision)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
@@ -21,6 +22,7 @@ from hfvlm.modules.embeddings import PatchEmbedding
 from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid, sine_grid
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import MultiHead, PreNormLayer, Stack
+from hfvlm.outputs import media_features
 
 Size = tuple[int, int]
 # Rows and columns of the position table, that of the 224 pixels ViT-bigG was trained at, whatever the image size.
@@ -53,7 +55,7 @@ class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, 3, H, W)` normalised pixels, of any size -> the patches after the last layer, `(B, N, D)`."""
         x = self.patches(pixel_values)
         x = x + resize_grid(self.position, TRAINED_GRID, self.grid(pixel_values), **BICUBIC_SAMPLED)
@@ -107,12 +109,12 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
         return self.kv_proj
 
     @can_return_tuple
-    def forward(self, patches: Tensor, grid: Size, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, patches: Tensor, grid: Size, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, rows * columns, C)` and `grid`, its rows and columns -> `(B, num_queries, D)`."""
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
         places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
-        query = (self.query_norm(self.query) + self.position).expand(len(patches), -1, -1)
+        query = (self.query_norm(self.query) + self.position).expand(patches.shape[0], -1, -1)
         x, _ = self.attention(query, context + places, context, **kwargs)
         return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
 
@@ -132,12 +134,12 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
         picture."""
-        patches = self.vision_model(pixel_values, **kwargs).last_hidden_state
-        tokens = self.projector(patches, self.vision_model.grid(pixel_values), **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))  # type: ignore[arg-type]
+        vision = self.vision_model(pixel_values, **kwargs)
+        grid = self.vision_model.grid(pixel_values)
+        return media_features(vision, self.projector(vision.last_hidden_state, grid, **kwargs).last_hidden_state)
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""

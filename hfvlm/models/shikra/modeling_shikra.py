@@ -1,6 +1,6 @@
 """Shikra (https://arxiv.org/abs/2306.15195; github.com/shikras/shikra at ff79a4c)."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -8,9 +8,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.image_text import ImageTextModel
+from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.modules.projection import Projector
+from hfvlm.outputs import media_features
 
 
 class HfvlmShikraForConditionalGeneration(ImageTextModel):
@@ -34,11 +36,11 @@ class HfvlmShikraForConditionalGeneration(ImageTextModel):
         return [f"vision_model.{name}" for name in self.vision_model.unread(self.config.vision_feature_layer)]
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """Pictures -> an output whose `pooler_output` has one `(patches, hidden_size)` tensor a picture.
 
         Args:
             pixel_values: `(pictures, 3, H, W)`.
         """
-        tokens = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(pooler_output=list(self.projector(tokens[:, 1:])))  # type: ignore[arg-type]
+        vision = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs)
+        return media_features(vision, self.projector(vision.last_hidden_state[:, 1:]))

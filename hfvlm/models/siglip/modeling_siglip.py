@@ -4,7 +4,7 @@ Source: https://github.com/google-research/big_vision at 0127fb6.
 """
 
 from math import isqrt
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.keywords import Keywords
 from hfvlm.losses import sigmoid_loss
 from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
 from hfvlm.models.siglip.configuration_siglip import (
@@ -72,7 +73,9 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> all tokens after the last norm, and the summary.
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
@@ -115,7 +118,7 @@ class HfvlmSigLIPNaFlexVisionModel(HfvlmSigLIPPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **kwargs: Any
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """Patches -> their tokens after the last norm (meaningless where padded), and the summary.
 
@@ -160,7 +163,9 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
         """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the summary.
 
         Trained on texts padded to full length without a mask: padding is read like any token, the last position is
@@ -203,7 +208,7 @@ class HfvlmSigLIPModel(DualEncoder):
         *,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 

@@ -1,0 +1,76 @@
+"""What differs between the versions of transformers that hfvlm runs on.
+
+transformers 5.24 renamed the cache of keys and values that models take and return from `past_key_values` to `cache`.
+In hfvlm it is `cache` everywhere, and this module knows how transformers calls it.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+
+CACHE_NAMES = ("cache", "past_key_values")
+# transformers' own name: the argument of a forward, the field of an output, the argument of a mask.
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def with_cache(cache: Cache | None) -> dict[str, Any]:
+    """Return the argument or field by which transformers' classes take a cache."""
+    return {CACHE: cache}
+
+
+def rename_cache(owner: str, kwargs: dict[str, Any], name: str = "cache") -> None:
+    """Give the cache among keyword arguments one name, whichever of the two it came by.
+
+    Raises:
+        TypeError: `owner`, whose arguments they are, got both.
+    """
+    given = [kwargs.pop(other) for other in CACHE_NAMES if other in kwargs]
+    if len(given) > 1:
+        raise TypeError(f"{owner} got both `cache` and `past_key_values`, which are the same: give one.")
+    if given:
+        kwargs[name] = given[0]
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in an output or in keyword arguments, None where there is none."""
+    return output.get(CACHE)
+
+
+def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool | None) -> Cache | None:
+    """Return the cache that a decoder's step writes to, made where one is wanted and none is given.
+
+    Raises:
+        ValueError: one is given in training under gradient checkpointing.
+    """
+    if model.training and torch.is_grad_enabled() and is_checkpointing(model):
+        if cache is not None:
+            raise ValueError("Under gradient checkpointing layers run twice, and would write to a cache twice.")
+        return None
+    if use_cache and cache is None:
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Return whether a model's layers compute their activations again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def causal_mask(config: PreTrainedConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Any:
+    """Make the mask by which each token attends to itself and to those before it.
+
+    Args:
+        config: whose attention implementation decides the form of the mask.
+        x: `(B, N, D)`, the tokens' embeddings.
+        attention_mask: `(B, past + N)`, 0 for padding; None for no padding.
+        cache: of the tokens before.
+    """
+    return create_causal_mask(config=config, inputs_embeds=x, attention_mask=attention_mask, **with_cache(cache))
