@@ -10,7 +10,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest test-newest test-matrix check format wheel clean
+.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format wheel clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,6 +36,9 @@ test-newest: ## run all tests on the newest release of everything; warnings are 
 
 test-matrix: $(VENV)/.dev ## run generation, contracts and goldens on five versions of transformers
 	$(BIN)/python -m tests.matrix --base $(VENV)
+
+fuzz: $(VENV)/.dev ## try thousands of damaged files, folders and URLs (HFVLM_FUZZ=5000)
+	HFVLM_FUZZ=$${HFVLM_FUZZ:-5000} $(PYTEST) tests/fuzz
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .

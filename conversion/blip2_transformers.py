@@ -2,9 +2,9 @@
 InstructBlipForConditionalGeneration, to hfvlm and back."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion.language_models import t5_rows
 from hfvlm.conversion.qformer import (
@@ -22,6 +22,8 @@ from hfvlm.conversion.qformer import (
 from torch import Tensor
 from transformers import AutoConfig
 
+from hfvlm.checkpoints.saving import LazyTensors
+from hfvlm.compositions import with_average_rows
 from hfvlm.key_table import Row, scalar, split
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
@@ -191,16 +193,17 @@ def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
     return kind(architectures=[head], image_token_index=config.image_token_id, **fields)
 
 
-def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> dict[str, Tensor]:
+def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
     """With rows for the placeholder, which transformers looks up; the average token's logit is never the largest.
     Without the temperature, since transformers compares cosines as they are."""
-    kept = {key: tensor for key, tensor in tensors.items() if key != "temp"}
     ends = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
-    for name in [key for key in kept if key.startswith("language_model.") and key.endswith(ends)]:
-        missing = native.text_config.vocab_size - len(kept[name])
-        mean = kept[name].float().mean(dim=0, keepdim=True).to(kept[name].dtype)
-        kept[name] = torch.cat([kept[name], mean.expand(missing, -1)])
-    return kept
+
+    def longer(name: str) -> Tensor:
+        return with_average_rows(tensors[name], native.text_config.vocab_size - len(tensors[name]))
+
+    makers = {name: partial(tensors.__getitem__, name) for name in tensors if name != "temp"}
+    tables = [name for name in makers if name.startswith("language_model.") and name.endswith(ends)]
+    return LazyTensors(makers | {name: partial(longer, name) for name in tables})
 
 
 def processor_to_transformers(processor: Any) -> Any:

@@ -4,6 +4,7 @@ Source: https://github.com/haotian-liu/LLaVA at c121f04.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.compositions import add_delta, merge_lora, with_average_rows
 from hfvlm.key_table import Row, Table
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
@@ -295,11 +297,16 @@ def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
     return LlavaConfig(architectures=["LlavaForConditionalGeneration"], **fields)
 
 
-def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> dict[str, Tensor]:
+def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
     """With rows for the placeholder, which transformers looks up. The average token's logit is never the largest."""
     names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     size = native.text_config.vocab_size
-    return {**tensors, **{name: with_average_rows(tensors[name], size - len(tensors[name])) for name in names}}
+
+    def longer(name: str) -> Tensor:
+        return with_average_rows(tensors[name], size - len(tensors[name]))
+
+    makers = {name: partial(tensors.__getitem__, name) for name in tensors}
+    return LazyTensors(makers | {name: partial(longer, name) for name in names})
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:

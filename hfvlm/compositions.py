@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfvlm.checkpoints import CheckpointError
+from hfvlm.messages import shown
 
 _ADAPTER = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
@@ -34,18 +35,21 @@ def merge_lora(
     for key, tensor in adapter.items():
         match = _ADAPTER.fullmatch(key)
         if match is None or f"{match[1]}.weight" not in base:
-            raise CheckpointError(f"adapter: {key!r} adapts no weight of the base.")
+            raise CheckpointError(f"adapter: {shown(key)} adapts no weight of the base.")
         halves.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
-    rank = settings["r"]
-    scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"adapter_config.json: r {shown(rank)}, lora_alpha {shown(alpha)}: no rank and scale.")
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     merged = dict(base)
     for key, half in halves.items():
-        if set(half) != {"A", "B"} or half["A"].shape[0] != rank:
-            raise CheckpointError(f"adapter: {key!r} has no lora_A and lora_B of rank {rank}.")
+        ranks = {name: matrix.shape[:1] if name == "A" else matrix.shape[1:] for name, matrix in half.items()}
+        if ranks != {"A": (rank,), "B": (rank,)} or half["A"].ndim != 2:
+            raise CheckpointError(f"adapter: {shown(key)} has no lora_A and lora_B of rank {rank}.")
         change = half["B"].float() @ half["A"].float()
         if change.shape != base[key].shape:
             raise CheckpointError(
-                f"adapter: {key!r} is {tuple(change.shape)}, the base's {tuple(base[key].shape)}: the wrong base."
+                f"adapter: {shown(key)} is {tuple(change.shape)}, the base's {tuple(base[key].shape)}: the wrong base."
             )
         merged[key] = (base[key].float() + scale * change).to(base[key].dtype)
     return merged
@@ -63,7 +67,7 @@ def add_delta(base: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[s
     base, delta = ({k: t for k, t in part.items() if not k.endswith(".inv_freq")} for part in (base, delta))
     missing = sorted(set(base) - set(delta))
     if missing:
-        raise CheckpointError(f"base: {len(missing)} tensors are not in the delta, the first is {missing[0]!r}.")
+        raise CheckpointError(f"base: {len(missing)} tensors are not in the delta, the first is {shown(missing[0])}.")
     return {key: _add(key, base[key], tensor) if key in base else tensor for key, tensor in delta.items()}
 
 
@@ -78,7 +82,7 @@ def _add(key: str, base: Tensor, delta: Tensor) -> Tensor:
     rows = len(base) if base.ndim else 0
     if delta.ndim != base.ndim or delta.shape[1:] != base.shape[1:] or len(delta) < rows:
         raise CheckpointError(
-            f"delta: {key!r} is {tuple(delta.shape)}, the base's {tuple(base.shape)}: the wrong base."
+            f"delta: {shown(key)} is {tuple(delta.shape)}, the base's {tuple(base.shape)}: the wrong base."
         )
     added = (delta[:rows].float() + base.float()).to(delta.dtype)
     return torch.cat([added, delta[rows:]]) if len(delta) > rows else added

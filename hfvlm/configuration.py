@@ -1,12 +1,18 @@
 """The configuration every architecture builds on: fields all towers share, and their checks."""
 
+import dataclasses
+import difflib
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from hfvlm.licences import stricter
+from hfvlm.messages import LONGEST_NAME, cut, shown
 from hfvlm.registry import load_for
 
 T = TypeVar("T")
@@ -22,6 +28,70 @@ else:
 
         def __class_getitem__(cls, _):
             return dict | PreTrainedConfig | None
+
+
+class ConfigurationError(StrictDataclassError, ValueError):
+    """A configuration that no model can be made of; the message names the field and what it may be."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(cut(message))
+
+
+class _Range(NamedTuple):
+    """What numbers a field may be, the ends included."""
+
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"from {self.lowest:g} to {self.highest:,.0f}"
+
+
+COUNT, COUNT_OR_NONE, LAYERS, SHARE = _Range(1, 2**24), _Range(0, 2**24), _Range(1, 2**10), _Range(0, 1)
+NUMBER, TOKEN = _Range(-(2**31), 2**31), _Range(0, 2**31)
+# Beginnings and ends of fields' names, the first that fits. A count of layers may be zero where a release has none.
+RANGES = {
+    r"(type_vocab|queue)_size|num_hidden_layers": COUNT_OR_NONE,
+    r"(.*_)?(depths?|num_block_repeats|.*_layers)": LAYERS,
+    r".*_(size|sizes|dim|length|divisor|channels|frequency|embeddings|ratios)|num_.*|strides": COUNT,
+    r".*_eps|.*dropout.*|.*_(rate|smoothing|share)|momentum|distillation": SHARE,
+    r".*_token_id": TOKEN,
+}
+FOREIGN = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))  # type: ignore[arg-type]
+
+
+@cache
+def _range_of(name: str) -> _Range:
+    return next((allowed for pattern, allowed in RANGES.items() if re.fullmatch(pattern, name)), NUMBER)
+
+
+def check_fields(config: PreTrainedConfig) -> None:
+    """Refuse numbers that no model can have, and activations that there are not, by the field's name.
+
+    Raises:
+        ConfigurationError: it says what the field may be.
+    """
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if field.name in FOREIGN:
+            continue
+        value, name = getattr(config, field.name), f"{type(config).__name__}: {field.name}"
+        if isinstance(value, str) and field.name.endswith("_act"):
+            check_activation(name, value)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            allowed = _range_of(field.name)
+            numeric = isinstance(number, int | float) and not isinstance(number, bool)
+            if numeric and not allowed.lowest <= number <= allowed.highest:
+                raise ConfigurationError(f"{name} must be {allowed}, not {shown(number)}.")
+
+
+def check_activation(name: str, value: str) -> None:
+    from transformers.activations import ACT2FN
+
+    if value not in ACT2FN:
+        near = difflib.get_close_matches(value[:LONGEST_NAME], ACT2FN, n=1, cutoff=0.0)
+        raise ConfigurationError(
+            f"{name} {shown(value)} is unknown. Did you mean {near[0]!r}? There are {', '.join(ACT2FN)}."
+        )
 
 
 @strict
@@ -44,6 +114,7 @@ class HfvlmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         load_for(self.model_type)
+        check_fields(self)
         for name, default in self.sub_configs.items():
             value = getattr(self, name)
             if isinstance(value, dict):
@@ -73,6 +144,17 @@ class HfvlmConfig(PreTrainedConfig):
             part["licence"] = stricter(part.get("licence"), config.get("licence"))
             part["preset"] = config.get("preset") if part.get("preset") is None else part["preset"]
         return config, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' configurations; what makes no sense is refused by a `ConfigurationError`."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # foreign values can make no sense in every way
+            reason = " ".join(cut(str(error), 600).split()) or type(error).__name__
+            raise ConfigurationError(f"config.json, as {cls.__name__}: {reason}") from error
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

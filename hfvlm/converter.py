@@ -1,5 +1,8 @@
 """Authors' checkpoints to transformers folders, and back to transformers' own classes where it has them."""
 
+import contextlib
+import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
@@ -11,18 +14,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 import hfvlm
 from hfvlm.cards import record_of, write_card, write_export_card
-from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
+from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in, without_prefix
+from hfvlm.checkpoints.saving import count_nonfinite, save_tensors
+from hfvlm.configuration import ConfigurationError
 from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
+from hfvlm.files import read_json
 from hfvlm.fingerprints import RECORD, file_digests, sealed, settings_of, tensor_digest
-from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
+from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys, restored
 from hfvlm.licences import UNKNOWN
+from hfvlm.messages import listed, shown
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architecture_of, architectures
 from hfvlm.writing import new_folder
@@ -30,6 +37,7 @@ from hfvlm.writing import new_folder
 logger = logging.get_logger(__name__)
 
 NO_VOCABULARY = "none"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 # What authors and libraries call the configuration that lies beside the weights.
 ORIGINAL_CONFIGS = ("open_clip_config.json", "config.json")
 
@@ -54,7 +62,7 @@ class Plan:
     settings: Mapping[str, Any]
 
 
-def convert(
+def convert(  # noqa: PLR0913 (options)
     source: str | Path,
     preset: str,
     output: str | Path,
@@ -63,6 +71,7 @@ def convert(
     original: Mapping[str, Any] | None = None,
     vocabulary: str | Path | None = None,
     dtype: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """An authors' checkpoint to a folder that `from_pretrained` loads.
@@ -76,27 +85,30 @@ def convert(
             language model that an adapter, a projector or a difference was trained on, and "vision", its vision tower.
         original: the checkpoint's own configuration, in its authors' names.
         vocabulary: the tokenizer's original file, where it is not beside the source; "none" leaves the tokenizer out.
-        dtype: store floating-point weights as "float32", "float16" or "bfloat16"; by default as they are.
+        dtype: store floating-point weights as "float32", "float16", "bfloat16" or "float64"; by default as they are.
+        allow_nonfinite: write weights that are NaN or infinite, and record which in conversion.json; they are refused
+            otherwise.
         overwrite: replace an existing output.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the file cannot be read, or asks for code to be run.
+        CheckpointError: the file cannot be read, asks for code to be run, or holds weights that are NaN or infinite.
         KeyTableError: its tensors are not the preset's; the message lists every offender.
         FileNotFoundError: a file is missing; the message says which, and where to get it.
         FileExistsError: there is an output already.
     """
     source = Path(source)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(dtype)}.")
     with new_folder(output, overwrite=overwrite) as folder:
         sources = read_sources(source, preset, parts or {})
-        plan = make_plan(source, preset, sources, original)
-        model = empty_model(plan.config)
-        tensors = cast(translate(plan, sources, model), model, dtype)
-        digests = write_model(folder, tensors, model)
+        plan, model, tensors = matched(source, preset, sources, original)
+        digests, nonfinite = write_model(folder, tensors, model, dtype)
+        check_finite(sources["main"].path, nonfinite, dtype, allowed=allow_nonfinite)
         write_processor(folder, [source, *map(Path, (parts or {}).values())], plan, vocabulary)
-        write_record(folder, source, plan, sources, digests)
+        write_record(folder, source, plan, sources, digests, nonfinite)
         write_card(folder, plan.preset, name=Path(output).name)
     return Path(output)
 
@@ -105,8 +117,12 @@ def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> di
     """The released file as "main", what else its release holds, and the `parts`.
 
     Raises:
+        FileNotFoundError: there is no such file or folder, or the release has another that is not there.
         ValueError: the architecture has no such part.
     """
+    if not source.exists():
+        near = difflib.get_close_matches(source.name, names_in(source.parent), n=3)
+        raise FileNotFoundError(f"{source}: no such file or folder.{f' Did you mean {listed(near)}?' if near else ''}")
     architecture = name if name in architectures() else load_preset(name).architecture
     module = conversion_module(architecture)
     known = getattr(module, "PARTS", {})
@@ -121,7 +137,50 @@ def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> di
     if missing:
         raise FileNotFoundError(f"{source}: the release of {name} also has {', '.join(missing)}, which is not there.")
     found = {"main": source} | {role: path for role, path in paths.items() if path} | dict(parts)
+    check_foreign(found["main"])
     return {role: read_source(Path(path)) for role, path in found.items()}
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def check_foreign(source: str | Path) -> None:
+    """Refuse what hfvlm wrote itself, and say which commands take it."""
+    model_type = str(_json_beside(Path(source), ("config.json",)).get("model_type"))
+    if any(model_type in architecture.configs for architecture in architectures().values()):
+        raise CheckpointError(
+            f"{source}: is hfvlm's own already ({model_type} in config.json), there is nothing to convert. "
+            "`from_pretrained` loads its folder, `hfvlm verify` checks it, `hfvlm export` makes it transformers' own."
+        )
+
+
+def matched(
+    source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None = None
+) -> tuple[Plan, PreTrainedModel, dict[str, Tensor]]:
+    """How a checkpoint is read, its model without memory, and its tensors under the model's names.
+
+    Where the names do not fit and all begin alike, as Lightning's with `model.`, they are tried without it.
+    """
+    try:
+        return translated(source, name, sources, original)
+    except (CheckpointError, KeyTableError):
+        main = sources["main"]
+        prefix = next(iter(main.tensors), "").partition(".")[0] + "."
+        bare = without_prefix(main.tensors, prefix)
+        if bare is None:
+            raise
+        with contextlib.suppress(CheckpointError, KeyTableError):
+            return matched(source, name, {**sources, "main": dataclasses.replace(main, tensors=bare)}, original)
+        raise
+
+
+def translated(
+    source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None
+) -> tuple[Plan, PreTrainedModel, dict[str, Tensor]]:
+    plan = make_plan(source, name, sources, original)
+    model = empty_model(plan.config)
+    return plan, model, translate(plan, sources, model)
 
 
 def read_source(path: Path) -> Source:
@@ -154,24 +213,36 @@ def make_plan(
         config.licence, config.preset = preset.licence["id"], preset.name
         config.pass_on_origin()
         return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
+    return plan_without_preset(source, name, sources, original)
+
+
+def plan_without_preset(
+    source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None = None
+) -> Plan:
+    """What the checkpoint's own configuration and the shapes of its tensors say."""
     module = conversion_module(name)
     main = sources["main"]
     original = dict(original or main.settings or _json_beside(source, ORIGINAL_CONFIGS))
+    where = f"{source}: not a checkpoint of {name}, or its own configuration ({' or '.join(ORIGINAL_CONFIGS)}) is not"
     for role in getattr(module, "PARTS", {}):
         if role in sources:
             original[f"{role}_config"] = sources[role].settings
     preprocessing = _json_beside(source, ("preprocessor_config.json", "processor_config.json"))
     try:
         config = module.config_from_original(original, main.tensors)
+        settings = module.settings_from_original(original, preprocessing)
+        layout = released_layout(source, name) or module.layout_of(original)
+    except (CheckpointError, UnsupportedOriginalError, ConfigurationError):
+        raise
+    except StrictDataclassError as error:
+        raise ConfigurationError(f"{source}: its own configuration: {' '.join(str(error).split())}") from error
     except KeyError as error:
-        raise CheckpointError(
-            f"{source}: not a checkpoint of {name}, or its own configuration ({' or '.join(ORIGINAL_CONFIGS)}) is not "
-            f"beside it: no {error.args[0]!r}. {_likely(main)}"
-        ) from error
+        raise CheckpointError(f"{where} beside it: no {shown(error.args[0])}. {_likely(main)}") from error
+    except Exception as error:  # foreign settings and shapes can make no sense in every way
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where} one: {shown(reason)[1:-1]}. {_likely(main)}") from error
     config.licence = UNKNOWN
     config.pass_on_origin()
-    settings = module.settings_from_original(original, preprocessing)
-    layout = released_layout(source, name) or module.layout_of(original)
     return Plan(Preset(name=name, architecture=name), module, config, layout, settings)
 
 
@@ -193,7 +264,8 @@ def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel)
         parts = convert_tables(tables_for(plan, sources), {k: t for k, t in expected.items() if k not in fresh})
     except KeyTableError as error:
         main = sources["main"]
-        error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {_likely(main)} "
+        hint = _native(plan, main) or _likely(main)
+        error.context = f"{main.path} is not what {plan.preset.name} ({plan.layout}) expects. {hint} "
         raise
     if fresh:
         logger.warning(f"The file has nothing for {', '.join(fresh)}: begun anew, to be trained.")
@@ -222,35 +294,65 @@ def tables_for(plan: Plan, sources: Mapping[str, Source]) -> list[Table]:
     return [Table(tensors, plan.module.keys_for(plan.config, plan.layout, tensors))]
 
 
-def cast(tensors: dict[str, Tensor], model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
-    """Floating-point tensors as `dtype`, but for those that the model keeps in float32.
+def written_types(tensors: Mapping[str, Tensor], model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
+    """The shapes and types that are written, without memory: floating-point tensors as `dtype`, but for those that the
+    model keeps in float32.
 
     Sets the model's configured dtype: without `dtype`, the widest that occurs, which loses nothing.
     """
     widths = [t.dtype for t in tensors.values() if t.is_floating_point()]
     target = getattr(torch, dtype) if dtype else max(widths, key=lambda d: (d.itemsize, d != torch.bfloat16))
     model.config.dtype = target
-    if dtype is None:
-        return tensors
     exact = model._keep_in_fp32_modules_strict or ()
     kept = {key for key in tensors if any(name in key.split(".") for name in exact)}
-    return {k: t.to(target) if t.is_floating_point() and k not in kept else t for k, t in tensors.items()}
+
+    def type_of(key: str) -> torch.dtype:
+        changes = dtype is not None and tensors[key].is_floating_point() and key not in kept
+        return target if changes else tensors[key].dtype
+
+    return {key: torch.empty(t.shape, dtype=type_of(key), device="meta") for key, t in tensors.items()}
 
 
-def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, str]:
-    """safetensors, in shards of 5 GB at most, and config.json; returns each tensor's digest."""
+def write_model(
+    folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel, dtype: str | None = None
+) -> tuple[dict[str, str], dict[str, int]]:
+    """safetensors, in shards of 5 GB at most, and config.json; each tensor's digest, and how many of its
+    numbers are NaN or infinite.
+
+    A tensor is cast and made contiguous as it is written, so that one alone is in memory besides what was read.
+    """
+    shapes = written_types(tensors, model, dtype)
     digests: dict[str, str] = {}
-    plan = split_torch_state_dict_into_shards(dict(tensors), filename_pattern="model{suffix}.safetensors")
+    nonfinite: dict[str, int] = {}
+
+    def visit(name: str, tensor: Tensor) -> None:
+        digests[name] = tensor_digest(tensor)
+        if count := count_nonfinite(tensor):
+            nonfinite[name] = count
+
+    plan = split_torch_state_dict_into_shards(shapes, filename_pattern="model{suffix}.safetensors")
     for name, keys in plan.filename_to_tensors.items():
-        # A copy, since safetensors takes no views into shared storage; one shard at a time is in memory.
-        save_file({key: tensors[key].clone().contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
-        digests |= {key: tensor_digest(tensors[key]) for key in keys}
+        save_tensors(folder / name, {key: shapes[key] for key in keys}, tensors, visit)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return digests
+    return digests, nonfinite
+
+
+def check_finite(source: Path, nonfinite: Mapping[str, int], dtype: str | None, *, allowed: bool) -> None:
+    """Refuse weights that are NaN or infinite, or say so if they are allowed."""
+    if not nonfinite:
+        return
+    names = listed(f"{name} ({count})" for name, count in nonfinite.items())
+    cause = f", as {dtype}" if dtype else ""
+    text = (
+        f"{source}: {sum(nonfinite.values())} numbers in {len(nonfinite)} tensors are NaN or infinite{cause}: {names}."
+    )
+    if not allowed:
+        raise CheckpointError(f"{text} To convert it all the same: allow_nonfinite=True (--allow-nonfinite).")
+    logger.warning(text)
 
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
@@ -276,7 +378,12 @@ def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabular
 
 
 def write_record(
-    folder: Path, source: Path, plan: Plan, sources: Mapping[str, Source], digests: Mapping[str, str]
+    folder: Path,
+    source: Path,
+    plan: Plan,
+    sources: Mapping[str, Source],
+    digests: Mapping[str, str],
+    nonfinite: Mapping[str, int],
 ) -> None:
     """conversion.json: what was made from what, the settings, and the hashes of all tensors and files."""
     main = sources["main"].path
@@ -290,6 +397,8 @@ def write_record(
         "hfvlm": hfvlm.__version__,
         "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": len(digests)},
     }
+    if nonfinite:
+        record["nonfinite"] = dict(nonfinite)
     others = {role: part.path for role, part in sources.items() if role != "main"}
     if others:
         record["parts"] = {
@@ -337,12 +446,12 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
     with new_folder(output, overwrite=overwrite) as target:
         native = module.config_to_transformers(config)
         rows = module.keys_for(config, "transformers")
-        tensors = restore_keys(read_checkpoint(folder).tensors, rows)
-        if hasattr(module, "tensors_to_transformers"):
-            tensors = module.tensors_to_transformers(tensors, native)
+        own = read_checkpoint(folder).tensors
+        finish = getattr(module, "tensors_to_transformers", lambda tensors, _: tensors)
+        shapes = finish(restore_keys({key: tensor.to("meta") for key, tensor in own.items()}, rows), native)
         native.dtype = config.dtype
         about = {"format": "pt", "hfvlm": hfvlm.__version__}
-        save_file({k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", about)
+        save_tensors(target / "model.safetensors", dict(shapes), finish(restored(own, rows), native), about=about)
         native.save_pretrained(target)
         write_export_card(target, config, record_of(folder), Path(output).name)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
@@ -358,12 +467,28 @@ def _likely(checkpoint: Checkpoint | Source) -> str:
         towers = [type(getattr(config, part)).__name__ for part in config.sub_configs]
         family = (preset.architecture, layout, *towers)
         if layout and family not in tables:
-            rows = conversion_module(preset.architecture).keys_for(config, layout, checkpoint.tensors)
-            tables[family] = fit(checkpoint.tensors, rows)
+            with contextlib.suppress(KeyError, ValueError):  # keys that this architecture cannot make rows of
+                rows = conversion_module(preset.architecture).keys_for(config, layout, checkpoint.tensors)
+                tables[family] = fit(checkpoint.tensors, rows)
     best = sorted(tables.items(), key=lambda item: -item[1])[:3]
     known = [f"{family[0]} ({family[1]}) knows {score:.0%}" for family, score in best if score > 0.1]
     return (
         f"Of its {len(checkpoint.tensors)} keys, {', '.join(known)}." if known else "No architecture knows its keys."
+    )
+
+
+def _native(plan: Plan, main: Source) -> str:
+    """What to do with a folder of transformers' own, which a preset for the authors' file does not fit."""
+    try:
+        layout = plan.module.layout_of(main.settings)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ""
+    if layout != "transformers" or plan.layout == "transformers":
+        return ""
+    name = plan.preset.architecture
+    return (
+        f"It is in transformers' own format ({main.settings.get('model_type')} in config.json), which the "
+        f"architecture's name converts: preset={name!r} (--preset {name})."
     )
 
 
@@ -374,4 +499,4 @@ def _beside(source: Path, names: tuple[str, ...]) -> Path | None:
 
 def _json_beside(source: Path, names: tuple[str, ...]) -> dict[str, Any]:
     path = _beside(source, names)
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return {} if path is None else read_json(path, CheckpointError)

@@ -9,10 +9,14 @@ on the way back.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hfvlm.checkpoints.saving import LazyTensors
+from hfvlm.messages import listed
 
 
 class Change(NamedTuple):
@@ -99,12 +103,8 @@ class KeyTableError(ValueError):
             "parameters of the model left unfilled": self.unfilled,
             "tensors of the wrong shape": self.misshapen,
         }
-        offenders = (f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+        offenders = (f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
         return self.context + "; ".join(offenders)
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)
@@ -198,26 +198,38 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
     Raises:
         KeyTableError: the table has no way back for a tensor.
     """
-    restored: dict[str, Tensor] = {}
+    return dict(restored(tensors, rows))
+
+
+def restored(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> LazyTensors:
+    """As `restore_keys`, each tensor made when it is asked for."""
+    makers: dict[str, Callable[[], Tensor]] = {}
     error = KeyTableError()
-    remaining = dict(tensors)
+    remaining = dict.fromkeys(tensors)
     for row in (Row(*row) for row in rows):
         if row.target is None or (row.change and row.change.undo is None):
             continue
         targets = row.target if isinstance(row.target, tuple) else (row.target,)
         if not targets and row.change and row.change.undo:
-            restored[row.source] = row.change.undo()
+            makers[row.source] = row.change.undo
             continue
         pattern = _pattern(targets[0])
         for names in [match.groups() for key in remaining if (match := pattern.fullmatch(key))]:
+            keys = [_fill(target, names) for target in targets]
             # Of tensors that a model ties, a folder may hold the first alone.
-            parts: list[Any] = [remaining.pop(_fill(target, names), None) for target in targets]
-            undo = row.change.undo if row.change else None
-            restored[_fill(row.source, names)] = undo(*parts) if undo else parts[0]
+            found = [key if key in remaining else None for key in keys]
+            for key in keys:
+                remaining.pop(key, None)
+            makers[_fill(row.source, names)] = partial(_undone, tensors, found, row.change and row.change.undo)
     error.unknown = list(remaining)
     if error:
         raise error
-    return restored
+    return LazyTensors(makers)
+
+
+def _undone(tensors: Mapping[str, Tensor], keys: list[str | None], undo: Callable[..., Tensor] | None) -> Tensor:
+    parts: list[Any] = [None if key is None else tensors[key] for key in keys]
+    return undo(*parts) if undo else parts[0]
 
 
 def fit(tensors: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> float:

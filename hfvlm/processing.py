@@ -10,6 +10,7 @@ from transformers import FeatureExtractionMixin, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hfvlm.files import NamedErrors
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import image_batch, read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
@@ -27,7 +28,7 @@ FOREIGN_OPTIONS = {
 }
 
 
-class Settings:
+class Settings(NamedErrors):
     """Named settings with defaults as class attributes, that a file saves and a call may override."""
 
     SETTINGS: tuple[str, ...] = ()
@@ -287,7 +288,7 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
         """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
 
 
-class HfvlmProcessor(ProcessorMixin):
+class HfvlmProcessor(NamedErrors, ProcessorMixin):
     """Base of every processor. `parts` says which of its parts prepares a modality."""
 
     parts: dict[str, str] = {"image": "image_processor", "text": "tokenizer"}

@@ -8,7 +8,7 @@ file before anything is read, and whatever is read is checked against its checks
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -20,11 +20,19 @@ import torch
 from torch import Tensor
 
 from hfvlm.checkpoints import TABLE_END, CheckpointError
+from hfvlm.messages import shown
 
 FOOTER = 48
 # Of the index, in bytes; those of models with thousands of tensors have less than one MiB.
-LARGEST_INDEX = 2**28
+LARGEST_INDEX = 2**24
+LARGEST_GRAPH = 2**24
 LONGEST_KEY = 2**12
+# Of all keys, which an index writes without what they share with the one before.
+LONGEST_KEYS = 2**23
+MOST_ENTRIES = 2**15
+MOST_BLOCKS = 2**12
+MOST_FIELDS = 2**17
+MOST_AXES = 64
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 STRING = 7
 DTYPES = {
@@ -62,10 +70,15 @@ class TensorBundle(Mapping[str, Tensor]):
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
+        """Errors of the format, and whatever foreign bytes bring about, with the file's name."""
         try:
             yield
-        except (BundleError, UnicodeDecodeError, struct.error, LookupError, TypeError) as error:
+        except BundleError as error:
             raise CheckpointError(f"{self.index}: damaged TensorFlow checkpoint ({error}).") from error
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.index}: damaged TensorFlow checkpoint ({type(error).__name__}: {error})."
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -94,6 +107,7 @@ def read_index(index: Path) -> tuple["Shards", dict[str, "Entry"]]:
     entries = {key: entry for key, entry in entries.items() if entry.dtype != STRING}
     for entry in entries.values():
         shards.check(entry)
+    shards.check_sizes(entries.values())
     named = variable_names({key: names.get(key, key) for key in entries})
     return shards, {named[key]: entry for key, entry in entries.items()}
 
@@ -114,17 +128,20 @@ class Entry:
     def read(cls, key: str, value: bytes) -> "Entry":
         fields = message(value)
         if fields.get(7):
-            raise BundleError(f"{key!r} is stored in slices, which is not supported")
-        shape = [number(message(size), 1) for shape in fields.get(2, []) for size in message(shape).get(2, [])]
-        checksum = struct.unpack("<I", fields[6][0])[0]
+            raise BundleError(f"{shown(key)} is stored in slices, which is not supported")
+        sizes = [size for shape in fields.get(2, []) for size in message(shape).get(2, [])]
+        if len(sizes) > MOST_AXES:
+            raise BundleError(f"{shown(key)} has {len(sizes)} axes, more than any tensor")
+        shape = [number(message(size), 1) for size in sizes]
+        checksum = struct.unpack("<I", fields.get(6, [b""])[0])[0]
         shard, offset, size = (number(fields, field) for field in (3, 4, 5))
         entry = cls(key, number(fields, 1), tuple(shape), shard, offset, size, checksum)
         if entry.dtype == STRING:
             return entry
         if entry.dtype not in DTYPES:
-            raise BundleError(f"{key!r} has the data type {entry.dtype}, which no model's weights have")
+            raise BundleError(f"{shown(key)} has the data type {entry.dtype}, which no model's weights have")
         if entry.size != prod(shape) * DTYPES[entry.dtype].itemsize:
-            raise BundleError(f"{key!r} of shape {entry.shape} is said to have {entry.size} bytes")
+            raise BundleError(f"{shown(key)} of shape {entry.shape} is said to have {entry.size} bytes")
         return entry
 
 
@@ -136,13 +153,31 @@ class Shards:
         self.prefix, self.count = prefix, count
         self.whole: set[str] = set()
 
+    def path(self, shard: int) -> Path:
+        """A shard's file: a regular one in the index's own folder, or where the Hub's cache keeps both."""
+        path = self.prefix.with_name(f"{self.prefix.name}.data-{shard:05d}-of-{self.count:05d}")
+        if not path.is_file():
+            raise BundleError(f"the shard {path.name} is not beside it")
+        if path.resolve().parent not in (path.parent.resolve(), self.prefix.with_suffix(".index").resolve().parent):
+            raise BundleError(f"the shard {path.name} is not beside it, but a link out of the folder")
+        return path
+
+    def check_sizes(self, entries: Iterable[Entry]) -> None:
+        """All tensors together are no larger than the shards: none shares its bytes with another."""
+        sizes: Counter[int] = Counter()
+        for entry in entries:
+            sizes[entry.shard] += entry.size
+        for shard, size in sizes.items():
+            if size > self.path(shard).stat().st_size:
+                raise BundleError(f"the tensors of shard {shard} overlap")
+
     def view(self, entry: Entry) -> memoryview:
         """The tensor's part of the file."""
-        path = self.prefix.with_name(f"{self.prefix.name}.data-{entry.shard:05d}-of-{self.count:05d}")
-        if not path.exists():
-            raise BundleError(f"the shard {path.name} is not beside it")
+        path = self.path(entry.shard)
         if entry.offset + entry.size > path.stat().st_size:
-            raise BundleError(f"shard {entry.shard} is cut off before the end of {entry.key!r}; download it again")
+            raise BundleError(
+                f"shard {entry.shard} is cut off before the end of {shown(entry.key)}; download it again"
+            )
         if entry.shard not in self.files:
             with path.open("rb") as file:
                 self.files[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -165,17 +200,19 @@ class Shards:
 
     def string(self, entry: Entry) -> bytes:
         """A scalar string: its length, a checksum of the length, its bytes."""
+        if entry.size > LARGEST_GRAPH:
+            raise BundleError(f"{shown(entry.key)} has {entry.size} bytes, more than any model's graph")
         data = bytes(self.view(entry))
         length, start = varint(data, 0)
         if entry.shape or start + 4 + length != entry.size:
-            raise BundleError(f"{entry.key!r} is not one string")
+            raise BundleError(f"{shown(entry.key)} is not one string")
         verify(entry, crc32c(struct.pack("<I", length) + data[start:]))
         return data[start + 4 :]
 
 
 def verify(entry: Entry, checksum: int) -> None:
     if masked(checksum) != entry.checksum:
-        raise BundleError(f"{entry.key!r} does not have the checksum it was stored with; download the file again")
+        raise BundleError(f"{shown(entry.key)} does not have the checksum it was stored with; download the file again")
 
 
 def variable_names(full_names: Mapping[str, str]) -> dict[str, str]:
@@ -212,8 +249,17 @@ def table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-FOOTER:]
     _, at = handle(footer, 0)
     index, _ = handle(footer, at)
-    for _, value in block(data, index):
-        yield from block(data, handle(value, 0)[0])
+    end, entries, letters = 0, 0, 0
+    for i, (_, value) in enumerate(block(data, index)):
+        place, _ = handle(value, 0)
+        if place[0] < end or i >= MOST_BLOCKS:
+            raise BundleError("its blocks overlap, or are too many")
+        end = sum(place)
+        for key, entry in block(data, place):
+            entries, letters = entries + 1, letters + len(key)
+            if entries > MOST_ENTRIES or letters > LONGEST_KEYS:
+                raise BundleError("the index has more entries, or longer keys, than any checkpoint")
+            yield key, entry
 
 
 def handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
@@ -248,11 +294,14 @@ def block(data: bytes, place: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
 # Protocol buffers
 
 
-def message(data: bytes) -> dict[int, list[Any]]:
+def message(data: bytes, most: int = MOST_FIELDS) -> dict[int, list[Any]]:
     """The fields of a message by their numbers: integers, or the bytes of anything else."""
     fields: dict[int, list[Any]] = {}
-    at = 0
+    at, left = 0, most
     while at < len(data):
+        left -= 1
+        if left < 0:
+            raise BundleError("a message has more fields than any checkpoint needs")
         tag, at = varint(data, at)
         kind = tag & 7
         if kind == 0:

@@ -1,14 +1,16 @@
 """Tokenizers: the text cleaning, padding and truncation that a model was trained with, on `tokenizers`' engines."""
 
 import base64
+import functools
 import gzip
 import html
-import json
+import io
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unicodedata import category, normalize
 
 import ftfy
@@ -17,7 +19,16 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
+from hfvlm.files import NamedErrors, read_bytes, read_json, refusing
+from hfvlm.messages import cut, shown
+
 logger = logging.get_logger(__name__)
+
+# Of vocabularies, in bytes: a list of pieces, unpacked; and a tokenizer.json.
+LARGEST_LIST, LARGEST_TOKENIZER = 2**23, 2**26
+LONGEST_PIECE = 256
+# How many ways there are to make a piece of two others, for each piece; vocabularies have two or three.
+MOST_SPLITS = 8
 
 
 def fixed(text: str) -> str:
@@ -88,7 +99,7 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-class HfvlmTokenizer(TokenizersBackend):
+class HfvlmTokenizer(NamedErrors, TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
 
     Args:
@@ -147,6 +158,66 @@ class HfvlmTokenizer(TokenizersBackend):
         """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
 
 
+class VocabularyError(ValueError):
+    """A file that is not the vocabulary it should be; the message names it."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(cut(message))
+
+
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+def _of_file(read: Reader) -> Reader:
+    """A reader of vocabularies, which refuses by name whatever is none: `read(path, ...)`."""
+
+    @functools.wraps(read)
+    def refuse(path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        with refusing(Path(path), "not a vocabulary of this kind", VocabularyError, (ImportError,)):
+            return read(path, *args, **kwargs)
+
+    return refuse  # type: ignore[return-value]
+
+
+@_of_file
+def engine_from_json(path: str | Path) -> Tokenizer:
+    """The engine that a tokenizer.json describes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VocabularyError: the file describes none.
+    """
+    engine = Tokenizer.from_buffer(read_bytes(Path(path), LARGEST_TOKENIZER, VocabularyError))
+    checked_ids(engine.get_vocab())
+    return engine
+
+
+def checked_ids(vocabulary: Any) -> dict[str, int]:
+    """Pieces by name, whose ids are about as many as they: engines make room up to the largest.
+
+    Raises:
+        ValueError: something else.
+    """
+    most = 2 * len(vocabulary) + 1000
+    if not isinstance(vocabulary, dict) or not all(type(i) is int and 0 <= i < most for i in vocabulary.values()):
+        raise ValueError("its pieces have no ids, or some far from each other")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("some of its pieces share an id")
+    return vocabulary
+
+
+def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Merges of pieces that the vocabulary has, into one that it has; an engine without could not be stored.
+
+    Raises:
+        ValueError: one of them makes another.
+    """
+    for left, right in merges:
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ValueError(f"{shown(left)} and {shown(right)} are merged, and not all of it is in the vocabulary")
+    return merges
+
+
 def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
     """Special tokens around a text; an empty name leaves its side bare."""
     tokens = [token for token in (before, after) if token]
@@ -159,6 +230,7 @@ def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostPr
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
+@_of_file
 def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
     """CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
 
@@ -167,7 +239,7 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
         more: special pieces that come before the start token.
 
     Raises:
-        ValueError: the file is neither, or a tokenizer.json without those pieces.
+        VocabularyError: the file is neither, or a tokenizer.json without those pieces.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -179,7 +251,7 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
         pieces = [*letters, *words, *("".join(merge) for merge in merges), *more, START, END]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
     if missing := [piece for piece in more if piece not in vocabulary]:
-        raise ValueError(f"{path}: this vocabulary has no {', '.join(missing)}; it is another model's.")
+        raise VocabularyError(f"{path}: this vocabulary has no {', '.join(missing)}; it is another model's.")
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
     engine.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -197,24 +269,32 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
 
 
 def _openai_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a gzipped list of merges ({error}).") from error
+    packed = io.BytesIO(read_bytes(path, LARGEST_LIST, VocabularyError))
+    with refusing(path, "not a gzipped list of merges", VocabularyError), gzip.GzipFile(fileobj=packed) as file:
+        data = file.read(LARGEST_LIST + 1)
+        if len(data) > LARGEST_LIST:
+            raise ValueError(f"it unpacks to more than {LARGEST_LIST} bytes")
+        text = data.decode("utf-8")
     # After a line of heading; the released file lists more merges than its vocabulary of 49,408 has room for.
-    merges = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1] if line]
+    last = 49152 - 256 - 2 + 1
+    merges = [line.split() for line in text.split("\n", last)[1:last] if line]
     if not merges or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{path}: not a list of merges, two pieces a line.")
+        raise VocabularyError(f"{path}: not a list of merges, two pieces a line.")
     return [(left, right) for left, right in merges]
 
 
 def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    with refusing(path, "not the tokenizer.json of a byte-pair encoding", VocabularyError):
+        model = read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        return model["vocab"], [(left, right) for left, right in pairs]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the tokenizer.json of a byte-pair encoding ({error!r}).") from error
+        vocabulary = checked_ids(model["vocab"])
+        return vocabulary, checked_merges([(left, right) for left, right in pairs], vocabulary)
+
+
+def _text(path: Path) -> str:
+    """A text file, whatever ends its lines."""
+    with io.TextIOWrapper(io.BytesIO(read_bytes(path, LARGEST_LIST, VocabularyError)), encoding="utf-8") as file:
+        return file.read()
 
 
 def _byte_letters() -> dict[int, str]:
@@ -224,25 +304,24 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+@_of_file
 def wordpiece(path: str | Path) -> Tokenizer:
     """BERT's engine, from a list of pieces (`vocab.txt`) or a tokenizer.json: splits at spaces, punctuation and
     Chinese characters, and changes no letters; texts come out between [CLS] and [SEP].
 
     Raises:
-        ValueError: the file is neither.
+        VocabularyError: the file is neither.
     """
     path = Path(path)
     if path.suffix == ".json":
-        try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not the tokenizer.json of a BERT ({error!r}).") from error
+        with refusing(path, "not the tokenizer.json of a BERT", VocabularyError):
+            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]["vocab"])
     else:
-        pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        pieces = _text(path).rstrip("\n").split("\n")
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
     missing = sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocabulary))
     if missing:
-        raise ValueError(f"{path}: not BERT's vocabulary, it has no {', '.join(missing)}.")
+        raise VocabularyError(f"{path}: not BERT's vocabulary, it has no {', '.join(missing)}.")
     engine = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     engine.normalizer = normalizers.BertNormalizer(
         clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
@@ -253,39 +332,53 @@ def wordpiece(path: str | Path) -> Tokenizer:
     return engine
 
 
+@_of_file
 def sentencepiece(path: str | Path) -> Tokenizer:
     """The engine behind a sentencepiece `.model`, unigram (T5's, mT5's) or BPE (Gemma's), or its tokenizer.json. The
     second piece, the end of a text, closes each.
 
     Raises:
         ImportError: sentencepiece or protobuf is not installed.
-        ValueError: the file is not such a model.
+        VocabularyError: the file is not such a model.
     """
     path = Path(path)
-    engine = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path)
+    engine = engine_from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
     engine.no_padding()
     engine.no_truncation()
     engine.post_processor = template(engine, "", str(engine.id_to_token(1)))
     return engine
 
 
+@_of_file
 def _from_sentencepiece(path: Path) -> Tokenizer:
     from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
+    from hfvlm.tensor_bundle import message
+
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")
     proto = import_protobuf().ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, whose module depends on its version
-        raise ValueError(f"{path}: not a sentencepiece model ({error}).") from error
+    with refusing(path, "not a sentencepiece model", VocabularyError):
+        data = read_bytes(path, LARGEST_LIST, VocabularyError)
+        # The parser makes an object of each piece, which a file can have every other byte.
+        if len(message(data, MOST_PIECES).get(1, ())) * 4 > len(data):
+            raise ValueError("a flood of empty pieces")
+        proto.ParseFromString(data)
+    _check_pieces(path, [piece.piece for piece in proto.pieces])
     engine = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _piece_pairs(proto)
     engine.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
     engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
     return engine
 
 
+def _check_pieces(path: Path, pieces: Sequence[str | bytes]) -> None:
+    if not pieces or max(map(len, pieces)) > LONGEST_PIECE:
+        raise VocabularyError(f"{path}: has no pieces, or some of more than {LONGEST_PIECE} letters.")
+
+
+# Fields of a sentencepiece model: a piece each, and a few settings.
+MOST_PIECES = 2**20
 # Enumerations of sentencepiece_model.proto
 UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
 # What sentencepiece writes for a space.
@@ -305,15 +398,27 @@ def _unigram(proto: Any) -> Tokenizer:
     return engine
 
 
+def _few(pieces: int, splits: Iterable[Any]) -> list[Any]:
+    """The ways to make pieces of others, as long as they are as few as in a vocabulary."""
+    most = 1000 + MOST_SPLITS * pieces
+    found = list(islice(splits, most + 1))
+    if len(found) > most:
+        raise ValueError("its pieces can be made of others in too many ways")
+    return found
+
+
 def _piece_pairs(proto: Any) -> Tokenizer:
     """Gemma's way: byte pairs over the whole text, a space is a letter, unknown letters are bytes."""
     ranks = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    splits = [
-        (rank, piece[:i], piece[i:])
-        for piece, rank in ranks.items()
-        for i in range(1, len(piece))
-        if piece[:i] in ranks and piece[i:] in ranks
-    ]
+    splits = _few(
+        len(ranks),
+        (
+            (rank, piece[:i], piece[i:])
+            for piece, rank in ranks.items()
+            for i in range(1, len(piece))
+            if piece[:i] in ranks and piece[i:] in ranks
+        ),
+    )
     merges = [(left, right) for _, left, right in sorted(splits, key=lambda s: (s[0], len(s[1]), len(s[2])))]
     spec = proto.trainer_spec
     engine = Tokenizer(
@@ -329,11 +434,12 @@ def _piece_pairs(proto: Any) -> Tokenizer:
     return engine
 
 
+@_of_file
 def byte_pairs(path: str | Path) -> Tokenizer:
     """GPT-2's engine, from its `vocab.json`, beside which lies `merges.txt`, or from a tokenizer.json.
 
     Raises:
-        ValueError: the file is neither.
+        VocabularyError: the file is neither.
     """
     path = Path(path)
     vocabulary: Any
@@ -341,12 +447,11 @@ def byte_pairs(path: str | Path) -> Tokenizer:
         vocabulary, merges = _tokenizer_json(path)
     else:
         beside = path.with_name(path.name.replace("vocab.json", "merges.txt"))
-        try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
-            lines = beside.read_text(encoding="utf-8").split("\n")
-            merges = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
-        except ValueError as error:
-            raise ValueError(f"{path}, {beside}: not the vocabulary and merges of GPT-2 ({error}).") from error
+        with refusing(path, f"with {beside.name}, not the vocabulary and merges of GPT-2", VocabularyError):
+            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_LIST))
+            lines = _text(beside).split("\n")
+            pairs = (line.split(" ") for line in lines[1:] if line)
+            merges = checked_merges([(left, right) for left, right in pairs], vocabulary)
     engine = Tokenizer(models.BPE(vocabulary, merges))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
@@ -359,26 +464,30 @@ WORDS = (
 )
 
 
+@_of_file
 def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
     """tiktoken's engine from its file of ranks: a piece in base64 and its id on each line.
 
     Raises:
-        ValueError: the file is not such a list.
+        VocabularyError: the file is not such a list.
     """
     path = Path(path)
-    try:
-        lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    with refusing(path, "not a list of ranks as tiktoken writes it", VocabularyError):
+        lines = (line.split() for line in read_bytes(path, LARGEST_LIST, VocabularyError).splitlines() if line)
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
-    except ValueError as error:
-        raise ValueError(f"{path}: not a list of ranks as tiktoken writes it ({error}).") from error
+        checked_ids(ranks)
+    _check_pieces(path, list(ranks))
     letters = _byte_letters()
     names = {piece: piece.decode("latin-1").translate(letters) for piece in ranks}
-    splits = [
-        (rank, ranks[piece[:i]], ranks[piece[i:]], piece[:i], piece[i:])
-        for piece, rank in ranks.items()
-        for i in range(1, len(piece))
-        if piece[:i] in ranks and piece[i:] in ranks
-    ]
+    splits = _few(
+        len(ranks),
+        (
+            (rank, ranks[piece[:i]], ranks[piece[i:]], piece[:i], piece[i:])
+            for piece, rank in ranks.items()
+            for i in range(1, len(piece))
+            if piece[:i] in ranks and piece[i:] in ranks
+        ),
+    )
     merges = [(names[left], names[right]) for *_, left, right in sorted(splits)]
     engine = Tokenizer(models.BPE({names[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True))
     engine.normalizer = normalizers.NFC()
@@ -428,10 +537,10 @@ class PieceTokenizer(HfvlmTokenizer):
 
         Raises:
             ImportError: sentencepiece or protobuf is not installed.
-            ValueError: the file is not such a model.
+            VocabularyError: the file is not such a model.
         """
         path = Path(path)
-        engine = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path)
+        engine = engine_from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
         names = [str(engine.id_to_token(i)) for i in range(3)]
         tokens = dict(zip(("unk_token", "bos_token", "eos_token"), names, strict=True)) | {"pad_token": names[0]}
         if path.suffix != ".json":
@@ -446,7 +555,8 @@ class PieceTokenizer(HfvlmTokenizer):
             ]
             engine.decoder = decoders.Sequence(decoding)
         tokens |= {name: value for name, value in kwargs.items() if name.endswith("_token")}
-        engine.post_processor = template(engine, tokens["bos_token"] if add_bos_token else "", "")
+        with refusing(path, "not a vocabulary of this kind", VocabularyError):
+            engine.post_processor = template(engine, tokens["bos_token"] if add_bos_token else "", "")
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
         return cls(tokenizer_object=engine, legacy=legacy, add_bos_token=add_bos_token, **tokens | kwargs)
 

@@ -1,39 +1,56 @@
 """Files and folders that appear whole or not at all."""
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows; there nothing is swept, since nobody can tell who is at work
+    fcntl = None  # type: ignore[assignment]
+
+# Begins and ends the names of folders that are not finished, after the output's own name.
+UNFINISHED, OLD = "-hfvlm-", "-old"
+EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+HERE = -100  # AT_FDCWD
 
 
 @contextmanager
 def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `output` to write into; it takes that name when the block ends well, and goes when it fails.
 
+    Killed at any moment, the earlier output or the new one is there; what an earlier run left beside it is put back or
+    removed first. A link is followed: what it points to is replaced.
+
     Raises:
         FileExistsError: there is an `output` that is not an empty folder, and `overwrite` is off.
     """
-    output = Path(output)
+    named, output = Path(output), Path(output)
+    if output.is_symlink():
+        output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sweep(output)
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"{output} exists already: choose another output, or pass overwrite=True (--overwrite in a terminal)."
+            f"{named} exists already: choose another output, or pass overwrite=True (--overwrite in a terminal)."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}{UNFINISHED}", dir=output.parent))
+    lock = _lock(beside)
     try:
         yield beside
         beside.chmod(0o755)
-        if output.exists():
-            old = beside.with_name(f"{beside.name}-old")
-            output.rename(old)
-            beside.rename(output)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            beside.rename(output)
+        _take_place(beside, output)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 @contextmanager
@@ -45,3 +62,70 @@ def replaced(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sweep(output: Path) -> None:
+    """Put back what a killed run had moved away, and remove what such runs had not finished."""
+    start = f".{output.name}{UNFINISHED}"
+    if fcntl is None:
+        return
+    left = [path for path in output.parent.iterdir() if path.name.startswith(start)]
+    for path in sorted(left, key=lambda path: not path.name.endswith(OLD)):
+        if path.is_symlink() or (lock := _lock(path)) is None:
+            continue  # somebody is at work in it
+        try:
+            if path.name.endswith(OLD) and not output.exists():
+                path.rename(output)
+            else:
+                _remove(path)
+        finally:
+            os.close(lock)
+
+
+def _take_place(beside: Path, output: Path) -> None:
+    if not os.path.lexists(output):
+        beside.rename(output)
+    elif _exchanged(beside, output):
+        _remove(beside)
+    else:  # in two steps, which `sweep` completes if this process is killed between them
+        old = beside.with_name(f"{beside.name}{OLD}")
+        output.rename(old)
+        try:
+            beside.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
+        _remove(old)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Give two paths each other's name at once, where the system and the file system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+    return False
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds `path` until it is closed, or this process ends; None if somebody else holds it."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -327,3 +327,58 @@ def test_object_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.array([Evil(os.system, "true")], dtype=object))
     with pytest.raises(CheckpointError, match="'a' cannot be read.*allow_pickle"):
         read_checkpoint(tmp_path / "a.npz").tensors["a"]
+
+
+def shards(folder, weight_map, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_a_tensor_in_two_shards_is_the_index_s(tmp_path):
+    one, two = {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.zeros(1), "c": torch.ones(1)}
+    for name, value in (("one", 1.0), ("two", 0.0)):
+        where = {"a": f"{name}.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+        assert read_checkpoint(shards(tmp_path, where, one=one, two=two)).tensors["a"].item() == value
+
+
+def test_what_index_and_shards_do_not_share_is_named(tmp_path):
+    tensors = {"a": torch.ones(1), "b": torch.ones(1)}
+    shards(tmp_path, {"a": "one.safetensors"}, one=tensors)
+    with pytest.raises(CheckpointError, match="hold 1 tensors that it does not list: b"):
+        read_checkpoint(tmp_path)
+    shards(tmp_path, dict.fromkeys("abc", "one.safetensors"), one=tensors)
+    with pytest.raises(CheckpointError, match="1 listed tensors are in no shard .*'c' of 'one.safetensors'"):
+        read_checkpoint(tmp_path)
+    shards(tmp_path, dict.fromkeys("ab", "two.safetensors"), one=tensors)
+    with pytest.raises(FileNotFoundError, match="two.safetensors: no such file"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["..", ".", "", "model.safetensors.index.json", "a\\b", "~", "sub"])
+def test_what_is_no_shard(tmp_path, shard):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    shards(tmp_path / "in", {"a": shard})
+    with pytest.raises((CheckpointError, FileNotFoundError), match="not a file beside the index|no regular|no such"):
+        read_checkpoint(tmp_path / "in")
+
+
+def test_shards_in_the_cache_of_the_hub(tmp_path):
+    """Index and shards are links from a snapshot into one folder of blobs."""
+    blobs = shards(tmp_path / "blobs", {"a": "one.safetensors"}, one={"a": torch.ones(1)})
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert read_checkpoint(snapshot).tensors["a"].item() == 1
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
+def test_devices_and_pipes_are_not_read(tmp_path, make):
+    make(tmp_path / "model.safetensors")
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="model.safetensors: no regular file"):
+            read_checkpoint(source)

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from hfvlm.conversion import UnsupportedOriginalError
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 import hfvlm
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
+from hfvlm.configuration import ConfigurationError
 from hfvlm.key_table import KeyTableError
 from hfvlm.verification import sample_inputs
 from tests.conftest import SHIPPED
@@ -223,7 +223,7 @@ def test_an_impossible_configuration(released, tmp_path):
     failing(
         released,
         tmp_path,
-        StrictDataclassClassValidationError,
+        ConfigurationError,
         "not a multiple of the number of attention heads",
         preset="clip",
         original=original,
@@ -278,3 +278,118 @@ def test_what_transformers_has_not_is_not_exported(imagebind_folder, tmp_path):
     with pytest.raises(UnsupportedOriginalError, match="transformers has no classes of its own for hfvlm_imagebind"):
         hfvlm.export(imagebind_folder, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "foo", "bool", "float8_e4m3fn", "Tensor", "", 3])
+def test_weights_are_stored_as_floating_point_types_alone(released, tmp_path, dtype):
+    failing(
+        released, tmp_path, ValueError, "dtype must be one of float32, float16, bfloat16, float64, not", dtype=dtype
+    )
+
+
+def damaged(released, change):
+    tensors = {key: value.clone() for key, value in read_checkpoint(released).tensors.items()}
+    change(tensors)
+    torch.save(tensors, released)
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(released, tmp_path):
+    def change(tensors):
+        tensors["visual.ln_pre.weight"][3:5] = float("nan")
+        tensors["visual.conv1.weight"][0, 0, 0, 0] = float("-inf")
+
+    damaged(released, change)
+    words = (
+        r"3 numbers in 2 tensors are NaN or infinite: .*vision_model.pre_norm.weight \(2\).*allow_nonfinite=True "
+        r"\(--allow-nonfinite\)"
+    )
+    failing(released, tmp_path, CheckpointError, words)
+    folder = hfvlm.convert(released, "clip/tiny", tmp_path / "out", allow_nonfinite=True)
+    record = json.loads((folder / "conversion.json").read_text())
+    assert record["nonfinite"] == {"vision_model.patches.projection.weight": 1, "vision_model.pre_norm.weight": 2}
+
+
+def test_weights_that_a_type_cannot_hold_are_refused(released, tmp_path):
+    def change(tensors):
+        tensors["visual.ln_pre.weight"] = tensors["visual.ln_pre.weight"].float() + 1e30
+
+    damaged(released, change)
+    failing(released, tmp_path, CheckpointError, "NaN or infinite, as float16: vision_model.pre_norm", dtype="float16")
+    hfvlm.convert(released, "clip/tiny", tmp_path / "out", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"),
+    [
+        ("_orig_mod.", None),
+        ("module._orig_mod.", "state_dict"),
+        ("_orig_mod.module.", "model_state"),
+        ("model.", "state_dict"),
+        ("model._orig_mod.", "state_dict"),
+        ("module.model.", "ema"),
+        ("net.model.", None),
+        ("_fsdp_wrapped_module.", "model_state_dict"),
+    ],
+)
+def test_what_training_wraps_names_in_comes_off(released, tmp_path, clip_folder, prefix, wrapper):
+    tree = {prefix + key: value.clone() for key, value in read_checkpoint(released).tensors.items()}
+    torch.save({wrapper: tree, "epoch": 3} if wrapper else tree, released)
+    folder = hfvlm.convert(released, "clip/tiny", tmp_path / "out")
+    left, right = load_file(folder / "model.safetensors"), load_file(clip_folder / "model.safetensors")
+    assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+def test_parts_that_are_compiled_alone(released, tmp_path, clip_folder):
+    tree = {key.replace("visual.", "visual._orig_mod."): t for key, t in read_checkpoint(released).tensors.items()}
+    torch.save({key: value.clone() for key, value in tree.items()}, released)
+    folder = hfvlm.convert(released, "clip", tmp_path / "out")
+    left, right = load_file(folder / "model.safetensors"), load_file(clip_folder / "model.safetensors")
+    assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+def test_a_prefix_that_some_names_lack_stays(released, tmp_path):
+    tensors = read_checkpoint(released).tensors
+    tree = {key if key == "logit_scale" else f"model.{key}": value.clone() for key, value in tensors.items()}
+    torch.save(tree, released)
+    failing(released, tmp_path, KeyTableError, "keys of the file without a row: model.")
+
+
+def test_an_averaged_model(released, tmp_path):
+    """As torch.optim.swa_utils.AveragedModel saves itself, and where a file holds the average beside the weights."""
+    tensors = {key: value.clone() for key, value in read_checkpoint(released).tensors.items()}
+    average = {f"module.{key}": value for key, value in tensors.items()} | {"n_averaged": torch.tensor(7)}
+    torch.save(average, released)
+    assert set(read_checkpoint(released).tensors) == set(tensors)
+    torch.save({"model_ema": {key: value * 0 for key, value in tensors.items()}, "state_dict": tensors}, released)
+    assert torch.equal(read_checkpoint(released).tensors["visual.proj"], tensors["visual.proj"])
+
+
+def test_a_folder_of_hfvlm_is_said_to_be_one(clip_folder, tmp_path):
+    for source in (clip_folder, clip_folder / "model.safetensors"):
+        for preset in ("clip", "clip/tiny", "siglip"):
+            with pytest.raises(
+                CheckpointError, match="is hfvlm's own already .hfvlm_clip.*hfvlm verify.*hfvlm export"
+            ):
+                hfvlm.convert(source, preset, tmp_path / "out")
+
+
+def test_a_folder_of_transformers_is_said_to_be_one(clip_folder, tmp_path):
+    native = hfvlm.export(clip_folder, tmp_path / "native")
+    with pytest.raises(
+        KeyTableError, match=r"in transformers' own format \(clip in config.json\).*--preset clip"
+    ) as caught:
+        hfvlm.convert(native, "clip/tiny", tmp_path / "out")
+    assert "languagebind" not in str(caught.value)
+    hfvlm.convert(native, "clip", tmp_path / "out", vocabulary="none")
+
+
+def test_a_missing_source_is_said_to_be_missing(released, tmp_path):
+    for preset in ("clip/tiny", "clip", "llava/llava-v1.5-7b-lora"):
+        with pytest.raises(FileNotFoundError, match="clip-tny.pt: no such file or folder. Did you mean clip-tiny.pt?"):
+            hfvlm.convert(released.with_name("clip-tny.pt"), preset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"x"', "[" * 10**5, '{"vision_config": 3, "model_type": "clip"}'])
+def test_configurations_that_make_no_sense(released, tmp_path, content):
+    (released.parent / "config.json").write_text(content)
+    failing(released, tmp_path, (CheckpointError, ConfigurationError), "config.json|configuration", preset="clip")

@@ -38,6 +38,9 @@ def convert(  # noqa: PLR0913 (options)
         str | None, typer.Option(help="The tokenizer's original file; 'none' leaves the tokenizer out.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as released.")] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite, too.")
+    ] = False,
     check: Annotated[bool, typer.Option("--verify", help="Run `hfvlm verify` on the result.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -51,7 +54,8 @@ def convert(  # noqa: PLR0913 (options)
     given = {"base": base, "delta": delta, "vision": vision}
     parts = {name: str(path) for name, path in given.items() if path} | named_paths(part)
     with status(f"converting {source}"):
-        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, dtype=dtype, overwrite=overwrite)
+        options: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite, "overwrite": overwrite}
+        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, **options)
     record = json.loads((output / "conversion.json").read_text(encoding="utf-8"))
     note(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for", err=False)
     if check:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from hfvlm.inference.embedder import Embedder
+from hfvlm.inference.embedder import Embedder, chosen_device
 from hfvlm.inference.grounding import draw_boxes
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.media.video import Video, read_video
@@ -293,7 +293,7 @@ class TextDetector:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, threshold: float = 0.5, device: str = "cpu") -> "TextDetector":
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(device)
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(chosen_device(device))
         return cls(model, AutoProcessor.from_pretrained(folder), threshold=threshold)
 
     @torch.no_grad()
@@ -340,7 +340,7 @@ class BoxSegmenter:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "BoxSegmenter":
-        model = AutoModelForMaskGeneration.from_pretrained(folder).to(device)
+        model = AutoModelForMaskGeneration.from_pretrained(folder).to(chosen_device(device))
         return cls(model, AutoProcessor.from_pretrained(folder))
 
     @torch.no_grad()

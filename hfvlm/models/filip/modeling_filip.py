@@ -1,8 +1,10 @@
 """FILIP (https://arxiv.org/abs/2111.07783), with what https://github.com/Sense-GVT/DeCLIP at 5d99a85 adds to it.
 
-The authors released nothing; DeCLIP's reproduction is the one with weights. Where the two differ: the paper compares
-the tokens of a text that are not padding, the reproduction all 77 (here, those that `attention_mask` keeps; the
-embeddings of others are zero); and the reproduction's loss matches with 16 tokens of each pair (`top_k`).
+The authors released no weights of the paper's English models. Theirs are the Chinese FILIP and Wukong of
+huawei-noah/Pretrained-Language-Model (Noah_WuKong), another architecture; this one reads DeCLIP's reproduction.
+Where paper and reproduction differ: the paper compares the tokens of a text that are not padding, the reproduction all
+77 (here, those that `attention_mask` keeps; the embeddings of others are zero); and the reproduction's loss matches
+with 16 tokens of each pair (`top_k`).
 """
 
 from collections.abc import Callable

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from torch import Tensor
 
 from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer
+from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"
 # What the authors evaluate with: the text of a picture up to where the answer begins.
@@ -66,7 +66,7 @@ class HfvlmFlamingoTokenizer(HfvlmTokenizer):
         """
         path = Path(path)
         if path.suffix == ".json":
-            engine = Tokenizer.from_file(str(path))
+            engine = engine_from_json(path)
         else:
             engine = PieceTokenizer.from_vocabulary(path).backend_tokenizer
         added = (ENDOFCHUNK, IMAGE, PADDING)
