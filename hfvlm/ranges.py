@@ -5,6 +5,8 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+from hfvlm.messages import shown
+
 # Options of `generate` that are numbers: whether whole, the lowest, the highest, and whether the lowest is allowed.
 GENERATION: dict[str, tuple[bool, float, float | None, bool]] = {
     "max_new_tokens": (True, 1, None, True),
@@ -94,9 +96,3 @@ def bounds(low: float | None, high: float | None, *, open_low: bool = False) -> 
     if low is not None:
         return f" above {low:g}" if open_low else f" of at least {low:g}"
     return "" if high is None else f" of at most {high:g}"
-
-
-def shown(value: Any) -> str:
-    """Describe a value in an error: short, whatever it is."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
