@@ -236,7 +236,7 @@ class CaptioningModel(HfvlmPreTrainedModel, Generation):
         return input_ids
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         pixel_values: Any = None,
         input_ids: Tensor | None = None,

@@ -57,7 +57,7 @@ RANGES = {
     r".*_eps|.*dropout.*|.*_(rate|smoothing|share)|momentum|distillation": SHARE,
     r".*_token_id": TOKEN,
 }
-FOREIGN = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))  # type: ignore[arg-type]
+FOREIGN = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
 @cache
@@ -71,7 +71,7 @@ def check_fields(config: PreTrainedConfig) -> None:
     Raises:
         ConfigurationError: it says what the field may be.
     """
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config):
         if field.name in FOREIGN:
             continue
         value, name = getattr(config, field.name), f"{type(config).__name__}: {field.name}"

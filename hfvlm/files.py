@@ -105,7 +105,7 @@ class NamedErrors:
     """What `from_pretrained` cannot make anything of, with the folder's name."""
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but for its errors.
 
         Raises:
@@ -113,10 +113,11 @@ class NamedErrors:
             OSError: there are no such files.
         """
         try:
-            return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         except (FolderError, OSError, ImportError):
             raise
         except Exception as error:  # foreign values can make no sense in every way
             kind = FolderTypeError if isinstance(error, TypeError) else FolderError
             reason = " ".join(cut(str(error), 600).split()) or type(error).__name__
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise kind(f"{cut(str(source), 300)}: makes no {cls.__name__}: {reason}") from error

@@ -45,7 +45,7 @@ class Generation(StrictKeywords, GenerationMixin):
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        generator: Any = super()._get_candidate_generator(*args, **kwargs)
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         if getattr(generator, "vocab_size", None) is not None:
             generator.vocab_size = self.ids(generator.vocab_size)
         return generator

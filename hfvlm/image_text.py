@@ -135,7 +135,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
             logits_to_keep=logits_to_keep,
             **rest,
         )
-        return ImageTextOutput(**output, **as_outputs(features))
+        return ImageTextOutput(**{**output, **as_outputs(features)})
 
     def read_with(
         self,

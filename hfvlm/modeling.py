@@ -226,9 +226,10 @@ class DualEncoder(HfvlmPreTrainedModel):
         """The loss of pairs of embeddings, by the model's own objective or another of `hfvlm.losses`, over one or
         several processes."""
         loss = pair_loss or self.pair_loss
+        images: Any = output.image_embeds
         if self.training and torch.is_grad_enabled():
-            check_negatives(output.image_embeds.shape[0], rank_and_size(group)[1])
-        return loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
+            check_negatives(images.shape[0], rank_and_size(group)[1])
+        return loss(images, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
 
 
 class ImageClassifier(HfvlmPreTrainedModel):

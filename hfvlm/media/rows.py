@@ -88,7 +88,7 @@ def encoded(feature: Any) -> Any:
     if hasattr(feature, "decode"):
         return replace(feature, decode=False)
     if isinstance(feature, Mapping):
-        return type(feature)({name: encoded(inner) for name, inner in feature.items()})
+        return type(feature)({name: encoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
     if isinstance(feature, list):
         return [encoded(inner) for inner in feature]
     if isinstance(feature, datasets.List):

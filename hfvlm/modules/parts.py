@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 FRAMES = 32
 
 
-def in_parts(tower: Callable[..., ModelOutput], values: Tensor, frames: int = 1, **kwargs: Any) -> ModelOutput:
+def in_parts(tower: Callable[..., Any], values: Tensor, frames: int = 1, **kwargs: Any) -> Any:
     """The output of a tower over a batch, `FRAMES` frames at a time where nothing is trained.
 
     Rows of a batch do not influence each other, so the parts' outputs, joined, are those of the whole.

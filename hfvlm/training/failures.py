@@ -1,9 +1,10 @@
 """Runs that can only fail: told apart and ended, with what to change."""
 
 import os
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
@@ -97,7 +98,7 @@ def check_loss(loss: Tensor, step: int, arguments: TrainingArguments) -> None:
         )
 
 
-def check_weights(model: nn.Module, step: int) -> None:
+def check_weights(model: Any, step: int) -> None:
     """End a run whose weights are not finite, before they are saved.
 
     Raises:

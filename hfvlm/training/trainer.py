@@ -114,7 +114,7 @@ class ContrastiveTrainer(RowTrainer):
     def contrast(self, output: ModelOutput) -> Tensor:
         """The loss of a whole batch, in the precision of the embeddings or better."""
         loss = PAIR_LOSSES.get(self.args.loss or "")
-        if self.model.training:
+        if self.model is not None and self.model.training:
             self.watch.see(output, self.state.global_step + 1, self.args)
         with torch.autocast(self.args.device.type, enabled=False):
             return self.bare_model.contrast(output, loss, self.group)

@@ -132,7 +132,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         return token_losses(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing).sum(dim=1)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         pixel_values: Any = None,
         input_ids: Any = None,

@@ -156,7 +156,7 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
     def token_count_fields(self) -> str:
         return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """With positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
@@ -243,7 +243,7 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
             start = self.config.text_config.decoder_start_token_id
             rest["decoder_input_ids"] = torch.full((embeds.shape[0], 1), start, device=embeds.device)
         output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
-        return ImageTextSeq2SeqOutput(**output, **as_outputs(features))
+        return ImageTextSeq2SeqOutput(**{**output, **as_outputs(features)})
 
     def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
         read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
