@@ -7,7 +7,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from hfvlm.media.errors import MediaError
-from hfvlm.media.sources import AllowUrls, name_of, opened, read_batch
+from hfvlm.media.sources import AllowUrls, name_of, opened, read_batch, to_numpy
 
 MAX_PIXELS = 89_478_485  # Pillow warns from here on; here it is the end
 # Pillow reads more, but some of those formats run other programs (EPS) or are documents.
@@ -77,7 +77,7 @@ def _check_pixels(width: int, height: int, name: str) -> None:
 
 def array_to_image(array: Any, name: str) -> Image.Image:
     """(H, W), (H, W, C) or (C, H, W), see `read_image`. Three rows of three channels are read as channels last."""
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    array = to_numpy(array)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:

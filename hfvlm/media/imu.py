@@ -8,7 +8,7 @@ import torch
 
 from hfvlm.media.errors import MediaError
 from hfvlm.media.recordings import Recording, check_size, resample, with_rate
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, read_array, read_batch
+from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, read_array, read_batch, to_numpy
 
 CHANNELS = 6
 # Units that fit no wearable: 16 g and 2,000 degrees a second are 157 m/s^2 and 35 rad/s.
@@ -74,7 +74,7 @@ def read_imu(
 
 
 def _channels_first(values: Any, channels: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    array = to_numpy(values)
     if array.ndim == 2 and array.shape[0] != channels and array.shape[1] == channels:
         array = array.T
     if array.ndim != 2 or array.shape[0] != channels:

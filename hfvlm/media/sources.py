@@ -81,10 +81,19 @@ def opened(source: Any, name: str, allow_urls: AllowUrls) -> Iterator[BinaryIO |
         yield source if hasattr(source, "read") else None
 
 
+def to_numpy(values: Any) -> np.ndarray:
+    """A tensor, or what NumPy reads, as an array; NumPy has no bfloat16, which becomes float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    known = not values.is_floating_point() or values.dtype in (torch.float16, torch.float32, torch.float64)
+    return (values if known else values.float()).numpy()
+
+
 def read_array(source: Any, name: str) -> np.ndarray | None:
     """An array, a tensor, a nested list of numbers or a `.npy` file, as a NumPy array; None for anything else."""
     if isinstance(source, torch.Tensor):
-        return source.detach().cpu().numpy()
+        return to_numpy(source)
     if isinstance(source, np.ndarray):
         return source
     if isinstance(source, list | tuple):

@@ -18,6 +18,7 @@ from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
+from hfvlm.settings import number
 
 MEAN, STD = HfvlmCLIPImageProcessor.image_mean, HfvlmCLIPImageProcessor.image_std
 
@@ -98,6 +99,7 @@ class HfvlmLanguageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["pixel_values_videos"]
     SETTINGS = ("size", "num_frames", "image_mean", "image_std")
     SOURCE_OPTIONS = ("fps",)
+    tuples_are_batches = False
 
     size: int = 224
     num_frames: int = 8
@@ -194,6 +196,7 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
 
     model_input_names = ["depth_values"]
     SETTINGS = ("size", "nearest", "farthest", "image_mean", "image_std", "antialias")
+    CHECKS = {"farthest": number(least=0)}
     SOURCE_OPTIONS = ("encoding",)
 
     size: int = 224
@@ -202,6 +205,12 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
     image_mean: list[float] = MEAN
     image_std: list[float] = STD
     antialias: bool = False
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if settings["farthest"] and settings["nearest"] >= settings["farthest"]:
+            raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
+        return settings
 
     def read(self, sources: Any, **options: Any) -> list[np.ndarray]:
         return read_depths(sources, **options)
