@@ -203,7 +203,7 @@ class ImageTextProcessor(MediaTextProcessor):
         return self.count_tokens([(picture.height, picture.width) for picture in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
-        return read_images(sources, allow_urls=allow_urls)
+        return read_images(sources, upright=self.media_processor.upright, allow_urls=allow_urls)
 
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any

@@ -10,9 +10,10 @@ from transformers import FeatureExtractionMixin, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hfvlm.media.images import read_images, to_8_bits
+from hfvlm.media.errors import MediaError
+from hfvlm.media.images import image_batch, read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
-from hfvlm.media.sources import parallel
+from hfvlm.media.sources import as_batch, name_of, parallel
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 # Options of transformers' own image processors that its pipelines pass to every one.
@@ -59,9 +60,12 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     """Pictures to normalised pixels, as the originals' PIL pipelines make them: resize in the picture's own mode,
     convert to RGB, scale, normalise.
 
-    Takes whatever `hfvlm.media.read_image` reads, in any mixture, and decodes and resizes on several threads.
+    Takes whatever `hfvlm.media.read_image` reads, in any mixture. Each image is decoded and resized in one task, on
+    several threads, so that a batch of large images is never in memory as a whole.
 
     Args:
+        upright: turn images as their EXIF says, as viewers do; False takes pixels as they are stored, as the originals
+            do.
         resample: Pillow's filter; 2 is bilinear, 3 is bicubic.
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
@@ -71,8 +75,17 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    SETTINGS: tuple[str, ...] = ("resample", "image_mean", "image_std", "do_resize", "do_rescale", "do_normalize")
+    SETTINGS: tuple[str, ...] = (
+        "upright",
+        "resample",
+        "image_mean",
+        "image_std",
+        "do_resize",
+        "do_rescale",
+        "do_normalize",
+    )
 
+    upright: bool = True
     resample: int = 3
     image_mean: list[float] = [0.5, 0.5, 0.5]
     image_std: list[float] = [0.5, 0.5, 0.5]
@@ -88,7 +101,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
         """Read paths, bytes and arrays; transformers' own version would also fetch URLs."""
-        return read_images(images)
+        return read_images(images, upright=self.upright)
 
     def preprocess(
         self,
@@ -112,9 +125,12 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
             TypeError: an unknown setting.
         """
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        pictures = enumerate(read_images(images, allow_urls=allow_urls))
-        arrays = parallel(lambda item: self.pixels(item[1], settings, f"image {item[0]}"), list(pictures))
-        return self.batch(arrays, settings, return_tensors)
+
+        def prepared(item: tuple[int, Any]) -> np.ndarray:
+            image = read_image(item[1], upright=settings["upright"], allow_urls=allow_urls, index=item[0])
+            return self.pixels(image, settings, f"image {item[0]}")
+
+        return self.batch(parallel(prepared, list(enumerate(image_batch(images)))), settings, return_tensors)
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         """One picture -> (3, H, W), float32."""
@@ -199,9 +215,12 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
 
     A subclass reads its kind of source in `read`, and makes the array of one in `features`. What is said of the
     sources in a call, such as their sampling rate, it names in `SOURCE_OPTIONS`; the settings describe the result.
+    Each source is read and prepared in one task.
     """
 
+    KIND = "input"
     model_input_names: list[str]
+    split = staticmethod(as_batch)
     SOURCE_OPTIONS: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
@@ -230,8 +249,18 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
         """
         options = {name: kwargs.pop(name) for name in self.SOURCE_OPTIONS if kwargs.get(name) is not None}
         settings = self.settings_for(kwargs, (*FOREIGN_OPTIONS, *self.SOURCE_OPTIONS))
-        media = self.read(sources, allow_urls=allow_urls, **options)
-        arrays = parallel(lambda medium: self.features(medium, settings), media)
+
+        def prepared(item: tuple[int, Any]) -> np.ndarray:
+            index, source = item
+            name = name_of(self.KIND, source, index)
+            medium = self.read(source, index=index, allow_urls=allow_urls, **options)
+            self.check(medium, settings, name)
+            try:
+                return self.features(medium, settings)
+            except MediaError as error:
+                raise MediaError(str(error) if name in str(error) else f"{name}: {error}") from error
+
+        arrays = parallel(prepared, list(enumerate(self.split(sources))))
         if return_tensors is None:
             return BatchFeature({self.model_input_names[0]: arrays})
         if not arrays:
@@ -239,8 +268,11 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
         return BatchFeature(self.batch(arrays), tensor_type=return_tensors)
 
     @abstractmethod
-    def read(self, sources: Any, **options: Any) -> list[Any]:
-        """What users have, as `hfvlm.media` reads it."""
+    def read(self, source: Any, **options: Any) -> Any:
+        """Read one source, as `hfvlm.media` does."""
+
+    def check(self, medium: Any, settings: Mapping[str, Any], name: str) -> None:  # noqa: B027 (most check nothing)
+        """Refuse, or warn of, what was read and lies outside of what the model knows."""
 
     @abstractmethod
     def features(self, medium: Any, settings: Mapping[str, Any]) -> np.ndarray:

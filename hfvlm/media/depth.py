@@ -21,6 +21,8 @@ from hfvlm.media.sources import (
 )
 
 MAX_METRES = 1000.0
+# Times a model's farthest depth at which a map is in other units.
+FAR_BEYOND = 5
 # GeoTIFF's tag with the value of pixels that were not measured.
 NO_DATA = 42113
 
@@ -100,22 +102,25 @@ def read_depth(
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def check_range(metres: np.ndarray, farthest: float) -> None:
-    """Refuse a depth map that lies beyond what a model was trained on, and warn of one of which most does.
+def check_range(metres: np.ndarray, farthest: float, name: str) -> None:
+    """Warn of a depth map that lies mostly beyond what a model was trained on, and refuse one that lies far beyond.
 
     Raises:
-        MediaError: every depth is beyond `farthest`, as in a map in other units than metres.
+        MediaError: every depth is beyond five times `farthest`, as in a map in other units than metres.
     """
     measured = metres[metres > 0]
-    if not measured.size or np.median(measured) <= farthest:
+    if not farthest or not measured.size or np.median(measured) <= farthest:
         return
     values = f"{measured.min():g}..{measured.max():g} m"
-    if measured.min() > farthest:
+    if measured.min() > FAR_BEYOND * farthest:
         raise MediaError(
-            f"every depth, in {values}, is beyond the {farthest:g} m that the model knows: pass metres, or set "
+            f"{name}: depths in {values}, far beyond the {farthest:g} m that the model knows: pass metres, or set "
             "farthest."
         )
-    logger.warning("Depths in %s: most are beyond the %g m that the model knows, and are cut to it.", values, farthest)
+    logger.warning(
+        "%s: depths in %s: most are beyond the %g m that the model knows, and are cut to it. Is the map in metres?",
+        *(name, values, farthest),
+    )
 
 
 def one_by_one(sources: Any) -> list[Any]:

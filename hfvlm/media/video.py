@@ -135,9 +135,6 @@ class Video(ABC):
             if frame.nbytes * len(places) > MAX_DECODED_BYTES:
                 raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Ask for fewer.")
             found[i] = frame
-        shapes = {frame.shape for frame in found.values()}
-        if len(shapes) > 1:
-            raise MediaError(f"{self.name}: frames of different sizes {sorted(shapes)} make no video.")
         return np.stack([found[i] for i in indices])
 
     def stream(self, places: Sequence[int]) -> Iterator[np.ndarray]:
@@ -151,12 +148,20 @@ class Video(ABC):
         places = list(places)
         if not places or not 0 <= min(places) <= max(places) < self.num_frames:
             raise MediaError(f"{self.name}: there are no frames {places[:8]} in a video of {self.num_frames}.")
-        count = 0
+        count, first = 0, None
         for frame in self._decode(places):
             count += 1
+            first = first or frame.shape
+            if frame.shape != first:
+                raise MediaError(f"{self.name}: frames of different sizes {[first, frame.shape]} make no video.")
             yield frame
         if count < len(places):
             raise MediaError(f"{self.name}: damaged or truncated; {len(places) - count} frames are not there.")
+
+    def tensors(self, places: Sequence[int]) -> Iterator[torch.Tensor]:
+        """As `stream`, each `(3, H, W)`."""
+        for frame in self.stream(places):
+            yield torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
 
     @abstractmethod
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:

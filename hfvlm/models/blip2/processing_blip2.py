@@ -179,7 +179,9 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
 
     def films(self, videos: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Films and what is asked about each -> the model's inputs; see `__call__`."""
-        frames, texts = [read_images(list(film)) for film in videos], [text] if isinstance(text, str) else list(text)
+        upright = self.image_processor.upright
+        frames = [read_images(list(video), upright=upright) for video in videos]
+        texts = [text] if isinstance(text, str) else list(text)
         counts = [len(film) for film in frames]
         if len(set(counts)) != 1 or len(counts) != len(texts):
             raise ValueError(

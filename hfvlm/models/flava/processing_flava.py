@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import AddedToken, normalizers
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.media.images import read_images, to_8_bits
+from hfvlm.media.images import image_batch, read_image, to_8_bits
 from hfvlm.media.resizing import squash
 from hfvlm.media.sources import parallel
 from hfvlm.models.flava.block_mask import BlockMask
@@ -89,8 +89,12 @@ class HfvlmFLAVAImageProcessor(FixedSizeImageProcessor):
         """As `HfvlmImageProcessor`; `codebook_pixel_values` `(B, 3, h, w)`, from 0.1 to 0.9, and `bool_masked_pos`
         `(B, rows, columns)` come with what asks for them."""
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        named = list(enumerate(read_images(images, allow_urls=allow_urls)))
-        pictures = parallel(lambda item: self.fitted(item[1], settings, f"image {item[0]}"), named)
+
+        def prepared(item: tuple[int, Any]) -> Image.Image:
+            image = read_image(item[1], upright=settings["upright"], allow_urls=allow_urls, index=item[0])
+            return self.fitted(image, settings, f"image {item[0]}")
+
+        pictures = parallel(prepared, list(enumerate(image_batch(images))))
         data = dict(super().preprocess(pictures, return_tensors, **kwargs | {"do_resize": False}))
         if settings["return_codebook_pixels"]:
             data["codebook_pixel_values"] = self.codebook_pixels(pictures, settings)

@@ -14,7 +14,7 @@ from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import HfvlmImageProcessor
+from hfvlm.processing import FOREIGN_OPTIONS, HfvlmImageProcessor
 from hfvlm.tokenization import PieceTokenizer
 
 MODES = ("crop", "pad", "tiles")
@@ -58,10 +58,12 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
     ) -> BatchFeature:
         """Pictures -> `pixel_values` `(B, 3, H, W)`; or, of tiles, `(views, 3, H, W)`, each picture's whole first, and
         `image_sizes` `(B, 2)`, their heights and widths in pixels."""
-        pictures = read_images(images, allow_urls=allow_urls)
+        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
+        if settings["resize_mode"] != "tiles":
+            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
+        pictures = read_images(images, upright=settings["upright"], allow_urls=allow_urls)
         inputs = super().preprocess(pictures, return_tensors, **kwargs)
-        if (kwargs.get("resize_mode") or self.resize_mode) == "tiles":
-            inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
+        inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
         return BatchFeature(inputs.data, tensor_type=return_tensors)
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
