@@ -40,13 +40,20 @@ def of_sources(sources: Any) -> Any:
 
 
 def flat_images(images: Any) -> list[Any]:
-    """Images in lists and tuples of any depth, and in arrays of (B, H, W, C), one by one."""
+    """Images in lists and tuples of any depth, or in an array of (B, H, W, C), one by one."""
     images = listed(images)
-    if isinstance(images, list | tuple):
-        return [image for item in images for image in flat_images(item)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
-    return [images]
+    return list(_flat(images))
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    images = listed(images)
+    if isinstance(images, list | tuple):
+        for item in images:
+            yield from _flat(item)
+    else:
+        yield images
 
 
 def texts_of(text: Any, name: str = "text") -> Any:

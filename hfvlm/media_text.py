@@ -118,9 +118,13 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         """Refuse keywords of `apply_chat_template` that would be swallowed."""
         known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *TEXT_OPTIONS, *FIXED_OPTIONS}
         known |= {*call_keywords(self.media_processor), "images", "videos", "sanitize_control_tokens", "tools"}
-        known |= {"documents", "common_kwargs", *(f"{group}_kwargs" for group in ("text", "images", "videos", "audio"))}
+        known |= {
+            "documents",
+            "common_kwargs",
+            *(f"{group}_kwargs" for group in ("text", "images", "videos", "audio")),
+        }
         words = set(re.findall(r"\w+", f"{template or ''} {self.chat_template or ''}"))
-        check_keywords(self, set(kwargs) - words, known - {"self", "kwargs"}, "option")
+        check_keywords(self, set(kwargs) - words, known - {"self", "kwargs"})
 
     def render(self, messages: Sequence[Any], **options: Any) -> str:
         """The text of messages that are protected already."""
@@ -299,8 +303,8 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         given = [len(own) for own in groups]
         if given != wanted:
             raise ValueError(
-                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. Each has "
-                f"one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
+                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
+                f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
             )
         every = [picture for own in groups for picture in own]
         read = iter(self.read(every, allow_urls=allow_urls) if every else ())
@@ -350,7 +354,8 @@ class ImageTextProcessor(MediaTextProcessor):
         return self.count_tokens([(picture.height, picture.width) for picture in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
-        return read_images(flat_images(sources), allow_urls=allow_urls)
+        upright = self.media_processor.upright
+        return read_images(flat_images(sources), upright=upright, allow_urls=allow_urls)
 
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any

@@ -12,10 +12,11 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
 
-from hfvlm.batches import flat_images, is_empty, listed, of_sources
-from hfvlm.media.images import read_images, to_8_bits
+from hfvlm.batches import flat_images, is_empty, of_sources
+from hfvlm.media.errors import MediaError
+from hfvlm.media.images import read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
-from hfvlm.media.sources import parallel
+from hfvlm.media.sources import as_batch, name_of, parallel
 from hfvlm.settings import LOADING, STORED, Check, Settings, check_keywords, flag, one_of, rectangle, sharing
 from hfvlm.tokenization import PADDINGS, TOKENIZER_ARGUMENTS, TOKENIZER_SETTINGS
 
@@ -73,9 +74,12 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     """Pictures to normalised pixels, as the originals' PIL pipelines make them: resize in the picture's own mode,
     convert to RGB, scale, normalise.
 
-    Takes whatever `hfvlm.media.read_image` reads, in any mixture, and decodes and resizes on several threads.
+    Takes whatever `hfvlm.media.read_image` reads, in any mixture. Each image is decoded and resized in one task, on
+    several threads, so that a batch of large images is never in memory as a whole.
 
     Args:
+        upright: turn images as their EXIF says, as viewers do; False takes pixels as they are stored, as the originals
+            do.
         resample: Pillow's filter; 2 is bilinear, 3 is bicubic.
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
@@ -91,6 +95,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
     SETTINGS: tuple[str, ...] = (
+        "upright",
         "resample",
         "image_mean",
         "image_std",
@@ -101,6 +106,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     )
     STANDING = frozenset(FOREIGN_OPTIONS)
 
+    upright: bool = True
     resample: int = 3
     image_mean: list[float] = [0.5, 0.5, 0.5]
     image_std: list[float] = [0.5, 0.5, 0.5]
@@ -115,7 +121,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
         """Read paths, bytes and arrays; transformers' own version would also fetch URLs."""
-        return read_images(images)
+        return read_images(images, upright=self.upright)
 
     def preprocess(
         self,
@@ -141,22 +147,28 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
             ValueError: a value that a setting cannot have, or no images.
         """
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        named = list(enumerate(self.read(images, allow_urls, kwargs)))
-        arrays = parallel(lambda item: self.pixels(item[1], settings, f"image {item[0]}"), named)
+
+        def prepared(item: tuple[int, Any]) -> np.ndarray:
+            return self.pixels(self.read(item, settings, allow_urls), settings, f"image {item[0]}")
+
+        arrays = parallel(prepared, list(enumerate(self.sources(images, kwargs))))
         return on_device(self.batch(arrays, settings, return_tensors), kwargs.get("device"))
 
-    def read(self, images: Any, allow_urls: bool | Collection[str], options: Mapping[str, Any]) -> list[Image.Image]:
-        """The images of a call, decoded, in their own modes.
+    def sources(self, images: Any, options: Mapping[str, Any]) -> list[Any]:
+        """The images of a call, one by one.
 
         Raises:
-            MediaError: an image cannot be read; the message names it.
             ValueError: there are none, or an option of the call cannot be followed.
         """
         check_foreign(self, options)
         flat = [channels_last(image, options.get("input_data_format")) for image in flat_images(images)]
         if not flat:
             raise ValueError(f"{type(self).__name__} was given no images: an empty list.")
-        return read_images(flat, allow_urls=allow_urls)
+        return flat
+
+    def read(self, item: tuple[int, Any], settings: Mapping[str, Any], allow_urls: Any) -> Image.Image:
+        """One image and its place in the batch -> the image, decoded, in its own mode."""
+        return read_image(item[1], upright=settings["upright"], allow_urls=allow_urls, index=item[0])
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         """One picture -> (3, H, W), float32."""
@@ -236,9 +248,12 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
 
     A subclass reads its kind of source in `read`, and makes the array of one in `features`. What is said of the
     sources in a call, such as their sampling rate, it names in `SOURCE_OPTIONS`; the settings describe the result.
+    Each source is read and prepared in one task.
     """
 
+    KIND = "input"
     model_input_names: list[str]
+    split = staticmethod(as_batch)
     SOURCE_OPTIONS: tuple[str, ...] = ()
 
     # Every row of a batch has one size already: there is nothing to pad or to cut.
@@ -292,22 +307,32 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
         settings = self.settings_for(kwargs, {*self.STANDING, *self.SOURCE_OPTIONS})
         check_foreign(self, kwargs)
         self.check_padding(kwargs)
-        sources = self.batched(sources)
         if is_empty(sources):
             raise ValueError(f"{type(self).__name__} was given an empty batch.")
-        media = self.read(sources, allow_urls=allow_urls, **options)
-        arrays = parallel(lambda medium: self.features(medium, settings), media)
+
+        def prepared(item: tuple[int, Any]) -> np.ndarray:
+            index, source = item
+            name = name_of(self.KIND, source, index)
+            medium = self.read(source, index=index, allow_urls=allow_urls, **options)
+            self.check(medium, settings, name)
+            try:
+                return self.features(medium, settings)
+            except MediaError as error:
+                raise MediaError(str(error) if name in str(error) else f"{name}: {error}") from error
+
+        # A tuple may be one video, of which it holds the frames.
+        batch = self.split(sources if self.KIND == "video" else of_sources(sources))
+        arrays = parallel(prepared, list(enumerate(batch)))
         if return_tensors is None:
             return BatchFeature({self.model_input_names[0]: arrays})
         return on_device(BatchFeature(self.batch(arrays), tensor_type=return_tensors), kwargs.get("device"))
 
-    def batched(self, sources: Any) -> Any:
-        """A batch in another container, such as a Series or a tuple of paths, as a list."""
-        return of_sources(sources) if self.tuples_are_batches else listed(sources)
-
     @abstractmethod
-    def read(self, sources: Any, **options: Any) -> list[Any]:
-        """What users have, as `hfvlm.media` reads it."""
+    def read(self, source: Any, **options: Any) -> Any:
+        """Read one source, as `hfvlm.media` does."""
+
+    def check(self, medium: Any, settings: Mapping[str, Any], name: str) -> None:
+        """Refuse, or warn of, what was read and lies outside of what the model knows."""
 
     @abstractmethod
     def features(self, medium: Any, settings: Mapping[str, Any]) -> np.ndarray:
@@ -343,7 +368,7 @@ class HfvlmProcessor(ProcessorMixin):
     CHECKS: Mapping[str, Check] = {}
 
     def __init__(self, *parts: Any, **kwargs: Any):
-        check_keywords(self, kwargs, {*self.arguments(), *STORED, *LOADING}, "argument")
+        check_keywords(self, kwargs, self.arguments(), {*STORED, *LOADING})
         super().__init__(*parts, **{k: v for k, v in kwargs.items() if k not in {*STORED, *LOADING}})
 
     @classmethod
@@ -378,8 +403,9 @@ class HfvlmProcessor(ProcessorMixin):
         if not kwargs.get("return_unused_kwargs"):
             parts = [getattr(loaded, name) for name in cls.get_attributes()]
             settings = {name for part in parts if isinstance(part, Settings) for name in part.SETTINGS}
-            known = {*settings, *cls.arguments(), *TOKENIZER_SETTINGS, *STORED, *LOADING, "return_unused_kwargs"}
-            check_keywords(cls, (name for name in kwargs if not name.endswith("_token")), known, "argument")
+            given = [name for name in kwargs if not name.endswith("_token")]
+            standing = {*TOKENIZER_SETTINGS, *STORED, *LOADING, "return_unused_kwargs"}
+            check_keywords(cls, given, {*settings, *cls.arguments()}, standing)
         return loaded
 
     @classmethod
@@ -404,8 +430,8 @@ class HfvlmProcessor(ProcessorMixin):
         Raises:
             TypeError: processor_config.json names an argument that the processor does not have.
         """
-        known = {*cls.arguments(), *STORED, *LOADING}
-        check_keywords(f"{cls.__name__} (processor_config.json)", processor_dict, known, "argument")
+        name = f"{cls.__name__} (processor_config.json)"
+        check_keywords(name, processor_dict, cls.arguments(), {*STORED, *LOADING})
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     @property
@@ -449,10 +475,10 @@ class HfvlmProcessor(ProcessorMixin):
         for group in dict.fromkeys([*known, *GROUPS]):
             options[group] = dict(rest.pop(f"{group}_kwargs", None) or {})
             words = known[group] if group in known else GROUPS[group]
-            check_keywords(f"{name}, {group}_kwargs", options[group], words, "option")
+            check_keywords(f"{name}, {group}_kwargs", options[group], words)
         groups = [f"{group}_kwargs" for group in options]
-        check_keywords(self, rest, {*(word for group in flat for word in known[group]), *groups}, "option")
-        check_keywords(f"{name}, common_kwargs", common, set().union(*known.values()), "option")
+        check_keywords(self, rest, {*(word for group in flat for word in known[group]), *groups})
+        check_keywords(f"{name}, common_kwargs", common, set().union(*known.values()))
         for word, value in rest.items():
             first = next(group for group in flat if word in known[group])
             options[first].setdefault(word, value)

@@ -43,16 +43,18 @@ class Protector:
     def texts(self, texts: list[str], skip: str = "", count: int = 0) -> list[str]:
         """Texts that may be joined: a token may be spread over several."""
         texts = [unprotected(text) for text in texts]
-        whole, ends = "".join(texts), []
+        whole = "".join(texts)
         meant = [match.span() for match in re.finditer(re.escape(skip), whole)][:count] if skip else []
-        for match in self.pattern.finditer(whole):
-            if not any(start <= match.start() < end for start, end in meant):
-                ends.append(match.start() + 1)
+        ends = [
+            match.start() + 1
+            for match in self.pattern.finditer(whole)
+            if not any(start <= match.start() < end for start, end in meant)
+        ]
         marked, place = [], 0
         for text in texts:
             own = [end - place for end in ends if place < end <= place + len(text)]
             for end in reversed(own):
-                text = text[:end] + PROTECTED + text[end:]  # noqa: PLW2901
+                text = text[:end] + PROTECTED + text[end:]
             marked.append(text)
             place += len(unprotected(text))
         return marked

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+
+from hfvlm.keywords import unknown_keyword
 
 # A value in its saved form, or a ValueError that says what it must be.
 Check: TypeAlias = Callable[[Any], Any]
@@ -63,28 +64,27 @@ LOADING = frozenset(
         "variant",
     }
 )
-# What `from_pretrained` of a whole processor was given: each part takes its own, and the whole checks that all was taken.
+# What `from_pretrained` of a whole processor was given: each part takes its own, the whole checks that all was taken.
 _shared: ContextVar[frozenset[str]] = ContextVar("shared_keywords", default=frozenset())
 
 
-def unknown_keywords(owner: Any, names: Iterable[str], known: Collection[str], kind: str = "setting") -> TypeError:
-    """The error of keywords that `owner`, an object, a class or its name, does not know: it names the nearest known."""
-    name = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
-    hints = []
-    for unknown in sorted(names):
-        nearest = get_close_matches(unknown, sorted(known), n=1, cutoff=0)
-        hints.append(unknown + (f" (nearest: {nearest[0]})" if nearest else ""))
-    return TypeError(f"{name} has no {kind} {', '.join(hints)}.")
+def check_keywords(
+    owner: Any, given: Iterable[str], known: Collection[str], standing: Collection[str] = ()
+) -> None:
+    """Refuse keywords that `owner`, an object, a class or its name, does not know.
 
-
-def check_keywords(owner: Any, given: Iterable[str], known: Collection[str], kind: str = "setting") -> None:
-    """Refuse keywords that are not known.
+    Args:
+        owner: whose keywords they are.
+        given: keywords.
+        known: its own, of which the error names the nearest.
+        standing: others, of transformers.
 
     Raises:
-        TypeError: naming them and the nearest known one.
+        TypeError: naming the first of them and the nearest known one.
     """
-    if unknown := set(given) - set(known):
-        raise unknown_keywords(owner, unknown, {name for name in known if not name.startswith("_")}, kind)
+    for name in sorted(set(given) - set(known) - set(standing)):
+        title = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+        raise unknown_keyword(title, name, known)
 
 
 @contextmanager
@@ -253,6 +253,7 @@ CHECKS: dict[str, Check] = {
     "sampling_rate": whole(1, 1_000_000),
     "size": edge,
     "std": number(above=0),
+    "upright": flag,
 }
 
 
@@ -274,8 +275,7 @@ class Settings:
             TypeError: an unknown setting.
             ValueError: a value that the setting cannot have.
         """
-        known = {*self.SETTINGS, *self.STANDING, *STORED, *LOADING, *shared()}
-        check_keywords(self, kwargs, known)
+        check_keywords(self, kwargs, self.SETTINGS, {*self.STANDING, *STORED, *LOADING, *shared()})
         for name, value in self.checked(self.settled(kwargs, type(self))).items():
             setattr(self, name, value)
         return {name: value for name, value in kwargs.items() if name in STORED}
@@ -287,14 +287,12 @@ class Settings:
             TypeError: an unknown setting.
             ValueError: a value that the setting cannot have.
         """
-        check_keywords(self, kwargs, {*self.SETTINGS, *ignored})
+        check_keywords(self, kwargs, self.SETTINGS, ignored)
         return self.checked(self.settled(kwargs, self))
 
     def settled(self, given: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
         """Every setting: as it is given, or else the default's; None stands for the default."""
-        return {
-            name: getattr(defaults, name) if given.get(name) is None else given[name] for name in self.SETTINGS
-        }
+        return {name: getattr(defaults, name) if given.get(name) is None else given[name] for name in self.SETTINGS}
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings in their saved form.
@@ -324,6 +322,6 @@ class Settings:
         returned = kwargs.pop("return_unused_kwargs", False)
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.SETTINGS}
         if not returned:
-            check_keywords(cls, kwargs, {*cls.SETTINGS, *cls.STANDING, *STORED, *LOADING, *shared()})
+            check_keywords(cls, kwargs, cls.SETTINGS, {*cls.STANDING, *STORED, *LOADING, *shared()})
         made = cls(**{**fields, **own})
         return (made, kwargs) if returned else made

@@ -95,7 +95,10 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 
 # Keywords of a tokenizer's call.
-TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call__).parameters) - {"self", "kwargs"} | {
+TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call__).parameters) - {
+    "self",
+    "kwargs",
+} | {
     "max_target_length",
     "sanitize_control_tokens",
     "split_special_tokens",
@@ -222,7 +225,7 @@ class HfvlmTokenizer(TokenizersBackend):
             ValueError: naming the argument and what it must be.
         """
         tokens = {name for name, value in kwargs.items() if name.endswith("_token") and isinstance(value, TOKEN)}
-        check_keywords(self, kwargs, {*self.known_settings(), *tokens, *shared()}, "argument")
+        check_keywords(self, kwargs, self.known_settings() - LOADING - STORED, {*LOADING, *STORED, *tokens, *shared()})
         longest = kwargs.get("model_max_length")
         if longest is not None:
             self.check_number("model_max_length", longest, 1, 10**30)
@@ -272,9 +275,9 @@ class HfvlmTokenizer(TokenizersBackend):
             TypeError: an unknown keyword, naming the nearest one.
             ValueError: naming the keyword and what it must be.
         """
-        check_keywords(self, options, TOKENIZER_ARGUMENTS, "argument")
+        check_keywords(self, options, TOKENIZER_ARGUMENTS)
         nested = options.get("tokenizer_kwargs") or {}
-        check_keywords(f"{type(self).__name__}, tokenizer_kwargs", nested, TOKENIZER_ARGUMENTS, "argument")
+        check_keywords(f"{type(self).__name__}, tokenizer_kwargs", nested, TOKENIZER_ARGUMENTS)
         for given in (options, nested):
             for name, least in LEAST.items():
                 if given.get(name) is not None:
@@ -479,12 +482,14 @@ class HfvlmTokenizer(TokenizersBackend):
         Raises:
             TypeError: an unknown keyword.
         """
-        check_keywords(self, kwargs, {"spaces_between_special_tokens", "use_source_tokenizer"}, "argument")
+        check_keywords(self, kwargs, {"spaces_between_special_tokens", "use_source_tokenizer"})
         text: Any = super().decode(self.decodable(token_ids, skip=skip_special_tokens), skip_special_tokens)
         clean = clean_up_tokenization_spaces
         if not (self.clean_up_tokenization_spaces if clean is None else clean):
             return text
-        return self.clean_up_tokenization(text) if isinstance(text, str) else list(map(self.clean_up_tokenization, text))
+        return (
+            self.clean_up_tokenization(text) if isinstance(text, str) else list(map(self.clean_up_tokenization, text))
+        )
 
     def decodable(self, token_ids: Any, *, skip: bool) -> Any:
         """Ids as they are decoded; with `skip`, special tokens are to be left out."""

@@ -117,7 +117,7 @@ def test_the_sound_of_a_film():
     recording = read_audio(sound_in_a_film())
     assert recording.sampling_rate == RATE
     assert abs(recording.samples.shape[1] - RATE) < 2048
-    with pytest.raises(MediaError, match="has no sound"):
+    with pytest.raises(MediaError, match="has no audio"):
         read_audio(film())
 
 
@@ -140,8 +140,8 @@ def test_batches_of_sound_keep_their_order():
         (sound(format="OGG")[:2000], "truncated|damaged"),
         (sound_in_a_film()[:3000], "damaged"),
         (b"", "damaged"),
-        (b"hello world" * 10, "not a film or a sound"),
-        (b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:1/seg.ts\n", "not a film or a sound"),
+        (b"hello world" * 10, "not a video or audio"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:1/seg.ts\n", "not a video or audio"),
         ("nope.wav", "nope.wav: no such file"),
         ("http://example.org/a.wav", "URLs are refused"),
         (TONE, "no sampling rate of its own"),
@@ -152,10 +152,10 @@ def test_batches_of_sound_keep_their_order():
         ((np.full(9, np.nan), RATE), "NaN or infinity"),
         ((TONE * 30_000, RATE), "Divide 16-bit values by 32768"),
         ((np.zeros((100, 100)), RATE), "is not \\(N,\\)"),
-        ((np.zeros(9, np.int64), RATE), "no format of sound"),
-        ((np.array(["a"]), RATE), "not numbers"),
-        (3, "a sound is a path"),
-        (None, "a sound is a path"),
+        ((np.zeros(9, np.int64), RATE), "no audio format"),
+        ((np.array(["a"]), RATE), "not real numbers"),
+        (3, "audio is a path"),
+        (None, "audio is a path"),
     ],
 )
 def test_bad_sounds_are_named(source, words):
@@ -169,8 +169,8 @@ def test_sounds_of_absurd_length_are_refused(monkeypatch):
     for source in (sound(), sound(format="FLAC"), sound_in_a_film(), (TONE, RATE)):
         with pytest.raises(MediaError, match="more than 1000 are refused"):
             read_audio(source)
-    header = sound()[:40] + (2**31 - 100).to_bytes(4, "little") + b"\0" * 100  # claims two gigabytes
-    with pytest.raises(MediaError, match="refused|truncated"):
+    header = sound()[:40] + (2**31 - 100).to_bytes(4, "little") + b"\0" * 4000  # claims two gigabytes
+    with pytest.raises(MediaError, match="more than 1000 are refused"):
         read_audio(header)
 
 
@@ -270,16 +270,6 @@ def test_every_kind_of_frames_gives_the_same_film(monkeypatch):
     assert len(read_videos(np.stack([frames, frames]), fps=2)) == 2
 
 
-def test_upright_films_of_telephones_stand_upright():
-    class Turned:
-        rotation = 90
-
-        def to_ndarray(self, format):
-            return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-
-    assert media.video._pixels(Turned()).shape == (3, 2, 3)
-
-
 FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
 
 
@@ -290,17 +280,17 @@ FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
         (film("matroska")[:1600], "truncated"),
         (film("webm", "libvpx-vp9")[:900], "truncated"),
         (b"", "damaged"),
-        (b"no film" * 20, "not a film or a sound"),
-        (sound(), "has no pictures"),
+        (b"no film" * 20, "not a video or audio"),
+        (sound(), "has no video"),
         ("nope.mp4", "nope.mp4: no such file"),
         ("https://example.org/a.mp4", "URLs are refused"),
-        (Image.new("RGB", (8, 8)), "one picture is no film"),
+        (Image.new("RGB", (8, 8)), "one image is no video"),
         (np.zeros((8, 8, 3), np.uint8), "is not \\(T, H, W, 3\\)"),
         (FRAMES[:0], "0 frames"),
         ([], "0 frames"),
         ((FRAMES, 0), "no frame rate"),
         ((FRAMES, float("nan")), "no frame rate"),
-        (3, "a film is a path"),
+        (3, "a video is a path"),
     ],
 )
 def test_bad_films_are_named(source, words):
@@ -314,7 +304,7 @@ def test_bad_frames_are_named(monkeypatch):
         read_video([np.zeros((4, 4, 3)), np.full((4, 4, 3), np.nan)]).frames([0, 1])
     with pytest.raises(MediaError, match="frames of different sizes"):
         read_video([FRAMES[0], FRAMES[0, :4]]).frames([0, 1])
-    with pytest.raises(MediaError, match="no frames \\[4\\] in a film of 4"):
+    with pytest.raises(MediaError, match="no frames \\[4\\] in a video of 4"):
         read_video((FRAMES, 1.0)).frames([4])
     damaged = read_video((FRAMES, 1.0))
     monkeypatch.setattr(damaged, "_decode", lambda places: iter(FRAMES[:1]))
@@ -327,7 +317,7 @@ def test_bad_frames_are_named(monkeypatch):
         read_video((FRAMES, 1.0)).frames([0, 1, 2])
     monkeypatch.setattr(media.video, "MAX_FRAMES", 3)
     for source in ((FRAMES, 1.0), film()):
-        with pytest.raises(MediaError, match="a film has 1 to 3"):
+        with pytest.raises(MediaError, match="a video has 1 to 3"):
             read_video(source)
     monkeypatch.setattr(media.video, "MAX_PIXELS", 100)
     with pytest.raises(MediaError, match="64 x 48 are refused"):
@@ -384,8 +374,8 @@ COLOURS = np.random.RandomState(0).randint(0, 256, (6, 9, 3), dtype=np.uint8)
     ("source", "words"),
     [
         (picture(MILLIMETRES)[:60], "damaged or truncated"),
-        (b"", "not a picture"),
-        (b"depth", "not a picture"),
+        (b"", "not an image"),
+        (b"depth", "not an image"),
         ("nope.png", "no such file"),
         ("https://example.org/a.png", "URLs are refused"),
         (picture(COLOURS), "is in colours"),
@@ -398,7 +388,7 @@ COLOURS = np.random.RandomState(0).randint(0, 256, (6, 9, 3), dtype=np.uint8)
         (METRES * 1000, "Pass millimetres as integers"),
         (np.full((2, 2), 70_000), "16 bits a pixel"),
         (np.broadcast_to(np.float32(1), (20_000, 20_000)), "Scale it down"),
-        (3, "a picture is a path"),
+        (3, "an image is a path"),
     ],
 )
 def test_bad_depth_maps_are_named(source, words):
@@ -432,9 +422,9 @@ def test_thermal_pictures_go_from_cold_to_hot():
         (np.zeros((0, 2), np.uint8), "is not \\(H, W\\)"),
         (np.zeros((2, 2, 5), np.uint8), "is not \\(H, W\\)"),
         (picture(COLOURS[..., 0])[:50], "damaged or truncated"),
-        (b"warm", "not a picture"),
+        (b"warm", "not an image"),
         (np.broadcast_to(np.uint8(1), (20_000, 20_000)), "Scale it down"),
-        (None, "a picture is a path"),
+        (None, "an image is a path"),
     ],
 )
 def test_bad_thermal_pictures_are_named(source, words):

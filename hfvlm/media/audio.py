@@ -1,30 +1,43 @@
-"""Sound from files, bytes, arrays and decoders."""
+"""Audio from files, bytes, arrays and decoders."""
 
-import re
+import io
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from hfvlm.media.containers import FORMATS, open_container
+from hfvlm.media.chunks import recordings
+from hfvlm.media.containers import FORMATS, AudioFrames, open_container
 from hfvlm.media.errors import MediaError
 from hfvlm.media.recordings import Recording, check_size, with_rate
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, import_extra, name_of, opened, read_array, read_batch
+from hfvlm.media.sources import (
+    AllowUrls,
+    as_batch,
+    check_finite,
+    fetched,
+    import_extra,
+    name_of,
+    opened,
+    read_array,
+    read_batch,
+    short,
+)
+from hfvlm.media.streams import flac_info, flac_recordings, mp3_is_cut, ogg_links
 
 MAX_CHANNELS = 64
 # Beyond this, floating-point samples are integers that were never scaled.
 MAX_AMPLITUDE = 16.0
-# libsndfile reads on silently where a chunk is shorter than its header says, but notes it.
-CLAIMED_SIZE = re.compile(r": (\d+) \(should be (\d+)\)")
-# What programs write into headers of sound whose end they do not know yet.
-STREAMED = 0x7FFFF000
+
+
+def audio_batch(sources: Any) -> list[Any]:
+    """A batch of audio as single sources; a list of numbers is one recording."""
+    batch = as_batch(sources)
+    return [batch] if batch and all(isinstance(value, int | float) for value in batch) else batch
 
 
 def read_audios(sources: Any, *, sampling_rate: float | None = None, allow_urls: AllowUrls = False) -> list[Recording]:
-    """A batch of sounds: a list. Anything else is a batch of one; see `read_audio`."""
-    batch = sources if isinstance(sources, list) else [sources]
-    if batch and all(isinstance(value, int | float) for value in batch):
-        batch = [batch]
-    return read_batch(read_audio, batch, sampling_rate=sampling_rate, allow_urls=allow_urls)
+    """Read a batch of audio: a list, a generator or a column. Anything else is a batch of one; see `read_audio`."""
+    return read_batch(read_audio, audio_batch(sources), sampling_rate=sampling_rate, allow_urls=allow_urls)
 
 
 def read_audio(
@@ -34,10 +47,13 @@ def read_audio(
     allow_urls: AllowUrls = False,
     index: int | None = None,
 ) -> Recording:
-    """One sound, all its channels, with values in -1..1.
+    """Read one recording, all its channels, with values in -1..1.
+
+    What is decoded is what there is: lengths that headers claim neither shorten nor condemn a file. A file of several
+    recordings, one after the other, is read as one.
 
     Args:
-        source: a path, bytes or an open file of sound or of a film with sound; a `data:` URL; a `datasets` row with
+        source: a path, bytes or an open file of audio or of a video with audio; a `data:` URL; a `datasets` row with
             "bytes" or "path"; a torchcodec `AudioDecoder`; or an array or tensor of (N,), (channels, N) or
             (N, channels), floating point in -1..1 or integers over their type's whole range, with its rate: as
             `(array, rate)`, as a row with "array" and "sampling_rate", or with `sampling_rate`.
@@ -53,7 +69,7 @@ def read_audio(
     if hasattr(source, "get_all_samples"):
         decoded = source.get_all_samples()
         source, sampling_rate = decoded.data, decoded.sample_rate
-    values, rate = with_rate(source, sampling_rate)
+    values, rate = with_rate(source, sampling_rate, name)
     values = fetched(values, name, allow_urls)
     array = read_array(values, name)
     if array is None:
@@ -66,7 +82,7 @@ def read_audio(
     check_finite(samples, name, "Cut those samples out, or set them to 0.")
     if np.abs(samples).max() > MAX_AMPLITUDE:
         raise MediaError(
-            f"{name}: samples up to {np.abs(samples).max():g}; floating-point sound lies in -1..1. Divide 16-bit "
+            f"{name}: samples up to {np.abs(samples).max():g}; floating-point audio lies in -1..1. Divide 16-bit "
             "values by 32768, or pass them as integers."
         )
     return Recording(np.ascontiguousarray(samples, dtype=np.float32), rate)
@@ -80,9 +96,9 @@ def _to_floats(array: np.ndarray, name: str) -> np.ndarray:
     array = array.T if array.shape[0] > array.shape[1] else array
     if array.dtype == np.uint8:  # as WAV stores 8 bits
         return (array.astype(np.float32) - 128) / 128
-    if np.issubdtype(array.dtype, np.signedinteger):
-        if array.dtype.itemsize > 4:
-            raise MediaError(f"{name}: {array.dtype} is no format of sound: pass int16, int32 or floating point.")
+    if array.dtype.kind in "iu" and array.dtype not in (np.int8, np.int16, np.int32):
+        raise MediaError(f"{name}: {array.dtype} is no audio format: pass int16, int32 or floating point.")
+    if array.dtype.kind == "i":
         return array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
     return array
 
@@ -90,42 +106,94 @@ def _to_floats(array: np.ndarray, name: str) -> np.ndarray:
 def _read_file(source: Any, name: str) -> tuple[np.ndarray, float]:
     with opened(source, name, allow_urls=False) as file:
         if file is None:
-            raise MediaError(f"{name}: a sound is a path, bytes, an open file, a decoder, or (array, rate).")
-        soundfile = import_extra("soundfile", "audio", f"{name}: reading sound files")
-        start = file.tell()
-        try:
-            sound = soundfile.SoundFile(file)
-        except soundfile.LibsndfileError as error:
-            file.seek(start)
-            return _read_container(file, name, error.error_string)
-        with sound:
-            check_size(sound.frames * sound.channels, sound.samplerate, name)
-            try:
-                samples = sound.read(dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                raise MediaError(f"{name}: damaged or truncated ({error.error_string}).") from error
-            claims = [(int(size), int(found)) for size, found in CLAIMED_SIZE.findall(sound.extra_info)]
-            if len(samples) < sound.frames or any(found < size < STREAMED for size, found in claims):
-                raise MediaError(f"{name}: truncated; after {len(samples)} samples the file ends before its time.")
-            return samples.T, sound.samplerate
+            raise MediaError(f"{name}: audio is a path, bytes, an open file, a decoder, or (array, rate).")
+        parts: list[np.ndarray] = []
+        rates: set[tuple[float, int]] = set()
+        for part in _recordings(file, name):
+            samples, rate = _read_recording(part, name)
+            parts.append(samples)
+            rates.add((rate, len(samples)))
+            check_size(sum(found.size for found in parts), rate, name)
+        if len(rates) > 1:
+            told = ", ".join(f"{channels} x {rate:g} Hz" for rate, channels in sorted(rates))
+            raise MediaError(f"{name}: holds recordings of different kinds ({told}); split it into files.")
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)), rate
+
+
+def _recordings(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The recordings of a file, one after the other; nearly always the file itself."""
+    place = file.tell()
+    head = file.read(4)
+    file.seek(place)
+    if (chunked := recordings(file, name)) is not None:
+        yield from chunked
+        return
+    ranges: list[tuple[int, int]] = []
+    if head == b"OggS":
+        ranges, cut = ogg_links(file)
+        if cut:
+            raise MediaError(f"{name}: truncated; it ends inside a page.")
+    elif head == b"fLaC":
+        ranges = flac_recordings(file)
+    if len(ranges) < 2:
+        yield file
+        return
+    for begin, end in ranges:
+        file.seek(begin)
+        yield io.BytesIO(file.read(end - begin))
+
+
+def _read_recording(file: BinaryIO, name: str) -> tuple[np.ndarray, float]:
+    """One recording, by libsndfile where that is sure to read all of it, else by FFmpeg."""
+    start = file.tell()
+    head = file.read(4)
+    file.seek(start)
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and len(head) > 1 and head[1] >= 0xE0):
+        return _read_container(file, name, "MP3 and AAC are read by FFmpeg")
+    soundfile = import_extra("soundfile", "audio", f"{name}: reading audio files")
+    try:
+        with soundfile.SoundFile(file) as sound:
+            if sound.format != "FLAC":  # whose number of samples may be 0 for unknown
+                check_size(sound.frames * sound.channels, sound.samplerate, name)
+            samples, rate, frames = _samples_of(sound, name), sound.samplerate, sound.frames
+    except soundfile.LibsndfileError as error:
+        file.seek(start)
+        return _read_container(file, name, short(error.error_string) or "it cannot be opened")
+    file.seek(start)
+    if (info := flac_info(file)) is not None and (len(samples) != info.samples or not info.holds(samples.T)):
+        return _read_container(file, name, "its header does not fit what it holds")
+    if len(samples) < frames:
+        raise MediaError(f"{name}: truncated; after {len(samples)} samples the file ends before its time.")
+    return samples.T, rate
+
+
+def _samples_of(sound: Any, name: str) -> np.ndarray:
+    """(N, channels), read in blocks: a number of samples that the header claims reserves no memory."""
+    blocks: list[np.ndarray] = []
+    total = 0
+    while len(block := sound.read(2**20, dtype="float32", always_2d=True)):
+        blocks.append(block)
+        total += block.size
+        check_size(total, sound.samplerate, name)
+    return np.concatenate(blocks) if blocks else np.empty((0, sound.channels), np.float32)
 
 
 def _read_container(file: BinaryIO, name: str, reason: str) -> tuple[np.ndarray, float]:
-    """The sound of MP4, WebM and the like, decoded by FFmpeg."""
-    av = import_extra("av", "video", f"{name}: not a format that libsndfile reads ({reason}); trying FFmpeg")
-    parts: list[np.ndarray] = []
+    """The audio of MP3, MP4, WebM and the like, and of what libsndfile cannot read, decoded by FFmpeg."""
+    import_extra("av", "audio", f"{name}: decoding by FFmpeg ({reason})")
+    start = file.tell()
     with open_container(file, name) as container:
         if not container.streams.audio:
             raise MediaError(
-                f"{name}: has no sound. Formats that are read: WAV, FLAC, OGG, MP3, {', '.join(FORMATS)}."
+                f"{name}: has no audio. Formats that are read: WAV, FLAC, OGG, MP3, {', '.join(FORMATS)}."
             )
-        stream = container.streams.audio[0]
-        planar, values = av.AudioResampler(format="fltp"), 0
-        for frame in container.decode(stream):
-            for part in planar.resample(frame):
-                values += part.samples * len(part.layout.channels)
-                check_size(values, stream.rate, name)
-                parts.append(part.to_ndarray())
-        if not parts:
-            raise MediaError(f"{name}: damaged or truncated; no sound could be decoded.")
-        return np.concatenate(parts, axis=1), stream.rate
+        frames = AudioFrames(container, name)
+        samples, format = frames.read(), container.format.name
+    file.seek(start)
+    if format == "mp3" and mp3_is_cut(file, samples.shape[1]):
+        raise MediaError(f"{name}: truncated; it is shorter than its header says in bytes and in samples.")
+    file.seek(start)
+    info = flac_info(file)
+    if info is not None and samples.shape[1] < info.samples and any(info.md5) and not info.holds(samples):
+        raise MediaError(f"{name}: damaged or truncated; {samples.shape[1]} of {info.samples} samples are there.")
+    return samples, frames.rate

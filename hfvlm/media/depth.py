@@ -4,16 +4,31 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hfvlm.media.errors import MediaError
-from hfvlm.media.images import MAX_PIXELS, read_image
-from hfvlm.media.sources import AllowUrls, check_finite, fetched, name_of, read_array, read_batch
+from hfvlm.media.images import MAX_PIXELS, decoded_by, grey_map, open_image, turned
+from hfvlm.media.sources import (
+    AllowUrls,
+    as_batch,
+    check_finite,
+    fetched,
+    logger,
+    name_of,
+    opened,
+    read_array,
+    read_batch,
+)
 
 MAX_METRES = 1000.0
+# Times a model's farthest depth at which a map is in other units.
+FAR_BEYOND = 5
+# GeoTIFF's tag with the value of pixels that were not measured.
+NO_DATA = 42113
 
 
 def _sun_rgbd(values: np.ndarray) -> np.ndarray:
-    """The dataset's toolbox: millimetres with their bits rotated by three, and nothing beyond 8 m."""
+    """Follow the dataset's toolbox: millimetres with their bits rotated by three, and nothing beyond 8 m."""
     values = values.astype(np.uint16)
     return np.minimum(((values >> 3) | (values << 13)).astype(np.float32) / 1000, 8)
 
@@ -28,7 +43,8 @@ ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def read_depths(sources: Any, *, encoding: str = "millimetres", allow_urls: AllowUrls = False) -> list[np.ndarray]:
-    """A batch of depth maps: a list, or an array of (B, H, W). Anything else is a batch of one; see `read_depth`."""
+    """Read a batch of depth maps: a list, a generator, a column, or an array of (B, H, W). Anything else is a batch of
+    one; see `read_depth`."""
     return read_batch(read_depth, one_by_one(sources), encoding=encoding, allow_urls=allow_urls)
 
 
@@ -39,7 +55,7 @@ def read_depth(
     allow_urls: AllowUrls = False,
     index: int | None = None,
 ) -> np.ndarray:
-    """One depth map -> `(H, W)`, float32, in metres; 0 where nothing was measured.
+    """Read one depth map -> `(H, W)`, float32, in metres; 0 where nothing was measured.
 
     Depth is the distance to the plane of the camera, as sensors give it, not its inverse and not the length of a ray.
 
@@ -52,7 +68,8 @@ def read_depth(
     Args:
         source: an array or tensor of (H, W), (1, H, W) or (H, W, 1), floating point in metres or integers in
             `encoding`; a `.npy` file of one; a PNG or TIFF with one channel of 16 bits (in `encoding`) or of floating
-            point (in metres), as a path, bytes, an open file, a `data:` URL, a PIL image, or a `datasets` row.
+            point (in metres), or a PGM of two bytes a pixel, as a path, bytes, an open file, a `data:` URL, a PIL
+            image, or a `datasets` row. Masked values of NumPy's masked arrays were not measured.
         encoding: what integers mean: "millimetres"; "sun_rgbd", SUN RGB-D's files; "kitti", metres times 256; "tum",
             metres times 5000.
         allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
@@ -65,13 +82,15 @@ def read_depth(
         raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, not {encoding!r}.")
     name = name_of("depth map", source, index)
     array = one_channel(source, name, allow_urls)
+    if isinstance(array, np.ma.MaskedArray):
+        array = array.filled(0)
     if array.dtype.kind in "iu" and array.dtype.itemsize > 1:
         if array.min() < 0 or array.max() > 65535:
             raise MediaError(f"{name}: integers in {array.min()}..{array.max()}; depth maps hold 16 bits a pixel.")
         array = ENCODINGS[encoding](array)
     elif array.dtype.kind != "f":
         raise MediaError(
-            f"{name}: {array.dtype} holds no distances; it is a picture of a depth map. Pass metres as floating "
+            f"{name}: {array.dtype} holds no distances; it is an image of a depth map. Pass metres as floating "
             "point, or the sensor's 16-bit file."
         )
     check_finite(array, name, "Set what was not measured to 0.")
@@ -83,22 +102,41 @@ def read_depth(
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def check_range(metres: np.ndarray, farthest: float, name: str) -> None:
+    """Warn of a depth map that lies mostly beyond what a model was trained on, and refuse one that lies far beyond.
+
+    Raises:
+        MediaError: every depth is beyond five times `farthest`, as in a map in other units than metres.
+    """
+    measured = metres[metres > 0]
+    if not farthest or not measured.size or np.median(measured) <= farthest:
+        return
+    values = f"{measured.min():g}..{measured.max():g} m"
+    if measured.min() > FAR_BEYOND * farthest:
+        raise MediaError(
+            f"{name}: depths in {values}, far beyond the {farthest:g} m that the model knows: pass metres, or set "
+            "farthest."
+        )
+    logger.warning(
+        "%s: depths in %s: most are beyond the %g m that the model knows, and are cut to it. Is the map in metres?",
+        *(name, values, farthest),
+    )
+
+
 def one_by_one(sources: Any) -> list[Any]:
-    """A batch of sources with one channel: a list, or an array of (B, H, W). Anything else is a batch of one."""
+    """A batch of sources with one channel: a list, a generator, a column, or an array of (B, H, W). Anything else is a
+    batch of one."""
     if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
         return list(sources)
-    return sources if isinstance(sources, list) else [sources]
+    return as_batch(sources)
 
 
 def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
-    """The values of a sensor with one channel, as they are stored, `(H, W)`."""
+    """The values of a sensor with one channel, as they are stored, upright, `(H, W)`."""
     source = fetched(source, name, allow_urls)
-    array = read_array(source, name)
+    array = None if isinstance(source, Image.Image) else read_array(source, name)
     if array is None:
-        image = read_image(source, name=name)
-        if image.mode not in ("L", "F", "I") and not image.mode.startswith("I;16"):
-            image = _grey(image, name)
-        array = np.asarray(image)
+        array = _stored(source, name)
     array = np.squeeze(array, axis=tuple(axis for axis in (0, -1) if array.ndim == 3 and array.shape[axis] == 1)[:1])
     if array.ndim != 2 or array.size == 0:
         raise MediaError(f"{name}: shape {array.shape} is not (H, W), (1, H, W) or (H, W, 1).")
@@ -107,9 +145,40 @@ def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
     return array
 
 
-def _grey(image: Any, name: str) -> Any:
-    """One channel of a picture whose channels are equal, as cameras without colour often write them."""
-    values = np.asarray(image.convert("RGB")).astype(np.int16)
+def _stored(source: Any, name: str) -> np.ndarray:
+    """A file's or a PIL image's values."""
+    if isinstance(source, Image.Image):
+        if source.format == "PPM" and source.mode == "I" and (not source.tile or source.tile[0][0] != "raw"):
+            raise MediaError(f"{name}: Pillow stretches the values of a PGM; pass its path or bytes.")
+        decoded_by(source.load, name)
+        return _values(source, name)
+    with opened(source, name, allow_urls=False) as file:
+        if file is None:
+            raise MediaError(f"{name}: an image is a path, bytes, an open file, an array, a tensor or a PIL image.")
+        found = grey_map(file, name)
+        return _values(open_image(file, name), name) if found is None else found
+
+
+def _values(image: Image.Image, name: str) -> np.ndarray:
+    missing = _no_data(image)
+    image = turned(image)
+    if image.mode not in ("L", "F", "I") and not image.mode.startswith("I;16"):
+        image = _grey(image, name)
+    array = np.asarray(image)
+    return array if missing is None else np.ma.masked_equal(array, missing)
+
+
+def _no_data(image: Image.Image) -> float | None:
+    """The value of pixels that were not measured, where a TIFF names one."""
+    try:
+        return float(str(getattr(image, "tag_v2", {})[NO_DATA]).strip("\0 "))
+    except (KeyError, ValueError):
+        return None
+
+
+def _grey(image: Image.Image, name: str) -> Image.Image:
+    """One channel of an image whose channels are equal, as cameras without colour often write them."""
+    values = np.asarray(decoded_by(lambda: image.convert("RGB"), name)).astype(np.int16)
     # JPEG blurs even what has no colour by a few levels.
     if (values.max(axis=-1) - values.min(axis=-1)).max() > 8:
         raise MediaError(

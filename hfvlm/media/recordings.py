@@ -36,13 +36,30 @@ class Recording:
         return self.samples.shape[1] / self.sampling_rate
 
 
-def with_rate(source: Any, sampling_rate: float | None) -> tuple[Any, float | None]:
-    """A source that brings its own rate, as `(values, rate)` or as a `datasets` row, apart from that rate."""
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], int | float | np.number):
-        return source[0], float(source[1])
+def with_rate(source: Any, sampling_rate: Any, name: str = "recording") -> tuple[Any, float | None]:
+    """A source that brings its own rate, as `(values, rate)` or as a `datasets` row, and that rate.
+
+    Raises:
+        MediaError: the rate is no number.
+    """
+    if isinstance(source, tuple) and len(source) == 2 and _is_number(source[1]):
+        return source[0], as_rate(source[1], name)
     if isinstance(source, Mapping) and "array" in source:
-        return source["array"], source.get("sampling_rate", sampling_rate)
-    return source, sampling_rate
+        source, sampling_rate = source["array"], source.get("sampling_rate", sampling_rate)
+    return source, None if sampling_rate is None else as_rate(sampling_rate, name)
+
+
+def as_rate(value: Any, name: str) -> float:
+    """A sampling or frame rate as a float."""
+    if isinstance(value, bool) or not _is_number(value):
+        raise MediaError(f"{name}: {str(value)[:40]!r} is no rate; it must be a number of hertz.")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Fraction | np.number) or (
+        isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0
+    )
 
 
 def check_size(values: int, rate: float | None, name: str) -> None:

@@ -1,39 +1,48 @@
-"""Films from files, bytes, arrays, lists of frames and decoders. Frames are decoded when they are asked for."""
+"""Videos from files, bytes, arrays, lists of frames and decoders. Frames are decoded when they are used."""
 
+import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from hfvlm.media.containers import open_container
+from hfvlm.media.containers import decoded, is_cut, is_partial, open_container
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import MAX_PIXELS, read_image, to_8_bits
-from hfvlm.media.recordings import with_rate
-from hfvlm.media.sources import AllowUrls, fetched, name_of, opened, read_batch
+from hfvlm.media.recordings import as_rate, with_rate
+from hfvlm.media.sources import AllowUrls, as_batch, fetched, name_of, opened, read_batch, short
+
+logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 2**20
 MAX_DECODED_BYTES = 2**32
-# Frames that a decoder of `datasets` is asked for at a time.
+# Frames that a decoder of `datasets` decodes at a time.
 DECODED_TOGETHER = 64
 # Formats whose frames cannot be found by their times.
 UNTIMED = ("avi", "mpeg", "mpegts")
+# Codecs of which a packet in AVI may hold two frames or none.
+PACKED = ("mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3")
+# How far a header's frame rate may be from that of the frames' times.
+RATE_TOLERANCE = 0.02
+
+
+def video_batch(sources: Any) -> list[Any]:
+    """A batch of videos as single sources."""
+    return list(sources) if getattr(sources, "ndim", 0) == 5 else as_batch(sources)
 
 
 def read_videos(sources: Any, *, fps: float | None = None, allow_urls: AllowUrls = False) -> list["Video"]:
-    """A batch of films: a list, or an array of (B, T, H, W, 3). Anything else is a batch of one; see `read_video`.
+    """Read a batch of videos: a list, a generator, a column, or an array of (B, T, H, W, 3). Anything else is a batch
+    of one; see `read_video`.
 
-    A list is always a batch: the frames of one film are a list inside it, or come with their rate as `(frames, fps)`.
+    A list is always a batch: the frames of one video are a list inside it, or come with their rate as `(frames, fps)`.
     """
-    batch = sources if isinstance(sources, list) else [sources]
-    if getattr(sources, "ndim", 0) == 5:
-        batch = list(sources)
-    return read_batch(read_video, batch, fps=fps, allow_urls=allow_urls)
+    return read_batch(read_video, video_batch(sources), fps=fps, allow_urls=allow_urls)
 
 
 def read_video(
@@ -43,17 +52,17 @@ def read_video(
     allow_urls: AllowUrls = False,
     index: int | None = None,
 ) -> "Video":
-    """One film, whose frames are decoded when they are asked for.
+    """Read one video, whose frames are decoded when they are used.
 
     Example:
-        >>> film = read_video("birds.mp4")
-        >>> film.seconds, film.frames([0, 24]).shape
+        >>> video = read_video("birds.mp4")
+        >>> video.seconds, video.frames([0, 24]).shape
         >>> read_video(([first, second], 2.0))  # frames, as PIL images, arrays, paths or bytes, and their rate
         >>> read_video(np.zeros((16, 240, 320, 3), np.uint8), fps=8)
 
     Args:
         source: a path, bytes or an open file of MP4, MOV, MKV, WebM, AVI, GIF and the like; a `datasets` row with
-            "bytes" or "path"; a torchcodec `VideoDecoder`, which `datasets` gives; a list of pictures, each as
+            "bytes" or "path"; a torchcodec `VideoDecoder`, which `datasets` gives; a list of images, each as
             `read_image` takes them; an array or tensor of (T, H, W, 3) or (T, 3, H, W), as `read_image` takes its
             frames; frames with their rate, `(frames, fps)`; or a `Video`.
         fps: frames a second of frames that bring none.
@@ -69,7 +78,9 @@ def read_video(
     name = name_of("video", source, index)
     if hasattr(source, "get_frames_at"):
         return DecoderVideo(name, source)
-    source, fps = with_rate(source, fps)
+    source, fps = with_rate(source, fps, name)
+    if isinstance(source, Iterator) and not hasattr(source, "read"):
+        source = list(source)
     if isinstance(source, np.ndarray | torch.Tensor):
         if source.ndim != 4:
             raise MediaError(f"{name}: shape {tuple(source.shape)} is not (T, H, W, 3) or (T, 3, H, W).")
@@ -77,22 +88,22 @@ def read_video(
     if isinstance(source, list | tuple):
         return FrameVideo(name, source, fps)
     if isinstance(source, Image.Image):
-        raise MediaError(f"{name}: one picture is no film: the frames of a film are a list of their own.")
+        raise MediaError(f"{name}: one image is no video: the frames of a video are a list of their own.")
     return FileVideo(name, fetched(source, name, allow_urls))
 
 
 class Video(ABC):
-    """A film.
+    """A video.
 
     Args:
         name: for errors.
         num_frames: how many frames it has.
-        fps: frames a second; None where nobody said.
+        fps: frames a second; None where it is unknown.
     """
 
     def __init__(self, name: str, num_frames: int, fps: float | None):
         if not 0 < num_frames <= MAX_FRAMES:
-            raise MediaError(f"{name}: {num_frames} frames; a film has 1 to {MAX_FRAMES}.")
+            raise MediaError(f"{name}: {num_frames} frames; a video has 1 to {MAX_FRAMES}.")
         if fps is not None and not 0 < fps <= 10_000:
             raise MediaError(f"{name}: {fps:g} frames a second is no frame rate.")
         self.name, self.num_frames, self.fps = name, num_frames, fps
@@ -102,7 +113,7 @@ class Video(ABC):
 
     @property
     def seconds(self) -> float:
-        """How long it lasts.
+        """How long it lasts, in seconds.
 
         Raises:
             MediaError: its frame rate is not known.
@@ -112,10 +123,10 @@ class Video(ABC):
         return self.num_frames / self.fps
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
-        """The frames at these places, in this order -> `(N, H, W, 3)`, uint8.
+        """Decode the frames at these positions, in this order -> `(N, H, W, 3)`, uint8.
 
         Raises:
-            MediaError: the film is damaged, or the frames are too many or too large.
+            MediaError: the video is damaged, or the frames are too many or too large.
         """
         indices = [int(i) for i in indices]
         places = sorted(set(indices))
@@ -124,57 +135,67 @@ class Video(ABC):
             if frame.nbytes * len(places) > MAX_DECODED_BYTES:
                 raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Ask for fewer.")
             found[i] = frame
-        shapes = {frame.shape for frame in found.values()}
-        if len(shapes) > 1:
-            raise MediaError(f"{self.name}: frames of different sizes {sorted(shapes)} make no film.")
         return np.stack([found[i] for i in indices])
 
     def stream(self, places: Sequence[int]) -> Iterator[np.ndarray]:
-        """The frames at these places, which ascend, one at a time, each `(H, W, 3)`, uint8: a long film need not fit
-        into memory.
+        """Decode the frames at these positions, which ascend, one at a time, each `(H, W, 3)`, uint8.
+
+        A long video need not fit into memory.
 
         Raises:
-            MediaError: the film is damaged.
+            MediaError: the video is damaged.
         """
         places = list(places)
         if not places or not 0 <= min(places) <= max(places) < self.num_frames:
-            raise MediaError(f"{self.name}: there are no frames {places[:8]} in a film of {self.num_frames}.")
-        count = 0
+            raise MediaError(f"{self.name}: there are no frames {places[:8]} in a video of {self.num_frames}.")
+        count, first = 0, None
         for frame in self._decode(places):
             count += 1
+            first = first or frame.shape
+            if frame.shape != first:
+                raise MediaError(f"{self.name}: frames of different sizes {[first, frame.shape]} make no video.")
             yield frame
         if count < len(places):
             raise MediaError(f"{self.name}: damaged or truncated; {len(places) - count} frames are not there.")
 
+    def tensors(self, places: Sequence[int]) -> Iterator[torch.Tensor]:
+        """As `stream`, each `(3, H, W)`."""
+        for frame in self.stream(places):
+            yield torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
+
     @abstractmethod
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
-        """The frames at ascending places, each `(H, W, 3)`, uint8."""
+        """Decode the frames at ascending positions, each `(H, W, 3)`, uint8."""
 
 
 class FrameVideo(Video):
-    """Pictures in a row: PIL images, arrays, tensors, paths or bytes, or one array of them."""
+    """Images in a row: PIL images, arrays, tensors, paths or bytes, or one array of them."""
 
-    def __init__(self, name: str, pictures: Any, fps: float | None):
-        super().__init__(name, len(pictures), fps)
-        self.pictures = pictures
+    def __init__(self, name: str, images: Any, fps: float | None):
+        super().__init__(name, len(images), fps)
+        self.images = images
 
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
         for i in places:
             name = f"{self.name}, frame {i}"
-            yield np.asarray(to_8_bits(read_image(self.pictures[i], name=name), name).convert("RGB"))
+            yield np.asarray(to_8_bits(read_image(self.images[i], name=name), name).convert("RGB"))
 
 
 class DecoderVideo(Video):
-    """What `datasets` gives for a column of films: torchcodec's `VideoDecoder`, or what behaves as one."""
+    """What `datasets` gives for a column of videos: torchcodec's `VideoDecoder`, or what behaves as one."""
 
     def __init__(self, name: str, decoder: Any):
-        super().__init__(name, len(decoder), float(decoder.metadata.average_fps))
+        rate = decoder.metadata.average_fps
+        super().__init__(name, len(decoder), None if rate is None else as_rate(rate, name))
         self.decoder = decoder
 
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
         for start in range(0, len(places), DECODED_TOGETHER):
             some = places[start : start + DECODED_TOGETHER]
-            frames = torch.as_tensor(self.decoder.get_frames_at(indices=some).data)
+            try:
+                frames = torch.as_tensor(self.decoder.get_frames_at(indices=some).data)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise MediaError(f"{self.name}: damaged or truncated ({short(error)}).") from error
             frames = frames.permute(0, 2, 3, 1) if frames.shape[-1] != 3 else frames
             yield from frames.cpu().numpy()
 
@@ -183,68 +204,199 @@ class FileVideo(Video):
     """A file that FFmpeg decodes.
 
     Frames are counted and found by their times, in the order in which they are shown, and decoding starts at the
-    keyframe before each, so that a few frames of a long film are cheap. Raw streams have no times, and AVI and MPEG
-    none that can be trusted to lead to a place; there, frames are counted while they are decoded.
+    keyframe before each, so that a few frames of a long video are cheap. Raw streams have no times, and AVI and MPEG
+    none that can be trusted to lead to a frame; there, frames are counted while they are decoded.
+
+    A file begins with its first frame that can be decoded, whatever its time, and ends with its last. Cover art is no
+    video.
     """
 
     def __init__(self, name: str, source: Any):
         self.name, self.source = name, source
         with self._open() as (container, stream):
-            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            found = [(packet.pts, packet.is_keyframe) for packet in islice(packets, MAX_FRAMES + 1)]
-            timed = container.format.name not in UNTIMED and all(time is not None for time, _ in found)
-            self.times = sorted(time for time, _ in found) if timed else None
-            self.keys = sorted(time for time, key in found if key) if timed else []
-            super().__init__(name, len(found), float(stream.average_rate) if stream.average_rate else None)
-            claimed = _claimed_seconds(container, stream)
-            if self.times and float((self.times[-1] - self.times[0]) * stream.time_base) < 0.9 * claimed - 1 / (
-                self.fps or 1
-            ):
-                raise MediaError(f"{name}: truncated; its {len(found)} frames end before its {claimed:g} seconds.")
+            found = Scan(container, stream, name)
+            self.times = found.times if container.format.name not in UNTIMED else None
+            self.keys, counted = found.keys, found.count
+            fps = found.fps
+            count_all = self.times is None and (found.lost or not found.clean or self._is_packed(container, stream))
+        if count_all:
+            with self._open(threads=True) as (container, stream):
+                counted = sum(1 for _ in decoded(container.demux(stream), []))
+        if skipped := max(found.packets - counted, 0):
+            logger.warning("%s: the first %d frames cannot be decoded, and are left out.", name, skipped)
+        super().__init__(name, counted, fps)
+
+    @staticmethod
+    def _is_packed(container: Any, stream: Any) -> bool:
+        return container.format.name == "avi" and stream.codec_context.name in PACKED
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
+    def _open(self, *, threads: bool = False) -> Iterator[tuple[Any, Any]]:
         with opened(self.source, self.name, allow_urls=False) as file:
             if file is None:
-                raise MediaError(f"{self.name}: a film is a path, bytes, an open file, frames, an array or a decoder.")
-            if file is self.source:
-                file.seek(0)
+                raise MediaError(
+                    f"{self.name}: a video is a path, bytes, an open file, frames, an array or a decoder."
+                )
             with open_container(file, self.name) as container:
-                if not container.streams.video:
-                    raise MediaError(f"{self.name}: has no pictures.")
-                stream = container.streams.video[0]
+                stream = video_stream(container, self.name)
                 if stream.width * stream.height > MAX_PIXELS:
                     raise MediaError(f"{self.name}: frames of {stream.width} x {stream.height} are refused.")
-                stream.thread_type = "AUTO"
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                if threads:
+                    stream.thread_type = "AUTO"
                 yield container, stream
 
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
-        with self._open() as (container, stream):
+        with self._open(threads=True) as (container, stream):
+            frames = decoded(container.demux(stream), [])
             if self.times is None:
-                last, wanted = places[-1], set(places)
-                shown = enumerate(islice(container.decode(stream), last + 1))
-                yield from (_pixels(frame) for i, frame in shown if i in wanted)
+                wanted, last = set(places), places[-1]
+                for i, frame in enumerate(frames):
+                    if i in wanted:
+                        yield _pixels(frame)
+                    if i == last:
+                        return
                 return
-            frames, reached = container.decode(stream), self.times[0]
+            reached = self.times[0]
             for time in (self.times[place] for place in places):
-                key = self.keys[max(bisect_right(self.keys, time) - 1, 0)]
+                key = self.keys[max(bisect_right(self.keys, time) - 1, 0)] if self.keys else reached
                 if key > reached:
                     container.seek(key, stream=stream)
-                    frames = container.decode(stream)
-                frame = next((frame for frame in frames if frame.pts == time), None)
-                if frame is None:
+                    frames = decoded(container.demux(stream), [])
+                found = next((frame for frame in frames if frame.pts == time), None)
+                if found is None:
                     return
-                yield _pixels(frame)
+                yield _pixels(found)
                 reached = time
 
 
-def _claimed_seconds(container: Any, stream: Any) -> float:
-    """How long the file says that its pictures last; 0 where it says nothing of them alone."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 if container.duration and len(container.streams) == 1 else 0.0
+def video_stream(container: Any, name: str) -> Any:
+    """The stream that players show: no cover art, and the default one where there are several.
+
+    Raises:
+        MediaError: the file has none.
+    """
+    streams = list(container.streams.video)
+    if not streams:
+        raise MediaError(f"{name}: has no video.")
+    kinds = type(streams[0].disposition)
+    shown = [s for s in streams if not s.disposition & (kinds.attached_pic | kinds.timed_thumbnails)]
+    if not shown:
+        raise MediaError(f"{name}: has no video, only cover art.")
+    best = container.streams.best("video")
+    return max(
+        shown,
+        key=lambda s: (
+            not s.disposition & kinds.still_image,
+            s.frames != 1,
+            bool(s.disposition & kinds.default),
+            best is not None and s.index == best.index,
+            -s.index,
+        ),
+    )
+
+
+class Scan:
+    """What a stream holds: the times of its frames, from the first that can be decoded.
+
+    Args:
+        container: PyAV's.
+        stream: of it.
+        name: for errors.
+
+    Raises:
+        MediaError: the file is cut, or no frame can be decoded.
+    """
+
+    def __init__(self, container: Any, stream: Any, name: str):
+        self.container, self.stream = container, stream
+        self.packets, self.clean, self.partial = 0, True, False
+        self.lost: list[str] = []
+        self.keys: list[int] = []
+        self.times: list[int] | None = []
+        self.last: tuple[int, int] | None = None
+        packets = self._packets()
+        first = next(decoded(packets, self.lost), None)
+        for _ in packets:
+            pass
+        if self.packets > MAX_FRAMES:
+            return
+        if is_cut(container, stream, self.packets, last_is_partial=self.partial):
+            raise MediaError(f"{name}: truncated; after {self.packets} frames it ends inside one of its parts.")
+        if first is None:
+            reason = f" ({self.lost[0]})" if self.lost else ""
+            raise MediaError(f"{name}: damaged or truncated; none of {self.packets} frames can be decoded{reason}.")
+        self._begin_at(first.pts)
+
+    def _packets(self) -> Iterator[Any]:
+        """Every packet to decode, and notes of it."""
+        for packet in self.container.demux(self.stream):
+            if is_partial(self.container, packet):
+                self.partial = True
+                continue
+            if packet.size and not packet.is_discard:
+                self._note(packet)
+                if self.packets > MAX_FRAMES:
+                    return
+            yield packet
+
+    def _note(self, packet: Any) -> None:
+        self.packets += 1
+        self.clean = self.clean and (self.packets > 1 or packet.is_keyframe)
+        if packet.pts is None:
+            self.times = None
+        elif self.times is not None:
+            self.times.append(packet.pts)
+            self.last = max(self.last or (packet.pts, 0), (packet.pts, packet.duration or 0))
+            if packet.is_keyframe:
+                self.keys.append(packet.pts)
+
+    def _begin_at(self, time: int | None) -> None:
+        """Leave out what comes before the first frame that is decoded."""
+        if self.times is None or time is None:
+            self.times = None
+            return
+        self.keys.sort()
+        self.times = sorted(known for known in self.times if known >= time)
+        if not self.times or self.times[0] != time:
+            self.times = None
+
+    @property
+    def count(self) -> int:
+        """How many frames there are, if every packet is one."""
+        return self.packets if self.times is None else len(self.times)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second: the header's, unless the frames' times contradict it."""
+        claimed = float(self.stream.average_rate) if self.stream.average_rate else None
+        if not self.times or len(self.times) < 2 or not self.stream.time_base or self.last is None:
+            return claimed
+        length = self.last[1] or int(np.median(np.diff(self.times)))
+        seconds = float((self.last[0] + length - self.times[0]) * self.stream.time_base)
+        measured = len(self.times) / seconds if seconds > 0 else None
+        if claimed and measured and abs(claimed / measured - 1) <= RATE_TOLERANCE:
+            return claimed
+        return measured or claimed
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    """As it is meant to be seen: telephones store upright films lying down, and how far to turn them."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    """A frame as it is meant to be seen, `(H, W, 3)`, uint8: phones store videos lying or mirrored, with a matrix
+    that says how to turn them."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ValueError(f"frames of {frame.width} x {frame.height} are refused")
+    pixels = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return pixels if matrix is None else displayed(pixels, np.frombuffer(bytes(matrix), np.int32))
+
+
+def displayed(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` turned and mirrored as a display matrix says, `(9,)` in rows, to quarters of a turn.
+
+    A pixel at (x, y) is shown at (a x + c y, b x + d y), up to a shift, where the matrix begins with a, b, 0, c, d.
+    """
+    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    pixels = pixels[:, ::-1] if a < 0 else pixels
+    return pixels[::-1] if d < 0 else pixels

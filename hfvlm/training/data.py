@@ -114,7 +114,7 @@ class ContrastiveCollator:
             if column not in row:
                 raise KeyError(f"The data set has no column {column!r} for {modality}; it has {', '.join(row)}.")
             read = READERS.get(modality)
-            value = read(row[column]) if read else self.processor.prepare(modality, [row[column]])
+            value = read(row[column], self.processor) if read else self.processor.prepare(modality, [row[column]])
             if modality == "text" and random is not None:
                 value = [value[int(random.integers(len(value)))]]
             elif modality == "text" and not self.all_captions:
@@ -168,10 +168,11 @@ def row_id(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:ID_BYTES], "big")
 
 
-def _image(value: Any) -> Any:
+def _image(value: Any, processor: Any) -> Any:
+    """An image as the processor turns it, so that augmentations see it as the model does."""
     from hfvlm.media.images import read_image
 
-    return read_image(value)
+    return read_image(value, upright=getattr(getattr(processor, "image_processor", None), "upright", True))
 
 
-READERS: dict[str, Callable[[Any], Any]] = {"image": _image, "text": captions_of}
+READERS: dict[str, Callable[[Any, Any], Any]] = {"image": _image, "text": lambda value, _: captions_of(value)}

@@ -24,7 +24,7 @@ def compare(golden: Golden) -> None:
 
 def pixels(golden: Golden) -> None:
     edge, size = map(int, re.findall(r"(\d+)x\1", golden.case["sizes"]))
-    processor = HfvlmALIGNImageProcessor(resized=edge, size=size)
+    processor = HfvlmALIGNImageProcessor(resized=edge, size=size, upright=False)
     step = golden.case["stride"]
     for name, file in golden.case["files"].items():
         values = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]

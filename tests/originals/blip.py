@@ -36,7 +36,9 @@ def pixels(golden: Golden) -> None:
     case = golden.case
     for name, file in case["files"].items():
         for size, stride in case["stride"].items():
-            processor = HfvlmBLIPImageProcessor(size=int(size), image_mean=case["mean"], image_std=case["std"])
+            processor = HfvlmBLIPImageProcessor(
+                size=int(size), image_mean=case["mean"], image_std=case["std"], upright=False
+            )
             image = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]
             golden.compare(f"{name}@{size}", image[:, ::stride, ::stride])
             exact = image.double().flatten(1)

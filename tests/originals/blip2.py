@@ -56,7 +56,7 @@ def compare(golden: Golden) -> None:
 def pixels(golden: Golden) -> None:
     for name, file in golden.case["files"].items():
         for size, stride in golden.case["stride"].items():
-            processor = HfvlmBLIP2ImageProcessor(size=int(size))
+            processor = HfvlmBLIP2ImageProcessor(size=int(size), upright=False)
             image = processor(golden.folder / file, return_tensors="pt")["pixel_values"][0]
             golden.compare(f"{name}@{size}", image[:, ::stride, ::stride])
             exact = image.double().flatten(1)

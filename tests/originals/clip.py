@@ -40,6 +40,7 @@ def pixels(setting: dict, path: Path) -> Tensor:
         fill_color=config.get("fill_color", 0),
         image_mean=config.get("mean", setting.get("mean")),
         image_std=config.get("std", setting.get("std")),
+        upright=False,
     )
     return processor(path, return_tensors="pt")["pixel_values"][0]
 

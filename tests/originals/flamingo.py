@@ -42,7 +42,9 @@ def pixels(golden: Golden) -> None:
     stride = golden.case["stride"]
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
-        processor = HfvlmFlamingoImageProcessor(size=golden.outputs[f"{name}.pixels"].shape[-1] * stride)
+        processor = HfvlmFlamingoImageProcessor(
+            upright=False, size=golden.outputs[f"{name}.pixels"].shape[-1] * stride
+        )
         (picture,) = processor(golden.folder / file, return_tensors="pt")["pixel_values"]
         exact = picture.double()
         golden.compare(f"{name}.pixels", picture[:, ::stride, ::stride])

@@ -40,7 +40,7 @@ def pixels(golden: Golden) -> None:
     """All pictures in one call, for the masks are drawn one after the other."""
     case, stride = golden.case, golden.case["stride"]
     given = {SETTINGS[name]: value for name, value in case.get("arguments", {}).items()}
-    processor = HfvlmFLAVAImageProcessor(return_codebook_pixels=True, return_image_mask=True, **given)
+    processor = HfvlmFLAVAImageProcessor(upright=False, return_codebook_pixels=True, return_image_mask=True, **given)
     pictures = [golden.folder / file for file in case["files"].values()]
     made = processor(pictures, mask_seed=0, return_tensors="pt")
     for i, name in enumerate(case["files"]):

@@ -59,7 +59,7 @@ def media(golden: Golden, name: str) -> None:
 
 
 def image(golden: Golden, name: str, path: Path) -> None:
-    pixels = HfvlmImageBindImageProcessor()(path, return_tensors="pt")["pixel_values"]
+    pixels = HfvlmImageBindImageProcessor(upright=False)(path, return_tensors="pt")["pixel_values"]
     assert list(pixels.shape) == golden.case["shapes"][name]
     golden.compare(f"{name}.pixel_values_stride97", pixels.flatten()[::97])
     golden.compare(f"{name}.mean_std", mean_and_std(pixels[0].flatten(1)))

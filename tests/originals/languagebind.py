@@ -81,9 +81,9 @@ def tokens(golden: Golden) -> None:
 
 
 def pixels(golden: Golden, name: str, antialias: bool) -> Tensor | None:
-    return HfvlmLanguageBindImageProcessor(antialias=antialias)(golden.folder / name, return_tensors="pt")[
-        "pixel_values"
-    ]
+    return HfvlmLanguageBindImageProcessor(antialias=antialias, upright=False)(
+        golden.folder / name, return_tensors="pt"
+    )["pixel_values"]
 
 
 def metres(golden: Golden, name: str, antialias: bool) -> Tensor:

@@ -133,7 +133,7 @@ def pixels(golden: Golden) -> None:
         stem = file.removesuffix(".png")
         for mode, resize_mode in MODES.items():
             tiled = {"grid_pinpoints": pinpoints} if mode == "anyres" else {}
-            processor = HfvlmLLaVAImageProcessor(resize_mode=resize_mode, **shared, **tiled)
+            processor = HfvlmLLaVAImageProcessor(upright=False, resize_mode=resize_mode, **shared, **tiled)
             inputs = processor(golden.folder / file, return_tensors="pt")
             views, name = inputs["pixel_values"], f"{stem}.{mode}"
             assert list(views.shape) == case["results"][name]["shape"], name

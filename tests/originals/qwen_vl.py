@@ -150,7 +150,7 @@ def pixels(golden: Golden) -> None:
     stride = golden.case["stride"]
     for file in golden.case["files"]:
         name = file.removesuffix(".png")
-        (values,) = HfvlmQwenVLImageProcessor()(golden.folder / file, return_tensors="pt")["pixel_values"]
+        (values,) = HfvlmQwenVLImageProcessor(upright=False)(golden.folder / file, return_tensors="pt")["pixel_values"]
         golden.compare(f"{name}.pixels", values[:, ::stride, ::stride])
         golden.compare(f"{name}.mean", values.double().mean(dim=(1, 2)))
         golden.compare(f"{name}.std", values.double().std(dim=(1, 2), correction=0))

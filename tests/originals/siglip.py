@@ -34,6 +34,7 @@ def pixels(setting: dict, path: Path) -> Tensor:
         fill_color=config["fill_color"],
         image_mean=config["mean"],
         image_std=config["std"],
+        upright=False,
     )
     return processor(path, return_tensors="pt")["pixel_values"][0]
 

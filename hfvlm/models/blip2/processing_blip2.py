@@ -190,8 +190,8 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         if text is None:
             raise ValueError(f"{type(self).__name__} needs a text for each video.")
         options, words = self.call_options(kwargs)
-        urls = options.pop("allow_urls", False)
-        frames = [read_images(list(film), allow_urls=urls) for film in listed(videos)]
+        reading = {"upright": self.image_processor.upright, "allow_urls": options.pop("allow_urls", False)}
+        frames = [read_images(list(video), **reading) for video in listed(videos)]
         texts = texts_of(text)
         texts = [texts] if isinstance(texts, str) else texts
         padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}

@@ -105,8 +105,11 @@ class HfvlmFLAVAImageProcessor(FixedSizeImageProcessor):
         """As `HfvlmImageProcessor`; `codebook_pixel_values` `(B, 3, h, w)`, from 0.1 to 0.9, and `bool_masked_pos`
         `(B, rows, columns)` come with what asks for them."""
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        named = list(enumerate(self.read(images, allow_urls, kwargs)))
-        pictures = parallel(lambda item: self.fitted(item[1], settings, f"image {item[0]}"), named)
+
+        def prepared(item: tuple[int, Any]) -> Image.Image:
+            return self.fitted(self.read(item, settings, allow_urls), settings, f"image {item[0]}")
+
+        pictures = parallel(prepared, list(enumerate(self.sources(images, kwargs))))
         unchanged = {"do_resize": False, "input_data_format": None}
         data = dict(super().preprocess(pictures, return_tensors, **kwargs | unchanged))
         if settings["return_codebook_pixels"]:

@@ -11,13 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.media import read_audios, read_depths, read_imus, read_thermals, read_videos
+from hfvlm.media import read_audio, read_depth, read_imu, read_thermal, read_video
+from hfvlm.media.audio import audio_batch
+from hfvlm.media.depth import check_range, one_by_one
 from hfvlm.media.errors import MediaError
-from hfvlm.media.imu import windows
+from hfvlm.media.imu import imu_batch, windows
 from hfvlm.media.recordings import Recording, resample
 from hfvlm.media.resizing import MAX_RESIZED_PIXELS, cover
 from hfvlm.media.spectrograms import kaldi_fbank
-from hfvlm.media.video import Video
+from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
 from hfvlm.settings import one_of
@@ -70,7 +72,8 @@ class HfvlmImageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     SETTINGS = ("size", "num_frames", "num_clips", "clip_seconds", "num_crops", "image_mean", "image_std")
     SOURCE_OPTIONS = ("fps",)
     CHECKS = {"num_crops": one_of(1, 3)}
-    tuples_are_batches = False
+    KIND = "video"
+    split = staticmethod(video_batch)
 
     size: int = 224
     num_frames: int = 2
@@ -80,17 +83,19 @@ class HfvlmImageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
     image_std: list[float] = HfvlmCLIPImageProcessor.image_std
 
-    def read(self, sources: Any, **options: Any) -> list[Video]:
-        return read_videos(sources, **options)
+    def read(self, source: Any, **options: Any) -> Video:
+        return read_video(source, **options)
 
     def features(self, medium: Video, settings: Mapping[str, Any]) -> np.ndarray:
         """(clips * crops, 3, frames, H, W), clip by clip."""
         places = self.places(medium, settings)
         distinct = sorted({place for clip in places for place in clip})
-        frames = torch.from_numpy(medium.frames(distinct)).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
         # One frame at a time: what is wanted of a large one is small.
-        squares = [self.squares((fitted(frame, settings["size"]) - mean) / std, settings) for frame in frames]
+        squares = [
+            self.squares((fitted(frame, settings["size"]) - mean) / std, settings)
+            for frame in medium.tensors(distinct)
+        ]
         index = {place: i for i, place in enumerate(distinct)}
         clips = [torch.stack([squares[index[place]] for place in clip], dim=2) for clip in places]
         return torch.cat(clips).numpy()
@@ -151,6 +156,8 @@ class HfvlmImageBindFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["input_features"]
     SETTINGS = ("sampling_rate", "num_mel_bins", "num_frames", "num_clips", "clip_seconds", "mean", "std")
     SOURCE_OPTIONS = ("sampling_rate",)
+    KIND = "audio"
+    split = staticmethod(audio_batch)
 
     sampling_rate: int = 16_000
     num_mel_bins: int = 128
@@ -160,8 +167,8 @@ class HfvlmImageBindFeatureExtractor(HfvlmFeatureExtractor):
     mean: float = -4.268
     std: float = 9.138
 
-    def read(self, sources: Any, **options: Any) -> list[Recording]:
-        return read_audios(sources, **options)
+    def read(self, source: Any, **options: Any) -> Recording:
+        return read_audio(source, **options)
 
     def features(self, medium: Recording, settings: Mapping[str, Any]) -> np.ndarray:
         """(clips, 1, bins, frames)."""
@@ -205,6 +212,8 @@ class HfvlmImageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["depth_values"]
     SETTINGS = ("size", "baseline", "focal_length", "nearest", "farthest", "mean", "std")
     SOURCE_OPTIONS = ("encoding",)
+    KIND = "depth map"
+    split = staticmethod(one_by_one)
 
     size: int = 224
     baseline: float = 0.075
@@ -220,8 +229,11 @@ class HfvlmImageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
             raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
         return settings
 
-    def read(self, sources: Any, **options: Any) -> list[np.ndarray]:
-        return read_depths(sources, **options)
+    def read(self, source: Any, **options: Any) -> np.ndarray:
+        return read_depth(source, **options)
+
+    def check(self, medium: np.ndarray, settings: Mapping[str, Any], name: str) -> None:
+        check_range(medium, settings["farthest"], name)
 
     def features(self, medium: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
         """(1, size, size)."""
@@ -252,13 +264,15 @@ class HfvlmImageBindThermalFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["thermal_values"]
     SETTINGS = ("size", "mean", "std")
     SOURCE_OPTIONS = ("limits",)
+    KIND = "thermal image"
+    split = staticmethod(one_by_one)
 
     size: int = 224
     mean: float = 0.0
     std: float = 1.0
 
-    def read(self, sources: Any, **options: Any) -> list[np.ndarray]:
-        return read_thermals(sources, **options)
+    def read(self, source: Any, **options: Any) -> np.ndarray:
+        return read_thermal(source, **options)
 
     def features(self, medium: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
         """(1, size, size)."""
@@ -282,24 +296,29 @@ class HfvlmImageBindIMUFeatureExtractor(HfvlmFeatureExtractor):
         >>> extractor((trace, 200), return_tensors="pt")["imu_values"].shape  # (6, N) or (N, 6) at 200 Hz
         (1, 6, 2000)
         >>> extractor({"accelerometer": a, "gyroscope": w, "sampling_rate": 200})
+        >>> extractor("walk.csv", columns=["ax", "ay", "az", "gx", "gy", "gz"], units=("g", "deg/s"), sampling_rate=50)
         >>> extractor((trace, 200), num_clips=3)  # from start to end; the model averages over the clips
 
     Args:
         sampling_rate: that everything is resampled to, in hertz. In a call: of arrays that bring none.
         num_samples: of a clip.
         num_clips: of a trace.
+        columns: in a call: of CSV files and data frames; see `hfvlm.media.read_imu`.
+        units: in a call: of the accelerometer and the gyroscope, as ("g", "deg/s").
     """
 
     model_input_names = ["imu_values"]
     SETTINGS = ("sampling_rate", "num_samples", "num_clips")
-    SOURCE_OPTIONS = ("sampling_rate",)
+    SOURCE_OPTIONS = ("sampling_rate", "columns", "units")
+    KIND = "IMU trace"
+    split = staticmethod(imu_batch)
 
     sampling_rate: int = 400
     num_samples: int = 2000
     num_clips: int = 1
 
-    def read(self, sources: Any, **options: Any) -> list[Recording]:
-        return read_imus(sources, **options)
+    def read(self, source: Any, **options: Any) -> Recording:
+        return read_imu(source, **options)
 
     def features(self, medium: Recording, settings: Mapping[str, Any]) -> np.ndarray:
         """(6, N), or (clips, 6, N)."""

@@ -9,13 +9,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.media import read_audios, read_depths, read_thermals, read_videos
+from hfvlm.media import read_audio, read_depth, read_thermal, read_video
+from hfvlm.media.audio import audio_batch
+from hfvlm.media.depth import check_range, one_by_one
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.recordings import Recording, resample
 from hfvlm.media.resizing import MAX_RESIZED_PIXELS
 from hfvlm.media.spectrograms import kaldi_fbank
-from hfvlm.media.video import Video
+from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
 from hfvlm.settings import number
@@ -99,23 +101,25 @@ class HfvlmLanguageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["pixel_values_videos"]
     SETTINGS = ("size", "num_frames", "image_mean", "image_std")
     SOURCE_OPTIONS = ("fps",)
-    tuples_are_batches = False
+    KIND = "video"
+    split = staticmethod(video_batch)
 
     size: int = 224
     num_frames: int = 8
     image_mean: list[float] = MEAN
     image_std: list[float] = STD
 
-    def read(self, sources: Any, **options: Any) -> list[Video]:
-        return read_videos(sources, **options)
+    def read(self, source: Any, **options: Any) -> Video:
+        return read_video(source, **options)
 
     def features(self, medium: Video, settings: Mapping[str, Any]) -> np.ndarray:
         """(3, frames, size, size)."""
         places = np.linspace(0, len(medium) - 1, settings["num_frames"], dtype=int).tolist()
-        frames = torch.from_numpy(medium.frames(places)).permute(0, 3, 1, 2)
+        distinct = sorted(set(places))
         # One frame at a time: what is wanted of a large one is small.
-        squares = (square(frame / 255.0, settings["size"], "bilinear") for frame in frames)
-        return np.stack([normalised(frame, settings) for frame in squares], axis=1)
+        squares = (square(frame / 255.0, settings["size"], "bilinear") for frame in medium.tensors(distinct))
+        found = dict(zip(distinct, (normalised(frame, settings) for frame in squares), strict=True))
+        return np.stack([found[place] for place in places], axis=1)
 
 
 class HfvlmLanguageBindFeatureExtractor(HfvlmFeatureExtractor):
@@ -143,6 +147,8 @@ class HfvlmLanguageBindFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["input_features"]
     SETTINGS = ("sampling_rate", "num_mel_bins", "num_frames", "mean", "std")
     SOURCE_OPTIONS = ("sampling_rate",)
+    KIND = "audio"
+    split = staticmethod(audio_batch)
 
     sampling_rate: int = 16_000
     num_mel_bins: int = 112
@@ -150,8 +156,8 @@ class HfvlmLanguageBindFeatureExtractor(HfvlmFeatureExtractor):
     mean: float = -4.2677393
     std: float = 4.5689974
 
-    def read(self, sources: Any, **options: Any) -> list[Recording]:
-        return read_audios(sources, **options)
+    def read(self, source: Any, **options: Any) -> Recording:
+        return read_audio(source, **options)
 
     def features(self, medium: Recording, settings: Mapping[str, Any]) -> np.ndarray:
         """(3, bins, frames)."""
@@ -198,6 +204,8 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
     SETTINGS = ("size", "nearest", "farthest", "image_mean", "image_std", "antialias")
     CHECKS = {"farthest": number(least=0)}
     SOURCE_OPTIONS = ("encoding",)
+    KIND = "depth map"
+    split = staticmethod(one_by_one)
 
     size: int = 224
     nearest: float = 0.01
@@ -212,12 +220,16 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
             raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
         return settings
 
-    def read(self, sources: Any, **options: Any) -> list[np.ndarray]:
-        return read_depths(sources, **options)
+    def read(self, source: Any, **options: Any) -> np.ndarray:
+        return read_depth(source, **options)
+
+    def check(self, medium: np.ndarray, settings: Mapping[str, Any], name: str) -> None:
+        check_range(medium, settings["farthest"], name)
 
     def features(self, medium: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
         """(3, size, size)."""
-        metres = torch.from_numpy(medium).clamp(min=settings["nearest"])
+        if settings["farthest"]:
+            metres = torch.from_numpy(medium).clamp(min=settings["nearest"])
         farthest = settings["farthest"] or metres.max()
         shares = metres.clamp(max=farthest) / farthest
         return normalised(square(shares[None], settings["size"], "bicubic", antialias=settings["antialias"]), settings)
@@ -245,14 +257,16 @@ class HfvlmLanguageBindThermalFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["thermal_values"]
     SETTINGS = ("size", "image_mean", "image_std", "antialias")
     SOURCE_OPTIONS = ("limits",)
+    KIND = "thermal image"
+    split = staticmethod(one_by_one)
 
     size: int = 224
     image_mean: list[float] = MEAN
     image_std: list[float] = STD
     antialias: bool = False
 
-    def read(self, sources: Any, **options: Any) -> list[np.ndarray]:
-        return read_thermals(sources, **options)
+    def read(self, source: Any, **options: Any) -> np.ndarray:
+        return read_thermal(source, **options)
 
     def features(self, medium: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
         """(3, size, size)."""

@@ -10,11 +10,12 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
+from hfvlm.media.sources import parallel
 from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import HfvlmImageProcessor, on_device
+from hfvlm.processing import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.settings import edge as length
 from hfvlm.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.tokenization import PieceTokenizer
@@ -73,10 +74,13 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
     ) -> BatchFeature:
         """Pictures -> `pixel_values` `(B, 3, H, W)`; or, of tiles, `(views, 3, H, W)`, each picture's whole first, and
         `image_sizes` `(B, 2)`, their heights and widths in pixels."""
-        pictures = self.read(images, allow_urls, kwargs)
+        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
+        if settings["resize_mode"] != "tiles":
+            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
+        named = list(enumerate(self.sources(images, kwargs)))
+        pictures = parallel(lambda item: self.read(item, settings, allow_urls), named)
         inputs = super().preprocess(pictures, return_tensors, **kwargs | {"input_data_format": None})
-        if (kwargs.get("resize_mode") or self.resize_mode) == "tiles":
-            inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
+        inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
         return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from hfvlm.conversations import Conversation, Encoder
-from hfvlm.media import read_videos
-from hfvlm.media.video import Video
+from hfvlm.media import read_video
+from hfvlm.media.video import Video, video_batch
 from hfvlm.media_text import IGNORE, VideoTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
@@ -44,7 +44,8 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["pixel_values_videos", "num_frames"]
     SETTINGS = ("size", "num_frames", "do_sample_frames", "image_mean", "image_std")
     CHECKS = {"size": square}
-    tuples_are_batches = False
+    KIND = "video"
+    split = staticmethod(video_batch)
 
     size: dict[str, int] = {"height": 224, "width": 224}
     num_frames: int = 100
@@ -52,8 +53,8 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
     image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
     image_std: list[float] = HfvlmCLIPImageProcessor.image_std
 
-    def read(self, sources: Any, **options: Any) -> list[Video]:
-        return read_videos(sources, **options)
+    def read(self, source: Any, **options: Any) -> Video:
+        return read_video(source, **options)
 
     def places(self, film: Video, settings: Mapping[str, Any]) -> list[int]:
         """The frames that are taken."""
@@ -69,10 +70,13 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
         places = self.places(medium, settings)
         distinct = sorted(set(places))
         size = (settings["size"]["height"], settings["size"]["width"])
-        frames = torch.from_numpy(medium.frames(distinct)).permute(0, 3, 1, 2)
-        if frames.shape[2:] != size:
-            # One at a time: torch copies what it resizes.
-            frames = torch.cat([F.interpolate(frame[None], size=size, mode="nearest") for frame in frames])
+        # One at a time: what is wanted of a large frame is small.
+        frames = torch.stack(
+            [
+                frame if frame.shape[1:] == size else F.interpolate(frame[None], size=size, mode="nearest")[0]
+                for frame in medium.tensors(distinct)
+            ]
+        )
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
         index = {place: i for i, place in enumerate(distinct)}
         return ((frames / 255 - mean) / std)[[index[place] for place in places]].numpy()
