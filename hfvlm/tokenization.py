@@ -228,7 +228,7 @@ class HfvlmTokenizer(TokenizersBackend):
         check_keywords(self, kwargs, self.known_settings() - LOADING - STORED, {*LOADING, *STORED, *tokens, *shared()})
         longest = kwargs.get("model_max_length")
         if longest is not None:
-            self.check_number("model_max_length", longest, 1, 10**30)
+            self.check_number("model_max_length", longest, 1, 10**31)
         if (side := kwargs.get("truncation_side")) is not None and side not in SIDES:
             raise ValueError(f"{type(self).__name__}: truncation_side must be 'left' or 'right', not {side!r}.")
         for name in ("clean_up_tokenization_spaces", "split_special_tokens"):
