@@ -271,7 +271,7 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
     def read(self, source: Any, **options: Any) -> Any:
         """Read one source, as `hfvlm.media` does."""
 
-    def check(self, medium: Any, settings: Mapping[str, Any], name: str) -> None:  # noqa: B027 (most check nothing)
+    def check(self, medium: Any, settings: Mapping[str, Any], name: str) -> None:
         """Refuse, or warn of, what was read and lies outside of what the model knows."""
 
     @abstractmethod
