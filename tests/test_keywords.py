@@ -18,7 +18,9 @@ from hfvlm.registry import architectures
 
 
 def public_classes():
-    names = {name for architecture in architectures().values() for group in architecture.models.values() for name in group}
+    names = {
+        name for architecture in architectures().values() for group in architecture.models.values() for name in group
+    }
     return [getattr(hfvlm, name) for name in sorted(names)]
 
 
@@ -62,7 +64,9 @@ def test_an_unknown_keyword_is_named(model_class, method):
 
 
 def test_every_public_class_is_strict():
-    assert [c.__name__ for c in CLASSES if not issubclass(c, StrictKeywords) or not issubclass(c, PreTrainedModel)] == []
+    assert [
+        c.__name__ for c in CLASSES if not issubclass(c, StrictKeywords) or not issubclass(c, PreTrainedModel)
+    ] == []
 
 
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)

@@ -6,6 +6,8 @@ from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestion
 from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline, Pipeline
 
 from hfvlm.inference.captioner import written
+from hfvlm.inference.media_pipelines import ConversationPipeline, register_media_pipelines
+from hfvlm.media.images import read_image
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
@@ -34,13 +36,15 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         pairs = [{"image": i, "question": q} for i, q in zip(images, questions, strict=True)]
         return super().__call__(pairs if several else pairs[0], **kwargs)
 
-    def _sanitize_parameters(self, answers: list[str] | None = None, **generate: Any) -> tuple[Any, ...]:
-        return {}, ({"answers": answers} if answers else {}) | generate, {}
+    def _sanitize_parameters(
+        self, answers: list[str] | None = None, allow_urls: Any = None, **generate: Any
+    ) -> tuple[Any, ...]:
+        before = {} if allow_urls is None else {"allow_urls": allow_urls}
+        return before, ({"answers": answers} if answers else {}) | generate, {}
 
-    def preprocess(self, pair: Any, **_: Any) -> Any:  # type: ignore[override]
-        return self.processor(
-            images=[pair["image"]], text=[self.processor.asked(pair["question"])], return_tensors="pt"
-        )
+    def preprocess(self, pair: Any, *, allow_urls: Any = False) -> Any:  # type: ignore[override]
+        image = read_image(pair["image"], upright=False, allow_urls=allow_urls)
+        return self.processor(images=[image], text=[self.processor.asked(pair["question"])], return_tensors="pt")
 
     def _forward(self, inputs: Any, answers: list[str] | None = None, **generate: Any) -> dict[str, Any]:  # type: ignore[override]
         model: Any = self.model
@@ -53,7 +57,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return [{"answer": text} for text in outputs["answers"]]
 
 
-class VideoTextToTextPipeline(ImageTextToTextPipeline):
+class VideoTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):
     """`pipeline("video-text-to-text", model=folder)(film, text)` -> `[{"generated_text": "..."}]`.
 
     Takes a film, as `hfvlm.media.read_video` reads it, and a text, or lists of as many of both; or, as
@@ -86,6 +90,7 @@ TASKS: dict[str, tuple[type[Pipeline], Any]] = {
 
 def register_pipelines() -> None:
     """Add what the installed transformers lacks, or refuses by name."""
+    register_media_pipelines()
     for task, (pipeline, model) in TASKS.items():
         getattr(pipelines, "REMOVED_TASKS", {}).pop(task, None)
         if task not in PIPELINE_REGISTRY.get_supported_tasks():

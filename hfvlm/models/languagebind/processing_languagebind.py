@@ -228,8 +228,7 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
 
     def features(self, medium: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
         """(3, size, size)."""
-        if settings["farthest"]:
-            metres = torch.from_numpy(medium).clamp(min=settings["nearest"])
+        metres = torch.from_numpy(medium).clamp(min=settings["nearest"])
         farthest = settings["farthest"] or metres.max()
         shares = metres.clamp(max=farthest) / farthest
         return normalised(square(shares[None], settings["size"], "bicubic", antialias=settings["antialias"]), settings)

@@ -1,0 +1,136 @@
+"""transformers' own pipelines, for hfvlm's models: they read media as `hfvlm.media` does, like the processors.
+
+transformers' readers convert images to RGB before they are resized, whatever their mode, know one sampling rate, and
+fetch every URL. Here a pipeline of a path gives what `model(**processor(path))` gives, and fetches no URL unless
+`allow_urls=` says so. The tasks stay transformers': their entries in the registry of pipelines make these classes for
+models of hfvlm, and transformers' own for all others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from transformers.pipelines import (
+    PIPELINE_REGISTRY,
+    AnyToAnyPipeline,
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    ImageTextToTextPipeline,
+    ZeroShotAudioClassificationPipeline,
+    ZeroShotImageClassificationPipeline,
+)
+
+from hfvlm.media.audio import as_read, read_audio
+from hfvlm.media.images import ImageAsRead, read_image, to_8_bits
+from hfvlm.media.sources import AllowUrls
+from hfvlm.processing import HfvlmFeatureExtractor, HfvlmImageProcessor, HfvlmProcessor
+
+OURS = (HfvlmImageProcessor, HfvlmProcessor)
+
+
+class MediaPipeline:
+    """What the pipelines below share: `allow_urls`, and media that are read before transformers sees them."""
+
+    image_processor: Any
+    feature_extractor: Any
+    processor: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline; of a model that is not hfvlm's, transformers' own."""
+        if is_ours(kwargs.get("model", args[0] if args else None)):
+            return super().__new__(cls)
+        return native_of(cls)(*args, **kwargs)
+
+    def _sanitize_parameters(self, allow_urls: AllowUrls | None = None, **kwargs: Any) -> tuple[Any, Any, Any]:
+        before, forward, after = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
+        return before if allow_urls is None else {**before, "allow_urls": allow_urls}, forward, after
+
+    def preprocess(self, inputs: Any, *args: Any, allow_urls: AllowUrls = False, **kwargs: Any) -> Any:
+        return super().preprocess(self.read(inputs, allow_urls), *args, **kwargs)  # type: ignore[misc]
+
+    def read(self, source: Any, allow_urls: AllowUrls) -> Any:
+        """An image, in a form that transformers gives on to the processor."""
+        image = read_image(source, upright=False, allow_urls=allow_urls)
+        if any(isinstance(part, OURS) for part in (self.image_processor, self.processor)):
+            return ImageAsRead(image)
+        return to_8_bits(read_image(image)).convert("RGB")
+
+
+class HfvlmZeroShotImageClassificationPipeline(MediaPipeline, ZeroShotImageClassificationPipeline):
+    """As transformers', of whatever `hfvlm.media.read_image` reads."""
+
+
+class HfvlmImageClassificationPipeline(MediaPipeline, ImageClassificationPipeline):
+    """As transformers', of whatever `hfvlm.media.read_image` reads."""
+
+
+class HfvlmImageFeatureExtractionPipeline(MediaPipeline, ImageFeatureExtractionPipeline):
+    """As transformers', of whatever `hfvlm.media.read_image` reads."""
+
+
+class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClassificationPipeline):
+    """As transformers', of whatever `hfvlm.media.read_audio` reads."""
+
+    def read(self, source: Any, allow_urls: AllowUrls) -> Any:
+        """A recording; arrays without a rate are at the feature extractor's, as transformers takes them."""
+        if isinstance(source, np.ndarray):
+            source = (source, self.feature_extractor.sampling_rate)
+        recording = read_audio(source, allow_urls=allow_urls)
+        if isinstance(self.feature_extractor, HfvlmFeatureExtractor):
+            return as_read(recording)
+        return recording.samples[0]
+
+
+class ConversationPipeline(MediaPipeline):
+    """For pipelines that take texts, texts with images, or conversations."""
+
+    def preprocess(self, inputs: Any = None, *args: Any, allow_urls: AllowUrls = False, **kwargs: Any) -> Any:
+        if isinstance(inputs, Mapping) and inputs.get("images") is not None:
+            inputs = {**inputs, "images": self.read_each(inputs["images"], allow_urls)}
+        elif allow_urls and not isinstance(inputs, str | list | tuple):
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "allow_urls": allow_urls}
+        return super(MediaPipeline, self).preprocess(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def read_each(self, sources: Any, allow_urls: AllowUrls) -> Any:
+        """Images, or lists of them, one for each text."""
+        if isinstance(sources, list | tuple):
+            return [self.read_each(source, allow_urls) for source in sources]
+        return self.read(sources, allow_urls)
+
+
+class HfvlmImageTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):
+    """As transformers', of whatever `hfvlm.media.read_image` reads."""
+
+
+class HfvlmAnyToAnyPipeline(ConversationPipeline, AnyToAnyPipeline):
+    """As transformers', of whatever `hfvlm.media` reads."""
+
+
+TASKS: dict[str, type] = {
+    "any-to-any": HfvlmAnyToAnyPipeline,
+    "image-classification": HfvlmImageClassificationPipeline,
+    "image-feature-extraction": HfvlmImageFeatureExtractionPipeline,
+    "image-text-to-text": HfvlmImageTextToTextPipeline,
+    "zero-shot-audio-classification": HfvlmZeroShotAudioClassificationPipeline,
+    "zero-shot-image-classification": HfvlmZeroShotImageClassificationPipeline,
+}
+
+
+def register_media_pipelines() -> None:
+    """Make the tasks' entries find the pipelines above. Entries that another library has taken stay as they are."""
+    for task, pipeline in TASKS.items():
+        entry = PIPELINE_REGISTRY.supported_tasks.get(task)
+        native = native_of(pipeline)
+        # Some versions of transformers name a class that they have not imported yet.
+        if entry is not None and entry["impl"] in (native, f"{native.__module__}.{native.__qualname__}"):
+            entry["impl"] = pipeline
+
+
+def is_ours(model: Any) -> bool:
+    """Whether a model is hfvlm's, in an adapter or compiled, too."""
+    return str(getattr(getattr(model, "config", None), "model_type", "")).startswith("hfvlm_")
+
+
+def native_of(pipeline: type) -> type:
+    """The pipeline of transformers that one of ours is."""
+    return next(base for base in pipeline.__mro__ if base.__module__.startswith("transformers."))
