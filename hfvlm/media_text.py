@@ -431,6 +431,6 @@ class VideoTextProcessor(MediaTextProcessor):
             ValueError: texts and films do not fit each other, or a row does not fit `max_length`; or pictures are
                 given: they are films of one frame, `videos=[[picture]]`.
         """
-        if images is not None:
-            raise ValueError(f"{type(self).__name__} reads films: give a picture as one of a frame, [[picture]].")
+        if not is_empty(images):
+            raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
         return self.inputs_for(videos, text, return_tensors, **kwargs)

@@ -600,6 +600,7 @@ class MultiEncoderProcessor(HfvlmProcessor):
         data: dict[str, Any] = {}
         for name, sources in given.items():
             if sources is not None:
-                urls = {} if name == "text" else {"allow_urls": allow_urls}
-                data |= self.prepare(modalities[name], sources, return_tensors, **urls | options[name])
+                shared = {"return_tensors": return_tensors}
+                shared |= {} if name == "text" else {"allow_urls": allow_urls}
+                data |= self.prepare(modalities[name], sources, **shared | options[name])
         return BatchFeature(data)

@@ -58,7 +58,8 @@ class HfvlmLanguageBindImageProcessor(HfvlmCLIPImageProcessor):
     antialias: bool = False
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        checked = super().checked(settings | {"antialias": True}) | {"antialias": settings["antialias"]}
+        antialias = self.checked_value("antialias", settings["antialias"])
+        checked = super().checked(settings | {"antialias": True}) | {"antialias": antialias}
         height, width = checked["size"]["height"], checked["size"]["width"]
         if (checked["resize_mode"], checked["resample"]) != ("shortest", 3) or height != width:
             raise ValueError(f"{type(self).__name__} has bicubic squares only (resize_mode 'shortest', resample 3).")
