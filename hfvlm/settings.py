@@ -68,9 +68,7 @@ LOADING = frozenset(
 _shared: ContextVar[frozenset[str]] = ContextVar("shared_keywords", default=frozenset())
 
 
-def check_keywords(
-    owner: Any, given: Iterable[str], known: Collection[str], standing: Collection[str] = ()
-) -> None:
+def check_keywords(owner: Any, given: Iterable[str], known: Collection[str], standing: Collection[str] = ()) -> None:
     """Refuse keywords that `owner`, an object, a class or its name, does not know.
 
     Args:

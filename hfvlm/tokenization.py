@@ -483,7 +483,9 @@ class HfvlmTokenizer(TokenizersBackend):
             TypeError: an unknown keyword.
         """
         check_keywords(self, kwargs, {"spaces_between_special_tokens", "use_source_tokenizer"})
-        text: Any = super().decode(self.decodable(token_ids, skip=skip_special_tokens), skip_special_tokens)
+        ids = self.decodable(token_ids, skip=skip_special_tokens)
+        # transformers refuses to clean up what byte pairs make, which some originals do.
+        text: Any = super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
         clean = clean_up_tokenization_spaces
         if not (self.clean_up_tokenization_spaces if clean is None else clean):
             return text

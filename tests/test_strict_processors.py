@@ -27,7 +27,7 @@ def public(kind):
     return sorted((cls for cls in found if isinstance(cls, type) and issubclass(cls, kind)), key=lambda c: c.__name__)
 
 
-PARTS = [cls for cls in public(Settings)]
+PARTS = public(Settings)
 TOKENIZERS = public(PreTrainedTokenizerBase)
 PROCESSORS = public(ProcessorMixin)
 

@@ -38,7 +38,7 @@ def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`(B, N, D)` -> `(B, D)`, the token at the last position, which comes before the text where it is padded there."""
+    """`(B, N, D)` -> `(B, D)`, the token at the last position, which stands before the text where padding does."""
     if attention_mask is None:
         return x[:, -1]
     last = (text_starts(attention_mask) - 1) % x.shape[1]

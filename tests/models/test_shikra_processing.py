@@ -62,7 +62,10 @@ class TestPrompts:
             ([PICTURE, text("What?")], "<image> What?"),
             ([PICTURE, text("Where in <image> is it?")], "Where in <image> is it?"),
             ([text("Where in "), PICTURE, text(" is it?")], "Where in <image> is it?"),
-            ([PICTURE, text("Where in <image> is an <image> tag?")], f"Where in <image> is an <{PROTECTED}image> tag?"),
+            (
+                [PICTURE, text("Where in <image> is an <image> tag?")],
+                f"Where in <image> is an <{PROTECTED}image> tag?",
+            ),
             ([text("What is <image>?")], f"What is <{PROTECTED}image>?"),
             ("What is <image>?", f"What is <{PROTECTED}image>?"),
         ],
