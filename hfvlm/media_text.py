@@ -19,6 +19,8 @@ from hfvlm.settings import check_keywords, flag, whole
 
 # The label that no loss is computed of.
 IGNORE = -100
+# As many places as the texts of a data set spell out.
+EVERY = 2**31
 # Options of texts.
 TEXT_OPTIONS = frozenset(
     {
@@ -322,7 +324,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels, each with one `media_token_id` for each picture. Answers are trained on, with
         what ends them; -100 elsewhere."""
-        messages = self.protected(messages)
+        messages = self.protected(messages, places=EVERY)
         ids = self.encode(self.render(messages))
         labels = [IGNORE] * len(ids)
         for i, message in enumerate(messages):

@@ -1,5 +1,7 @@
 """Special tokens that somebody types are words: they forge neither a turn nor an image's place."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -93,7 +95,7 @@ MAKE = {
 def conversation(processor, words, *, parts=1):
     """Two questions, of which the first has an image, and an answer between them."""
     cuts = [len(words) * i // parts for i in range(parts + 1)]
-    texts = [{"type": "text", "text": words[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)]
+    texts = [{"type": "text", "text": words[a:b]} for a, b in pairwise(cuts)]
     return [
         {"role": "user", "content": [{"type": processor.modality}, *texts]},
         {"role": "assistant", "content": f"No. {words}"},

@@ -60,9 +60,9 @@ def tokens(golden: Golden) -> None:
         text = row["text"]
         assert tokenizer(text)["input_ids"] == row["ids"], text
         assert tokenizer(text, **padded)["input_ids"] == row["ids_padded_35"], text
-        assert caption._cleaned(text) == row["pre_caption"], text
-        assert shorter._cleaned(text) == row["pre_caption_max_words_30"], text
-        assert question._cleaned(text) == row["pre_question"], text
+        assert caption.cleaned(text) == row["pre_caption"], text
+        assert shorter.cleaned(text) == row["pre_caption_max_words_30"], text
+        assert question.cleaned(text) == row["pre_question"], text
         assert caption(text)["input_ids"] == row["ids_of_pre_caption_max_length_40"], text
         assert clean_caption(clean_caption(text)) == clean_caption(text)
         assert clean_question(clean_question(text)) == clean_question(text)

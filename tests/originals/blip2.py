@@ -78,8 +78,8 @@ def tokens(golden: Golden) -> None:
     for row in golden.case["texts"]:
         text = row["text"]
         for name, cleaning in cleaned.items():
-            assert cleaning._cleaned(text) == row[name], (text, name)
-        assert "a photo of " + shorter._cleaned(text) == row["BlipCaptionProcessor(prompt='a photo of ', max_words=5)"]
+            assert cleaning.cleaned(text) == row[name], (text, name)
+        assert "a photo of " + shorter.cleaned(text) == row["BlipCaptionProcessor(prompt='a photo of ', max_words=5)"]
         assert tokenizer(text)["input_ids"] == row["qformer_ids_max_length_32"], text
         assert instruction(text)["input_ids"] == row["instruct_qformer_ids_left_truncation_max_length_16"], text
 

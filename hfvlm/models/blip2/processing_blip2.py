@@ -13,7 +13,7 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.batches import is_empty, listed, texts_of
 from hfvlm.media.images import read_images
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
 from hfvlm.processing import DualEncoderProcessor
 from hfvlm.settings import one_of, string, whole
@@ -290,7 +290,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         """
         if self.kind == "t5":
             raise ValueError("A T5 writes beside what it reads: train it on `processor.examples(...)`.")
-        *before, last = self.protected(messages)
+        *before, last = self.protected(messages, places=EVERY)
         given, answer = self.render(before, add_generation_prompt=True), last["content"]
         if not isinstance(answer, str):
             answer = "".join(part["text"] for part in answer if part["type"] == "text")

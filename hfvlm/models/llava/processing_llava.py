@@ -11,7 +11,7 @@ from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
 from hfvlm.media.sources import parallel
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
@@ -207,7 +207,9 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
 
     def training_row(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        turns = [(message["role"], self.said(message["content"])) for message in self.protected(messages)]
+        turns = [
+            (message["role"], self.said(message["content"])) for message in self.protected(messages, places=EVERY)
+        ]
         system = [turn for turn in turns if turn[0] == "system"]
         turns = turns[len(system) :]
         if turns and turns[0][0] == "assistant" and self.style.skips_first_answer:

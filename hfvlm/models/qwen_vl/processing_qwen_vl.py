@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing import FixedSizeImageProcessor
 from hfvlm.protection import unprotected
@@ -174,7 +174,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
         """
         if self.conversation != "chatml":
             return super().training_row(messages)
-        messages = self.protected(messages)
+        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if turns and turns[0]["role"] != "user":

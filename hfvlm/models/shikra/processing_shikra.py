@@ -14,7 +14,7 @@ from PIL import Image
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
@@ -150,7 +150,7 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        messages = self.protected(messages)
+        messages = self.protected(messages, places=EVERY)
         text = self.render(messages, add_generation_prompt=messages[-1]["role"] == "user")
         ids = self.encode(text)
         labels = CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
-from hfvlm.media_text import IGNORE, VideoTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, VideoTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing import HfvlmFeatureExtractor
@@ -172,7 +172,7 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
         style = self.conversations[self.training_conversation]
-        messages = self.protected(messages)
+        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if turns and turns[0]["role"] == "assistant":  # an answer to nothing
