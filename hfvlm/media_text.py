@@ -148,15 +148,15 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         """
         if isinstance(messages, Protected):
             return messages
-        protector, safe = self.protector(), Protected()
+        protector, safe, of_data = self.protector(), Protected(), places == EVERY
         for message in messages:
             content = message.get("content") if isinstance(message, Mapping) else None
             meant = min(places, content.count(self.media_token)) if isinstance(content, str) else 0
             places -= meant
-            safe.append(protector.message(message, self.media_token, meant or self.meant(content)))
+            safe.append(protector.message(message, self.media_token, meant or self.meant(content, of_data=of_data)))
         return safe
 
-    def meant(self, content: Any) -> int:
+    def meant(self, content: Any, *, of_data: bool = False) -> int:
         """How many `media_token` in the parts of a content are places; here an image has a part of its own."""
         return 0
 

@@ -125,14 +125,15 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
     def turn_marks(self) -> set[str]:
         return CONVERSATION.marks
 
-    def meant(self, content: Any) -> int:
-        """A message with images may spell out where they stand, as in training: `Where in <image> is it?`."""
+    def meant(self, content: Any, *, of_data: bool = False) -> int:
+        """A message with images may spell out where they stand, as in training: `Where in <image> is it?`. In a data
+        set, a message without images may, too, and the authors drop it."""
         if not isinstance(content, list | tuple):
             return 0
         parts = [part for part in content if isinstance(part, Mapping)]
         images = sum(part.get("type") == "image" for part in parts)
         spelt = sum(part["text"].count(self.image_token) for part in parts if isinstance(part.get("text"), str))
-        return images if spelt >= images else 0
+        return spelt if of_data else images if spelt >= images else 0
 
     @property
     def image_token_id(self) -> int:
