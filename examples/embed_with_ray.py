@@ -23,10 +23,10 @@ class EmbedPictures:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         paths = [str(path) for path in batch["path"]]
         found, errors = self.embedder.encode_readable("image", paths)
-        vectors = iter(found)
+        vectors = iter(found)  # float32, and so is the column
         return {
             "path": paths,
-            "image": [None if i in errors else next(vectors).tolist() for i in range(len(paths))],
+            "image": [None if i in errors else next(vectors) for i in range(len(paths))],
             "error": [errors.get(i, "") for i in range(len(paths))],
         }
 

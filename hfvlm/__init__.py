@@ -11,13 +11,15 @@ from typing import Any
 if not (Path(__file__).parent / "conversion").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from hfvlm.registry import find_class, register
+from hfvlm.logs import logger as logger  # which follows transformers' verbosity
+from hfvlm.registry import architectures, find_class, register
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "convert": "hfvlm.converter",
     "export": "hfvlm.converter",
+    "merge": "hfvlm.adapters",
     "verify": "hfvlm.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",
@@ -30,6 +32,8 @@ _LAZY = {
     "combine": "hfvlm.inference.embedder",
     "similarity": "hfvlm.inference.embedder",
     "Index": "hfvlm.inference.index",
+    "FaissIndex": "hfvlm.inference.index",
+    "LanceIndex": "hfvlm.inference.index",
     "load_index": "hfvlm.inference.index",
     "ContrastiveTrainer": "hfvlm.training",
     "ContrastiveTrainingArguments": "hfvlm.training",
@@ -49,6 +53,11 @@ def __getattr__(name: str) -> Any:
     if (found := find_class(name)) is not None:
         return found
     raise AttributeError(f"hfvlm has no {name!r}.")
+
+
+def __dir__() -> list[str]:
+    """Name what can be asked for: the functions, and every class of every architecture."""
+    return sorted({*globals(), *_LAZY, *(name for each in architectures().values() for name in each.names)})
 
 
 register()

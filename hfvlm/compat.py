@@ -50,13 +50,18 @@ def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool 
     Raises:
         ValueError: one is given in training under gradient checkpointing.
     """
-    if model.is_gradient_checkpointing and model.training and torch.is_grad_enabled():
+    if model.training and torch.is_grad_enabled() and is_checkpointing(model):
         if cache is not None:
             raise ValueError("Under gradient checkpointing layers run twice, and would write to a cache twice.")
         return None
     if use_cache and cache is None:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
     return cache
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Return whether a model's layers compute their activations again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def causal_mask(config: PreTrainedConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from hfvlm.licences import stricter
 from hfvlm.registry import load_for
 
 T = TypeVar("T")
@@ -33,11 +34,13 @@ class HfvlmConfig(PreTrainedConfig):
     Args:
         initializer_range: standard deviation of new weights where the architecture does not say another.
         licence: of the weights that a model was made from, as the Hub spells it. It travels with what is fine-tuned
-            from them, and `push_to_hub` reads it. None for a model of one's own.
+            from them and with each tower, and `push_to_hub` reads it. None for a model of one's own.
+        preset: name of the released checkpoint that the weights were converted from; it travels likewise.
     """
 
     initializer_range: float = 0.02
     licence: str | None = None
+    preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         load_for(self.model_type)
@@ -47,7 +50,29 @@ class HfvlmConfig(PreTrainedConfig):
                 model_type = value.get("model_type", default.model_type)
                 kind = default if model_type == default.model_type else AutoConfig.for_model(model_type).__class__
                 setattr(self, name, kind(**value))
+        self.pass_on_origin()
         super().__post_init__(**kwargs)
+
+    def pass_on_origin(self) -> None:
+        """Write where the weights are from, and their licence, into the towers' configurations.
+
+        A tower of another origin, or under a licence of its own that asks for more, keeps it.
+        """
+        for part in (getattr(self, name) for name in self.sub_configs):
+            if isinstance(part, HfvlmConfig):
+                part.licence = stricter(part.licence, self.licence)
+                part.preset = self.preset if part.preset is None else part.preset
+                part.pass_on_origin()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; a tower's part of a composite's takes the composite's licence and preset."""
+        config, kwargs = super().get_config_dict(*args, **kwargs)
+        part = config.get(cls.base_config_key)
+        if isinstance(part, dict):
+            part["licence"] = stricter(part.get("licence"), config.get("licence"))
+            part["preset"] = config.get("preset") if part.get("preset") is None else part["preset"]
+        return config, kwargs
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.captioning import CaptioningModel
 from hfvlm.keywords import Keywords
 from hfvlm.losses import average_losses, token_losses
-from hfvlm.modeling import DualEncoder, as_features
+from hfvlm.modeling import DualEncoder, as_features, loss_without_labels
 from hfvlm.modules.context import Context
 from hfvlm.modules.embeddings import as_padded, right_padded
 from hfvlm.outputs import DualEncoderOutput
@@ -69,6 +69,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         output.last_hidden_state = as_padded(attention_mask, tokens)
         return output
 
+    @loss_without_labels
     @can_return_tuple
     def forward(
         self,

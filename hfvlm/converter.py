@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.utils import logging
 
 import hfvlm
+from hfvlm.cards import record_of, write_card, write_export_card
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in
 from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
-from hfvlm.hub import write_card
+from hfvlm.fingerprints import RECORD, file_digests, sealed, settings_of, tensor_digest
 from hfvlm.key_table import KeyTableError, Table, convert_tables, fit, restore_keys
 from hfvlm.licences import UNKNOWN
 from hfvlm.presets import Preset, list_presets, load_preset
@@ -93,9 +94,9 @@ def convert(
         plan = make_plan(source, preset, sources, original)
         model = empty_model(plan.config)
         tensors = cast(translate(plan, sources, model), model, dtype)
-        write_model(folder, tensors, model)
+        digests = write_model(folder, tensors, model)
         write_processor(folder, [source, *map(Path, (parts or {}).values())], plan, vocabulary)
-        write_record(folder, source, plan, sources, len(tensors))
+        write_record(folder, source, plan, sources, digests)
         write_card(folder, plan.preset, name=Path(output).name)
     return Path(output)
 
@@ -150,7 +151,8 @@ def make_plan(
         if "layout" not in preset.source:
             raise ValueError(f"Preset {preset.name} has sizes only; there is no released checkpoint to convert.")
         config = preset.make_config()
-        config.licence = preset.licence["id"]
+        config.licence, config.preset = preset.licence["id"], preset.name
+        config.pass_on_origin()
         return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
     module = conversion_module(name)
     main = sources["main"]
@@ -167,6 +169,7 @@ def make_plan(
             f"beside it: no {error.args[0]!r}. {_likely(main)}"
         ) from error
     config.licence = UNKNOWN
+    config.pass_on_origin()
     settings = module.settings_from_original(original, preprocessing)
     layout = released_layout(source, name) or module.layout_of(original)
     return Plan(Preset(name=name, architecture=name), module, config, layout, settings)
@@ -216,17 +219,20 @@ def cast(tensors: dict[str, Tensor], model: PreTrainedModel, dtype: str | None) 
     return {k: t.to(target) if t.is_floating_point() and k not in kept else t for k, t in tensors.items()}
 
 
-def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """safetensors, in shards of 5 GB at most, and config.json."""
+def write_model(folder: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, str]:
+    """safetensors, in shards of 5 GB at most, and config.json; returns each tensor's digest."""
+    digests: dict[str, str] = {}
     plan = split_torch_state_dict_into_shards(dict(tensors), filename_pattern="model{suffix}.safetensors")
     for name, keys in plan.filename_to_tensors.items():
         # A copy, since safetensors takes no views into shared storage; one shard at a time is in memory.
         save_file({key: tensors[key].clone().contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        digests |= {key: tensor_digest(tensors[key]) for key in keys}
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    return digests
 
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
@@ -251,8 +257,10 @@ def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabular
     plan.module.processor_for(plan.config, plan.settings, *paths).save_pretrained(folder)
 
 
-def write_record(folder: Path, source: Path, plan: Plan, sources: Mapping[str, Source], written: int) -> None:
-    """conversion.json: what was made from what."""
+def write_record(
+    folder: Path, source: Path, plan: Plan, sources: Mapping[str, Source], digests: Mapping[str, str]
+) -> None:
+    """conversion.json: what was made from what, the settings, and the hashes of all tensors and files."""
     main = sources["main"].path
     digest, published = sha256_of(main), plan.preset.source.get("sha256")
     if published and published != digest:
@@ -262,7 +270,7 @@ def write_record(folder: Path, source: Path, plan: Plan, sources: Mapping[str, S
         "preset": plan.preset.name,
         "layout": plan.layout,
         "hfvlm": hfvlm.__version__,
-        "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": written},
+        "keys": {"read": sum(len(part.tensors) for part in sources.values()), "written": len(digests)},
     }
     others = {role: part.path for role, part in sources.items() if role != "main"}
     if others:
@@ -270,7 +278,13 @@ def write_record(folder: Path, source: Path, plan: Plan, sources: Mapping[str, S
             role: {"name": f"{path.parent.name}/{path.name}", "sha256": sha256_of(path)}
             for role, path in others.items()
         }
-    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+    record |= {
+        "licence": dict(plan.preset.licence),
+        "settings": settings_of(folder),
+        "files": file_digests(folder),
+        "tensors": dict(digests),
+    }
+    (folder / RECORD).write_text(json.dumps(sealed(record), indent=2) + "\n")
 
 
 def sha256_of(source: Path) -> str:
@@ -309,10 +323,10 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         if hasattr(module, "tensors_to_transformers"):
             tensors = module.tensors_to_transformers(tensors, native)
         native.dtype = config.dtype
-        save_file(
-            {k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-        )
+        about = {"format": "pt", "hfvlm": hfvlm.__version__}
+        save_file({k: t.clone().contiguous() for k, t in tensors.items()}, target / "model.safetensors", about)
         native.save_pretrained(target)
+        write_export_card(target, config, record_of(folder), Path(output).name)
         module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
     return Path(output)
 

@@ -30,14 +30,25 @@ class Generation(StrictKeywords, GenerationMixin):
         """Return the processors of logits that generation is to use, given those that its options ask for."""
         return processors
 
-    def repeated(self, features: Mapping[str, Any], input_ids: Tensor, times: int) -> dict[str, Any]:
-        """Return features of media, by modality, for a batch each row of which is repeated."""
+    def repeated(self, features: Mapping[str, Any], rows: Mapping[str, Tensor], times: int) -> dict[str, Any]:
+        """Return features of media, by modality, for a batch each row of which, by its `input_ids` or
+        `inputs_embeds`, is repeated."""
         return dict(features)
+
+    def ids(self, vocab_size: int) -> int:
+        """Return how many ids texts may hold, given those of the vocabulary: placeholders may lie beyond it."""
+        return vocab_size
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare a step's inputs, without the tokenizers, which transformers hands on to the step."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)
+        if getattr(generator, "vocab_size", None) is not None:
+            generator.vocab_size = self.ids(generator.vocab_size)
+        return generator
 
     def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]
         options = super()._prepare_generated_length(**arguments)  # type: ignore[misc]
@@ -59,13 +70,12 @@ class Generation(StrictKeywords, GenerationMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         features = kwargs.pop("mm_encoder_outputs", None)
+        rows = {"input_ids": input_ids, "inputs_embeds": kwargs.get("inputs_embeds")}
         expanded, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if features:
-            kwargs["mm_encoder_outputs"] = (
-                features if expand_size == 1 else self.repeated(features, input_ids, expand_size)
-            )
+            kwargs["mm_encoder_outputs"] = features if expand_size == 1 else self.repeated(features, rows, expand_size)
         return expanded, kwargs
 
 

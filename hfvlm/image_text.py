@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.compat import CACHE_NAMES, rename_cache, with_cache
+from hfvlm.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
 from hfvlm.generation import Generation, WithinVocabulary
 from hfvlm.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.outputs import ImageTextOutput
 
 Features = BaseModelOutputWithPooling
 
@@ -38,7 +39,10 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     language_model: Any
 
     def post_init(self) -> None:
-        """As transformers'. What encodes pictures stays on one device: some of its parameters belong to no layer."""
+        """Finish as transformers does. What encodes images stays on one device: some of its parameters belong to no
+        layer. The language model comes first: PEFT puts soft prompts before what the first model inside embeds."""
+        others = {name: child for name, child in self._modules.items() if name != "language_model"}
+        self._modules = {"language_model": self.language_model, **others}
         super().post_init()
         parts = (child for child in self.children() if child is not self.language_model)
         self._no_split_modules = [*(self._no_split_modules or ()), *(type(part).__name__ for part in parts)]
@@ -96,14 +100,15 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[Keywords],
-    ) -> CausalLMOutputWithPast:
+    ) -> ImageTextOutput:
         """Texts with pictures in them -> the logits of each next token.
 
         Args:
             input_ids: `(B, N)`, with a placeholder for each token of each picture.
             pixel_values: all pictures of the batch, in the order of their placeholders; see `get_image_features`.
             attention_mask: `(B, N)`, 0 where a row is padded.
-            inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media are
+                to be put, or with media among them already; see `embed`.
             labels: `(B, N)`; the loss leaves out -100.
             image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
             pixel_values_videos: likewise, all films.
@@ -118,17 +123,19 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         rest: dict[str, Any] = dict(kwargs)
         media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
-        return self.read_with(
+        features = self.encode_media(media, mm_encoder_outputs)
+        output = self.read_with(
             self.language_model,
             input_ids,
             inputs_embeds,
-            self.encode_media(media, mm_encoder_outputs),
+            features,
             attention_mask=attention_mask,
             labels=labels,
             cache=cache,
             logits_to_keep=logits_to_keep,
             **rest,
         )
+        return ImageTextOutput(**output, **as_outputs(features))
 
     def read_with(
         self,
@@ -151,12 +158,37 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     def merged(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, features: Mapping[str, Features]
     ) -> Tensor:
-        """What the language model reads: tokens' embeddings with pictures among them, or those that are given."""
+        """Put features where the placeholders are, among the embeddings of tokens or those that are given."""
         if inputs_embeds is None:
             return self.embed(input_ids, features)
-        if features or input_ids is not None:
-            raise ValueError("inputs_embeds have their pictures merged already: give either them or input_ids.")
+        self.check_one(input_ids, inputs_embeds)
+        for name, output in features.items():
+            mask = self.placeholder_mask(name, None, inputs_embeds)
+            inputs_embeds = self.filled(name, inputs_embeds, mask, output)
         return inputs_embeds
+
+    def check_one(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{type(self).__name__} needs either input_ids or inputs_embeds.")
+
+    def placeholder_mask(self, modality: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Find the placeholders among ids `(B, N)`, or among embeddings `(B, N, D)`, of which they have their own row
+        of the table -> `(B, N)`, True where one is.
+
+        Raises:
+            ValueError: there are embeddings alone, and the table has no row for the placeholder.
+        """
+        token = self.placeholder(modality)
+        if input_ids is not None:
+            return input_ids == token
+        table: Any = self.get_input_embeddings()
+        if token >= table.weight.shape[0]:
+            raise ValueError(
+                f"{modality}_token_id {token} has no row in the table of {table.weight.shape[0]} embeddings, so that "
+                f"inputs_embeds cannot say where a placeholder is: give input_ids, or resize_token_embeddings first."
+            )
+        row = table(torch.tensor(token, device=table.weight.device))
+        return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
 
     def encode_media(
         self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
@@ -173,22 +205,25 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         return features
 
     def embed(self, input_ids: Tensor | None, features: Mapping[str, Features]) -> Tensor:
-        """`(B, N)` token ids and features by modality -> `(B, N, D)`, what the language model reads."""
-        if input_ids is None:
-            raise ValueError(f"{type(self).__name__} needs input_ids or inputs_embeds.")
-        places = {name: input_ids == self.placeholder(name) for name in self.media_inputs}
-        text = input_ids
-        for place in places.values():
-            text = text.masked_fill(place, 0)  # placeholders may lie outside the embedding table
+        """Embed `(B, N)` token ids, and put the features of their media among them -> `(B, N, D)`."""
+        self.check_one(input_ids, None)
+        masks = {name: self.placeholder_mask(name, input_ids, None) for name in self.media_inputs}
+        text: Any = input_ids
+        for mask in masks.values():
+            text = text.masked_fill(mask, 0)  # placeholders may lie outside the embedding table
         embeds = self.get_input_embeddings()(text)
-        for name, place in places.items():
-            # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
-            if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-                self.check_places(name, place, features.get(name))
-            if name in features:
-                rows = torch.cat(each(features[name])).to(embeds)
-                embeds = embeds.masked_scatter(place.unsqueeze(-1), rows)
+        for name, mask in masks.items():
+            embeds = self.filled(name, embeds, mask, features.get(name))
         return embeds
+
+    def filled(self, modality: str, embeds: Tensor, mask: Tensor, features: Features | None) -> Tensor:
+        """Put features in the rows of embeddings `(B, N, D)` where the mask `(B, N)` has placeholders."""
+        # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
+        if mask.shape[1] > 1 and not torch.compiler.is_compiling():
+            self.check_places(modality, mask, features)
+        if features is None:
+            return embeds
+        return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(each(features)).to(embeds))
 
     def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
         """As many placeholders as features, or an error that names both."""
@@ -227,23 +262,37 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
             kwargs["mm_encoder_outputs"] = features
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Features go with the prompt alone; without a cache every step reads the prompt again."""
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
-            kwargs.pop("mm_encoder_outputs", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, *args: Any, mm_encoder_outputs: Mapping[str, Features] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand features on with the prompt: in the first step, without a cache in every step, and where an assistant
+        begins, which transformers does not call a first step."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = cache_of(inputs)
+        if kwargs.get("is_first_iteration") or cache is None or cache.get_seq_length() == 0:
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return inputs
 
-    def repeated(self, features: Mapping[str, Features], input_ids: Tensor, times: int) -> dict[str, Features]:
+    def ids(self, vocab_size: int) -> int:
+        return max(vocab_size, *(self.placeholder(modality) + 1 for modality in self.media_inputs))
+
+    def repeated(
+        self, features: Mapping[str, Features], rows: Mapping[str, Tensor], times: int
+    ) -> dict[str, Features]:
         """Repeat a row's images with the row."""
         return {
-            name: Features(pooler_output=self._repeat_by_row(name, output, input_ids, times))  # type: ignore[arg-type]
+            name: Features(pooler_output=self._repeat_by_row(name, output, rows, times))  # type: ignore[arg-type]
             for name, output in features.items()
         }
 
-    def _repeat_by_row(self, modality: str, features: Features, input_ids: Tensor, times: int) -> list[Tensor]:
+    def _repeat_by_row(
+        self, modality: str, features: Features, rows: Mapping[str, Tensor], times: int
+    ) -> list[Tensor]:
         remaining = iter(each(features))
         repeated: list[Tensor] = []
-        for count in (input_ids == self.placeholder(modality)).sum(dim=1).tolist():
+        embeds = rows.get("inputs_embeds")
+        mask = self.placeholder_mask(modality, None if embeds is not None else rows["input_ids"], embeds)
+        for count in mask.sum(dim=1).tolist():
             row: list[Tensor] = []
             while sum(map(self.count_places, row)) < count:
                 row.append(next(remaining))
@@ -287,6 +336,11 @@ class _Backbone:
         if name.startswith("__") or name in ("get_encoder", "get_decoder", "set_encoder", "set_decoder"):
             raise AttributeError(name)
         return getattr(self.model, name)
+
+
+def as_outputs(features: Mapping[str, Features]) -> dict[str, Features]:
+    """Name features by modality as the fields of an output."""
+    return {f"{modality}_outputs": output for modality, output in features.items()}
 
 
 def each(features: Features) -> list[Tensor]:

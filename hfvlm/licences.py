@@ -1,22 +1,191 @@
 """Which weights may be published, by the licence that came with them."""
 
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hfvlm.presets import Preset, list_presets, load_preset
+
 UNKNOWN = "unknown"
+# As the Hub spells them: whose texts let anybody publish the weights, also for money and changed.
+OPEN = frozenset(
+    """
+    apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc 0bsd zlib ncsa postgresql bsl-1.0 ms-pl
+    unlicense wtfpl cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 pddl odc-by odbl
+    cdla-permissive-1.0 cdla-permissive-2.0 mpl-2.0 epl-1.0 epl-2.0 ecl-2.0 eupl-1.1 eupl-1.2 afl-3.0 artistic-2.0
+    osl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0
+    """.split()  # noqa: SIM905
+)
+# How far adapters on adapters are followed.
+DEPTH = 8
 
 
 class LicenceError(PermissionError):
     """Weights that must not be published without a decision of the user."""
 
 
-def check_licence(licence: str | None, *, accepted: bool) -> None:
+def is_open(licence: Any) -> bool:
+    """Whether a licence, in any case and spelling, is known to let anybody publish."""
+    return isinstance(licence, str) and "-".join(licence.casefold().replace("_", " ").split()) in OPEN
+
+
+def stricter(part: str | None, whole: str | None) -> str | None:
+    """Return the whole's licence for one of its parts, or the part's own where that is not open and the whole's is."""
+    return part if whole is None or (part is not None and not is_open(part) and is_open(whole)) else whole
+
+
+def check_licence(licence: str | None, *, accepted: bool, source: str = "") -> None:
     """Let own weights and those of open licences pass; others only if the user says to have read the licence.
 
+    Args:
+        licence: as the Hub spells it; None for weights of one's own.
+        accepted: the user has read what came with the weights.
+        source: what names the licence, for the message.
+
     Raises:
-        LicenceError: the licence is non-commercial, special ("other") or unknown, and `accepted` is off.
+        LicenceError: the licence is non-commercial, special or unknown, and `accepted` is off.
     """
-    if accepted or licence is None:
+    if accepted or licence is None or is_open(licence):
         return
-    if "-nc" in licence or licence in (UNKNOWN, "other"):
-        raise LicenceError(
-            f"The weights' licence is {licence!r}: read what came with them, then say so with accept_licence=True "
-            "(--i-have-read-the-licence on the command line)."
-        )
+    said = f" ({source})" if source else ""
+    raise LicenceError(
+        f"The weights' licence is {licence!r}{said}: read what came with them, then say so with accept_licence=True "
+        "(--i-have-read-the-licence on the command line, model.licence_accepted = True for a Trainer)."
+    )
+
+
+def check_folder(folder: Path, *, accepted: bool) -> None:
+    """Check every licence that a folder's files name: configurations, record, preset, card, an adapter's base.
+
+    Raises:
+        LicenceError: one is not open, and `accepted` is off.
+    """
+    for licence, source in () if accepted else licences_in(folder):
+        check_licence(licence, accepted=False, source=source)
+
+
+def check_model(model: Any, *, accepted: bool = False) -> None:
+    """Check a loaded model by its configuration, and by the folder that it was loaded from.
+
+    Raises:
+        LicenceError: a licence is not open, and neither `accepted` nor the model's `licence_accepted` is on.
+    """
+    if accepted or getattr(model, "licence_accepted", False):
+        return
+    for licence, source in licences_of_settings(model.config.to_dict(), "its configuration"):
+        check_licence(licence, accepted=False, source=source)
+    origin = getattr(model.config, "_name_or_path", None)
+    if origin and Path(origin).is_dir():
+        check_folder(Path(origin), accepted=False)
+
+
+def licences_in(folder: Path, depth: int = DEPTH) -> Iterator[tuple[Any, str]]:
+    """Yield the licences that a folder's files name, each with what names it."""
+    yield from licences_of_settings(_read(folder / "config.json"), "config.json")
+    if (folder / "conversion.json").exists():
+        yield from _licences_of_record(_read(folder / "conversion.json"))
+    if (folder / "adapter_config.json").exists():
+        base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
+        yield from licences_of_base(base, depth - 1)
+    if (licence := _licence_of_card(folder / "README.md")) is not None:
+        yield licence, "README.md"
+
+
+def licences_of_settings(settings: Mapping[str, Any], source: str) -> Iterator[tuple[Any, str]]:
+    """Yield what a configuration and its towers' name: licences, and the presets that they were converted from."""
+    if settings.get("licence") is not None:
+        yield settings["licence"], source
+    if settings.get("preset") is not None:
+        yield licence_of_preset(settings["preset"]), f"preset {settings['preset']} in {source}"
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from licences_of_settings(value, f"{name} of {source}")
+
+
+def licences_of_base(base: Any, depth: int = DEPTH) -> Iterator[tuple[Any, str]]:
+    """Yield the licences of the model that an adapter belongs to, a folder's or a repository's on the Hub."""
+    folder = _folder_of(base)
+    found = list(licences_in(folder, depth)) if folder is not None and depth > 0 else []
+    yield from found
+    if isinstance(base, str):
+        presets = presets_by_repository().get(base.casefold(), ())
+        found += [(licence_of_preset(name), f"preset {name}") for name in presets]
+        yield from found[len(found) - len(presets) :]
+    if not found and not _is_own(folder):
+        yield UNKNOWN, f"of the adapter's base, {base}"
+
+
+def licence_of_preset(name: Any) -> str:
+    """What a preset says; "unknown" for one that there is not."""
+    if not isinstance(name, str) or name not in list_presets():
+        return UNKNOWN
+    return _licence_id(load_preset(name))
+
+
+@cache
+def presets_by_repository() -> dict[str, list[str]]:
+    """Names of presets by the repository, in lower case, that holds their files."""
+    found: dict[str, list[str]] = {}
+    for name in list_presets():
+        repository = load_preset(name).source.get("repository")
+        if repository:
+            found.setdefault(repository.casefold(), []).append(name)
+    return found
+
+
+def _licence_id(preset: Preset) -> str:
+    licence = preset.licence.get("id", UNKNOWN)
+    return "other" if is_open(licence) and preset.licence.get("non_commercial") else licence
+
+
+def _licences_of_record(record: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    licence, preset = record.get("licence"), record.get("preset")
+    if licence is not None:
+        yield licence.get("id") or UNKNOWN if isinstance(licence, Mapping) else licence, "conversion.json"
+    if isinstance(preset, str) and "/" not in preset and licence is not None:
+        return  # an architecture's name, and what the record says of the licence
+    yield licence_of_preset(preset), f"preset {preset} in conversion.json"
+
+
+def _licence_of_card(path: Path) -> Any:
+    """The licence in a card's metadata; None where there is none, or no metadata that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return (metadata_load(path) or {}).get("license") if path.is_file() else None
+    except (ValueError, AttributeError, YAMLError):
+        return None
+
+
+def _folder_of(base: Any) -> Path | None:
+    """A model's folder: its own, or the one where the Hub's files are cached."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not isinstance(base, str) or not base:
+        return None
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        cached = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _is_own(folder: Path | None) -> bool:
+    """Whether a folder holds a model of hfvlm's that names no licence: one's own."""
+    return folder is not None and str(_read(folder / "config.json").get("model_type")).startswith("hfvlm_")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise LicenceError(f"{path} is damaged ({error}): whose weights these are cannot be told.") from error
+    if not isinstance(content, Mapping):
+        raise LicenceError(f"{path} is no mapping: whose weights these are cannot be told.")
+    return content

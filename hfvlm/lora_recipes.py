@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hfvlm.modules.projection import Bridge, Projection
 from hfvlm.modules.similarity import LogitScale
+from hfvlm.ranges import check_integer, check_number
 from hfvlm.registry import architectures
 
 # Parts that a recipe trains in full, by the class of their modules.
@@ -46,9 +47,13 @@ def lora(
         A `peft.PeftModel`; only the recipe's parameters require gradients.
 
     Raises:
-        ValueError: the model has no such part; the message lists those it has.
+        ValueError: the model has no such part; the message lists those it has. Or a number is out of its range.
         ImportError: PEFT is not installed.
     """
+    check_integer("r", r)
+    check_number("dropout", dropout, 0, 1)
+    if alpha is not None:
+        check_number("alpha", alpha, 0, open_low=True)
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -1,6 +1,8 @@
 """Base classes of the models."""
 
+import inspect
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -14,10 +16,36 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from hfvlm.compat import CACHE_NAMES
 from hfvlm.keywords import Keywords, StrictKeywords, tower_keywords
-from hfvlm.licences import check_licence
-from hfvlm.modules.similarity import LogitScale
+from hfvlm.licences import check_model
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
+from hfvlm.modules.similarity import LogitScale, cosines
 from hfvlm.modules.transformer import Attention, PreNormLayer
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+
+
+class _Unlisted(str):
+    """A parameter's name in which transformers' Trainer finds no "label"."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return part != "label" and super().__contains__(part)
+
+
+def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a forward whose loss `return_loss` asks for, and whose labels only add to it.
+
+    transformers' Trainer takes every parameter with "label" in its name for one that batches must have before it
+    computes a loss in evaluations. Where labels alone ask for the loss, `label_names=["labels"]` says so.
+    """
+    signature = inspect.signature(forward)
+    parameters = [
+        parameter.replace(name=_Unlisted(name)) if "label" in name else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def other_towers(own: str) -> list[str]:
@@ -27,6 +55,9 @@ def other_towers(own: str) -> list[str]:
 
 # Attention weights of the layers of a tower, not those of its pooling head.
 LAYER_ATTENTIONS = OutputRecorder(Attention, index=1, layer_name="layers")
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class EveryModule:
@@ -51,6 +82,15 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
 
+    def post_init(self) -> None:
+        """Initialise, with temperatures and what else is to stay exact in float32 from the start, as
+        `from_pretrained` leaves it."""
+        exact = tuple(self._keep_in_fp32_modules_strict or ())
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in exact and any(x.dtype in HALF for x in module.parameters()):
+                module.float()
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Parts that hold bare parameters initialise those themselves, in `init_own_weights`."""
@@ -58,14 +98,43 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
         if hasattr(module, "init_own_weights"):
             getattr(module, "init_own_weights")(self.config.initializer_range)  # noqa: B009  (nn.Module's own type)
 
+    # Say on a model that you have read its licence, where the Trainer or PEFT push it.
+    licence_accepted: bool = False
+
     def push_to_hub(self, repo_id: str, *, accept_licence: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As transformers', after a look at the licence of the weights.
+        """Do what transformers' does, with hfvlm's card, if the licence of the weights allows it.
 
         Raises:
-            LicenceError: it is non-commercial or unknown, and `accept_licence` is off.
+            LicenceError: it is non-commercial, special or unknown, and `accept_licence` is off.
         """
-        check_licence(self.config.licence, accepted=accept_licence)
+        check_model(self, accepted=accept_licence)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,  # noqa: FBT001, FBT002 (the host's)
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,  # noqa: FBT001, FBT002 (the host's)
+        *args: Any,
+        accept_licence: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Do what transformers' does; with `push_to_hub`, as `HfvlmPreTrainedModel.push_to_hub`.
+
+        Raises:
+            LicenceError: see `push_to_hub`.
+        """
+        if push_to_hub:
+            check_model(self, accepted=accept_licence)
+        super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Complete the card: the one step that all of transformers' uploads of a model share."""
+        from hfvlm.cards import complete_card
+
+        complete_card(Path(working_dir) / "README.md", self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -133,7 +202,7 @@ class DualEncoder(HfvlmPreTrainedModel):
     ) -> DualEncoderOutput:
         """The features of images and of texts -> their similarities and, for pairs, the loss."""
         image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
-        logits = self.logit_scale(image_embeds @ text_embeds.t())
+        logits = self.logit_scale(cosines(image_embeds, text_embeds))
         output = DualEncoderOutput(
             logits_per_image=logits,
             logits_per_text=logits.t(),
@@ -157,6 +226,8 @@ class DualEncoder(HfvlmPreTrainedModel):
         """The loss of pairs of embeddings, by the model's own objective or another of `hfvlm.losses`, over one or
         several processes."""
         loss = pair_loss or self.pair_loss
+        if self.training and torch.is_grad_enabled():
+            check_negatives(output.image_embeds.shape[0], rank_and_size(group)[1])
         return loss(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
 
 

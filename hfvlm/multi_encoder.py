@@ -15,6 +15,8 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import MultiEncoderConfig, config_of
 from hfvlm.keywords import Keywords, tower_keywords
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import HfvlmPreTrainedModel, as_features, unit
 from hfvlm.outputs import MultiEncoderOutput
 
@@ -226,6 +228,8 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         pairs = self.pairs(output.modalities)
         if not pairs:
             raise ValueError(f"A loss needs two modalities in different towers, not {', '.join(output.modalities)}.")
+        if self.training and torch.is_grad_enabled():
+            check_negatives(output[f"{pairs[0][0]}_embeds"].shape[0], rank_and_size(group)[1])
         losses = [
             loss(
                 output[f"{a}_embeds"],

@@ -1,10 +1,12 @@
 """What towers and models return."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
@@ -103,18 +105,59 @@ class MultiEncoderOutput(ModelOutput):
         return tuple(name.removesuffix("_embeds") for name in self if name.endswith("_embeds"))
 
     def logits(self, a: str, b: str) -> Tensor:
-        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given.
+        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given, in float32.
 
         Raises:
             ValueError: one was not given.
         """
         if missing := [name for name in (a, b) if name not in self.modalities]:
             raise ValueError(f"No {' and no '.join(missing)} was given to the model.")
-        left, right = (self[f"{name}_embeds"] * self[f"{name}_scale"] for name in (a, b))
-        return left @ right.t()
+        left, right = (self[f"{name}_embeds"] for name in (a, b))
+        wide = torch.promote_types(left.dtype, torch.float32)
+        with torch.autocast(left.device.type, enabled=False):
+            left, right = left.to(wide) * self[f"{a}_scale"].to(wide), right.to(wide) * self[f"{b}_scale"].to(wide)
+            return left @ right.t()
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class ImageTextOutput(CausalLMOutputWithPast):
+    """Scores of a language model that attends to media.
+
+    Args:
+        image_outputs: what `get_image_features` returned, None without images.
+        video_outputs: what `get_video_features` returned, None without videos.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class ImageTextSeq2SeqOutput(Seq2SeqLMOutput):
+    """As `ImageTextOutput`, of a language model with an encoder and a decoder."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+def media_features(output: Any, rows: Tensor | Iterable[Tensor]) -> BaseModelOutputWithPooling:
+    """Make the output of a `get_image_features` or `get_video_features` of a vision tower's output and of what the
+    language model attends to: for each image or video `(tokens, hidden_size)`."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=rows if isinstance(rows, Tensor) else tuple(rows),  # type: ignore[arg-type]
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )
 
 
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

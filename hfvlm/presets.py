@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Preset:
         config: the configuration's fields that differ from its defaults; a `model_type` among them is that of a tower
             which was released alone.
         processor: settings of the processor's parts that differ from theirs.
-        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer, and
-            `parts`, what else the model is made of.
+        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer,
+            `parts`, what else the model is made of, and `published`, what the authors' `readme` prints: `inputs`,
+            texts and names of files by modality, and `probabilities`, each with the two modalities it is `of` and its
+            `values`.
         licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
         parameters: of the whole model.
         notes: what a user should know.
@@ -37,8 +40,10 @@ class Preset:
     parameters: int | None = None
     notes: str = ""
 
-    def make_config(self) -> PreTrainedConfig:
+    def make_config(self) -> "PreTrainedConfig":
         """The configuration, in full."""
+        from transformers import AutoConfig
+
         fields = {"model_type": f"hfvlm_{self.architecture}"} | json.loads(json.dumps(self.config))
         return AutoConfig.for_model(**fields)
 

@@ -1,8 +1,10 @@
 """Makes transformers' Auto classes, PEFT and the pipelines know every architecture, without importing one.
 
-Each architecture's `__init__.py` is its contents page: an `Architecture` that names its classes. At `import hfvlm` a
-stand-in of each name goes into the Auto classes' tables. The first use of a stand-in, or the first configuration that
-is made, loads the architecture and registers the classes themselves.
+Each architecture's `__init__.py` is its contents page: an `Architecture` that names its classes. A stand-in of each
+name goes into each of the Auto classes' tables as soon as transformers has made that table: at `import hfvlm` where
+transformers is imported already, else when something imports it, so that `hfvlm --help` waits for neither transformers
+nor torch. The first use of a stand-in, or the first configuration that is made, loads the architecture and registers
+the classes themselves.
 """
 
 import importlib
@@ -12,20 +14,18 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from transformers.models.auto import (
-    auto_factory,
-    feature_extraction_auto,
-    image_processing_auto,
-    video_processing_auto,
-)
-
 import hfvlm.models
+
+# The Auto classes whose tables hold stand-ins, by the module of transformers that makes the table.
+AUTO_MODULE = "transformers.models.auto.{}_auto"
+TABLES = (
+    "configuration", "tokenization", "image_processing", "video_processing", "feature_extraction", "processing"
+)  # fmt: skip
 
 _architectures: dict[str, "Architecture"] = {}
 
@@ -99,7 +99,9 @@ class Architecture:
         modules = [importlib.import_module(f"{self.module}.{file.name}") for file in files]
         if not self._modules:  # no import among these has come back here
             self._modules.extend(modules)
-            self._register({name: getattr(self, name) for name in self.names})
+            classes = {name: getattr(self, name) for name in self.names}
+            for table in TABLES:
+                self.register_in(table, importlib.import_module(AUTO_MODULE.format(table)), classes)
             for auto, names in self.models.items():
                 by_config: dict[type, list[type]] = {}
                 for model in (getattr(self, name) for name in names):
@@ -108,30 +110,49 @@ class Architecture:
                     _register_models(getattr(importlib.import_module("transformers"), auto), config, models)
         return self._modules
 
-    def announce(self) -> None:
-        """Put the stand-ins where the classes will be."""
-        self._register(self.stand_ins)
+    def announce(self, table: str, module: Any) -> None:
+        """Put the stand-ins into one of TABLES, where the classes will be."""
+        self.register_in(table, module, self.stand_ins)
 
-    def _register(self, classes: dict[str, type]) -> None:
-        """Everything that transformers may look for by name. `exist_ok`: an upstream class of the same name, or an
-        earlier call, is no error, and the classes of hfvlm folders stay hfvlm's."""
-        for model_type, name in self.configs.items():
-            AutoConfig.register(model_type, classes[name], exist_ok=True)
-        config = classes[self.configs[self.model_type]]
-        if self.processor:
-            AutoProcessor.register(config, classes[self.processor], exist_ok=True)
-        # A table has one entry a configuration; the other names stand under configurations of their own towers.
+    def register_in(self, table: str, module: Any, classes: dict[str, type]) -> None:
+        """Put everything that transformers may look for by name into one of TABLES, which `module` has made.
+
+        `exist_ok`: an upstream class of the same name, or an earlier call, is no error, and the classes of hfvlm
+        folders stay hfvlm's.
+        """
         configs = [classes[name] for name in self.configs.values()]
-        for key, name in zip(configs[1:], self.processors, strict=False):
-            AutoProcessor.register(key, classes[name], exist_ok=True)
-        for key, name in zip(configs, self.tokenizers, strict=False):
-            AutoTokenizer.register(key, tokenizer_class=classes[name], exist_ok=True)
-        for key, name in zip(configs, self.image_processors, strict=False):
-            _table(image_processing_auto.IMAGE_PROCESSOR_MAPPING, key, _backends(classes[name]))
-        for key, name in zip(configs, self.video_processors, strict=False):
-            _table(video_processing_auto.VIDEO_PROCESSOR_MAPPING, key, _backends(classes[name]))
-        for key, name in zip(configs, self.feature_extractors, strict=False):
-            _table(feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING, key, classes[name])
+        if table == "configuration":
+            for model_type, config in zip(self.configs, configs, strict=True):
+                module.AutoConfig.register(model_type, config, exist_ok=True)
+            return
+        names, register = {
+            "processing": (self._processors, lambda key, kind: _table(module.PROCESSOR_MAPPING, key, kind)),
+            "tokenization": (
+                self.tokenizers,
+                lambda key, kind: module.AutoTokenizer.register(key, tokenizer_class=kind, exist_ok=True),
+            ),
+            "image_processing": (
+                self.image_processors,
+                lambda key, kind: _table(module.IMAGE_PROCESSOR_MAPPING, key, _backends(kind)),
+            ),
+            "video_processing": (
+                self.video_processors,
+                lambda key, kind: _table(module.VIDEO_PROCESSOR_MAPPING, key, _backends(kind)),
+            ),
+            "feature_extraction": (
+                self.feature_extractors,
+                lambda key, kind: _table(module.FEATURE_EXTRACTOR_MAPPING, key, kind),
+            ),
+        }[table]
+        # A table has one entry a configuration; the other names stand under configurations of their own towers.
+        for key, name in zip(configs, names, strict=False):
+            if name is not None:
+                register(key, classes[name])
+
+    @property
+    def _processors(self) -> tuple[str | None, ...]:
+        """The composite's, which it may lack, and the others."""
+        return self.processor, *self.processors
 
 
 def _register_models(auto: Any, config: type, models: list[type]) -> None:
@@ -149,7 +170,7 @@ class Models(tuple[type, ...]):
         return self[0].__name__
 
 
-def _table(mapping: auto_factory._LazyAutoMapping, key: type, value: Any) -> None:
+def _table(mapping: Any, key: type, value: Any) -> None:
     mapping.register(key, value, exist_ok=True)
 
 
@@ -189,9 +210,12 @@ def register() -> None:
     for name in hfvlm.models.ARCHITECTURES:
         architecture = importlib.import_module(f"hfvlm.models.{name}").architecture
         _architectures[name] = architecture
-        architecture.announce()
-    _after_import("peft.utils.constants", _register_lora)
-    _after_import("transformers.pipelines", _register_pipelines)
+    for table in TABLES:
+        after_import(AUTO_MODULE.format(table), partial(_announce, table))
+    after_import("peft.utils.constants", _register_lora)
+    after_import("transformers.pipelines", _register_pipelines)
+    after_import("transformers.trainer", _guard_trainer)
+    after_import("peft.peft_model", _guard_peft)
 
 
 def architectures() -> dict[str, Architecture]:
@@ -227,10 +251,27 @@ def find_class(name: str) -> Any:
     return None
 
 
+def _announce(table: str, module: ModuleType) -> None:
+    for architecture in _architectures.values():
+        architecture.announce(table, module)
+
+
 def _register_pipelines(_: ModuleType) -> None:
     from hfvlm.inference.pipelines import register_pipelines
 
     register_pipelines()
+
+
+def _guard_trainer(trainer: ModuleType) -> None:
+    from hfvlm.publishing import guard_trainer
+
+    guard_trainer(trainer)
+
+
+def _guard_peft(peft_model: ModuleType) -> None:
+    from hfvlm.publishing import guard_peft
+
+    guard_peft(peft_model)
 
 
 def _register_lora(constants: ModuleType) -> None:
@@ -240,7 +281,7 @@ def _register_lora(constants: ModuleType) -> None:
         table |= {model_type: list(architecture.lora) for model_type in architecture.configs}
 
 
-def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:
+def after_import(name: str, action: Callable[[ModuleType], None]) -> None:
     """Run `action` on a module once it is imported, now if it is already: importing PEFT here would take a second."""
     if name in sys.modules:
         action(sys.modules[name])

@@ -390,11 +390,13 @@ class HfvlmTokenizer(TokenizersBackend):
         if options.get("return_overflowing_tokens") or not isinstance(encoded, BatchEncoding):
             return
         batch = [text] if isinstance(text, str) else text
-        for i, encoding in enumerate(encoded.encodings or ()):
-            if encoding.overflowing and batch is not None:
-                logger.warning(
-                    f"Text {i} is too long and was cut to {len(encoding.ids)} tokens: {str(batch[i])[:60]!r}..."
-                )
+        cut = [i for i, encoding in enumerate(encoded.encodings or ()) if encoding.overflowing]
+        if cut and batch is not None:
+            first, others = cut[0], f" {len(cut) - 1} more were cut, too." if len(cut) > 1 else ""
+            tokens = len(encoded.encodings[first].ids)
+            logger.warning(
+                f"Text {first} is too long and was cut to {tokens} tokens: {str(batch[first])[:60]!r}...{others}"
+            )
 
     # Texts with marks in them
 

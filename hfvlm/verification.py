@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,64 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from hfvlm.adapters import whole
 from hfvlm.media_text import MediaTextProcessor
 from hfvlm.processing import HfvlmProcessor
+from hfvlm.published import published_checks
+from hfvlm.records import Check, record_checks
+
+__all__ = ["Check", "VerificationError", "sample_inputs", "samples", "verify"]
 
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One fact about a folder. `error` is the largest difference, relative to the largest value."""
-
-    name: str
-    passed: bool
-    detail: str
-    error: float | None = None
+class VerificationError(ValueError):
+    """A folder that cannot be loaded and run."""
 
 
-def verify(folder: str | Path) -> list[Check]:
-    """Load a folder in float32 and check that it is whole and consistent.
+def verify(folder: str | Path, examples: str | Path | None = None) -> list[Check]:
+    """Check a folder, of an adapter as merged into its base; see `verify_whole`."""
+    with whole(folder) as model:
+        return verify_whole(model, examples)
 
-    Eager attention equals SDPA, a batch equals its rows, saving and loading changes nothing, each tower loaded alone
-    equals the tower inside, the processor survives a round trip, and another picture gives another answer.
+
+def verify_whole(folder: str | Path, examples: str | Path | None = None) -> list[Check]:
+    """Check that a folder holds what its conversion wrote, and that it is whole and consistent.
+
+    By the record that `convert` left in conversion.json: every tensor, setting and file is the one that was written.
+    By running the model in float32: eager attention equals SDPA, a batch equals its rows, saving and loading changes
+    nothing, each tower loaded alone equals the tower inside, the processor survives a round trip, and another image
+    gives another answer. By the authors' word: the numbers that their README prints, where its inputs are at hand.
+
+    Args:
+        folder: as `convert` or `save_pretrained` wrote it.
+        examples: the folder of the files that the authors' README feeds the model.
+
+    Returns:
+        The checks. What could not be checked is among them, with `checked` off and the reason.
+
+    Raises:
+        CheckpointError: a file is cut off or damaged, or a shard is not there.
+        ValueError: the folder has no processor of texts and images to run the model with, or cannot be loaded.
     """
     folder = Path(folder)
+    checks = record_checks(folder)
+    try:
+        checks += consistency_checks(folder)
+    except Exception as error:
+        found = [check.name for check in checks if not check.passed]
+        if not found and isinstance(error, ValueError | OSError | ImportError):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else repr(error)
+        if not found:
+            raise VerificationError(f"{folder}: cannot be loaded and run ({reason}).") from error
+        return [*checks, Check("the folder can be loaded and run", passed=False, detail=reason)]
+    return [*checks, *published_checks(folder, examples)]
+
+
+def consistency_checks(folder: Path) -> list[Check]:
+    """What running the model shows."""
     model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]

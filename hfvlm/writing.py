@@ -17,7 +17,9 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     output = Path(output)
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already: choose another output, or overwrite it explicitly.")
+        raise FileExistsError(
+            f"{output} exists already: choose another output, or pass overwrite=True (--overwrite in a terminal)."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:

@@ -1,6 +1,8 @@
 """Conversations: processors, answers, and what is trained on."""
 
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -223,8 +225,52 @@ def test_an_answer_that_is_not_read_to_its_end_is_forgotten(chat):
     assert chat.ask("What is it?", [picture(0)]) == expected
 
 
+def test_a_conversation_is_of_one_thread_at_a_time(chat, monkeypatch):
+    """Another answer is refused while one is being read, and what was said stays whole."""
+
+    def answered(self, text, images, videos, options):
+        for piece in ["four", "words", "of", "answer"]:
+            time.sleep(0.01)
+            yield piece
+        said = ("user", text), ("assistant", "answer")
+        self.messages = [*self.messages, *({"role": role, "content": content} for role, content in said)]
+
+    monkeypatch.setattr(hfvlm.Chat, "answered", answered)
+    chat.reset()
+    first = chat.stream("what is this ?")
+    next(first)
+    with pytest.raises(RuntimeError, match="in the middle of an answer.*several threads need one each"):
+        chat.ask("and this ?")
+    with pytest.raises(RuntimeError, match="in the middle of an answer"):
+        chat.reset()
+    list(first)
+
+    def ask(i):
+        try:
+            return chat.ask(f"what is {i} ?")
+        except RuntimeError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer for answer in pool.map(ask, range(8)) if answer is not None]
+    assert answers
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * (1 + len(answers))
+    chat.stream("unread").close()
+    next(left := chat.stream("left"))
+    left.close()
+    assert chat.ask("again")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": float("nan")}, {"top_p": 2}, {"num_beams": True}]
+)
+def test_numbers_of_an_answer_are_checked(chat, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        chat.ask("hello", **options)
+
+
 def test_errors_of_the_thread_are_raised(chat):
-    with pytest.raises(ValueError, match="not used by the model"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         chat.ask("What is it?", nonsense=1)
     assert chat.messages == []
 
@@ -396,7 +442,7 @@ def test_trainer_and_adapter(folder, processor, tmp_path):
 def test_a_converted_folder_is_verified(folder, tiled_folder):
     for each in (folder, tiled_folder):
         checks = {check.name: check for check in hfvlm.verify(each)}
-        assert len(checks) == 7
+        assert len(checks) == 11
         assert all(check.passed for check in checks.values()), checks
 
 

@@ -253,7 +253,7 @@ def test_outputs_are_not_overwritten_by_accident(released, tmp_path):
 def test_verify_accepts_a_good_folder(clip_folder):
     checks = hfvlm.verify(clip_folder)
     assert [check.name for check in checks if not check.passed] == []
-    assert len(checks) == 8
+    assert len(checks) == 13
 
 
 def test_verify_notices_what_is_wrong(clip_folder, tmp_path):

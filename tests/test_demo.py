@@ -1,10 +1,14 @@
 """The demo does what the README says it does."""
 
+import shutil
+
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoProcessor
 
-from hfvlm.cli.demo import demo
+from hfvlm.cli.demo import Accuracy, demo, report
+from hfvlm.hub import write_card
+from hfvlm.samples.digits import Digit
 
 
 @pytest.mark.slow
@@ -24,3 +28,15 @@ def test_demo(tmp_path):
     assert AutoProcessor.from_pretrained(output / "clip-tiny")
     assert sorted(path.name for path in output.iterdir()) == ["clip-tiny", "clip-tiny-ten-digits"]
     demo(output, seed=1)
+
+
+def test_the_card_s_numbers_have_names(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    before, after = (Accuracy(share, share, share, share / 2, []) for share in (0.5, 0.9))
+    held_out = [Digit(None, label) for label in (1, 2, 8)]
+    write_card(folder, results=report(before, after, held_out), text="Trained with seed 0.")
+    card = ModelCard.load(folder / "README.md")
+    names = [result.metric_name for result in card.data.eval_results]
+    assert len(set(names)) == 4
+    assert all(f"| {name} |" in card.text for name in names)
+    assert "```json" not in card.text

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 from PIL import Image
 from pyarrow import parquet
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.inference.embed import embed, read_vectors
+from hfvlm.inference.embed import count_rows, embed, read_embedder, read_vectors
 from hfvlm.inference.search import weighed
+from hfvlm.media.rows import load_rows
 from hfvlm.samples import scenes
 
 KINDS = scenes.all_scenes()
@@ -106,6 +112,187 @@ def test_other_settings_are_refused(embedded, folder, clip_folder, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"number": 1}\n')
     with pytest.raises(ValueError, match="no column of it holds image, text"):
         embed(tmp_path, tmp_path / "out", clip_folder)
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """The first ten pictures, in a folder that a test may change."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(10):
+        shutil.copy(folder / f"{10 if i == 5 else i:02}.png", source / f"{i:02}.png")
+    return source
+
+
+@pytest.mark.parametrize("change", ["new", "gone", "changed", "renamed"])
+def test_a_run_is_not_mixed_with_other_files(change, copied, clip_folder, tmp_path):
+    output = embed(copied, tmp_path / "out", clip_folder, shard_rows=4)
+    (output / "vectors-00002.parquet").unlink()
+    before = read(output)
+    if change == "new":
+        shutil.copy(copied / "00.png", copied / "-1.png")
+    elif change == "gone":
+        (copied / "03.png").unlink()
+    elif change == "changed":
+        shutil.copyfile(copied / "01.png", copied / "03.png")
+    else:
+        (copied / "03.png").rename(copied / "03b.png")
+    kinds = {"new": "1 new .-1.png.", "gone": "1 gone .03.png.", "changed": "1 changed .03.png.", "renamed": "1 new"}
+    with pytest.raises(ValueError, match=f"other files, of which now are {kinds[change]}.*choose another output"):
+        embed(copied, output, clip_folder, shard_rows=4)
+    assert read(output) == before
+
+
+def test_times_alone_do_not_matter(copied, clip_folder, tmp_path):
+    output = embed(copied, tmp_path / "out", clip_folder, shard_rows=4)
+    expected = read(output)
+    (output / "vectors-00001.parquet").unlink()
+    for path in copied.iterdir():
+        os.utime(path, (1, 1))
+    embed(copied, output, clip_folder, shard_rows=4)
+    assert all(table.equals(expected[name]) for name, table in read(output).items())
+
+
+def test_a_run_is_not_mixed_with_another_model_or_other_options(copied, clip_folder, tmp_path):
+    output = embed(copied, tmp_path / "out", clip_folder, shard_rows=4)
+    with pytest.raises(ValueError, match="another id_column"):
+        embed(copied, output, clip_folder, shard_rows=4, id_column="image")
+    with pytest.raises(ValueError, match="another source_options"):
+        embed(copied, output, clip_folder, shard_rows=4, source_options={"image": {"resample": 2}})
+    with pytest.raises(ValueError, match="another dtype, weights"):
+        embed(copied, output, clip_folder, shard_rows=4, dtype="bfloat16")
+    model = AutoModel.from_pretrained(clip_folder)
+    model.text_model.layers[0].mlp.fc1.weight.data[0, 0] += 1
+    other = tmp_path / "model"
+    shutil.copytree(clip_folder, other)
+    embed(copied, output, other, shard_rows=4)  # the same content elsewhere
+    model.save_pretrained(other)
+    with pytest.raises(ValueError, match="another weights"):
+        embed(copied, output, other, shard_rows=4)
+    settings = json.loads((output / "embed.json").read_text())
+    (output / "embed.json").write_text(json.dumps(settings | {"model": str(other)}))
+    with pytest.raises(ValueError, match="its weights are not those"):
+        read_embedder(output)
+    (output / "embed.json").write_text("{")
+    with pytest.raises(ValueError, match="embed.json: missing or damaged"):
+        embed(copied, output, clip_folder, shard_rows=4)
+
+
+def test_a_vector_that_is_not_finite_is_an_error_row(copied, clip_folder, tmp_path, caplog):
+    model = AutoModel.from_pretrained(clip_folder)
+    model.vision_model.projection.weight.data[0, 0] = torch.nan
+    shutil.copytree(clip_folder, tmp_path / "nan")
+    model.save_pretrained(tmp_path / "nan")
+    output = embed(copied, tmp_path / "out", tmp_path / "nan", columns={"image": "image"})
+    tables = read(output)
+    assert tables["vectors-00000.parquet"].num_rows == 0
+    assert tables["errors-00000.parquet"]["row"].to_pylist() == list(range(10))
+    assert "zero or not finite" in tables["errors-00000.parquet"]["error"][0].as_py()
+    assert "10 of 10 rows are errors" in caplog.text
+    with pytest.raises(ValueError, match="holds no vector of image: all 10 rows are errors"):
+        read_vectors(output, "image")
+    embedder = hfvlm.Embedder.from_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match="image 0: the model gives it a vector that is zero or not finite"):
+        embedder.encode(image=str(copied / "00.png"))
+    result = CliRunner().invoke(app, ["embed", str(copied), "-o", str(tmp_path / "b"), "-m", str(tmp_path / "nan")])
+    assert result.exit_code == 1
+    assert "0 rows embedded, 10 errors" in result.output
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", float("nan"), float("inf"), None])
+@pytest.mark.parametrize("name", ["batch_size", "shard_rows"])
+def test_numbers_are_checked(name, value, copied, clip_folder, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+        embed(copied, tmp_path / "out", clip_folder, **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_leaves_nothing(copied, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hfvlm.Embedder, "features", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed(copied, tmp_path / "out", clip_folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder of three recordings."""
+    source, random = tmp_path / "source", np.random.RandomState(0)
+    source.mkdir()
+    for i in range(3):
+        soundfile.write(source / f"{i}.wav", random.randn(16000).astype(np.float32) / 10, 16000)
+    return source
+
+
+def add_images(source):
+    (source / "sub").mkdir()
+    for i in range(2):
+        pixels = np.random.RandomState(i).randint(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(source / "sub" / f"{i}.png")
+    (source / "3.wav").write_bytes(b"RIFF")
+
+
+def add_depth(source):
+    (source / "depth").mkdir()
+    np.save(source / "depth" / "0.npy", np.random.RandomState(0).rand(40, 40).astype(np.float32) * 5 + 1)
+
+
+def add_captions(source):
+    lines = [{"file_name": f"{i}.wav", "caption": caption} for i, caption in enumerate(("rain", None, "wind"))]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+WAVES = ["0.wav", "1.wav", "2.wav"]
+
+
+@pytest.mark.parametrize(
+    ("add", "expected", "counts"),
+    [
+        (lambda _: None, {"audio": WAVES}, (3, 0)),
+        (add_images, {"audio": WAVES, "image": ["sub/0.png", "sub/1.png"]}, (5, 1)),
+        (add_depth, {"audio": WAVES, "depth": ["depth/0.npy"]}, (4, 0)),
+        (add_captions, {"audio": ["0.wav", "2.wav"], "text": ["0.wav", "2.wav"]}, (2, 1)),
+    ],
+    ids=["audio", "mixed", "sensors", "metadata"],
+)
+def test_folders_of_other_media(add, expected, counts, recordings, imagebind_folder, tmp_path):
+    """Without the decoders of `datasets`."""
+    add(recordings)
+    output = embed(recordings, tmp_path / "out", imagebind_folder)
+    embedder = hfvlm.Embedder.from_pretrained(imagebind_folder)
+    for modality, names in expected.items():
+        vectors, _ = read_vectors(output, modality)
+        assert [Path(name).relative_to(recordings).as_posix() for name in vectors.ids] == names
+        given = ["rain", "wind"] if modality == "text" else [str(recordings / name) for name in names]
+        np.testing.assert_allclose(vectors.vectors, embedder.encode(**{modality: given}), atol=1e-5)
+    assert count_rows(output) == counts
+
+
+@pytest.mark.parametrize("form", ["tars", "parquet"])
+def test_audio_in_tars_and_tables(form, recordings, imagebind_folder, tmp_path):
+    """Without the decoders of `datasets`, streamed and not."""
+    import datasets
+
+    table = tmp_path / "table"
+    table.mkdir()
+    contents = [path.read_bytes() for path in sorted(recordings.iterdir())]
+    if form == "tars":
+        with tarfile.open(table / "a.tar", "w") as tar:
+            for i, content in enumerate(contents):
+                info = tarfile.TarInfo(f"{i}.wav")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        rows = [{"audio": {"bytes": content, "path": None}} for content in contents]
+        rows = datasets.Dataset.from_list(rows, datasets.Features({"audio": encoded}))
+        rows.cast(datasets.Features({"audio": datasets.Audio()})).to_parquet(table / "a.parquet")
+    vectors, _ = read_vectors(embed(table, tmp_path / "out", imagebind_folder), "audio")
+    embedder = hfvlm.Embedder.from_pretrained(imagebind_folder)
+    np.testing.assert_allclose(vectors.vectors, embedder.encode(audio=contents), atol=1e-5)
+    loaded = load_rows(str(table), split="train")
+    column = loaded["wav" if form == "tars" else "audio"]
+    np.testing.assert_allclose(vectors.vectors, embedder.encode(audio=list(column)), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["webdataset", "parquet"])

@@ -1,15 +1,18 @@
 """`hfvlm eval` on the small CLIP that ships with hfvlm: it was trained on such scenes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
+from hfvlm.evaluation.report import compare
 from hfvlm.evaluation.tasks import Data, evaluate
 from hfvlm.evaluation.templates import SETS, template_set
 from hfvlm.inference.zero_shot import ZeroShotClassifier
@@ -191,3 +194,126 @@ def test_templates():
 def test_what_cannot_be_evaluated_is_said(task, options, message, clip_folder, captioned):
     with pytest.raises(ValueError, match=message):
         evaluate(task, clip_folder, Data(str(captioned), **options))
+
+
+# Damaged rows, other media, two models
+
+
+@pytest.fixture
+def damaged(by_class, tmp_path):
+    """The folder by classes, with damaged pictures among those that are judged and those that are learnt from."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(by_class, folder)
+    for split, count in (("test", 2), ("train", 1)):
+        for path in sorted((folder / split).rglob("*.png"))[:count]:
+            path.write_bytes(path.read_bytes()[:40])
+    return folder
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "linear-probe", "few-shot"])
+def test_damaged_rows_are_left_out_and_counted(task, clip_folder, by_class, damaged, tmp_path):
+    options = {"shots": [1]} if task == "few-shot" else {}
+    whole = hfvlm.evaluate(task, clip_folder, Data(str(by_class)), **options)
+    report = hfvlm.evaluate(task, clip_folder, Data(str(damaged)), **options)
+    assert report.rows == whole.rows - 2
+    assert list(report.errors) == [0, 1]
+    assert report.errors[0].startswith(str(damaged / "test"))
+    if task != "few-shot":
+        kept = {row: hit for row, hit in whole.each["accuracy"].items() if row > 1}
+        assert set(report.each["accuracy"]) == set(kept)
+    if task == "zero-shot":
+        assert report.each["accuracy"] == kept
+    report.write(tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["unreadable"], written["rows"], written["about"]["of"]) == (2, report.rows, whole.rows)
+    assert written["about"]["dtype"] == "float32"
+    assert written["about"]["columns"] == {"image": "image", "label": "label"}
+    assert {"torch", "transformers", "python", "hfvlm"} <= written["versions"].keys()
+    assert "2 more cannot be read" in report.for_card()[0]["protocol"]
+    assert "cannot be read" in (tmp_path / "report.html").read_text()
+
+
+def test_rows_without_texts_are_left_out_of_retrieval(clip_folder, captioned, tmp_path):
+    folder = tmp_path / "captioned"
+    shutil.copytree(captioned, folder)
+    for path in folder.rglob("metadata.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        name = next(name for name in rows[0] if name in ("text", "caption", "captions"))
+        rows[1][name] = None
+        path.write_text("\n".join(map(json.dumps, rows)))
+    report = hfvlm.evaluate("retrieval", clip_folder, Data(str(folder)))
+    assert list(report.errors) == [1]
+    assert "text: text: a caption or a list of captions is needed" in report.errors[1]
+    assert 1 not in report.each["image to text recall@1"]
+    result = CliRunner().invoke(app, ["eval", str(clip_folder), "--task", "retrieval", "--data", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "1 rows cannot be read and are left out; row 1: text" in result.output
+
+
+@pytest.fixture(scope="module")
+def scenes_of_sensors(tmp_path_factory):
+    """Six rows of audio with texts and depth, in a table; the audio of one is damaged."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("sensors")
+    random = np.random.RandomState(0)
+    rows = []
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", random.randn(16000).astype(np.float32) / 10, 16000)
+        np.save(folder / f"{i}.npy", random.rand(40, 40).astype(np.float32) * 4 + 1)
+        rows.append({"audio": str(folder / f"{i}.wav"), "depth": str(folder / f"{i}.npy"), "text": f"sound {i}"})
+        rows[-1]["label"] = "rain" if i % 2 else "wind"
+    (folder / "3.wav").write_bytes(b"RIFF")
+    (folder / "table").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(folder / "table" / "test.parquet")
+    return folder / "table"
+
+
+def test_any_modality_by_any_other(imagebind_folder, scenes_of_sensors):
+    data = Data(str(scenes_of_sensors))
+    report = hfvlm.evaluate("retrieval", imagebind_folder, data)
+    assert {r.metric.split(" recall")[0] for r in report.results} == {
+        "text to audio", "audio to text", "text to depth", "depth to text", "audio to depth", "depth to audio",
+    }  # fmt: skip
+    assert (report.rows, list(report.errors)) == (5, [3])
+    some = hfvlm.evaluate("retrieval", imagebind_folder, data, between=["audio", "text"])
+    embedder = hfvlm.Embedder.from_pretrained(imagebind_folder)
+    rows = [0, 1, 2, 4, 5]
+    audio = embedder.encode(audio=[str(scenes_of_sensors.parent / f"{i}.wav") for i in rows])
+    scores = audio @ embedder.encode(text=[f"sound {i}" for i in rows]).T
+    expected = {row: float(scores[i, i] >= scores[i].max()) for i, row in enumerate(rows)}
+    assert some.each["audio to text recall@1"] == expected
+    by_label = hfvlm.evaluate("zero-shot", imagebind_folder, data, modality="audio", labels=["rain", "wind"])
+    assert (by_label.rows, list(by_label.errors), by_label.protocol["modality"]) == (5, [3], "audio")
+    with pytest.raises(ValueError, match="has no column for image"):
+        hfvlm.evaluate("retrieval", imagebind_folder, data, between=["image", "text"])
+    with pytest.raises(ValueError, match="embeds .*, not smell"):
+        hfvlm.evaluate("retrieval", imagebind_folder, data, between=["smell", "text"])
+
+
+def test_two_models_are_compared_row_by_row(clip_folder, by_class, tmp_path):
+    torch.manual_seed(0)
+    shutil.copytree(clip_folder, tmp_path / "untrained")
+    AutoModel.from_config(AutoModel.from_pretrained(clip_folder).config).save_pretrained(tmp_path / "untrained")
+    data = Data(str(by_class))
+    one, two = (hfvlm.evaluate("zero-shot", folder, data) for folder in (tmp_path / "untrained", clip_folder))
+    (same,) = compare(two, two)
+    assert (same.gain, same.low, same.high, same.rows) == (0, 0, 0, two.rows)
+    (found,) = compare(one, two)
+    assert found.gain == pytest.approx(value(two, "accuracy").value - value(one, "accuracy").value, abs=1e-5)
+    assert found.low <= found.gain <= found.high
+    assert (found.low > 0) == ("not significant" not in str(found))
+    (tmp_path / "report").mkdir()
+    one.write(tmp_path / "report")
+    assert compare(tmp_path / "report", two) == [found]
+    command = ["eval", str(clip_folder), "--task", "zero-shot", "--data", str(by_class)]
+    result = CliRunner().invoke(app, [*command, "--against", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    assert f"accuracy: {found.first:.4f} -> {found.second:.4f}" in result.output
+    with pytest.raises(ValueError, match="another split or limit"):
+        compare(one, hfvlm.evaluate("zero-shot", clip_folder, Data(str(by_class), limit=4)))
+    with pytest.raises(FileNotFoundError, match="no such report"):
+        compare(tmp_path / "nothing.json", two)
+    (tmp_path / "old.json").write_text('{"task": "zero-shot"}')
+    with pytest.raises(ValueError, match="evaluate again with this version"):
+        compare(tmp_path / "old.json", two)

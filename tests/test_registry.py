@@ -41,6 +41,45 @@ def test_costs_little_beyond_the_auto_classes():
     assert loaded == []
 
 
+def test_imports_nothing_of_transformers():
+    heavy = "('torch', 'transformers', 'numpy', 'huggingface_hub', 'typer', 'PIL')"
+    assert run(f"import hfvlm, hfvlm.presets, sys; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+BEFORE = {
+    "nothing": "",
+    "configurations": "from transformers import AutoConfig",
+    "pipelines": "from transformers import pipeline",
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_registers_in_any_order_of_imports(before, clip_folder):
+    printed = run(f"""
+        {BEFORE[before]}
+        import hfvlm
+        from transformers.models.auto.tokenization_auto import AutoTokenizer
+        import transformers
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        folder = {str(clip_folder)!r}
+        autos = [AutoTokenizer, AutoImageProcessor, transformers.AutoProcessor, transformers.AutoModel]
+        autos += [transformers.AutoConfig, transformers.AutoModelForZeroShotImageClassification]
+        print([type(auto.from_pretrained(folder)).__name__.removeprefix("HfvlmCLIP") for auto in autos])
+    """)
+    assert printed == "['Tokenizer', 'ImageProcessor', 'Processor', 'Model', 'Config', 'Model']"
+
+
+def test_pipelines_of_ours_are_found_after_a_lazy_import():
+    assert (
+        run("""
+        import hfvlm
+        from transformers.pipelines import PIPELINE_REGISTRY
+        print("video-text-to-text" in PIPELINE_REGISTRY.get_supported_tasks())
+    """)
+        == "True"
+    )
+
+
 def test_touches_no_network_and_needs_no_extra():
     assert (
         run("""

@@ -165,7 +165,7 @@ def test_what_is_missing_is_named(release, tmp_path):
 
 def test_verify(folder):
     checks = {check.name: check for check in hfvlm.verify(folder)}
-    assert len(checks) == 7
+    assert len(checks) == 11
     assert all(check.passed for check in checks.values()), checks
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
-from rich.table import Table
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments, pipeline, set_seed
 
 import hfvlm
-from hfvlm.cli.console import stderr, stdout
+from hfvlm.cli.console import note, progress, say_table
+from hfvlm.cli.outputs import foreign_files, is_empty, written_here
 from hfvlm.hub import write_card
+from hfvlm.logs import shows_progress
 from hfvlm.modeling import unit
 from hfvlm.samples import digits, scenes
 from hfvlm.samples.digits import TEMPLATES, Digit, caption
@@ -25,6 +25,8 @@ from hfvlm.writing import new_folder
 
 KNOWN, NEW = list(range(8)), [8, 9]
 EVERY = [*KNOWN, *NEW]
+RELEASED, TUNED = "clip-tiny", "clip-tiny-ten-digits"
+DRAWN = ("confusion.png", "retrieval.png")
 SHOTS, STEPS, RANK, LEARNING_RATE = 24, 300, 16, 2e-3
 
 
@@ -40,17 +42,19 @@ class Accuracy:
 
 
 def demo(output: Path, seed: int = 0) -> Path:
-    """Run the demo; returns the folder, which replaces an earlier one.
+    """Run the demo; returns the folder, which replaces an earlier demo's.
 
     Raises:
+        FileExistsError: the folder has something that no demo wrote.
         ImportError: the demo's libraries are not installed; the message names the pip line.
         RuntimeError: the reloaded model gives other logits than the saved one.
     """
     check_libraries()
+    check_own(output)
     start = time.perf_counter()
     set_seed(seed)
     with new_folder(output, overwrite=True) as folder:
-        released, tuned = folder / "clip-tiny", folder / "clip-tiny-ten-digits"
+        released, tuned = folder / RELEASED, folder / TUNED
         convert_shipped(released)
         held_out = digits.load_digits("test")
         before = measure(released, held_out, "before")
@@ -58,12 +62,12 @@ def demo(output: Path, seed: int = 0) -> Path:
         save(model, processor, tuned)
         after = measure(tuned, held_out, "after")
         results = report(before, after, held_out)
-        write_card(tuned, name=tuned.name, results=results, text=f'```json\n{{"seed": {seed}}}\n```')
-        draw_confusion(before, after, held_out, tuned / "confusion.png")
-        draw_retrieval(model, processor, held_out, tuned / "retrieval.png")
+        write_card(tuned, name=tuned.name, results=results, text=f"Trained with seed {seed}.")
+        draw_confusion(before, after, held_out, tuned / DRAWN[0])
+        draw_retrieval(model, processor, held_out, tuned / DRAWN[1])
         same_after_reload(model, processor, tuned, held_out)
-    stdout.print(summary(before, after, len(held_out)))
-    stdout.print(f"{output}: two model folders, cards and pictures; {time.perf_counter() - start:.0f} s")
+    say_table(summary(before, after), (f"{len(held_out)} held-out images", "before", "after LoRA"))
+    note(f"{output}: two model folders, cards and images; {time.perf_counter() - start:.0f} s", err=False)
     return output
 
 
@@ -76,24 +80,41 @@ def check_libraries() -> None:
         raise ImportError(f"The demo needs {error.name}: `pip install 'hfvlm[demo]'`.") from error
 
 
+def check_own(output: Path) -> None:
+    """Refuse a folder with anything but an earlier demo's two models.
+
+    Raises:
+        FileExistsError: there is something else; the message names it.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise FileExistsError(f"{output}: is no folder: choose another output.")
+    for entry in sorted(output.iterdir()):
+        if entry.name not in (RELEASED, TUNED) or not entry.is_dir() or entry.is_symlink():
+            raise FileExistsError(f"{output}: has {entry.name}, which no demo wrote: choose another output.")
+        if foreign := foreign_files(entry, DRAWN):
+            raise FileExistsError(f"{entry}: has {foreign[0]}, which no demo wrote: choose another output.")
+        if not is_empty(entry) and not written_here(entry):
+            raise FileExistsError(f"{entry}: no demo wrote it: choose another output.")
+
+
 def convert_shipped(folder: Path) -> None:
     """The checkpoint that ships with hfvlm is stored in OpenAI's layout, and goes through the same converter."""
-    stderr.rule("convert the authors' checkpoint")
+    note("convert the authors' checkpoint")
     with as_file(files("hfvlm.samples").joinpath("clip-tiny")) as shipped:
         hfvlm.convert(shipped / "clip-tiny.pt", "clip/tiny", folder)
-    stderr.print(f"{folder.name}: config.json, model.safetensors, processor, card")
+    note(f"{folder.name}: config.json, model.safetensors, processor, card")
 
 
 def measure(folder: Path, held_out: Sequence[Digit], when: str) -> Accuracy:
     """Classify held-out handwriting with transformers' own pipeline."""
-    stderr.rule(f"zero-shot classification {when} fine-tuning")
+    note(f"zero-shot classification {when} fine-tuning")
     classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
     known = [digit for digit in held_out if digit.label in KNOWN]
-    among_ten = [
-        name_one(classify, digit, EVERY, TEMPLATES[:1]) for digit in track(held_out, "ten digits", console=stderr)
-    ]
-    one = [name_one(classify, digit, KNOWN, TEMPLATES[:1]) for digit in track(known, "one prompt", console=stderr)]
-    every = [name_one(classify, digit, KNOWN, TEMPLATES) for digit in track(known, "all wordings", console=stderr)]
+    among_ten = [name_one(classify, digit, EVERY, TEMPLATES[:1]) for digit in progress(held_out, "ten digits")]
+    one = [name_one(classify, digit, KNOWN, TEMPLATES[:1]) for digit in progress(known, "one prompt")]
+    every = [name_one(classify, digit, KNOWN, TEMPLATES) for digit in progress(known, "all prompt templates")]
     hits = {
         label: [p == label for p, d in zip(among_ten, held_out, strict=True) if d.label == label] for label in EVERY
     }
@@ -142,9 +163,9 @@ def collate(processor: Any, batches: list[list[tuple[Any, str]]]) -> dict[str, A
 
 def fine_tune(folder: Path, seed: int) -> tuple[PreTrainedModel, Any]:
     """LoRA on a few examples of 8 and 9, beside pictures of the digits that the model was trained on."""
-    stderr.rule(f"LoRA with the Trainer, {SHOTS} examples each of 8 and 9")
+    note(f"LoRA with the Trainer, {SHOTS} examples each of 8 and 9")
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    tuned = hfvlm.lora(model, "vision+text", r=RANK)
+    tuned = hfvlm.lora(model, "vision+text", r=RANK, quiet=not shows_progress())
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -169,7 +190,7 @@ def save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
 
 
 def same_after_reload(model: PreTrainedModel, processor: Any, folder: Path, held_out: Sequence[Digit]) -> None:
-    stderr.rule("reload")
+    note("reload")
     inputs = processor(images=[d.image for d in held_out[:16]], text=[caption(label, TEMPLATES[0]) for label in EVERY])
     again = AutoModel.from_pretrained(folder).eval()
     fresh = AutoProcessor.from_pretrained(folder)
@@ -178,7 +199,7 @@ def same_after_reload(model: PreTrainedModel, processor: Any, folder: Path, held
         saved, loaded = model(**inputs).logits_per_image, again(**repeat).logits_per_image
     if not torch.equal(saved, loaded):
         raise RuntimeError(f"{folder}: the reloaded model's logits differ by {(saved - loaded).abs().max():.2e}.")
-    stderr.print("the reloaded folder gives the same logits, bit by bit")
+    note("the reloaded folder gives the same logits, bit by bit")
 
 
 def report(before: Accuracy, after: Accuracy, held_out: Sequence[Digit]) -> list[dict[str, Any]]:
@@ -187,34 +208,37 @@ def report(before: Accuracy, after: Accuracy, held_out: Sequence[Digit]) -> list
     known = len(held_out) - new
     data = "scikit-learn digits, held-out quarter"
     one, every = f"prompt '{TEMPLATES[0]}'", f"{len(TEMPLATES)} wordings, probabilities summed"
+    eight, ten = f"{known} pictures of 0-7 among 8 classes", f"{known} pictures of 0-7 among 10 classes"
     rows = (
-        (after.one_prompt, before.one_prompt, f"{known} pictures of 0-7 among 8 classes, {one}"),
-        (after.ensemble, before.ensemble, f"{known} pictures of 0-7 among 8 classes, {every}"),
-        (after.known, before.known, f"{known} pictures of 0-7 among 10 classes, {one}"),
-        (after.new, before.new, f"{new} pictures of 8 and 9 among 10 classes, {one}"),
+        ("0-7 among eight, one prompt", after.one_prompt, before.one_prompt, f"{eight}, {one}"),
+        ("0-7 among eight, ensemble", after.ensemble, before.ensemble, f"{eight}, {every}"),
+        ("0-7 among ten", after.known, before.known, f"{ten}, {one}"),
+        ("8 and 9 among ten", after.new, before.new, f"{new} pictures of 8 and 9 among 10 classes, {one}"),
     )
     return [
         {
             "task": "zero-shot-image-classification",
             "dataset": data,
             "metric": "accuracy",
+            "name": f"accuracy, {name}",
             "value": value,
             "protocol": f"{protocol}; {first:.1%} before fine-tuning; float32, CPU",
         }
-        for value, first, protocol in rows
+        for name, value, first, protocol in rows
     ]
 
 
-def summary(before: Accuracy, after: Accuracy, pictures: int) -> Table:
-    table = Table("held-out handwriting", "before", "after LoRA", title=f"{pictures} pictures", title_justify="left")
-    for name, field in (
-        ("0-7 among eight, one prompt a class", "one_prompt"),
-        ("0-7 among eight, template ensemble", "ensemble"),
-        ("0-7 among ten", "known"),
-        ("8 and 9 among ten", "new"),
-    ):
-        table.add_row(name, f"{getattr(before, field):.1%}", f"{getattr(after, field):.1%}")
-    return table
+def summary(before: Accuracy, after: Accuracy) -> list[tuple[str, str, str]]:
+    """The rows to print."""
+    return [
+        (name, f"{getattr(before, field):.1%}", f"{getattr(after, field):.1%}")
+        for name, field in (
+            ("0-7 among eight, one prompt a class", "one_prompt"),
+            ("0-7 among eight, template ensemble", "ensemble"),
+            ("0-7 among ten", "known"),
+            ("8 and 9 among ten", "new"),
+        )
+    ]
 
 
 def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit], path: Path) -> None:

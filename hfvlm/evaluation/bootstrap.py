@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hfvlm.ranges import check_integer, check_number
+
 DRAWS = 1000
 
 
@@ -18,7 +20,14 @@ def interval(
         level: as 0.95.
         draws: how many sets are drawn.
         seed: of the drawing.
+
+    Raises:
+        ValueError: there are no rows, or a number is out of its range.
     """
+    check_integer("rows", rows)
+    check_integer("draws", draws)
+    check_integer("seed", seed, 0)
+    check_number("level", level, 0, 1, open_low=True)
     random = np.random.default_rng(seed)
     values = [statistic(random.integers(rows, size=rows)) for _ in range(draws)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

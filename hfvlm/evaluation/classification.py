@@ -4,10 +4,16 @@ import numpy as np
 import torch
 
 from hfvlm.evaluation.retrieval import ranks_of_best
+from hfvlm.ranges import check_integer
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """The share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row."""
+    """The share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row.
+
+    Raises:
+        ValueError: k is no number of classes.
+    """
+    check_integer("k", k)
     right = torch.from_numpy(np.eye(scores.shape[1], dtype=bool)[labels])
     return (ranks_of_best(torch.from_numpy(scores), right) < k).double().mean().item()
 

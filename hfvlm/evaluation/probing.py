@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hfvlm.media.sources import import_extra
+from hfvlm.ranges import check_integer, check_number
 
 # The sweep begins with these and narrows down around the best, to eight steps a decade.
 FIRST_STRENGTHS = tuple(10.0**i for i in range(-6, 7, 2))
@@ -15,7 +16,12 @@ VALIDATION = 0.2
 
 
 def fit(features: np.ndarray, labels: np.ndarray, strength: float) -> Any:
-    """Logistic regression by L-BFGS; `strength` is the inverse of its L2 penalty's."""
+    """Logistic regression by L-BFGS; `strength` is the inverse of its L2 penalty's.
+
+    Raises:
+        ValueError: the strength is no positive number, or a feature is not finite.
+    """
+    check_number("strength", strength, 0, open_low=True)
     import_extra("sklearn", "eval", "Linear probes")
     from sklearn.linear_model import LogisticRegression
 
@@ -28,6 +34,7 @@ def best_strength(features: np.ndarray, labels: np.ndarray, *, seed: int = 0) ->
     Raises:
         ValueError: a class has too few rows to leave one out.
     """
+    check_integer("seed", seed, 0)
     import_extra("sklearn", "eval", "Linear probes")
     from sklearn.model_selection import train_test_split
 
@@ -54,7 +61,7 @@ def draw_shots(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
     Raises:
         ValueError: a class has fewer rows.
     """
-    random = np.random.default_rng((seed, shots))
+    random = np.random.default_rng((check_integer("seed", seed, 0), check_integer("shots", shots)))
     rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     if fewest := [len(found) for found in rows if len(found) < shots]:
         raise ValueError(f"{shots} shots need as many rows of each class; one has {min(fewest)}.")
@@ -70,6 +77,7 @@ def few_shot_curve(
     seeds: int = 3,
 ) -> dict[int, list[float]]:
     """Accuracies on the test rows by the number of training rows of each class, for several draws of them."""
+    check_integer("seeds", seeds)
     curve: dict[int, list[float]] = {}
     for count in shots:
         rows = [draw_shots(train[1], count, seed=seed) for seed in range(seeds)]

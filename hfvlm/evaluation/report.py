@@ -4,18 +4,23 @@ import base64
 import html
 import io
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import hfvlm
+from hfvlm.evaluation.bootstrap import interval
 from hfvlm.inference.pages import data_url, thumbnail
 from hfvlm.media.sources import import_extra
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
+MOST_ERRORS = 100
 
 
 @dataclass
@@ -48,11 +53,14 @@ class Report:
         task: as "zero-shot".
         model: its folder.
         data: what it was evaluated on.
-        rows: how many there were.
+        rows: how many were measured.
         protocol: everything that the numbers depend on.
         results: the numbers.
         plots: names and functions that draw on matplotlib axes.
         mistakes: the worst first.
+        errors: what is wrong with the rows that were left out, by number.
+        about: the model's class, precision and device, and the data's columns and counts.
+        each: the values of single rows, by metric and row number, for `compare`.
     """
 
     task: str
@@ -63,11 +71,19 @@ class Report:
     results: list[Result]
     plots: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    each: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         known = {"hfvlm": hfvlm.__version__, "task": self.task, "model": self.model, "data": self.data}
         return known | {
+            "versions": versions(),
+            "about": self.about,
             "rows": self.rows,
+            "unreadable": len(self.errors),
+            "errors": {str(row): error for row, error in list(self.errors.items())[:MOST_ERRORS]},
+            "each": {metric: {str(row): value for row, value in rows.items()} for metric, rows in self.each.items()},
             "protocol": self.protocol,
             "results": [asdict(result) for result in self.results],
             "mistakes": [asdict(mistake) for mistake in self.mistakes],
@@ -76,7 +92,8 @@ class Report:
     def for_card(self) -> list[dict[str, Any]]:
         """The numbers as `hfvlm.hub.write_card` takes them."""
         protocol = ", ".join(f"{name} {value}" for name, value in self.protocol.items())
-        shared = {"task": self.task, "dataset": Path(self.data).name, "protocol": f"{self.rows} rows; {protocol}"}
+        rows = f"{self.rows} rows" + (f" ({len(self.errors)} more cannot be read)" if self.errors else "")
+        shared = {"task": self.task, "dataset": Path(self.data).name, "protocol": f"{rows}; {protocol}"}
         return [shared | {"metric": result.metric, "value": round(result.value, 4)} for result in self.results]
 
     def write(self, folder: Path) -> None:
@@ -92,7 +109,7 @@ class Report:
         )
         protocol = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-            for name, value in self.protocol.items()
+            for name, value in (self.protocol | self.about | versions() | {"cannot be read": len(self.errors)}).items()
         )
         plots = "".join(f'<img class="plot" src="{plot_url(draw)}" alt="{name}">' for name, draw in self.plots.items())
         mistakes = "".join(mistake_figure(mistake) for mistake in self.mistakes)
@@ -100,6 +117,92 @@ class Report:
         return PAGE.format(
             title=title, numbers=numbers, protocol=protocol, plots=plots, mistakes=mistakes, rows=self.rows
         )
+
+
+@dataclass
+class Difference:
+    """What a metric gains from a first report to a second: over equal rows, with its interval of 95 % confidence."""
+
+    metric: str
+    first: float
+    second: float
+    low: float
+    high: float
+    rows: int
+
+    @property
+    def gain(self) -> float:
+        return self.second - self.first
+
+    def __str__(self) -> str:
+        sure = "" if self.low > 0 or self.high < 0 else ", not significant"
+        numbers = (
+            f"{self.first:.4f} -> {self.second:.4f}, {self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{sure})"
+        )
+        return f"{self.metric}: {numbers}"
+
+
+def compare(first: Report | str | Path, second: Report | str | Path) -> list[Difference]:
+    """Two models on the same rows, by the metrics that have a value for each row.
+
+    The intervals are of the paired differences, drawn with replacement, so that rows which are hard for both count for
+    neither.
+
+    Args:
+        first: a report, its `report.json`, or the folder of it.
+        second: likewise.
+
+    Raises:
+        ValueError: they are of different tasks or data, or have no rows or metrics in common.
+        FileNotFoundError: there is no such report.
+    """
+    one, two = (read_report(report) for report in (first, second))
+    for name in ("task", "data"):
+        if one[name] != two[name]:
+            raise ValueError(f"The reports are of another {name}, {one[name]} and {two[name]}: nothing to compare.")
+    if any(one["about"].get(name) != two["about"].get(name) for name in ("split", "limit", "seed")):
+        raise ValueError("The reports are of another split or limit of the data: nothing to compare.")
+    found = []
+    for metric in (name for name in one["each"] if name in two["each"]):
+        a, b = one["each"][metric], two["each"][metric]
+        rows = [row for row in a if row in b]
+        if not rows:
+            continue
+        values = np.array([[a[row], b[row]] for row in rows], np.float64)
+        gains = values[:, 1] - values[:, 0]
+        low, high = interval(lambda drawn, gains=gains: float(gains[drawn].mean()), len(rows))  # type: ignore[misc]
+        found.append(Difference(metric, float(values[:, 0].mean()), float(values[:, 1].mean()), low, high, len(rows)))
+    if not found:
+        raise ValueError("The reports have no metric of single rows in common: write both with this version.")
+    return found
+
+
+def read_report(report: Report | str | Path) -> dict[str, Any]:
+    """A report as it is written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no report.
+    """
+    if isinstance(report, Report):
+        return json.loads(json.dumps(report.as_json()))
+    path = Path(report) / JSON_NAME if Path(report).is_dir() else Path(report)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such report.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}).") from error
+    if not isinstance(content, dict) or not {"task", "data", "each", "about"} <= content.keys():
+        raise ValueError(f"{path}: no report that can be compared; evaluate again with this version.")
+    return content
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("torch", "transformers", "numpy", "datasets")
+    found = {name: version(name) for name in names if find_spec(name) is not None}
+    return {"python": platform.python_version(), "hfvlm": hfvlm.__version__} | found
 
 
 def mistake_figure(mistake: Mistake) -> str:

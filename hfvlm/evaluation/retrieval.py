@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hfvlm.ranges import check_integer
+
 BLOCK = 2**24
 
 
@@ -30,8 +32,9 @@ def recall_at(
         score: queries `(B, D)` and a gallery `(M, D)` -> `(B, M)`; by default their product.
 
     Raises:
-        ValueError: a query has no partner in the gallery.
+        ValueError: a query has no partner in the gallery, or a k is no number of rows.
     """
+    ks = [check_integer("k", k) for k in ks]
     ranks = partner_ranks(queries, gallery, query_ids, gallery_ids, score=score)
     return {k: (ranks < k).double().mean().item() for k in ks}
 

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.inference.captioner import Captioner
-from hfvlm.inference.shards import Columns, Row, append, named, run_shards
+from hfvlm.inference.embed import absolute
+from hfvlm.inference.pins import content_hash, pinned_data
+from hfvlm.inference.shards import Columns, Row, Run, append, earlier_data, named, run_shards
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
 from hfvlm.media.rows import columns_by_name, first_caption, load_rows
 from hfvlm.modules.context import Context
+from hfvlm.ranges import check_generation, check_integer, check_number
 
 SETTINGS, CAPTIONS = "capfilt.json", "captions"
 # Nucleus sampling, as the authors': its captions are more varied than a beam's, and noisier.
@@ -56,24 +59,45 @@ def capfilt(  # noqa: PLR0913 (each says what the content is)
         seed: of the sampling; each shard has its own.
 
     Raises:
-        ValueError: there are no pictures, the judge cannot match, or the output was made with other settings.
+        ValueError: there are no pictures, the judge cannot match, a number is out of its range, or the output was
+            made of other files, by other weights or with other settings.
     """
-    rows = load_rows(str(source), split=split, streaming=True)
-    found = dict(columns or columns_by_name(rows.features or next(iter(rows))))
+    check_integer("batch_size", batch_size)
+    check_integer("shard_rows", shard_rows)
+    check_integer("seed", seed, 0)
+    check_number("threshold", threshold, 0, 1)
+    check_generation(dict(generate or {}))
+    source = absolute(source)
+    rows = load_rows(source, split=split, streaming=True)
+    names = list(rows.features or next(iter(rows), {}))
+    found = dict(columns or columns_by_name(names))
+    if missing := [name for name in (*found.values(), *filter(None, [id_column])) if name not in names]:
+        raise ValueError(f"{source}: has no column {', '.join(missing)}; it has {', '.join(names)}.")
     if "image" not in found:
         raise ValueError(f"{source}: no column of it holds pictures: name one with columns.")
     filter_ = CapFilt(captioner, judge, dict(generate or GENERATE))
     settings = {
-        "source": str(source), "split": split, "captioner": str(captioner), "judge": str(judge), "columns": found,
-        "threshold": threshold, "generate": filter_.options, "seed": seed, "shard_rows": shard_rows,
+        "source": source, "split": split, "columns": found, "id_column": id_column, "threshold": threshold,
+        "generate": filter_.options, "seed": seed, "shard_rows": shard_rows,
+        # Sampling draws for a batch at a time.
+        "batch_size": batch_size,
+        "captioner_weights": content_hash(filter_.captioner.model), "judge_weights": content_hash(filter_.judge),
     }  # fmt: skip
+    about = {"captioner": str(captioner), "judge": str(judge)}
 
     def tables(shard: list[Row], number: int) -> tuple[Any, Columns]:
         torch.manual_seed(seed * 1_000_003 + number)
         return filter_.shard(shard, found, id_column, batch_size, threshold)
 
-    run_shards(rows, Path(output), settings, tables, settings_name=SETTINGS, name=CAPTIONS, shard_rows=shard_rows)
+    data = pinned_data(source, split, earlier_data(Path(output)))
+    run_shards(rows, Run(Path(output), CAPTIONS, SETTINGS, shard_rows, settings, data, about), tables)
     return Path(output)
+
+
+def caption_or_none(value: Any) -> str | None:
+    """The first caption of a row, if it has one."""
+    caption = first_caption(value)
+    return caption if isinstance(caption, str) and caption else None
 
 
 class CapFilt:
@@ -81,10 +105,10 @@ class CapFilt:
 
     def __init__(self, captioner: str | Path, judge: str | Path, options: dict[str, Any]):
         self.captioner, self.options = Captioner.from_pretrained(captioner), options
-        self.judge: Any = AutoModel.from_pretrained(judge).eval().to(self.captioner.model.device)
+        self.judge: Any = load_model(judge).eval().to(self.captioner.model.device)
         if not hasattr(self.judge, "match"):
             raise ValueError(f"{judge}: {type(self.judge).__name__} cannot tell whether a text matches a picture.")
-        self.processor = AutoProcessor.from_pretrained(judge)
+        self.processor = processor_of(judge)
 
     def shard(
         self, shard: list[Row], columns: Mapping[str, str], id_column: str | None, batch_size: int, threshold: float
@@ -104,12 +128,12 @@ class CapFilt:
                 name, path = named(place, row, [columns["image"]], id_column)
                 about = {"row": place, "id": name}
                 try:
-                    picture = read_image(row[columns["image"]])
+                    picture = read_image(row.get(columns["image"]))
                 except MediaError as error:
                     append(errors, about | {"error": str(error)})
                     continue
-                text = row[columns["text"]] if "text" in columns else None
-                readable.append((about | {"path": path, "given": first_caption(text) or None}, picture))
+                text = row.get(columns["text"]) if "text" in columns else None
+                readable.append((about | {"path": path, "given": caption_or_none(text)}, picture))
             for values in self.judged(readable, threshold):
                 append(kept, values)
         return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors

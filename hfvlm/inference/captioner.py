@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.media.rows import are_several
 from hfvlm.media_text import MediaTextProcessor
+from hfvlm.ranges import check_generation, check_integer
 
 
 class Captioner:
@@ -21,15 +23,16 @@ class Captioner:
     """
 
     def __init__(self, model: Any, processor: Any, **options: Any):
+        check_generation(options)
         self.model, self.processor, self.options = model.eval(), processor, options
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "auto", **kwargs: Any) -> "Captioner":
-        """Of a folder; `kwargs` are of the model's `from_pretrained`, as `dtype`."""
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+        """Load a folder, an adapter's too; `kwargs` are of the model's `from_pretrained`, as `dtype`."""
+        model: Any = load_model(folder, AutoModelForImageTextToText, **kwargs)
         if device == "auto":
             device = torch.accelerator.current_accelerator() or "cpu"
-        return cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        return cls(model.to(device), processor_of(folder))
 
     def __call__(
         self, images: Any, texts: Sequence[str] | str | None = None, *, batch_size: int = 16, **options: Any
@@ -47,7 +50,10 @@ class Captioner:
 
         Raises:
             MediaError: a picture cannot be read; the message names it.
+            ValueError: a number is out of its range, or there are more or fewer texts than pictures.
         """
+        check_integer("batch_size", batch_size)
+        check_generation(options)
         several = are_several(images)
         sources = images if several else [images]
         asked = None if texts is None else [texts] if isinstance(texts, str) else list(texts)

@@ -1,23 +1,25 @@
 """Conversations with models that answer about pictures."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     DynamicCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
+from hfvlm.adapters import load_model, processor_of
 from hfvlm.compat import with_cache
 from hfvlm.image_text import Features
+from hfvlm.ranges import check_generation
 
 
 class Chat:
@@ -35,19 +37,46 @@ class Chat:
     """
 
     def __init__(self, model: Any, processor: Any, *, system: str | None = None, **options: Any):
-        self.model, self.processor = model, processor
+        check_generation(options)
+        self.model, self.processor, self.lock = model, processor, Lock()
         self.options = {"do_sample": False, "max_new_tokens": 512} | options
         self.system = system
         self.reset()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, system: str | None = None, **kwargs: Any) -> "Chat":
-        """Of a folder; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`, `quantization_config`."""
-        model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
-        return cls(model, AutoProcessor.from_pretrained(folder), system=system)
+        """Load a folder, an adapter's too; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`,
+        `quantization_config`."""
+        model = load_model(folder, AutoModelForImageTextToText, **kwargs).eval()
+        return cls(model, processor_of(folder), system=system)
 
     def reset(self) -> None:
-        """Begin a new conversation."""
+        """Begin a new conversation.
+
+        Raises:
+            RuntimeError: an answer is being generated.
+        """
+        with self.alone():
+            self.forget()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the conversation, which one answer at a time goes on with.
+
+        Raises:
+            RuntimeError: another one holds it.
+        """
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError(
+                "This Chat is in the middle of an answer: read it to its end or close it. A Chat is one conversation; "
+                "several threads need one each, which may share the model and the processor."
+            )
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    def forget(self) -> None:
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         self.counts: list[int] = []  # placeholders of each picture
         self.features: list[Tensor] = []
@@ -61,7 +90,19 @@ class Chat:
     def stream(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
     ) -> Iterator[str]:
-        """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten."""
+        """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten.
+
+        Raises:
+            RuntimeError: another answer is being generated, as in another thread.
+            ValueError: an option of `generate` is out of its range.
+        """
+        check_generation(options)
+        with self.alone():
+            yield from self.answered(text, images, videos, options)
+
+    def answered(
+        self, text: str, images: Sequence[Any], videos: Sequence[Any], options: Mapping[str, Any]
+    ) -> Iterator[str]:
         images = self.media(images, videos)
         content = [*({"type": self.processor.modality} for _ in images), {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
@@ -70,7 +111,7 @@ class Chat:
         counts, features = [*self.counts, *counts], [*self.features, *features]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = self.processor.expand(self.processor.encode(prompt), counts)
-        run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | options)
+        run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | dict(options))
         pieces = []
         try:
             for piece in _until(run, self.processor.stop_strings):

@@ -1,21 +1,27 @@
 """Whole data sets to Parquet shards of vectors, in a run that may be killed and started again."""
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import hfvlm
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
-from hfvlm.inference.shards import Columns, Row, append, named, run_shards
+from hfvlm.inference.pins import pinned_data, processor_hash, tower_hashes
+from hfvlm.inference.shards import Columns, Row, Run, append, earlier_data, named, read_json, run_shards
+from hfvlm.media.folders import MODALITY
 from hfvlm.media.rows import columns_by_name, first_caption, load_rows
+from hfvlm.ranges import check_integer
 
 SETTINGS, VECTORS = "embed.json", "vectors"
+ABOUT = ("row", "id", "path", "caption")
 
 
-def embed(
+def embed(  # noqa: PLR0913 (each says what the content is)
     source: str | Path,
     output: str | Path,
     model: str | Path,
@@ -25,17 +31,22 @@ def embed(
     id_column: str | None = None,
     batch_size: int = 64,
     shard_rows: int = 4096,
+    source_options: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Path:
     """Embed every row of a data set.
 
-    The output holds `vectors-<n>.parquet` (the row's number, its id, the path of its medium where there is one, and a
-    vector for each modality), `errors-<n>.parquet` for the rows that could not be read, and `embed.json`, which says
-    what was embedded by what. A shard appears when it is complete; started again, a run goes on after the shards that
-    are there. Several processes (torchrun, accelerate) share the shards out among them.
+    The output holds `vectors-<n>.parquet` (the row's number, its id, the path of its medium where there is one, its
+    caption where texts are embedded, and a vector for each modality), `errors-<n>.parquet` for the rows that could not
+    be read or have no finite vector, and `embed.json` and `files.json`, which say what was embedded by what. A shard
+    appears when it is complete; started again, a run goes on after the shards that are there, if the files, the
+    weights and all settings are as they were. Several processes (torchrun, accelerate) share the shards out among
+    them.
+
+    Of a folder of several kinds of media each row has the vector of its own kind, and null for the others.
 
     Args:
-        source: a folder of media, webdataset tars, Parquet or a Hub id: what `datasets` reads.
+        source: a folder of media, webdataset tars, Parquet or a Hub id: what `hfvlm.media.rows.load_rows` reads.
         output: the folder.
         model: the model's folder or Hub id.
         split: of the data set.
@@ -43,75 +54,102 @@ def embed(
         id_column: by default webdataset's `__key__`, or the medium's path, or the row's number.
         batch_size: rows that the model takes at a time.
         shard_rows: rows of a shard.
+        source_options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
         **options: of `Embedder.from_pretrained`.
 
     Raises:
-        ValueError: the output was made with other settings, or no column holds what the model embeds.
+        ValueError: the output was made of other files, by other weights or with other settings, or lies in the
+            source; no column holds what the model embeds; there are options of a modality that is not embedded; or a
+            number is out of its range.
         ImportError: `datasets` is not installed.
     """
-    output = Path(output)
-    rows = load_rows(str(source), split=split, streaming=True)
-    found = columns or columns_by_name(rows.features or next(iter(rows)))
+    check_integer("batch_size", batch_size)
+    check_integer("shard_rows", shard_rows)
+    output, source = Path(output), absolute(source)
+    rows = load_rows(source, split=split, streaming=True)
+    names = list(rows.features or next(iter(rows), {}))
+    if missing := [name for name in (*(columns or {}).values(), *filter(None, [id_column])) if name not in names]:
+        raise ValueError(f"{source}: has no column {', '.join(missing)}; it has {', '.join(names)}.")
     embedder = Embedder.from_pretrained(model, list(columns) if columns else None, **options)
     embedder.check_one_vector("A table of vectors")
-    named_columns = {modality: column for modality, column in found.items() if modality in embedder.modalities}
-    if not named_columns:
+    found = columns or columns_by_name(names)
+    known = {modality: column for modality, column in found.items() if modality in embedder.modalities}
+    if not known:
         raise ValueError(f"{source}: no column of it holds {', '.join(embedder.modalities)}: name them with columns.")
+    if Path(source).is_dir() and output.resolve().is_relative_to(source):
+        raise ValueError(f"{output}: lies in the folder that is embedded, {source}; choose an output outside of it.")
+    by_modality = {name: dict(given) for name, given in (source_options or {}).items()}
+    if foreign := sorted(set(by_modality) - set(known)):
+        raise ValueError(f"source_options are given for {', '.join(foreign)}, which is not embedded.")
     settings = {
-        "source": str(source),
-        "split": split,
-        "model": str(model),
-        "columns": named_columns,
-        "shard_rows": shard_rows,
-    }
-
-    def tables(shard: list[Row], _: int) -> tuple[Any, Columns]:
-        return embed_shard(embedder, shard, named_columns, id_column, batch_size)
-
-    run_shards(rows, output, settings, tables, settings_name=SETTINGS, name=VECTORS, shard_rows=shard_rows)
+        "source": source, "split": split, "columns": known, "id_column": id_column, "shard_rows": shard_rows,
+        "source_options": by_modality, "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "weights": tower_hashes(embedder.model), "processor": processor_hash(embedder.processor),
+    }  # fmt: skip
+    data = pinned_data(source, split, earlier_data(output))
+    about = {"model": absolute(model), "hfvlm": hfvlm.__version__}
+    run = Run(output, VECTORS, SETTINGS, shard_rows, settings, data, about)
+    run_shards(rows, run, Shards(embedder, known, id_column, batch_size, by_modality).tables)
     return output
 
 
-def embed_shard(
-    embedder: Embedder,
-    shard: list[Row],
-    columns: Mapping[str, str],
-    id_column: str | None,
-    batch_size: int,
-) -> tuple[Any, Columns]:
-    """The vectors of a shard's rows; one that cannot be read in any of its modalities becomes an error."""
-    import pyarrow
-
-    kept: Columns = {name: [] for name in ("row", "id", "path", *columns)}
-    errors: Columns = {name: [] for name in ("row", "id", "modality", "error")}
-    for start in range(0, len(shard), batch_size):
-        batch = shard[start : start + batch_size]
-        vectors, wrong = embed_batch(embedder, [row for _, row in batch], columns)
-        for i, (place, row) in enumerate(batch):
-            name, path = named(place, row, list(columns.values()), id_column)
-            if i in wrong:
-                modality, error = wrong[i]
-                append(errors, {"row": place, "id": name, "modality": modality, "error": error})
-            else:
-                append(kept, {"row": place, "id": name, "path": path} | {m: vectors[m][i] for m in columns})
-    types = {"row": pyarrow.int64(), "id": pyarrow.string(), "path": pyarrow.string()}
-    types |= {modality: pyarrow.list_(pyarrow.float32(), embedder.size) for modality in columns}
-    return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors
+def absolute(place: str | Path) -> str:
+    """A folder's whole path; anything else, as a Hub id, as it is."""
+    return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
 
 
-def embed_batch(
-    embedder: Embedder, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
-) -> tuple[dict[str, dict[int, Any]], dict[int, tuple[str, str]]]:
-    """Vectors by modality and place in the batch, and what is wrong with the other rows."""
-    vectors: dict[str, dict[int, Any]] = {}
-    wrong: dict[int, tuple[str, str]] = {}
-    for modality, column in columns.items():
-        sources = [first_caption(row[column]) if modality == "text" else row[column] for row in rows]
-        found, errors = embedder.encode_readable(modality, sources)
-        readable = [i for i in range(len(rows)) if i not in errors]
-        vectors[modality] = dict(zip(readable, found, strict=True))
-        wrong |= {i: (modality, error) for i, error in errors.items() if i not in wrong}
-    return vectors, wrong
+@dataclass(frozen=True)
+class Shards:
+    """Embeds rows, shard by shard; arguments as `embed`."""
+
+    embedder: Embedder
+    columns: Mapping[str, str]
+    id_column: str | None
+    batch_size: int
+    source_options: Mapping[str, Mapping[str, Any]]
+
+    def tables(self, shard: Sequence[Row], _: int) -> tuple[Any, Columns]:
+        """The vectors of a shard's rows, and its errors: a row that cannot be read in any of its modalities is one."""
+        import pyarrow
+
+        kept: Columns = {name: [] for name in ("row", "id", "path", "caption", *self.columns)}
+        errors: Columns = {name: [] for name in ("row", "id", "modality", "error")}
+        media = [column for modality, column in self.columns.items() if modality != "text"]
+        for start in range(0, len(shard), self.batch_size):
+            batch = shard[start : start + self.batch_size]
+            vectors, wrong = self.batch([row for _, row in batch])
+            for i, (place, row) in enumerate(batch):
+                name, path = named(place, row, media, self.id_column)
+                if i in wrong:
+                    modality, error = wrong[i]
+                    append(errors, {"row": place, "id": name, "modality": modality, "error": error})
+                else:
+                    text = self.columns.get("text")
+                    caption = None if text is None else first_caption(row.get(text))
+                    about = {"row": place, "id": name, "path": path, "caption": caption}
+                    append(kept, about | {m: vectors[m].get(i) for m in vectors})
+        types = {"row": pyarrow.int64()} | dict.fromkeys(("id", "path", "caption"), pyarrow.string())
+        types |= {modality: pyarrow.list_(pyarrow.float32(), self.embedder.size) for modality in self.columns}
+        return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, Any]], dict[int, tuple[str, str]]]:
+        """Vectors by modality and place in the batch, and what is wrong with the other rows."""
+        vectors: dict[str, dict[int, Any]] = {}
+        wrong = {i: (str(row[MODALITY]), "nothing of this kind is embedded.") for i, row in self.foreign(rows)}
+        for modality, column in self.columns.items():
+            places = [i for i, row in enumerate(rows) if row.get(MODALITY) in (None, column)]
+            given = [rows[i].get(column) for i in places]
+            sources = [first_caption(value) for value in given] if modality == "text" else given
+            options = self.source_options.get(modality, {})
+            found, errors = self.embedder.encode_readable(modality, sources, **options)
+            readable = [place for i, place in enumerate(places) if i not in errors]
+            vectors[modality] = dict(zip(readable, found, strict=True))
+            wrong |= {places[i]: (modality, error) for i, error in errors.items() if places[i] not in wrong}
+        return vectors, wrong
+
+    def foreign(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+        """Rows of a folder of several kinds, of a kind that is not embedded."""
+        return [(i, row) for i, row in enumerate(rows) if row.get(MODALITY) not in (None, *self.columns.values())]
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -119,11 +157,37 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is not one that `embed` wrote.
+        ValueError: the file is damaged.
     """
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is none: this is no folder of `hfvlm embed`.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
+
+
+def read_embedder(folder: str | Path, modalities: Sequence[str] | None = None, **options: Any) -> Embedder:
+    """The model that made the vectors of a folder, for queries.
+
+    Raises:
+        ValueError: its weights are others by now.
+    """
+    settings = read_settings(folder)
+    options = {"dtype": settings["dtype"]} | options if "dtype" in settings else options
+    embedder = Embedder.from_pretrained(settings["model"], modalities, **options)
+    made, now = settings.get("weights", {}), tower_hashes(embedder.model)
+    if any(made[name] != now[name] for name in made.keys() & now.keys()):
+        raise ValueError(f"{settings['model']}: its weights are not those that {folder} was embedded by: embed again.")
+    return embedder
+
+
+def count_rows(folder: str | Path) -> tuple[int, int]:
+    """How many rows of a folder have vectors, and how many are errors."""
+    from pyarrow import parquet
+
+    found: Counter[str] = Counter()
+    for path in Path(folder).glob("*-*.parquet"):
+        found[path.name.split("-")[0]] += parquet.read_metadata(path).num_rows
+    return found[VECTORS], found["errors"]
 
 
 def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, str]]:
@@ -131,6 +195,7 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
 
     Raises:
         ValueError: there are no such vectors.
+        FileNotFoundError: the folder is not one that `embed` wrote.
     """
     from pyarrow import parquet
 
@@ -140,10 +205,35 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
     for shard in sorted(Path(folder).glob(f"{VECTORS}-*.parquet")):
         table = parquet.read_table(shard)
         if modality not in table.column_names:
-            raise ValueError(f"{folder}: holds vectors of {', '.join(table.column_names[3:])}, not of {modality}.")
+            raise ValueError(f"{folder}: holds vectors of {', '.join(vector_columns(table))}, not of {modality}.")
+        table = table.filter(table[modality].is_valid())
         ids, column = table["id"].to_pylist(), table[modality].combine_chunks()
         if ids:
             vectors.append(column.flatten().to_numpy().reshape(len(ids), -1))
         names += ids
         paths |= {name: path for name, path in zip(ids, table["path"].to_pylist(), strict=True) if path}
-    return Index(np.concatenate(vectors), names) if vectors else Index(), paths
+    if not vectors:
+        read_settings(folder)
+        _, errors = count_rows(folder)
+        why = (
+            f"all {errors} rows are errors, see errors-*.parquet" if errors else "the run wrote no shard: embed again"
+        )
+        raise ValueError(f"{folder}: holds no vector of {modality}: {why}.")
+    return Index(np.concatenate(vectors), names), paths
+
+
+def vector_columns(table: Any) -> list[str]:
+    """The columns of a shard that hold vectors."""
+    return [name for name in table.column_names if name not in ABOUT]
+
+
+def read_captions(folder: str | Path) -> dict[str, str]:
+    """The texts that were embedded, by id; of runs before texts were stored none."""
+    from pyarrow import parquet
+
+    captions: dict[str, str] = {}
+    for shard in sorted(Path(folder).glob(f"{VECTORS}-*.parquet")):
+        if "caption" in parquet.read_schema(shard).names:
+            table = parquet.read_table(shard, columns=["id", "caption"])
+            captions |= {name: text for name, text in zip(*table.to_pydict().values(), strict=True) if text}
+    return captions

@@ -1,6 +1,6 @@
 """Pictures, texts, sounds and whatever else a model embeds, to vectors of unit length."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,21 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from hfvlm.adapters import config_of, load_model, processor_of
 from hfvlm.configuration import MultiEncoderConfig
+from hfvlm.inference.vectors import combine, similarity, unit_rows
+from hfvlm.logs import shows_progress
 from hfvlm.media.errors import MediaError
-from hfvlm.media.rows import are_several
+from hfvlm.media.rows import UNREADABLE, are_several
 from hfvlm.modeling import unit
 from hfvlm.outputs import MODALITIES
+from hfvlm.ranges import check_integer, shown
+
+__all__ = ["Embedder", "Embeddings", "combine", "similarity", "unit_rows"]
 
 OUTPUTS = ("numpy", "torch", "arrow")
-# What readers raise for damaged sources; errors in code go through.
-UNREADABLE = (MediaError, ValueError, OSError)
+NO_DIRECTION = "the model gives it a vector that is zero or not finite; is there NaN in the weights or the input?"
 # Batches that are decoded before the model asks for them.
 AHEAD = 2
 
@@ -59,21 +63,20 @@ class Embedder:
         """Load a model with its processor.
 
         Args:
-            folder: a local folder or a Hub id.
+            folder: a local folder or a Hub id, of a model or of an adapter.
             modalities: as ["image", "audio"]: only these towers are read from disk, where the model has more than two.
             device: "auto" is a GPU where there is one.
             dtype: "auto" is the files' own.
-            **options: of `AutoModel.from_pretrained`.
+            **options: of the model's `from_pretrained`.
 
         Raises:
-            ValueError: the model has no such modality.
+            ValueError: the model has no such modality, or there is no such device or precision.
         """
-        if isinstance(AutoConfig.from_pretrained(folder), MultiEncoderConfig) and modalities is not None:
+        device, dtype = chosen_device(device), chosen_dtype(dtype)
+        if isinstance(config_of(folder), MultiEncoderConfig) and modalities is not None:
             options["modalities"] = list(modalities)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, **options)
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
-        embedder = cls(model.to(device), AutoProcessor.from_pretrained(folder))
+        model = load_model(folder, dtype=dtype, **options)
+        embedder = cls(model.to(device), processor_of(folder))
         embedder.check(modalities or ())
         return embedder
 
@@ -114,8 +117,10 @@ class Embedder:
 
         Raises:
             MediaError: a source cannot be read; the message names it.
-            ValueError: there is nothing to embed, or the model does not know the modality.
+            ValueError: there is nothing to embed, the model does not know the modality, or its vector of a source is
+                zero or not finite.
         """
+        check_integer("batch_size", batch_size)
         if output not in OUTPUTS:
             raise ValueError(f"output {output!r} is none of {', '.join(OUTPUTS)}.")
         given = {name: value for name, value in sources.items() if value is not None}
@@ -124,6 +129,8 @@ class Embedder:
         if not given:
             raise ValueError(f"Nothing to embed: give one of {', '.join(self.modalities)}.")
         self.check(list(given))
+        if foreign := sorted(set(options or {}) - set(given)):
+            raise ValueError(f"options are given for {', '.join(foreign)}, of which there are no sources.")
         found = {}
         for modality, values in given.items():
             alone = not are_several(values)
@@ -131,7 +138,7 @@ class Embedder:
                 modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
             )
             count = 1 if alone else len(values)
-            done = list(track(parts, modality, -(-count // batch_size)) if progress else parts)
+            done = list(track(parts, modality, -(-count // batch_size)) if progress and shows_progress() else parts)
             vectors = self.assembled(done, count)
             found[modality] = as_output(vectors[0] if alone else vectors, output)
         if len(found) == 1:
@@ -142,8 +149,10 @@ class Embedder:
 
     def assembled(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
         """Batches to one table; shorter texts of a model that embeds each token end in zeros."""
+        if sum(len(places) for places, _ in parts) != count:
+            raise RuntimeError(f"Of {count} sources not every one has a vector.")
         tokens = [features.shape[1] for _, features in parts if features.ndim == 3]
-        vectors = torch.zeros(count, max(tokens), self.size) if tokens else torch.empty(count, self.size)
+        vectors = torch.zeros(count, max(tokens), self.size) if tokens else torch.zeros(count, self.size)
         for places, features in parts:
             if tokens:
                 vectors[places, : features.shape[1]] = features
@@ -160,7 +169,10 @@ class Embedder:
         """`(N, M)`: the cosines of `(N, D)` and `(M, D)`, or what the model has in their place."""
         if not self.by_token:
             return similarity(a, b)
-        scores = self.model.score(torch.as_tensor(a), torch.as_tensor(b))
+        left, right = (torch.as_tensor(x).float() for x in (a, b))
+        if left.ndim != 3 or right.ndim != 3 or left.shape[-1] != right.shape[-1]:
+            raise ValueError(f"Vectors must be (N, tokens, D), but got {tuple(left.shape)} and {tuple(right.shape)}.")
+        scores = self.model.score(left, right)
         return scores if isinstance(a, Tensor) else scores.numpy()
 
     def check_one_vector(self, purpose: str) -> None:
@@ -178,26 +190,21 @@ class Embedder:
         order = list(range(len(sources)))
         if modality == "text":
             sources = list(sources)
+            check_texts(sources)
             order.sort(key=lambda i: len(sources[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        prepared = self.prepared(modality, ([sources[i] for i in batch] for batch in batches), options)
+        given = ([sources[i] for i in batch] for batch in batches)
+        prepared = ahead(lambda batch: self.prepare(modality, batch, **options), given)
         for batch, inputs in zip(batches, prepared, strict=True):
-            yield batch, self.features(modality, inputs)
-
-    def prepared(self, modality: str, batches: Iterable[list[Any]], options: dict[str, Any]) -> Iterator[Any]:
-        """Batches in the model's form; the next ones are decoded in a thread while the model works."""
-        with ThreadPoolExecutor(1) as thread:
-            waiting: list[Future[Any]] = []
-            for batch in batches:
-                waiting.append(thread.submit(self.prepare, modality, batch, **options))
-                if len(waiting) > AHEAD:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+            features = self.features(modality, inputs)
+            if wrong := unusable(features):
+                raise ValueError(f"{modality} {batch[wrong[0]]}: {NO_DIRECTION}")
+            yield batch, features
 
     def prepare(self, modality: str, sources: list[Any], **options: Any) -> Any:
         """Sources -> the model's inputs, on the processor, in memory that a GPU can fetch from."""
         if modality == "text":
+            check_texts(sources)
             options = {"padding": True, "truncation": True} | options
         inputs = self.processor.prepare(modality, sources, **options)
         return {k: v.pin_memory() if self.model.device.type == "cuda" else v for k, v in inputs.items()}
@@ -212,61 +219,129 @@ class Embedder:
 
     def encode_readable(self, modality: str, sources: list[Any], **options: Any) -> tuple[np.ndarray, dict[int, str]]:
         """A batch of which some sources may be damaged: the vectors of the others, in order, and what is wrong with
-        each damaged one."""
+        each damaged one, or one whose vector is zero or not finite."""
+        features, _, errors = self.finite(modality, len(sources), *self.prepare_readable(modality, sources, options))
+        return features.numpy(), errors
+
+    def encode_known(
+        self, modality: str, sources: Sequence[Any], *, batch_size: int = 32, progress: bool = False, **options: Any
+    ) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Many sources of which some may be damaged; the next batch is decoded while the model works.
+
+        Returns:
+            `(N, D)`, or `(N, tokens, D)`, the vectors of those that can be read; their places; and by place what is
+            wrong with the others.
+
+        Raises:
+            ValueError: the model does not know the modality, or batch_size is no number of sources.
+        """
+        self.check([modality])
+        step = check_integer("batch_size", batch_size)
+        batches = [list(range(start, min(start + step, len(sources)))) for start in range(0, len(sources), step)]
+        given = ([sources[i] for i in batch] for batch in batches)
+        prepared = ahead(lambda batch: self.prepare_readable(modality, batch, options), given)
+        parts: list[tuple[list[int], Tensor]] = []
+        kept: list[int] = []
         errors: dict[int, str] = {}
+        for batch, found in zip(
+            batches, track(prepared, modality, len(batches)) if progress else prepared, strict=True
+        ):
+            features, places, wrong = self.finite(modality, len(batch), *found)
+            parts.append((list(range(len(kept), len(kept) + len(places))), features))
+            kept += [batch[i] for i in places]
+            errors |= {batch[i]: error for i, error in wrong.items()}
+        parts = [part for part in parts if part[0]]
+        return self.assembled(parts, len(kept)), kept, errors
+
+    def prepare_readable(
+        self, modality: str, sources: list[Any], options: dict[str, Any]
+    ) -> tuple[Any, dict[int, str]]:
+        """The model's inputs of the sources that can be read, None if there are none; and what is wrong with the
+        others."""
+        if not sources:
+            return None, {}
         try:
-            inputs = self.prepare(modality, sources, **options)
+            return self.prepare(modality, sources, **options), {}
         except UNREADABLE:
-            errors = {
-                i: wrong for i, source in enumerate(sources) if (wrong := self.problem(modality, source, options))
-            }
+            wrong = ((i, self.problem(modality, source, options)) for i, source in enumerate(sources))
+            errors = {i: problem for i, problem in wrong if problem}
             rest = [source for i, source in enumerate(sources) if i not in errors]
-            if not rest:
-                return np.empty((0, self.size), np.float32), errors
-            inputs = self.prepare(modality, rest, **options)
-        return self.features(modality, inputs).numpy(), errors
+            return self.prepare(modality, rest, **options) if rest else None, errors
+
+    def finite(
+        self, modality: str, count: int, inputs: Any, errors: dict[int, str]
+    ) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Features of a batch's inputs that are finite, their places among its `count` sources, and all errors."""
+        if inputs is None:
+            return torch.zeros(0, self.size), [], errors
+        readable, features = [i for i in range(count) if i not in errors], self.features(modality, inputs)
+        wrong = set(unusable(features))
+        errors = errors | {readable[i]: f"{modality}: {NO_DIRECTION}" for i in wrong}
+        rows = [i for i in range(len(readable)) if i not in wrong]
+        return features[rows], [readable[i] for i in rows], dict(sorted(errors.items()))
 
     def problem(self, modality: str, source: Any, options: dict[str, Any]) -> str | None:
         """What is wrong with a source, if anything."""
         try:
             self.prepare(modality, [source], **options)
         except UNREADABLE as error:
-            return str(error)
+            return str(error).removeprefix(f"{modality} 0: ")
         return None
 
 
-def similarity(a: Any, b: Any) -> Any:
-    """`(N, D)`, `(M, D)` -> `(N, M)`, the cosines; of single vectors likewise."""
-    left, right = unit_rows(a), unit_rows(b)
-    return left @ (right.T if right.ndim > 1 else right)
+def ahead(function: Callable[[list[Any]], Any], batches: Iterable[list[Any]]) -> Iterator[Any]:
+    """`map`, in which the next batches are worked on in a thread before they are asked for."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: list[Future[Any]] = []
+        for batch in batches:
+            waiting.append(thread.submit(function, batch))
+            if len(waiting) > AHEAD:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
-def combine(*vectors: Any, weights: Sequence[float] | None = None) -> Any:
-    """Arithmetic in the embedding space: the weighted sum of vectors of unit length, of unit length again.
+def check_texts(texts: Sequence[Any]) -> None:
+    """A MediaError that names the first of them that is no text."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise MediaError(f"text {i}: a text is needed, not {shown(text)}.")
 
-    Args:
-        *vectors: `(D,)` or `(N, D)` each.
-        weights: one for each, negative ones to take something away; by default 1.
+
+def unusable(features: Tensor) -> list[int]:
+    """`(B, D)` or `(B, N, D)`, of unit length or zero -> the rows that are not finite, or zero."""
+    rows = features.flatten(1)
+    return torch.nonzero(~(rows.isfinite().all(dim=1) & rows.any(dim=1))).flatten().tolist()
+
+
+def chosen_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
 
     Raises:
-        ValueError: there are more or fewer weights than vectors, or the sum is zero.
+        ValueError: there is no such device here.
     """
-    weights = [1.0] * len(vectors) if weights is None else list(weights)
-    if len(weights) != len(vectors) or not vectors:
-        raise ValueError(f"combine() got {len(vectors)} vectors and {len(weights)} weights.")
-    return unit_rows(sum(weight * unit_rows(vector) for weight, vector in zip(weights, vectors, strict=True)))
+    found = torch.accelerator.current_accelerator()
+    if device == "auto":
+        return found or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is none: use auto, cpu, cuda or cuda:0.") from error
+    if wanted.type not in ("cpu", "meta") and (found is None or found.type != wanted.type):
+        raise ValueError(f"device {device}: this machine has none that PyTorch sees; use cpu or auto.")
+    return wanted
 
 
-def unit_rows(vectors: Any) -> Any:
-    """Arrays or tensors scaled to unit length.
+def chosen_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A precision of weights, "auto" or a floating type.
 
     Raises:
-        ValueError: a vector is zero or not a number.
+        ValueError: it is another.
     """
-    length = (vectors**2).sum(-1) ** 0.5
-    if not bool((length > 0).all()):
-        raise ValueError("A vector is zero or not a number; it has no direction.")
-    return vectors / length[..., None]
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        return dtype
+    raise ValueError(f"dtype {dtype!r} is no precision of weights: use auto, float32, bfloat16 or float16.")
 
 
 def as_output(vectors: Tensor, output: str) -> Any:

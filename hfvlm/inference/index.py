@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hfvlm.inference.embedder import unit_rows
+from hfvlm.inference.vectors import as_array, unit_rows
 from hfvlm.media.sources import import_extra
+from hfvlm.ranges import check_integer
 from hfvlm.writing import new_folder
 
 BLOCK = 2**24
@@ -37,8 +38,8 @@ class Index:
         """Add `(N, D)` vectors.
 
         Raises:
-            ValueError: they are of another length than those before, are zero or not numbers, or there are more or
-                fewer ids than vectors.
+            ValueError: they are of another length than those before, are zero or not finite (the message names the
+                row), or there are more or fewer ids than vectors.
         """
         rows = self.checked(vectors)
         ids = list(range(len(self), len(self) + len(rows))) if ids is None else list(ids)
@@ -48,7 +49,7 @@ class Index:
         self.ids += ids
 
     def checked(self, vectors: Any) -> np.ndarray:
-        rows = np.asarray(vectors, np.float32)
+        rows = as_array(vectors).astype(np.float32)
         if rows.ndim != 2 or (len(self) and rows.shape[1] != self.size):
             raise ValueError(f"An index of vectors of {self.size or 'any'} numbers got {rows.shape}.")
         return unit_rows(rows)
@@ -72,13 +73,16 @@ class Index:
             `[(id, cosine), ...]`, for `(N, D)` a list of such lists.
 
         Raises:
-            ValueError: the queries are of another length than the vectors, or are zero or not numbers.
+            ValueError: the queries are of another length than the vectors, or are zero or not finite; or k is no
+                number of hits.
         """
-        queries = np.asarray(queries, np.float32)
+        check_integer("k", k)
+        queries = as_array(queries)
         rows = self.checked(queries[None] if queries.ndim == 1 else queries)
         scores, places = self.nearest(rows, min(k, len(self)))
         found = [
-            [(self.ids[place], float(score)) for score, place in zip(*row, strict=True)]
+            # FAISS has -1 as the place of what it did not find.
+            [(self.ids[place], float(score)) for score, place in zip(*row, strict=True) if place >= 0]
             for row in zip(scores, places, strict=True)
         ]
         return found[0] if queries.ndim == 1 else found
@@ -156,7 +160,7 @@ class FaissIndex(Index):
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, places = self.index.search(queries, k)
-        # FAISS does not say which of equal scores comes first; -1 is a place that it did not find.
+        # FAISS does not say which of equal scores comes first.
         order = np.lexsort((places, -scores), axis=1)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
 

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
+
+from hfvlm.adapters import load_model, processor_of
+from hfvlm.ranges import check_integer
 
 
 def rerank(
@@ -24,14 +26,15 @@ def rerank(
         arrays; -100 for those that were not looked at.
 
     Raises:
-        ValueError: the model has only embeddings.
+        ValueError: the model has only embeddings, or top_k is no number of candidates.
         MediaError: a picture cannot be read; the message names it.
     """
-    model: Any = AutoModel.from_pretrained(folder, **options).eval()
+    check_integer("top_k", top_k)
+    model: Any = load_model(folder, **options).eval()
     if not hasattr(model, "rerank"):
         raise ValueError(f"{folder}: {type(model).__name__} has only embeddings, and cannot look at pairs.")
     model.to(torch.accelerator.current_accelerator() or "cpu")
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = processor_of(folder)
     inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, truncation=True).to(model.device)
     scores = model.rerank(**inputs, top_k=top_k)
     return scores.per_image.float().cpu().numpy(), scores.per_text.float().cpu().numpy()

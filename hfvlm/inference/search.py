@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfvlm.inference.embedder import Embedder, combine
+from hfvlm.ranges import check_number
 
 # "snow::0.5" has half the weight of "snow".
 SEPARATOR = "::"
@@ -13,30 +14,39 @@ def weighed(query: str) -> tuple[str, float]:
     """A query and its weight, written behind `::`, by default 1.
 
     Raises:
-        ValueError: what is behind `::` is no number.
+        ValueError: what is behind `::` is no finite number.
     """
     source, separator, weight = query.rpartition(SEPARATOR)
     if not separator:
         return query, 1.0
     try:
-        return source, float(weight)
+        return source, check_number("a weight", float(weight))
     except ValueError as error:
         raise ValueError(f"{query!r}: {weight!r} is no weight; write source{SEPARATOR}number.") from error
 
 
-def query_vector(embedder: Embedder, queries: Mapping[str, Sequence[str]]) -> Any:
+def query_vector(
+    embedder: Embedder,
+    queries: Mapping[str, Sequence[str]],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
     """`(D,)`, of unit length: the weighted sum of all queries.
 
     Args:
         embedder: of the model that made the vectors that are searched.
         queries: {"text": ["a beach", "people::-0.5"], "audio": ["rain.wav"]}.
+        options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
 
     Raises:
-        ValueError: there is no query, or the sum is nothing.
+        ValueError: there is no query, options of a modality without one, or the sum is nothing.
     """
     parts = [(modality, *weighed(query)) for modality, given in queries.items() for query in given]
     if not parts:
-        raise ValueError("Nothing to search for: give a --text, --image or --audio.")
+        known = ", ".join(f"--{modality}" for modality in embedder.modalities)
+        raise ValueError(f"Nothing to search for: give one of {known}.")
+    if unused := [modality for modality in options or {} if modality not in queries]:
+        raise ValueError(f"Options of {unused[0]}, but no query of it.")
     sources: list[dict[str, Any]] = [{modality: source} for modality, source, _ in parts]
-    vectors = [embedder.encode(**source) for source in sources]
+    given = {modality: dict(values) for modality, values in (options or {}).items()}
+    vectors = [embedder.encode(**source, options=given) for source in sources]
     return combine(*vectors, weights=[weight for _, _, weight in parts])

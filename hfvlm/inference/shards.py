@@ -1,8 +1,10 @@
 """Runs over whole data sets that write Parquet shards, and may be killed and started again."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,99 +12,174 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hfvlm.inference.pins import Pins, difference
+from hfvlm.logs import shows_progress
 from hfvlm.media.rows import path_of
+from hfvlm.ranges import check_integer
 from hfvlm.writing import replaced
+
+logger = logging.getLogger(__name__)
 
 # A row of the data set, with its number.
 Row = tuple[int, dict[str, Any]]
 Columns = dict[str, list[Any]]
+FILES = "files.json"
 
 
-def run_shards(
-    rows: Any,
-    output: Path,
-    settings: Mapping[str, Any],
-    tables: Callable[[list[Row], int], tuple[Any, Columns]],
-    *,
-    settings_name: str,
-    name: str,
-    shard_rows: int,
-) -> None:
-    """Write `<name>-<n>.parquet` for every shard, and `errors-<n>.parquet` where there are any.
-
-    A file appears when it is complete, the shard's errors before its rows; what is there is not done again. Of several
-    processes (torchrun, accelerate) each does its share.
+@dataclass(frozen=True)
+class Run:
+    """What a run writes, and all that its content depends on.
 
     Args:
-        rows: a data set that streams.
         output: the folder.
-        settings: all that the content depends on; a folder that was begun with others is refused.
-        tables: a shard's rows and its number -> a pyarrow table of what became of them, and the columns of errors.
+        name: of the shards, `<name>-<n>.parquet`.
         settings_name: the file's name that keeps the settings.
-        name: of the shards.
         shard_rows: rows of a shard.
-
-    Raises:
-        ValueError: the folder was begun with other settings.
+        settings: a folder that was begun with others is refused.
+        data: the files that the rows come from; a folder that was begun with others is refused.
+        about: what is written beside the settings, and may change.
     """
-    import pyarrow
-    from pyarrow import parquet
 
-    begin(output / settings_name, dict(settings))
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task("rows", total=None, rate="")
-        for number, shard in missing_shards(rows, shard_rows, output, name):
-            table, errors = tables(shard, number)
-            if next(iter(errors.values())):
-                with replaced(output / f"errors-{number:05}.parquet") as file:
-                    parquet.write_table(pyarrow.table(errors), file)
-            with replaced(output / f"{name}-{number:05}.parquet") as file:
-                parquet.write_table(table, file)
-            progress.advance(task, len(shard))
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:.1f} rows/s" if speed else "")
+    output: Path
+    name: str
+    settings_name: str
+    shard_rows: int
+    settings: Mapping[str, Any]
+    data: Pins
+    about: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_integer("shard_rows", self.shard_rows)
 
-def begin(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or check that an earlier run had the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+    def shard(self, number: int) -> Path:
+        return self.output / f"{self.name}-{number:05}.parquet"
+
+    def check(self) -> None:
+        """Refuse a folder that an earlier run began with anything else, or that is not one of such a run.
+
+        Raises:
+            ValueError: the message names what is different, and the remedy.
+        """
+        path = self.output / self.settings_name
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"{self.output}: is a file; choose another output.")
+        if not path.exists():
+            if foreign := sorted(self.output.glob(f"{self.name}-*.parquet")):
+                raise ValueError(f"{self.output}: holds {foreign[0].name}, but no {path.name}: choose another output.")
+            return
+        earlier, settings = read_json(path), json.loads(json.dumps(self.settings))
         if other := [name for name in settings if earlier.get(name) != settings[name]]:
             raise ValueError(
                 f"{path}: this folder was begun with another {', '.join(other)}: choose another output, or remove it."
             )
-        return
-    with replaced(path) as file:
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if found := difference(read_json(self.output / FILES), self.data):
+            raise ValueError(
+                f"{self.output}: this folder was begun with other files, of which now are {found}: choose another "
+                "output, or remove this one to begin again."
+            )
 
-
-def missing_shards(rows: Any, size: int, output: Path, name: str) -> Iterator[tuple[int, list[Row]]]:
-    """The shards that are not there yet and that fall to this process: numbers and numbered rows."""
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-    def there(number: int) -> bool:
-        return (output / f"{name}-{number:05}.parquet").exists()
-
-    number = 0
-    while there(number):
-        number += 1
-    remaining = iter(rows.skip(number * size))
-    while True:
-        wanted = number % processes == rank and not there(number)
-        shard = [(number * size + i, row if wanted else {}) for i, row in enumerate(islice(remaining, size))]
-        if not shard:
+    def begin(self) -> None:
+        """Write what the run depends on, the settings last."""
+        if (self.output / self.settings_name).exists():
             return
-        if wanted:
-            yield number, shard
-        number += 1
+        self.output.mkdir(parents=True, exist_ok=True)
+        with replaced(self.output / FILES) as file:
+            file.write_text(json.dumps(self.data) + "\n", encoding="utf-8")
+        with replaced(self.output / self.settings_name) as file:
+            settings = {**self.about, **self.settings, "shard_rows": self.shard_rows}
+            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def missing_shards(self, rows: Any) -> Iterator[tuple[int, list[Row]]]:
+        """The shards that are not there yet and that fall to this process: numbers and numbered rows.
+
+        Raises:
+            ValueError: there is no row at all.
+        """
+        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        number = 0
+        while self.shard(number).exists():
+            number += 1
+        remaining = iter(rows.skip(number * self.shard_rows))
+        while True:
+            wanted = number % processes == rank and not self.shard(number).exists()
+            part = enumerate(islice(remaining, self.shard_rows))
+            shard = [(number * self.shard_rows + i, row if wanted else {}) for i, row in part]
+            if not shard:
+                if number == 0:
+                    raise ValueError("The data set holds no rows.")
+                return
+            if wanted:
+                yield number, shard
+            number += 1
+
+
+def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any, Columns]]) -> None:
+    """Write `<name>-<n>.parquet` for every shard, and `errors-<n>.parquet` where there are any.
+
+    A file appears when it is complete, the shard's errors before its rows; what is there is not done again. Of several
+    processes (torchrun, accelerate) each does its share. A run that fails before its first shard leaves nothing.
+
+    Args:
+        rows: a data set that streams.
+        run: what is written, and what it depends on.
+        tables: a shard's rows and its number -> a pyarrow table of what became of them, and the columns of errors.
+
+    Raises:
+        ValueError: the folder was begun with other settings or files, holds something else, or there are no rows.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    run.check()
+    failed, first, total = 0, "", 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = Console(stderr=True, quiet=not shows_progress())
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=shown) as progress:
+        task = progress.add_task("rows", total=None, rate="")
+        for number, shard in run.missing_shards(rows):
+            table, errors = tables(shard, number)
+            run.begin()
+            if errors["row"]:
+                failed, first = failed + len(errors["row"]), first or f"row {errors['row'][0]}: {errors['error'][0]}"
+                with replaced(run.output / f"errors-{number:05}.parquet") as file:
+                    parquet.write_table(pyarrow.table(errors), file)
+            with replaced(run.shard(number)) as file:
+                parquet.write_table(table, file)
+            total += len(shard)
+            progress.advance(task, len(shard))
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f"{speed:.1f} rows/s" if speed else "")
+    if failed:
+        logger.warning(
+            "%s: %d of %d rows are errors, see errors-*.parquet; the first, %s", run.output, failed, total, first
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a file that an earlier run wrote.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}): choose another output, or remove this.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged: choose another output, or remove this.")
+    return content
+
+
+def earlier_data(output: Path) -> Pins | None:
+    """The files that a run was begun with, if there was one."""
+    return read_json(output / FILES) if (output / FILES).exists() else None
 
 
 def named(place: int, row: Mapping[str, Any], columns: Sequence[str], id_column: str | None) -> tuple[str, str | None]:
     """What a row is called, and where its medium lies, if it says so."""
-    path = next((found for column in columns if (found := path_of(row[column]))), None)
-    return str(row[id_column] if id_column else row.get("__key__") or path or place), path
+    path = next((found for column in columns if (found := path_of(row.get(column)))), None)
+    name = row.get(id_column) if id_column else row.get("__key__") or path
+    return str(place if name is None else name), path
 
 
 def append(columns: Columns, values: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.grounding import draw_boxes
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.media.video import Video, read_video
+from hfvlm.ranges import check_integer, check_number
 
 # Of a scene, unless the film says its own rate; and how long it is at least.
 FPS, SHORTEST_SCENE = 25.0, 0.6
@@ -84,6 +85,9 @@ class VideoGrounder:
         missed: a thing that was not found so many times in a row, and once more, is gone.
         most: things at a time.
         batch_size: frames that the detector looks at together.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     def __init__(  # noqa: PLR0913 (the steps, and their settings)
@@ -99,6 +103,11 @@ class VideoGrounder:
         most: int = 5,
         batch_size: int = 4,
     ):
+        for name, value, low in (("every", every, 1), ("missed", missed, 0), ("most", most, 1)):
+            check_integer(name, value, low)
+        check_integer("batch_size", batch_size)
+        check_number("most_overlap", most_overlap, 0, 1)
+        check_number("least_overlap", least_overlap, 0, 1)
         self.detector, self.segmenter, self.embedder = detector, segmenter, embedder
         self.every, self.missed, self.most, self.batch_size = every, missed, most, batch_size
         self.most_overlap, self.least_overlap = most_overlap, least_overlap
@@ -279,7 +288,8 @@ class TextDetector:
     """
 
     def __init__(self, model: Any, processor: Any, *, threshold: float = 0.5):
-        self.model, self.processor, self.threshold = model.eval(), processor, threshold
+        self.threshold = check_number("threshold", threshold, 0, 1)
+        self.model, self.processor = model.eval(), processor
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, threshold: float = 0.5, device: str = "cpu") -> "TextDetector":

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hfvlm.evaluation.templates import template_set
-from hfvlm.inference.embedder import Embedder, unit_rows
+from hfvlm.inference.embedder import Embedder
+from hfvlm.inference.pins import content_hash
+from hfvlm.inference.vectors import unit_rows
+from hfvlm.logs import said_once
 from hfvlm.media.rows import are_several
+from hfvlm.ranges import check_integer
 from hfvlm.writing import replaced
 
 
@@ -73,18 +76,16 @@ class ZeroShotClassifier:
         texts = [
             [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
         ]
-        vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
+        with said_once("hfvlm.tokenization"):  # that texts are cut
+            vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
         ends = np.cumsum([len(wordings) for wordings in texts])[:-1]
         return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))
 
     def content_hash(self, names: Mapping[str, list[str]]) -> str:
-        """Of the names, the wordings and the text tower's weights, which alone decide the result."""
+        """Of the names, the templates and the text tower's weights, which alone decide the result."""
         digest = hashlib.sha256(json.dumps([dict(names), self.templates]).encode())
         model = self.embedder.model
-        for name, tensor in getattr(model, model.towers["text"]).state_dict().items():
-            digest.update(name.encode())
-            digest.update(str(tensor.dtype).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(content_hash(getattr(model, model.towers["text"])).encode())
         return digest.hexdigest()
 
     def scores(self, sources: Sequence[Any], modality: str = "image", **options: Any) -> np.ndarray:
@@ -103,7 +104,11 @@ class ZeroShotClassifier:
 
         Returns:
             `[(class, probability), ...]`, of a list a list of such.
+
+        Raises:
+            ValueError: top_k is no number of classes.
         """
+        check_integer("top_k", top_k)
         several = are_several(sources)
         cosines = self.scores(sources if several else [sources], modality, **options)
         logits = self.temperature * cosines

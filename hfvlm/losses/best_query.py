@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from hfvlm.losses.blocks import in_full_precision
 from hfvlm.losses.late_interaction import late_interaction_scores
 from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
+from hfvlm.ranges import check_number
 
 
 def best_query_scores(queries: Tensor, vectors: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ def best_query_loss(
     """
     if len(a) != len(b) or a.shape[-1] != b.shape[-1]:
         raise ValueError(f"Row i belongs to row i, but got {tuple(a.shape)} and {tuple(b.shape)}.")
+    check_number("label_smoothing", label_smoothing, 0, 1)
     check_equal_rows(a, group)
     with in_full_precision(a) as dtype:
         a, b = a.to(dtype), b.to(dtype)

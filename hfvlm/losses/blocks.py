@@ -66,3 +66,16 @@ def check_pairs(a: Tensor, b: Tensor) -> None:
             f"A contrastive loss compares row i with row i, but got {tuple(a.shape)} and {tuple(b.shape)}: pass as "
             "many texts as images, or leave return_loss out."
         )
+
+
+def check_negatives(rows: int, processes: int, remedy: str = "Give batches of at least two.") -> None:
+    """Refuse to learn from a single pair, which is compared with nothing.
+
+    Raises:
+        ValueError: there is one pair in the whole batch.
+    """
+    if rows * processes < 2:
+        raise ValueError(
+            "A contrastive loss compares a pair with others, and a batch of one pair has no negatives: its loss is 0 "
+            f"and nothing is learnt. {remedy}"
+        )

@@ -6,10 +6,12 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from hfvlm.losses.processes import rank_and_size, sum_over
+from hfvlm.ranges import check_number
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each token, `(B, N)`, 0 where it does not count; see `captioning_loss`."""
+    check_number("label_smoothing", label_smoothing, 0, 1)
     flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
     losses = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
     return losses.view(labels.shape)

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from hfvlm.losses.blocks import check_pairs, in_full_precision, square_blocks
 from hfvlm.losses.processes import check_equal_rows, gather_rows, rank_and_size, scatter_sum, sum_over
+from hfvlm.ranges import check_number
 
 
 def contrastive_loss(
@@ -36,8 +37,10 @@ def contrastive_loss(
             DistributedDataParallel forms it for parameters, is that of one process with the whole batch.
 
     Raises:
-        ValueError: `a` and `b` are of different shape, or the processes hold different numbers of rows.
+        ValueError: `a` and `b` are of different shape, the processes hold different numbers of rows, or
+            label_smoothing is no share.
     """
+    check_number("label_smoothing", label_smoothing, 0, 1)
     check_pairs(a, b)
     check_equal_rows(a, group)
     with in_full_precision(a) as dtype:

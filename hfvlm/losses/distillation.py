@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from hfvlm.losses.blocks import in_full_precision, row_blocks
 from hfvlm.losses.processes import check_equal_rows, rank_and_size, sum_over
+from hfvlm.ranges import check_number
 
 Targets = Tensor | Callable[[slice], Tensor]
 
@@ -56,6 +57,7 @@ def distilled_targets(
     Returns:
         `(B, M)`, probabilities.
     """
+    check_number("distillation", distillation, 0, 1)
     shares = right.to(teacher) / right.sum(dim=1, keepdim=True)
     return distillation * (teacher @ candidates.t() * logit_scale).softmax(dim=1) + (1 - distillation) * shares
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfvlm.losses.blocks import BLOCK, in_full_precision
 from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
+from hfvlm.ranges import check_integer
 
 
 def late_interaction_scores(
@@ -29,8 +30,10 @@ def late_interaction_scores(
         key_mask: `(B, M)`, True where a token may be matched.
 
     Returns:
-        `(A, B)`.
+        `(A, B)`, in float32 or better.
     """
+    with in_full_precision(queries) as dtype:
+        queries, keys = queries.to(dtype), keys.to(dtype)
     blocks = query_blocks(queries, keys, query_mask)
     return torch.cat([checkpoint(scores, *block, keys, key_mask, use_reentrant=False) for block in blocks])
 
@@ -135,7 +138,7 @@ def places_of_most_alike(
     tokens: Tensor, partner: Tensor, mask: Tensor | None, partner_mask: Tensor | None, top_k: int
 ) -> Tensor:
     """Where those tokens are, `(B, top_k)`."""
-    if top_k > tokens.shape[1]:
+    if check_integer("top_k", top_k) > tokens.shape[1]:
         raise ValueError(f"top_k is {top_k}, a row has {tokens.shape[1]} tokens.")
     weight = None if partner_mask is None else partner_mask.to(partner.dtype).unsqueeze(-1)
     whole = (partner if weight is None else partner * weight).sum(dim=1)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hfvlm.losses.blocks import check_pairs, in_full_precision, square_blocks
 from hfvlm.losses.processes import check_equal_rows, pass_on, rank_and_size, sum_over
+from hfvlm.ranges import check_number
 
 
 def sigmoid_loss(
@@ -56,6 +57,7 @@ def focal_contrastive_loss(
     The papers average both directions of the double sum, which are equal, and add no bias. Arguments and errors as
     `sigmoid_loss`.
     """
+    check_number("gamma", gamma, 0)
     check_pairs(a, b)
     check_equal_rows(a, group)
     logit_bias = torch.zeros(()) if logit_bias is None else logit_bias

@@ -1,7 +1,18 @@
 """Rows of data sets, whose columns hold media that nothing has decoded yet."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from hfvlm.media.errors import MediaError
+from hfvlm.media.folders import MediaFolder
+from hfvlm.media.sources import import_extra
+
+logger = logging.getLogger(__name__)
+# What readers raise for sources that are damaged or missing; errors in code, as KeyError, go through.
+UNREADABLE = (MediaError, ValueError, OSError, EOFError, SyntaxError)
 
 # The columns that hold a modality when nobody says; those of webdataset are named by the files' suffixes.
 COLUMNS = {
@@ -23,20 +34,87 @@ def columns_by_name(columns: Iterable[str]) -> dict[str, str]:
 
 
 def load_rows(dataset: str, subset: str | None = None, *, split: str, streaming: bool = False) -> Any:
-    """A data set that `datasets` reads, its media still encoded: a folder of media, tars, Parquet, a Hub id.
+    """Load a data set with its media still encoded: a folder of media, tars, Parquet, a Hub id.
+
+    Images in folders, tars and tables are read by `datasets`; folders of audio, video, depth and of several kinds by
+    `MediaFolder`. Nothing is decoded, so that no decoder of `datasets` is needed.
 
     Raises:
         ImportError: `datasets` is not installed.
+        ValueError: there is no such split.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("Data sets are read with `datasets`: `pip install 'hfvlm[train]'`.") from error
-    rows = load_dataset(dataset, subset, split=split, streaming=streaming)
-    for name, feature in (rows.features or {}).items():
-        if hasattr(feature, "decode"):
-            rows = rows.cast_column(name, type(feature)(decode=False))
-    return rows
+    load_dataset = import_extra("datasets", "train", "Reading data sets").load_dataset
+    folder = media_folder(dataset)
+    if folder is not None:
+        if unknown := folder.unknown():
+            counts = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(unknown.items())[:5])
+            logger.warning("%s: files of no known kind are passed over: %s.", dataset, counts)
+        rows = folder.dataset(split)
+        return rows.to_iterable_dataset() if streaming else rows
+    stream = load_dataset(dataset, subset, split=split, streaming=True)
+    if stream.features is None:
+        return stream if streaming else load_dataset(dataset, subset, split=split)
+    if streaming:
+        return stream.cast(encoded(stream.features))
+    # Audio would be encoded anew on the way to the cache.
+    options = {"features": without_audio(stream.features)} if has_audio(stream.features) else {}
+    return undecoded(load_dataset(dataset, subset, split=split, **options))
+
+
+def media_folder(dataset: str | Path) -> MediaFolder | None:
+    """The folder of media that `datasets` does not read, if it is one."""
+    if not Path(dataset).is_dir():
+        return None
+    folder = MediaFolder(dataset)
+    return folder if folder.needed else None
+
+
+def undecoded(rows: Any) -> Any:
+    """A data set whose media columns give bytes and paths; what is no data set of `datasets`, or has a format or a
+    transform of its own, as it is."""
+    features = getattr(rows, "features", None)
+    if features is None or not hasattr(rows, "cast") or (getattr(rows, "format", None) or {}).get("type") is not None:
+        return rows
+    wanted = encoded(features)
+    return rows if wanted == features else rows.cast(wanted)
+
+
+def encoded(feature: Any) -> Any:
+    """Features of a data set with `decode` off wherever media are, also in lists and structures."""
+    import datasets
+
+    if isinstance(feature, datasets.Audio):
+        return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    if hasattr(feature, "decode"):
+        return replace(feature, decode=False)
+    if isinstance(feature, Mapping):
+        return type(feature)({name: encoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, list):
+        return [encoded(inner) for inner in feature]
+    if isinstance(feature, datasets.List):
+        return replace(feature, feature=encoded(feature.feature))
+    return feature
+
+
+def without_audio(features: Any) -> Any:
+    """Features to read a data set with, so that no audio is encoded; tars of webdataset hold bare bytes."""
+    import datasets
+
+    bare = "__key__" in features
+    columns = {
+        name: datasets.Value("binary") if bare and isinstance(feature, datasets.Audio) else encoded(feature)
+        for name, feature in features.items()
+    }
+    return datasets.Features(columns)
+
+
+def has_audio(feature: Any) -> bool:
+    """Whether any of the features is audio."""
+    import datasets
+
+    inner = feature.values() if isinstance(feature, Mapping) else feature if isinstance(feature, list) else ()
+    inner = [feature.feature] if isinstance(feature, datasets.List) else inner
+    return isinstance(feature, datasets.Audio) or any(map(has_audio, inner))
 
 
 def are_several(sources: Any) -> bool:

@@ -14,7 +14,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
         return x * kept / (1 - self.rate)
 
 
@@ -40,6 +40,6 @@ class PatchDropout(nn.Module):
             return x
         patches = x.shape[1] - self.prefix
         kept = max(1, int(patches * (1 - self.rate)))
-        chosen = torch.randn(len(x) // frames, patches, device=x.device).topk(kept, dim=-1).indices
+        chosen = torch.randn(x.shape[0] // frames, patches, device=x.device).topk(kept, dim=-1).indices
         chosen = (chosen + self.prefix).repeat_interleave(frames, dim=0)
         return torch.cat([x[:, : self.prefix], x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))], dim=1)

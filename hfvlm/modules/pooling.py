@@ -26,7 +26,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(B, N, D), (B, 1, 1, N) or None -> (B, D)."""
-        pooled, _ = self.attention(self.probe.expand(len(x), -1, -1), mask, context=x, **kwargs)
+        pooled, _ = self.attention(self.probe.expand(x.shape[0], -1, -1), mask, context=x, **kwargs)
         return (pooled + self.mlp(self.mlp_norm(pooled))).squeeze(1)
 
 

@@ -20,7 +20,7 @@ def check_positions(
     tokens: Tensor, position: Tensor, pixel_values: Tensor, image_size: Any, name: str = "pixel_values"
 ) -> None:
     """A position for every token of (B, N, D), or an error about the pictures' size, which calls them `name`."""
-    if tokens.shape[1] != len(position):
+    if tokens.shape[1] != position.shape[0]:
         raise ValueError(
             f"{name} are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
             "resize the pictures, or pass interpolate_pos_encoding=True."
@@ -38,7 +38,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rul
 
     `rule` is one of this module's constants, handed to `torch.nn.functional.interpolate`.
     """
-    extra = len(table) - old[0] * old[1]
+    extra = table.shape[0] - old[0] * old[1]
     image = table[extra:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     resized = interpolate(image, size=new, **rule).flatten(2)[0].t()
     return torch.cat([table[:extra], resized.to(table.dtype)])

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from hfvlm.losses.blocks import in_full_precision
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """`(N, D)`, `(M, D)`, of unit length -> `(N, M)`, their product in float32 or better, also where the model
+    computes in half precision, whose steps are larger than the differences that a temperature tells apart."""
+    with in_full_precision(a) as dtype:
+        return a.to(dtype) @ b.to(dtype).t()
+
 
 class LogitScale(nn.Module):
     """Multiplies by a learned temperature, kept as a logarithm: `exp(scale) * cosine`.

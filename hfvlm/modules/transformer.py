@@ -130,18 +130,19 @@ class CrossAttention(MultiHead):
 
         With `kept`, the keys and values are taken from there, or put there for the next call.
         """
-        if len(x) % len(context):
-            raise ValueError(f"{len(x)} texts cannot be shared out evenly among the {len(context)} rows of a context.")
+        texts, rows = x.shape[0], context.shape[0]
+        if texts % rows:
+            raise ValueError(f"{texts} texts cannot be shared out evenly among the {rows} rows of a context.")
         if kept is None:
             key, value = self.read(context)
         else:
             if self.layer_idx not in kept:
                 kept[self.layer_idx] = self.read(context)
             key, value = kept[self.layer_idx]
-        out, weights = self.attend(x.reshape(len(context), -1, x.shape[-1]), key, value, mask, **kwargs)
+        out, weights = self.attend(x.reshape(rows, -1, x.shape[-1]), key, value, mask, **kwargs)
         if weights is not None:
             weights = weights.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
-        return out.reshape(len(x), x.shape[1], -1), weights
+        return out.reshape(texts, x.shape[1], -1), weights
 
 
 class MLP(nn.Module):

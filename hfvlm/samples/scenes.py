@@ -35,8 +35,9 @@ class Scene:
     def caption(self, template: str = TEMPLATES[0]) -> str:
         return template.format(colour=self.colour, shape=self.shape, size=self.size)
 
-    def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
-        """A picture, drawn four times too large and scaled down for smooth edges."""
+    def render(self, random: np.random.RandomState | None = None, pixels: int = 32) -> Image.Image:
+        """Draw an image, four times too large, and scale it down for smooth edges; without `random`, the same."""
+        random = random or np.random.RandomState(0)
         edge = 4 * pixels
         image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
         radius = SIZES[self.size] * edge * random.uniform(0.9, 1.1)
@@ -134,8 +135,9 @@ class MovingScene:
     shape: str
     direction: str
 
-    def render(self, random: np.random.RandomState, frames: int = 8, pixels: int = 32) -> np.ndarray:
-        """A film, (T, H, W, 3), 0..255."""
+    def render(self, random: np.random.RandomState | None = None, frames: int = 8, pixels: int = 32) -> np.ndarray:
+        """Draw a video, (T, H, W, 3), 0..255; without `random`, the same."""
+        random = random or np.random.RandomState(0)
         edge = 4 * pixels
         ground = tuple(int(v) for v in random.randint(0, 50, 3))
         radius = edge * random.uniform(0.18, 0.23)

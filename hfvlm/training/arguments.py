@@ -1,10 +1,14 @@
 """What can be set for contrastive training."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+
+from hfvlm.ranges import check_integer, check_number
+from hfvlm.training.failures import check_arguments
 
 LOSSES = ("softmax", "sigmoid", "focal")
 
@@ -45,9 +49,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an incomplete last batch."})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
         super().__post_init__()
         if isinstance(self.tower_learning_rates, str):  # of a command line
             self.tower_learning_rates = _rates(self.tower_learning_rates)
+        self.check_own()
         if self.loss not in (None, *LOSSES):
             raise ValueError(f"loss {self.loss!r} is none of {', '.join(LOSSES)}.")
         if self.gradient_accumulation_steps > 1:
@@ -56,10 +62,20 @@ class ContrastiveTrainingArguments(TrainingArguments):
                 "loss. For large batches set per_device_train_batch_size to the whole batch, and mini_batch_size to "
                 "what fits into memory."
             )
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size {self.mini_batch_size} is no number of rows.")
-        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
-            raise ValueError(f"patch_dropout {self.patch_dropout} is no share in 0..1.")
+
+    def check_own(self) -> None:
+        """A ValueError that names an argument of this class which is out of its range."""
+        if self.mini_batch_size is not None:
+            check_integer("mini_batch_size", self.mini_batch_size)
+        if self.max_logit_scale is not None:
+            check_number("max_logit_scale", self.max_logit_scale, 0, open_low=True)
+        if self.patch_dropout is not None and check_number("patch_dropout", self.patch_dropout, 0, 1) == 1:
+            raise ValueError(f"patch_dropout {self.patch_dropout} is no share in 0..1: some patches must be left.")
+        for k in self.recall_at:
+            check_integer("recall_at", k)
+        if isinstance(self.tower_learning_rates, Mapping):
+            for tower, rate in self.tower_learning_rates.items():
+                check_number(f"tower_learning_rates of {tower}", rate, 0)
 
 
 def _rates(text: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from math import exp, log, sqrt
 import numpy as np
 from PIL import Image
 
+from hfvlm.ranges import check_integer, check_number
+
 TRIES = 10
 
 
@@ -24,6 +26,13 @@ class RandomResizedCrop:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     resample: int = 3
+
+    def __post_init__(self) -> None:
+        check_integer("size", self.size)
+        check_integer("resample", self.resample, 0, 5)
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            check_number(f"{name}, highest,", high, 0, 1 if name == "scale" else None, open_low=True)
+            check_number(f"{name}, lowest,", low, 0, high, open_low=True)
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
         box = self.box(*image.size, random)
@@ -67,6 +76,10 @@ class RandomCropAndFlip:
     resample: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("size", "resized"):
+            check_integer(name, getattr(self, name))
+        check_integer("resample", self.resample, 0, 5)
+        check_number("flip", self.flip, 0, 1)
         if self.resized < self.size:
             raise ValueError(f"No crop of {self.size} pixels fits into {self.resized}.")
 

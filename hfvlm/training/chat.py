@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hfvlm.media_text import IGNORE
+from hfvlm.ranges import check_integer
+from hfvlm.training.row_trainer import GuardedTrainer
 
 # More words than any conversation has.
 MANY = 1_000_000
@@ -47,6 +48,12 @@ class ChatCollator:
         truncation: bool | str = True,
         pad_to_multiple_of: int | None = None,
     ):
+        if max_length is not None:
+            check_integer("max_length", max_length)
+        if pad_to_multiple_of is not None:
+            check_integer("pad_to_multiple_of", pad_to_multiple_of)
+        if truncation not in (True, "pictures"):
+            raise ValueError(f"truncation must be True or 'pictures', not {truncation!r}.")
         self.processor, self.max_length, self.truncation = processor, max_length, truncation
         self.pad_to_multiple_of = pad_to_multiple_of
 
@@ -88,7 +95,7 @@ class ChatCollator:
             for same in [label] * (next(remaining) if i == self.processor.media_token_id else 1)
         ]
         ids = self.processor.expand(ids, counts)
-        if self.max_length:
+        if self.max_length is not None:
             drop = self.truncation == "pictures"
             ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
         return ids, labels[: len(ids)], pictures[: len(counts)], messages
@@ -124,7 +131,7 @@ class PreferenceCollator:
         return batch
 
 
-class ChatTrainer(Trainer):
+class ChatTrainer(GuardedTrainer):
     """`Trainer` over conversations that are rows of a list or a data set.
 
     With `train_sampling_strategy="group_by_length"` conversations of about the same length make a batch, those with

@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from hfvlm.media.rows import COLUMNS, captions_of, columns_by_name
+from hfvlm.media.rows import COLUMNS, UNREADABLE, captions_of, columns_by_name
+from hfvlm.ranges import check_integer
 
 logger = logging.getLogger(__name__)
 
-# What readers raise for a file that is damaged; errors in code, as KeyError, go through.
-UNREADABLE = (OSError, ValueError, EOFError, SyntaxError)
 MOST_TRIES = 10
+# What a collator adds to the model's inputs.
+BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
 ID_BYTES = 7
 
 
@@ -33,7 +34,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """
 
     def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.seed, self.epoch = check_integer("length", length, 0), check_integer("seed", seed, 0), 0
 
     def __len__(self) -> int:
         return self.length
@@ -55,7 +56,7 @@ class Rows(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, read: Reader | None, seed: int = 0):
-        self.dataset, self.read, self.seed = dataset, read, seed
+        self.dataset, self.read, self.seed = dataset, read, check_integer("seed", seed, 0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -75,6 +76,70 @@ class Rows(Dataset[Any]):
         raise ValueError(f"{MOST_TRIES} rows in turn cannot be read, the last is row {index}: is this the right data?")
 
 
+class StreamedRows(IterableDataset[Any]):
+    """A view of a data set that streams, whose rows are read and augmented, and left out where they cannot be read.
+
+    What is random about a row depends on the seed, its place in the stream and the epoch alone. Rows come with their
+    "index" in the stream and with "replaced": in training, how many before it were left out. Without `read`, rows are
+    as the data set gives them.
+
+    Args:
+        dataset: a `datasets.IterableDataset`, or one of PyTorch's.
+        read: see `Reader`.
+        seed: of all that is random.
+        group: rows come in whole groups of so many, and an incomplete last one is left out; None for all rows.
+        training: draw what is random.
+
+    Raises:
+        ValueError: ten rows in turn cannot be read.
+    """
+
+    def __init__(
+        self, dataset: Any, read: Reader | None, seed: int = 0, *, group: int | None = None, training: bool = False
+    ):
+        self.dataset, self.read, self.seed, self.group, self.training = dataset, read, seed, group, training
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give an epoch its own order, if the data set shuffles, and its own random numbers."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.group is None:
+            yield from self.rows()
+            return
+        held: list[Any] = []
+        for row in self.rows():
+            held.append(row)
+            if len(held) == self.group:
+                yield from held
+                held = []
+
+    def rows(self) -> Iterator[Any]:
+        """The rows that can be read, of this worker."""
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        left_out = 0
+        for place, row in enumerate(self.dataset):
+            index = first + place * step
+            if self.read is None:
+                yield row
+                continue
+            random = np.random.default_rng((self.seed, index, self.epoch)) if self.training else None
+            try:
+                values = self.read(row, random)
+            except UNREADABLE as error:
+                logger.warning("Row %d is passed over: %s", index, error)
+                left_out += 1
+                if left_out >= MOST_TRIES:
+                    raise ValueError(f"{MOST_TRIES} rows in turn cannot be read, the last is row {index}.") from error
+                continue
+            yield {**values, "index": index, "replaced": left_out if self.training else 0}
+            left_out = 0
+
+
 class ContrastiveCollator:
     """Rows with several modalities to the inputs of a model.
 
@@ -90,6 +155,9 @@ class ContrastiveCollator:
         all_captions: take every caption of a row in evaluations; False takes its first, for losses of pairs.
         **options: of the tokenizer, as `max_length`.
 
+    In a trainer that does not read rows first, as transformers' own, they are read here: without random numbers, with
+    their first captions, and with `return_loss` among the inputs.
+
     A column of texts may hold a list of captions for each row, of which training draws one.
     Values are whatever `hfvlm.media` reads: paths, bytes, arrays, PIL images, `datasets` rows.
     """
@@ -104,6 +172,8 @@ class ContrastiveCollator:
         all_captions: bool = True,
         **options: Any,
     ):
+        if options.get("max_length") is not None:
+            check_integer("max_length", options["max_length"])
         self.processor, self.columns, self.id_column = processor, columns, id_column
         self.augment, self.all_captions, self.options = dict(augment or {}), all_captions, options
 
@@ -126,12 +196,27 @@ class ContrastiveCollator:
             values["id"] = row[self.id_column]
         return values
 
+    def read_alone(self, row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        """A row of the data set as `Rows` would give it in an evaluation, with its first caption."""
+        if self.augment:
+            raise ValueError("augment needs a ContrastiveTrainer or RowTrainer, which tell training from evaluation.")
+        values = self.read(row, None)
+        values |= {"text": values["text"][:1]} if "text" in values else {}
+        return values | {"index": place, "replaced": 0}
+
     def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
         return columns_by_name(row) if self.columns is None else self.columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows of `Rows` -> the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each, which the
-        trainer takes out again."""
+        trainer takes out again; rows of a data set -> the model's inputs and "return_loss".
+
+        Raises:
+            ValueError: rows of a data set are to be augmented, which only a `RowTrainer` does.
+        """
+        if "replaced" not in rows[0]:
+            inputs = self([self.read_alone(row, place) for place, row in enumerate(rows)])
+            return {k: v for k, v in inputs.items() if k not in BOOKKEEPING} | {"return_loss": True}
         values: dict[str, Any] = {}
         if "image" in rows[0]:
             values["images"] = [row["image"] for row in rows]
@@ -156,7 +241,11 @@ class CaptionCollator(ContrastiveCollator):
     as above."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of `Rows`, of each the first caption -> the model's inputs, `labels` and "replaced"."""
+        """Rows of `Rows` or of a data set, of each the first caption -> the model's inputs, `labels` and, of `Rows`,
+        "replaced"."""
+        if "replaced" not in rows[0]:
+            rows = [self.read_alone(row, place) for place, row in enumerate(rows)]
+            return dict(self.processor.captions([row["image"] for row in rows], [row["text"][0] for row in rows]))
         inputs = self.processor.captions([row["image"] for row in rows], [row["text"][0] for row in rows])
         return {**inputs, "replaced": torch.tensor([row["replaced"] for row in rows])}
 

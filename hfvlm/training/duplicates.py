@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hfvlm.ranges import check_number
+
 BLOCK = 2**24
 
 
@@ -18,7 +20,16 @@ def near_duplicates(embeds: Tensor, threshold: float = 0.95, of: Tensor | None =
 
     Returns:
         `(N,)`, indices into `of` or into `embeds`.
+
+    Raises:
+        ValueError: the threshold is no cosine, the vectors are of different lengths, or one is not finite.
     """
+    check_number("threshold", threshold, -1, 1)
+    for name, vectors in (("embeds", embeds), ("of", embeds if of is None else of)):
+        if vectors.ndim != 2 or vectors.shape[1] != embeds.shape[1]:
+            raise ValueError(f"{name} must be (N, D) with the D of embeds, not {tuple(vectors.shape)}.")
+        if not bool(vectors.isfinite().all()):
+            raise ValueError(f"{name}: row {int((~vectors.isfinite().all(dim=1)).nonzero()[0])} is not finite.")
     others = embeds if of is None else of
     found = torch.full((len(embeds),), -1, dtype=torch.long, device=embeds.device)
     rows = max(1, BLOCK // max(1, len(others)))

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import ModelOutput
 
 from hfvlm.outputs import contrastive_fields
+from hfvlm.ranges import check_integer
 
 
 def cached_backward(
@@ -42,8 +43,9 @@ def cached_backward(
         unsynchronised: the context of all mini-batches but the last, as `DistributedDataParallel.no_sync`.
 
     Raises:
-        ValueError: the inputs have different numbers of rows.
+        ValueError: the inputs have different numbers of rows, or mini_batch_size is no number of rows.
     """
+    check_integer("mini_batch_size", mini_batch_size)
     parts = split(inputs, mini_batch_size)
     states, found = [], []
     with torch.no_grad(), restored_statistics(model):

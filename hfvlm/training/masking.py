@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hfvlm.media.rows import captions_of
+from hfvlm.ranges import check_number
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.data import ContrastiveCollator
 
@@ -52,6 +53,8 @@ class MaskingCollator(ContrastiveCollator):
         augment: Mapping[str, Callable[[Any, np.random.Generator], Any]] | None = None,
         **options: Any,
     ):
+        check_number("itm_probability", itm_probability, 0, 1)
+        check_number("mlm_probability", mlm_probability, 0, 1)
         changes = dict(augment or {})
         if isinstance(crop := changes.get("image"), RandomResizedCrop):
             changes["image"] = crop.cut

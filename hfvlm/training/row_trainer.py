@@ -8,18 +8,62 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from hfvlm.training.data import EpochSampler, Rows
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.media.rows import undecoded
+from hfvlm.training.continuing import check_checkpoint, whole_checkpoint
+from hfvlm.training.data import BOOKKEEPING, EpochSampler, Rows, StreamedRows
+from hfvlm.training.failures import check_arguments, check_loss, check_processes, check_weights
 
-# What a collator adds to the model's inputs.
-BOOKKEEPING = ("row_ids", "caption_counts", "replaced")
+
+class GuardedTrainer(Trainer):
+    """`Trainer` that refuses arguments out of range, ends runs that cannot succeed, and goes on from whole checkpoints
+    alone. Arguments as `transformers.Trainer`.
+
+    Raises:
+        ValueError: an argument is out of its range, or the processes that were started do not train together.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **options: Any):
+        if args is not None:
+            check_arguments(args)
+            check_processes(args)
+        super().__init__(model, args, *rest, **options)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; with True, from the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: there is no whole checkpoint, or the one that is named is not whole.
+            TrainingError: the loss or the weights are not finite.
+        """
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
+            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = whole_checkpoint(self.args.output_dir or ".", self.args.world_size)
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = check_checkpoint(resume_from_checkpoint, self.args.world_size)
+        done = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        check_weights(self.model, self.state.global_step)
+        return done
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        check_loss(loss, self.state.global_step + 1, self.args)
+        return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer`, unless weights are not finite."""
+        check_weights(self.model, self.state.global_step)
+        super().save_model(*args, **kwargs)
 
 
-class RowTrainer(Trainer):
+class RowTrainer(GuardedTrainer):
     """Trains a model by the loss that it returns itself, on rows that are read, augmented and put into batches in the
     loader's workers.
 
     Rows that cannot be read are replaced, and counted as `replaced_rows` in the log. A run that continues from a
-    checkpoint goes on exactly as if it had not been interrupted.
+    checkpoint goes on exactly as if it had not been interrupted. Data sets that stream are read in their own order;
+    their rows that cannot be read are left out.
 
     Arguments as `transformers.Trainer`; the collator is a ContrastiveCollator, or any function from a list of rows to
     the model's inputs.
@@ -30,7 +74,7 @@ class RowTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.args.label_names is None:
+        if self.args.label_names is None and self.training_inputs:
             # The loss comes with `return_loss`, whatever labels forward takes; the host would wait for all of these.
             self.label_names = []
         self.sampler: EpochSampler | None = None
@@ -51,6 +95,7 @@ class RowTrainer(Trainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
     ) -> DataLoader[Any]:
+        read = getattr(self.data_collator, "read", None)
         if not isinstance(dataset, IterableDataset):
             whole = batch_size * self.args.world_size
             if is_training and self.args.dataloader_drop_last and len(dataset) < whole:
@@ -58,7 +103,11 @@ class RowTrainer(Trainer):
                     f"{len(dataset)} rows make no batch of {whole}: lower per_device_train_batch_size, or set "
                     "dataloader_drop_last=False."
                 )
-            dataset = Rows(dataset, getattr(self.data_collator, "read", None), self.data_seed)
+            self.check_last_batch(len(dataset), whole, is_training=is_training)
+            dataset = Rows(undecoded(dataset), read, self.data_seed)
+        else:
+            group = batch_size if is_training and self.args.dataloader_drop_last else None
+            dataset = StreamedRows(undecoded(dataset), read, self.data_seed, group=group, training=is_training)
         # The host would leave the last rows of an evaluation out, too.
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training
@@ -66,6 +115,17 @@ class RowTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def check_last_batch(self, rows: int, whole: int, *, is_training: bool) -> None:
+        """Refuse an epoch whose last batch is one pair, for a model that compares it with others.
+
+        Raises:
+            ValueError: it is.
+        """
+        compares = callable(getattr(self.accelerator.unwrap_model(self.model), "contrast", None))
+        if is_training and compares and rows % whole == 1 and not self.args.dataloader_drop_last:
+            remedy = f"The last of {rows} rows is alone: set dataloader_drop_last=True, or another batch size."
+            check_negatives(1, 1, remedy)
 
     def count(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's inputs without what the collator says about its rows, which is counted."""

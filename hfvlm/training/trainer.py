@@ -13,9 +13,11 @@ from transformers.utils import ModelOutput
 
 from hfvlm.evaluation.retrieval import recall_at
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
+from hfvlm.losses.blocks import check_negatives
 from hfvlm.outputs import contrastive_fields
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.data import ContrastiveCollator
+from hfvlm.training.failures import CollapseWatch, check_loss
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.parameters import clamp_logit_scale, set_patch_dropout, split_by_tower, tower_modules
 from hfvlm.training.row_trainer import RowTrainer, without_bookkeeping
@@ -80,6 +82,7 @@ class ContrastiveTrainer(RowTrainer):
             raise ValueError("mini_batch_size does not go with DeepSpeed; use FSDP2, or leave it out.")
         if not callable(getattr(self.model, "contrast", None)):
             raise TypeError(f"{type(self.model).__name__} has no `contrast`: it is no model that compares rows.")
+        self.watch = CollapseWatch()
         self.bare_model: Any = getattr(self.model, "get_base_model", lambda: self.model)()
         self.frozen = self.freeze()
         self.training_inputs = getattr(self.bare_model, "training_inputs", {})
@@ -95,11 +98,24 @@ class ContrastiveTrainer(RowTrainer):
             tower.requires_grad_(requires_grad=False)
         return frozen
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `RowTrainer`.
+
+        Raises:
+            ValueError: a batch is one pair, which is compared with nothing.
+        """
+        processes = self.args.world_size if self.args.gather_negatives else 1
+        remedy = "Set per_device_train_batch_size to at least 2; mini_batch_size saves memory."
+        check_negatives(self.args.train_batch_size, processes, remedy)
+        return super().train(*args, **kwargs)
+
     # Loss
 
     def contrast(self, output: ModelOutput) -> Tensor:
         """The loss of a whole batch, in the precision of the embeddings or better."""
         loss = PAIR_LOSSES.get(self.args.loss or "")
+        if self.model.training:
+            self.watch.see(output, self.state.global_step + 1, self.args)
         with torch.autocast(self.args.device.type, enabled=False):
             return self.bare_model.contrast(output, loss, self.group)
 
@@ -120,7 +136,7 @@ class ContrastiveTrainer(RowTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         self.leave_frozen()
-        return cached_backward(
+        loss = cached_backward(
             model,
             self.contrast,
             self._prepare_inputs(self.count(inputs)) | dict(self.training_inputs),
@@ -129,6 +145,8 @@ class ContrastiveTrainer(RowTrainer):
             backward=self.accelerator.backward,
             unsynchronised=partial(self.accelerator.no_sync, model),
         )
+        check_loss(loss, self.state.global_step + 1, self.args)
+        return loss
 
     def leave_frozen(self) -> None:
         """Towers that are not trained do not drop anything out, and their batch norms learn nothing."""

@@ -29,6 +29,7 @@ from hfvlm.models.blip import (
 )
 from hfvlm.models.blip.modeling_blip_momentum import Teacher
 from hfvlm.modules.context import Context
+from hfvlm.presets import load_preset
 from tests.processes import run_processes
 from tests.suite import ModelSuite, close, same, tensors
 
@@ -623,3 +624,18 @@ def test_recipes_adapt_self_and_cross_attention():
     assert {name.split(".")[3] for name in names} == {"attention", "cross_attention"}
     momentum = hfvlm.lora(HfvlmBLIPForPreTraining(config("HfvlmBLIPForPreTraining")), quiet=True)
     assert not any("teacher" in name for name, p in momentum.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_hard_negatives_far_below_the_positives(dtype):
+    """Where a softmax over all would leave them nothing, the more similar are still the likelier."""
+    model = hfvlm.HfvlmBLIPForImageTextRetrieval(load_preset("blip/tiny").make_config())
+    scores = torch.full((4, 4), -60.0).fill_diagonal_(60.0)
+    scores[0, 2] = -50.0
+    same = torch.eye(4, dtype=torch.bool)
+    torch.manual_seed(0)
+    drawn = torch.stack([model.hard_negatives(scores.to(dtype), scores.to(dtype), same)[0] for _ in range(50)])
+    assert (drawn[:, 0] == 2).all()
+    assert set(drawn[:, 1].tolist()) == {0, 2, 3}
+    with pytest.raises(ValueError, match="at least two pairs"):
+        model.hard_negatives(scores[:1, :1], scores[:1, :1], same[:1, :1])

@@ -349,8 +349,3 @@ def test_configurations_that_make_no_sense(changes, message):
         HfvlmFlamingoConfig(
             **{"vision_config": VISION, "resampler_config": RESAMPLER, "text_config": NEOX} | SIZES | changes
         )
-
-
-def test_embeddings_do_not_say_where_pictures_are(model):
-    with pytest.raises(ValueError, match="needs input_ids alone"):
-        model(inputs_embeds=torch.randn(1, 3, 32))

@@ -259,7 +259,7 @@ def asked(golden: Golden, model, processor_class, seen: dict) -> tuple[dict, dic
     batch["mm_encoder_outputs"] = {"video": features}
     values = {
         "pixel_values": pixels[0],
-        "clip.penultimate": model.read(pixels[0]),
+        "clip.penultimate": features.last_hidden_state[:, 1:],
         "mm_projector": features.pooler_output[0][None],
     }
     return batch, values

@@ -29,6 +29,7 @@ from hfvlm.models.align.configuration_align import (
 )
 from hfvlm.modules.dropout import DropPath
 from hfvlm.modules.embeddings import BertEmbedding, text_positions
+from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.pooling import first_token
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import Temperature
@@ -58,7 +59,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
         self.conv = nn.Conv2d(*channels, kernel_size, stride=stride, groups=self.groups(channels), bias=False)
-        self.norm = nn.BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
+        self.norm = BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
         self.act = ACT2FN[config.hidden_act]
 
     def groups(self, channels: tuple[int, int]) -> int:

@@ -44,6 +44,7 @@ from hfvlm.modules.transformer import (
     Stack,
 )
 from hfvlm.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.ranges import check_integer
 
 # One folder serves several heads; each leaves unread what it has no part for.
 PARTS = [r"^(vision_model|text_model|text_decoder|teacher|itm_head|classifier|logit_scale)\."]
@@ -88,7 +89,7 @@ class HfvlmBLIPVisionModel(HfvlmPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC_SAMPLED)
@@ -347,13 +348,17 @@ def scored_twice(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top
         match: numbers of pictures, and of as many consecutive texts for each -> `(texts, 2)`, the second column for a
             match.
         top_k: how many the second stage looks at.
+
+    Raises:
+        ValueError: top_k is no number of candidates.
     """
+    check_integer("top_k", top_k)
     per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
     for i, row in enumerate(cosines):
-        cosine, texts = row.topk(min(top_k, len(row)))
+        cosine, texts = row.topk(min(top_k, row.shape[0]))
         per_image[i, texts] = match(texts.new_tensor([i]), texts)[:, 1] + cosine
     for i, row in enumerate(cosines.t()):
-        cosine, images = row.topk(min(top_k, len(row)))
+        cosine, images = row.topk(min(top_k, row.shape[0]))
         per_text[i, images] = match(images, torch.full_like(images, i))[:, 1] + cosine
     return RetrievalScores(per_image, per_text)
 
@@ -391,7 +396,7 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
         output: Any = self.compare(image, text, return_loss=False)
         if not return_loss:
             return output
-        same = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        same = torch.eye(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         wrong_images, wrong_texts = self.hard_negatives(output.logits_per_text, output.logits_per_image, same)
         tokens: Any = image.last_hidden_state
         ids, mask = input_ids, attention_mask
@@ -410,14 +415,24 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
             per_image: `(B, B')` of pictures and texts.
             same: `(B, B')`, True for what belongs together.
         """
+        if bool(same.all(dim=1).any()):
+            raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         with torch.no_grad():
-            images = self.draw((per_text.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
-            return images, self.draw((per_image.softmax(dim=1) + self.least_weight).masked_fill(same, 0))
+            images, texts = (self.draw(self.shares(scores.float(), same)) for scores in (per_text, per_image))
+        return images, texts
+
+    def shares(self, scores: Tensor, same: Tensor) -> Tensor:
+        """`(B, B')` similarities -> how likely each wrong partner is drawn, up to a factor.
+
+        Without a least weight, what belongs together is left out first: beside a pair that is far more similar, the
+        probabilities of all others would be zero.
+        """
+        if self.least_weight:
+            return (scores.softmax(dim=1) + self.least_weight).masked_fill(same, 0)
+        return scores.masked_fill(same, -torch.inf).softmax(dim=1)
 
     def draw(self, weights: Tensor) -> Tensor:
         """`(B, B')` -> `(B,)`, a column of each row."""
-        if not bool((weights.sum(dim=1) > 0).all()):
-            raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         return torch.multinomial(weights, 1).squeeze(1)
 
     def match_triples(self, right: tuple[Any, ...], wrong: tuple[Any, ...]) -> Tensor:
@@ -503,8 +518,8 @@ class HfvlmBLIPForConditionalGeneration(CaptioningModel):
 
 def matching_loss(logits: Tensor) -> Tensor:
     """Of `matching_logits`: the first third are pairs, the others are not."""
-    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    labels[: len(logits) // 3] = 1
+    labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+    labels[: logits.shape[0] // 3] = 1
     return F.cross_entropy(logits.float(), labels)
 
 

@@ -22,6 +22,7 @@ from hfvlm.models.blip.modeling_blip import (
     begin_with,
 )
 from hfvlm.modules.context import Context
+from hfvlm.ranges import check_integer
 
 
 class AnswerDecoder(HfvlmBLIPTextDecoder):
@@ -63,6 +64,11 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         self.text_decoder = AnswerDecoder._from_config(config.text_config)
         self.post_init()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize both tables, of what reads questions and of what generates answers; see transformers'."""
+        self.text_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def read(  # type: ignore[override]
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Context:
@@ -100,7 +106,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         if answer_counts is not None:
             mask = None if attention_mask is None else attention_mask.repeat_interleave(answer_counts, dim=0)
             context = Context(context.tokens.repeat_interleave(answer_counts, dim=0), mask)
-        decoder = self.text_decoder(*self.answers(labels, len(input_ids), input_ids), context, **kwargs)
+        decoder = self.text_decoder(*self.answers(labels, input_ids.shape[0], input_ids), context, **kwargs)
         output = CaptioningOutput(
             logits=decoder.logits,
             vision_model_output=vision,
@@ -109,7 +115,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         )
         if labels is not None:
             losses = self.answer_losses(decoder.logits, labels)
-            output.loss = (losses if answer_weights is None else losses * answer_weights).sum() / len(input_ids)
+            output.loss = (losses if answer_weights is None else losses * answer_weights).sum() / input_ids.shape[0]
         return output
 
     def answers(self, labels: Tensor | None, questions: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -176,10 +182,14 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
             attention_mask: `(B, N)`, 0 for padding on either side.
             candidates: `(A, M)`, ids of the answers with -100 after their end.
             top_k: how many answers are compared in full; the paper takes 128.
+
+        Raises:
+            ValueError: top_k is no number of answers.
         """
+        check_integer("top_k", top_k)
         context = self.read(pixel_values, input_ids, attention_mask).for_reuse()
-        first = self.text_decoder(*self.answers(None, len(input_ids), input_ids), context).logits[:, 0]
-        _, indices = first.softmax(dim=1)[:, candidates[:, 1]].topk(min(top_k, len(candidates)), dim=1)
+        first = self.text_decoder(*self.answers(None, input_ids.shape[0], input_ids), context).logits[:, 0]
+        _, indices = first.softmax(dim=1)[:, candidates[:, 1]].topk(min(top_k, candidates.shape[0]), dim=1)
         labels = candidates[indices.flatten()]
         logits = self.text_decoder(*self.answers(labels, 0, labels), context).logits
         scores = -self.answer_losses(logits, labels).view(indices.shape)

@@ -203,7 +203,7 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         scale, size = output.logit_scale, len(taught[0])
         images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)])
         texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)])
-        right = self.right_partners(pair_ids, size, len(images))
+        right = self.right_partners(pair_ids, size, images.shape[0])
         image_targets = distilled_targets(taught[0], texts, scale, right, alpha)
         text_targets = distilled_targets(taught[1], images, scale, right, alpha)
         per_image = soft_contrastive_loss(output.image_embeds, texts, image_targets, scale)
@@ -257,7 +257,7 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = self.group if self.config.negatives_from_all_ranks else None
         with torch.no_grad():
-            pairs = self.ids(pair_ids, len(ids))
+            pairs = self.ids(pair_ids, ids.shape[0])
             same = pairs[:, None] == gather_rows(pairs, group)
             images, texts = (gather_rows(x.detach(), group) for x in (output.image_embeds, output.text_embeds))
             per_image = output.image_embeds @ texts.t() * output.logit_scale
@@ -267,7 +267,11 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
         return all_tokens[wrong_images], gather_rows(ids, group)[wrong_texts], gather_rows(mask, group)[wrong_texts]
 
     def remember(self, image: Tensor, text: Tensor, pair_ids: Tensor | None) -> None:
-        rows = {"image_queue": image, "text_queue": text, "id_queue": self.ids(pair_ids, len(image)).clamp_min(-100)}
+        rows = {
+            "image_queue": image,
+            "text_queue": text,
+            "id_queue": self.ids(pair_ids, image.shape[0]).clamp_min(-100),
+        }
         self.teacher.remember(**{name: gather_rows(row, self.group) for name, row in rows.items()})
 
 
@@ -321,7 +325,7 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
     def wrong_partners(
         self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = len(ids)
+        size = ids.shape[0]
         same = torch.eye(size, dtype=torch.bool, device=ids.device)
         images, texts = self.hard_negatives(output.logits_per_text[:, :size], output.logits_per_image[:, :size], same)
         return tokens[images], ids[texts], mask[texts]

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
@@ -58,7 +59,7 @@ class BLIP2VisionModel(HfvlmPreTrainedModel):
     def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
         """`(B, C, H, W)` -> `(B, 1 + N, D)`, class token and patches with their positions."""
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
         return x + position
@@ -202,7 +203,7 @@ class QFormerAttention(MultiHead):
         if before is not None:
             first = self.read_once(before, kept)
             key, value = (
-                torch.cat([part.repeat_interleave(len(x) // len(before), dim=0), own], dim=2)
+                torch.cat([part.repeat_interleave(x.shape[0] // before.shape[0], dim=0), own], dim=2)
                 for part, own in zip(first, (key, value), strict=True)
             )
         return self.attend(x, key, value, mask, **kwargs)
@@ -309,14 +310,14 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
             raise ValueError("This Q-Former reads no texts: its config.vocab_size is None.")
         context = None if image_tokens is None else self.context_norm(image_tokens.to(self.context_norm.weight.dtype))
         queries = 0 if context is None else self.config.num_queries
-        positions, rows = None, 0 if context is None else len(context)
+        positions, rows = None, 0 if context is None else context.shape[0]
         if input_ids is not None:
             positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
-            rows = len(input_ids) if queries else 0
+            rows = input_ids.shape[0] if queries else 0
         x = self.embeddings(rows, input_ids, positions)
         mask = None
         if attention_mask is not None:
-            whole = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            whole = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=whole)
         for layer in self.layers:
             x = layer(x, mask, queries, context, **kwargs)
@@ -363,12 +364,20 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         return x
 
     def decoding_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
-        """Over queries, which all words see, and words, which see those before them."""
+        """Let words attend to all queries, and to the words before them.
+
+        Args:
+            x: `(B * T, N, D)`.
+            attention_mask: `(B * T, past + N)`; or `(B * T, 1, N, length)`, over words, of a cache of fixed length.
+            past: how many words are in the cache.
+        """
         queries = self.config.num_queries
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
         if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(len(x), queries), attention_mask], dim=1)
+            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
         # The queries are in no cache; the mask is that of one which holds them, too.
         before = DynamicCache()
-        held = x.new_empty(len(x), 1, queries + past, 1)
+        held = x.new_empty(x.shape[0], 1, queries + past, 1)
         before.update(held, held, 0)
         return causal_mask(self.config, x, attention_mask, before)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.compat import CACHE
-from hfvlm.image_text import Features, ImageTextModel
+from hfvlm.image_text import Features, ImageTextModel, as_outputs
 from hfvlm.keywords import Keywords
 from hfvlm.losses import token_losses
 from hfvlm.media_text import IGNORE
@@ -22,6 +22,7 @@ from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.projection import Projector
+from hfvlm.outputs import ImageTextSeq2SeqOutput, media_features
 
 # What the first stage has and the second does not.
 STAGE_1 = [
@@ -52,9 +53,12 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """As every language model with pictures. One that begins from the first stage's folder, with a `config` of its
         own, does not end its texts as the Q-Former does there."""
+        folder = pretrained_model_name_or_path
         loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
         if folder is not None and config is not None:
             place = {name: kwargs[name] for name in ("revision", "subfolder", "token") if name in kwargs}
@@ -95,12 +99,9 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
             )
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.pooler_output,
-            pooler_output=self.projector(output.pooler_output),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        features = media_features(output, self.projector(output.pooler_output))
+        features.last_hidden_state = output.pooler_output  # the queries, without the instruction's words
+        return features
 
     @can_return_tuple
     def get_video_features(
@@ -118,7 +119,7 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         )
         output = self.get_image_features(pixel_values_videos.flatten(0, 1), *asked, **kwargs)
         joined = output.pooler_output.unflatten(0, (films, frames)).flatten(1, 2)
-        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=joined)
+        return media_features(output, joined)
 
     @torch.no_grad()
     def rank(
@@ -145,10 +146,10 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         """`(N, D)` and `(A, M)` -> `(A,)`, the sum of the losses of each answer's tokens."""
         real = (candidates != IGNORE).long()
         words = self.get_input_embeddings()(candidates.clamp_min(0))
-        x = torch.cat([asked.expand(len(words), -1, -1), words], dim=1)
-        mask = torch.cat([real.new_ones(len(x), len(asked)), real], dim=1)
+        x = torch.cat([asked.expand(words.shape[0], -1, -1), words], dim=1)
+        mask = torch.cat([real.new_ones(x.shape[0], asked.shape[0]), real], dim=1)
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
-        return token_losses(logits[:, len(asked) - 1 : -1], candidates).sum(dim=1)
+        return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
 
     def token_count_fields(self) -> str:
         return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
@@ -234,15 +235,17 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         media: dict[str, Any] = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
         rest: dict[str, Any] = dict(kwargs)
         media |= {name: rest.pop(name, None) for name in INSTRUCTION}
-        embeds = self.merged(input_ids, inputs_embeds, self.encode_media(media, mm_encoder_outputs))
+        features = self.encode_media(media, mm_encoder_outputs)
+        embeds = self.merged(input_ids, inputs_embeds, features)
         if labels is None and "decoder_input_ids" not in rest:
             start = self.config.text_config.decoder_start_token_id
-            rest["decoder_input_ids"] = torch.full((len(embeds), 1), start, device=embeds.device)
-        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
+            rest["decoder_input_ids"] = torch.full((embeds.shape[0], 1), start, device=embeds.device)
+        output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
+        return ImageTextSeq2SeqOutput(**output, **as_outputs(features))
 
     def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
         read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
-        told = BaseModelOutput(last_hidden_state=read.expand(len(candidates), -1, -1))
+        told = BaseModelOutput(last_hidden_state=read.expand(candidates.shape[0], -1, -1))
         logits = self.language_model(encoder_outputs=told, labels=candidates).logits
         return token_losses(logits, candidates).sum(dim=1)
 

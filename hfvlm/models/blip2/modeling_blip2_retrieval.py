@@ -26,7 +26,7 @@ from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerM
 from hfvlm.modules.context import Context
 from hfvlm.modules.language_head import BertLanguageHead
 from hfvlm.modules.projection import projection
-from hfvlm.modules.similarity import FixedTemperature, Temperature
+from hfvlm.modules.similarity import FixedTemperature, Temperature, cosines
 
 
 @dataclass
@@ -121,7 +121,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
             return best_query_scores(queries, gallery)
         if queries.ndim < gallery.ndim:
             return best_query_scores(gallery, queries).t()
-        return queries @ gallery.t() if queries.ndim == 2 else late_interaction_scores(queries, gallery)
+        return cosines(queries, gallery) if queries.ndim == 2 else late_interaction_scores(queries, gallery)
 
     def compare(
         self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, *, return_loss: bool | None
@@ -219,7 +219,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         similar the likelier."""
         own_images, own_texts, scale = output.image_embeds, output.text_embeds, output.logit_scale
         images, texts = (gather_rows(embeds, self.group) for embeds in (own_images, own_texts))
-        same = partners(len(own_texts), pair_ids, own_texts.device, self.group)
+        same = partners(own_texts.shape[0], pair_ids, own_texts.device, self.group)
         if bool(same.all(dim=1).any()):
             raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
         per_text, per_image = (

@@ -86,7 +86,7 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         the tokens are `hidden_states[until]`, and nothing is computed that comes after them: there is no summary.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -135,7 +135,7 @@ class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
         mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
         ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        pooled = x[torch.arange(len(x), device=x.device), ends]
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 

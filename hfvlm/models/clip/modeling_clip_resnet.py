@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.keywords import Keywords
 from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
+from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
 from hfvlm.modules.transformer import Attention
 from hfvlm.outputs import TowerOutput
@@ -26,7 +27,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_size: int, out_size: int, kernel: int, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(in_size, out_size, kernel, stride=stride, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out_size)
+        self.norm = BatchNorm2d(out_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

@@ -57,7 +57,7 @@ class QueryPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, C) -> (B, queries, D)."""
-        queries = self.query_norm(self.queries).expand(len(x), -1, -1)
+        queries = self.query_norm(self.queries).expand(x.shape[0], -1, -1)
         return self.attention(queries, context=self.context_norm(x))[0]
 
 
@@ -103,7 +103,7 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -195,7 +195,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
         """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
         length = input_ids.shape[1]
         self.positions(input_ids, None)  # refuses texts that are too long
-        x = torch.cat([self.token(input_ids), self.class_token.expand(len(input_ids), 1, -1)], dim=1)
+        x = torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1)
         x = x + self.position[: length + 1]
         mask = causal_mask(self.config, x, self.visible_to_class(input_ids))
         x = self.layers(x, mask, **kwargs)

@@ -22,6 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.compat import causal_mask
 from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
+from hfvlm.losses.blocks import check_negatives
+from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling import DualEncoder, ImageClassifier, other_towers, unit
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
@@ -110,7 +112,7 @@ class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)
@@ -148,7 +150,7 @@ class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
         mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
         ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        pooled = x[torch.arange(len(x), device=x.device), ends]
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
 
 
@@ -243,6 +245,8 @@ class HfvlmFILIPModel(DualEncoder):
         """The loss of pairs of rows of tokens, by `late_interaction_loss` or another that takes its arguments, over
         one or several processes."""
         image, text = output.image_embeds, output.text_embeds
+        if self.training and torch.is_grad_enabled():
+            check_negatives(image.shape[0], rank_and_size(group)[1])
         loss = (pair_loss or self.pair_loss)(
             image,
             text,

@@ -25,6 +25,7 @@ from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoConfig, HfvlmFlamingoResamplerConfig
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import Attention, CrossAttention, Stack
+from hfvlm.outputs import media_features
 
 # The column of a picture that stands before every text, and of one that a row does not have.
 BEFORE, NOWHERE = -1, 1 << 40
@@ -95,7 +96,7 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
         """`(B, N, D)`, of all frames -> `(B, num_latents, D)`."""
         patches = self.patches(patches.to(self.latents.dtype))
-        x = self.latents.expand(len(patches), -1, -1)
+        x = self.latents.expand(patches.shape[0], -1, -1)
         return BaseModelOutput(last_hidden_state=self.post_norm(self.layers(x, patches, **kwargs)))
 
 
@@ -244,10 +245,10 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
                 were trained with one frame.
         """
         frames = pixel_values.flatten(0, -4)
-        patches = self.vision_model(frames, until=-1, **kwargs).last_hidden_state[:, 1:]
-        patches = patches.reshape(len(pixel_values), -1, patches.shape[-1])
-        latents = self.resampler(patches, **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(latents))  # type: ignore[arg-type]
+        vision = self.vision_model(frames, until=-1, **kwargs)
+        patches = vision.last_hidden_state[:, 1:]
+        patches = patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
+        return media_features(vision, self.resampler(patches, **kwargs).last_hidden_state)
 
     def count_places(self, rows: Tensor) -> int:
         """A picture has one place in a text, whatever it shows."""
@@ -261,7 +262,8 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
 
         What is read with it, `model(input_ids=..., cache=cache)`, looks at the last picture of its row.
         """
-        sight = self.sight_of(input_ids, self.encode_media({"pixel_values": pixel_values}), None)
+        places = self.placeholder_mask("image", input_ids, None)
+        sight = self.sight_of(places, self.encode_media({"pixel_values": pixel_values}), None)
         cache: Any = DynamicCache(config=self.config.get_text_config(decoder=True))
         if sight is not None:
             columns = sight.columns.masked_fill(sight.columns < NOWHERE, BEFORE)
@@ -277,21 +279,21 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError(f"{type(self).__name__} needs input_ids alone: they say where pictures stand.")
-        sight = self.sight_of(input_ids, features, cache)
+        self.check_one(input_ids, inputs_embeds)
+        places = self.placeholder_mask("image", input_ids, inputs_embeds)
+        sight = self.sight_of(places, features, cache)
         if sight is not None and sight.kept is None and cache is not None:
             sight.kept = {}
-        with self.looking(sight, input_ids, cache):
-            output = reader(input_ids=input_ids, **with_cache(cache), **kwargs)
+        with self.looking(sight, places, cache):
+            output = reader(input_ids=input_ids, inputs_embeds=inputs_embeds, **with_cache(cache), **kwargs)
         if (cache := cache_of(output)) is not None:
             cache.sight = sight
         return output
 
-    def sight_of(self, input_ids: Tensor, features: Mapping[str, Features], cache: Any) -> Sight | None:
-        """The pictures of these texts, after those that the cache's texts had."""
-        known, places = getattr(cache, "sight", None), input_ids == self.config.image_token_id
-        if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+    def sight_of(self, places: Tensor, features: Mapping[str, Features], cache: Any) -> Sight | None:
+        """Find the images of texts with placeholders at `places`, `(B, N)`, after those of the cache's texts."""
+        known = getattr(cache, "sight", None)
+        if places.shape[1] > 1 and not torch.compiler.is_compiling():
             self.check_places("image", places, features.get("image"))
         past = 0 if cache is None else cache.get_seq_length()
         if "image" not in features:
@@ -313,12 +315,12 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         return joined(known.cropped(past), Sight(media, columns))
 
     @contextmanager
-    def looking(self, sight: Sight | None, input_ids: Tensor, cache: Any) -> Iterator[None]:
+    def looking(self, sight: Sight | None, places: Tensor, cache: Any) -> Iterator[None]:
         """Within it, the layers of the language model look at the pictures first."""
         seen: tuple[Any, ...] = (None, None, None, None)
         if sight is not None:
             past = 0 if cache is None else cache.get_seq_length()
-            last = sight.last_picture(input_ids == self.config.image_token_id, past)
+            last = sight.last_picture(places, past)
             dtype = self.dtype
             sees = (last > 0).unsqueeze(-1).to(dtype)
             seen = (sight.media.flatten(1, 2).to(dtype), sight.mask_for(last, dtype), sees, sight.kept)

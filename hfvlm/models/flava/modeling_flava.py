@@ -143,7 +143,7 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         x = self.patches(pixel_values)
         if bool_masked_pos is not None:
             x = self.hide(x, bool_masked_pos)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
         check_positions(x, position, pixel_values, self.config.image_size)
         before = self.layers(self.dropout(x + position), **kwargs)
@@ -158,7 +158,7 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         if hidden.flatten(1).shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos is {tuple(hidden.shape)}, but there are {patches.shape[1]} patches in each of "
-                f"{len(patches)} pictures."
+                f"{patches.shape[0]} pictures."
             )
         return torch.where(hidden.flatten(1).bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
@@ -262,7 +262,7 @@ class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
             self.text_projection(text_tokens.to(self.dtype)),
         )
         both = torch.cat([image, text], dim=1)
-        x = torch.cat([self.class_token.expand(len(both), 1, -1), both], dim=1)
+        x = torch.cat([self.class_token.expand(both.shape[0], 1, -1), both], dim=1)
         x = self.post_norm(self.layers(x, **kwargs))
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.summary(x))
 

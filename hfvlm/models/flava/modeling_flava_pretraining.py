@@ -19,8 +19,9 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import BertTextConfig
 from hfvlm.keywords import Keywords
+from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
-from hfvlm.modeling import as_features
+from hfvlm.modeling import as_features, loss_without_labels
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAModel, Pooler
 from hfvlm.models.flava.modeling_flava_codebook import HfvlmFLAVACodebookModel
@@ -115,6 +116,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
     def group(self) -> ProcessGroup | None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
+    @loss_without_labels
     @can_return_tuple
     def forward(  # noqa: PLR0913  (what is hidden, and what is to be told, of either modality)
         self,
@@ -255,6 +257,8 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         matched = getattr(output, "matched_mask", None)
         if matched is None or pair_loss is not None:
             return super().contrast(output, pair_loss, group)
+        if self.training and torch.is_grad_enabled():
+            check_negatives(matched.shape[0], rank_and_size(group)[1])
         image, text, scale = (cast(Tensor, output[name]) for name in ("image_embeds", "text_embeds", "logit_scale"))
         return matched_contrastive_loss(image, text, scale, matched, group)
 
@@ -297,7 +301,7 @@ def matched_contrastive_loss(
     check_equal_rows(a, group)
     rank, _ = rank_and_size(group)
     a, b, scale = a.float(), b.float(), logit_scale.float()
-    target = torch.arange(len(a), device=a.device)[matched] + rank * len(a)
+    target = torch.arange(a.shape[0], device=a.device)[matched] + rank * a.shape[0]
     all_a, all_b = GatherRows.apply(a, group), GatherRows.apply(b, group)
     losses = (F.cross_entropy(x[matched] @ y.t() * scale, target) for x, y in ((a, all_b), (b, all_a)))
     return sum(losses, start=a.new_zeros(())) / 2

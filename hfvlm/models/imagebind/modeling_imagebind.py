@@ -85,7 +85,7 @@ class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
         """
         x = self.patches(pixel_values)
         position = self.position_for(pixel_values, x, resize=interpolate_pos_encoding)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         check_positions(x, position, pixel_values, self.config.image_size)
         x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
         pooled = self.post_norm(x[:, 0])
@@ -132,7 +132,7 @@ class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
         mask = causal_mask(self.config, x, attention_mask)
         x = self.layers(x, mask, **kwargs | {"is_causal": True})
         ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        pooled = x[torch.arange(len(x), device=x.device), ends]
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         pooled = self.post_norm(pooled)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
@@ -172,7 +172,7 @@ class HfvlmImageBindSensorModel(HfvlmPreTrainedModel):
                 f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1]} patches; {type(self).__name__} "
                 f"has positions for {len(self.position) - 1}, and they cannot be interpolated: use the processor."
             )
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1) + self.position
         x = self.layers(self.patch_dropout(x), **kwargs)
         pooled = self.post_norm(x[:, 0])
         embeds = self.projection(self.projection_dropout(pooled))
@@ -317,7 +317,7 @@ class BiasedAttention(Attention):
 
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
         key, value = super().read(source)
-        one = (len(source), 1, -1)
+        one = (source.shape[0], 1, -1)
         key = torch.cat([key, self.heads(self.bias_k.expand(one)).to(key.dtype)], dim=2)
         return key, torch.cat([value, self.heads(self.bias_v.expand(one)).to(value.dtype)], dim=2)
 

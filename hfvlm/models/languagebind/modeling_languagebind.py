@@ -88,7 +88,7 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
 
         Where both have as many, they are taken as they are, though the grids differ: that is how the authors' were.
         """
-        edge = int((len(table) - 1) ** 0.5)
+        edge = int((table.shape[0] - 1) ** 0.5)
         fits = table.shape == self.position.shape
         self.position.copy_(table if fits else resize_grid(table, (edge, edge), self.config.grid, **BICUBIC))
 
@@ -138,7 +138,7 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
 
         With `interpolate_pos_encoding`, frames may have any size; the position table is resized to it.
         """
-        films, frames = len(pixel_values_videos), pixel_values_videos.shape[2]
+        films, frames = pixel_values_videos.shape[0], pixel_values_videos.shape[2]
         if frames != self.config.num_frames:
             raise ValueError(
                 f"pixel_values_videos have {frames} frames, the tower takes num_frames {self.config.num_frames}: "

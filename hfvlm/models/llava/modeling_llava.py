@@ -16,6 +16,7 @@ from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.llava.anyres import Size, unpadded
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig
 from hfvlm.modules.projection import Projector
+from hfvlm.outputs import media_features
 
 
 class Newline(nn.Module):
@@ -70,18 +71,14 @@ class HfvlmLLaVAForConditionalGeneration(ImageTextModel):
         """
         sizes = None if image_sizes is None else [(int(height), int(width)) for height, width in image_sizes]
         views = self.views(pixel_values, sizes)
-        patches = self.projector(self.read(torch.cat(views), **kwargs))
-        parts = patches.split([len(view) for view in views])
+        # Layers after the one that is read are not computed.
+        vision = self.vision_model(torch.cat(views), until=self.config.vision_feature_layer, **kwargs)
+        tokens = vision.last_hidden_state if self.config.keep_class_token else vision.last_hidden_state[:, 1:]
+        parts = self.projector(tokens).split([view.shape[0] for view in views])
         if isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and sizes is None:
-            return BaseModelOutputWithPooling(pooler_output=[part[0] for part in parts])  # type: ignore[arg-type]
+            return media_features(vision, (part[0] for part in parts))
         sized: Sequence[Size | None] = sizes or [None] * len(parts)
-        merged = [self.merge(part, size) for part, size in zip(parts, sized, strict=True)]
-        return BaseModelOutputWithPooling(pooler_output=merged)  # type: ignore[arg-type]
-
-    def read(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """(V, 3, H, W) -> (V, N, D), the patches after the layer that is read; those that follow are not computed."""
-        tokens = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs).last_hidden_state
-        return tokens if self.config.keep_class_token else tokens[:, 1:]
+        return media_features(vision, (self.merge(part, size) for part, size in zip(parts, sized, strict=True)))
 
     def views(self, pixel_values: Tensor | Sequence[Tensor], sizes: list[Size] | None) -> list[Tensor]:
         """The views of each picture, (V, 3, H, W)."""

@@ -79,7 +79,7 @@ class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
         x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         position: Tensor = self.position
         if interpolate_pos_encoding:
             position = grid_for(position, self.config, pixel_values, **BICUBIC)

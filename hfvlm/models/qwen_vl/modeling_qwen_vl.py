@@ -22,6 +22,7 @@ from hfvlm.modules.embeddings import PatchEmbedding
 from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid, sine_grid
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import MultiHead, PreNormLayer, Stack
+from hfvlm.outputs import media_features
 
 Size = tuple[int, int]
 # Rows and columns of the position table, that of the 224 pixels ViT-bigG was trained at, whatever the image size.
@@ -113,7 +114,7 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
         places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
-        query = (self.query_norm(self.query) + self.position).expand(len(patches), -1, -1)
+        query = (self.query_norm(self.query) + self.position).expand(patches.shape[0], -1, -1)
         x, _ = self.attention(query, context + places, context, **kwargs)
         return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
 
@@ -136,9 +137,9 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
         """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
         picture."""
-        patches = self.vision_model(pixel_values, **kwargs).last_hidden_state
-        tokens = self.projector(patches, self.vision_model.grid(pixel_values), **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))  # type: ignore[arg-type]
+        vision = self.vision_model(pixel_values, **kwargs)
+        grid = self.vision_model.grid(pixel_values)
+        return media_features(vision, self.projector(vision.last_hidden_state, grid, **kwargs).last_hidden_state)
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""

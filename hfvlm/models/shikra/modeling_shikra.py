@@ -12,6 +12,7 @@ from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.modules.projection import Projector
+from hfvlm.outputs import media_features
 
 
 class HfvlmShikraForConditionalGeneration(ImageTextModel):
@@ -41,5 +42,5 @@ class HfvlmShikraForConditionalGeneration(ImageTextModel):
         Args:
             pixel_values: `(pictures, 3, H, W)`.
         """
-        tokens = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs).last_hidden_state
-        return BaseModelOutputWithPooling(pooler_output=list(self.projector(tokens[:, 1:])))  # type: ignore[arg-type]
+        vision = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs)
+        return media_features(vision, self.projector(vision.last_hidden_state[:, 1:]))

@@ -15,6 +15,7 @@ from hfvlm.keywords import Keywords
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.modules.projection import Projector
+from hfvlm.outputs import media_features
 
 
 class HfvlmVideoChatGPTForConditionalGeneration(ImageTextModel):
@@ -50,15 +51,11 @@ class HfvlmVideoChatGPTForConditionalGeneration(ImageTextModel):
         films = list(pixel_values_videos)
         if num_frames is not None:
             films = [film[: int(count)] for film, count in zip(films, num_frames, strict=True)]
-        patches = self.read(torch.cat(films), **kwargs).split([len(film) for film in films])
+        vision = self.vision_model(torch.cat(films), until=self.config.vision_feature_layer, **kwargs)
+        patches = vision.last_hidden_state[:, 1:].split([film.shape[0] for film in films])
         averages = [average(film, self.config.temporal_tokens) for film in patches]
-        rows = self.projector(torch.cat(averages)).split([len(film) for film in averages])
-        return BaseModelOutputWithPooling(pooler_output=list(rows))  # type: ignore[arg-type]
-
-    def read(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """(frames, 3, H, W) -> (frames, N, D), the patches after the layer that is read."""
-        tokens = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs).last_hidden_state
-        return tokens[:, 1:]
+        rows = self.projector(torch.cat(averages)).split([film.shape[0] for film in averages])
+        return media_features(vision, rows)
 
     def token_count_fields(self) -> str:
         return f"{super().token_count_fields()}, temporal_tokens {self.config.temporal_tokens}"
@@ -70,5 +67,5 @@ def average(patches: Tensor, temporal_tokens: int) -> Tensor:
     First each frame's average over its patches, and zeros for the frames that it lacks, which the language model reads
     like the others; then each patch's average over the frames.
     """
-    missing = max(temporal_tokens - len(patches), 0)
+    missing = max(temporal_tokens - patches.shape[0], 0)
     return torch.cat([F.pad(patches.mean(dim=1), (0, 0, 0, missing)), patches.mean(dim=0)])

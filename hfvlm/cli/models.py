@@ -1,0 +1,97 @@
+"""`hfvlm chat|train|demo`: commands that run one model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import hfvlm
+from hfvlm.cli.console import is_quiet, logs_to_stderr, say, say_json, say_piece, status
+from hfvlm.cli.options import Columns, Folder, Json, Quiet, finite_number, pairs
+
+
+def chat(
+    folder: Folder,
+    image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video, for models of videos; may be repeated.")] = None,
+    ask: Annotated[str | None, typer.Option(help="Answer only this; without it, talk.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite_number, help="Above 0, answers are drawn.")
+    ] = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Talk with a model about images or videos.
+
+    `/image PATH` and `/video PATH` show another one, `/reset` begins again, Ctrl-D ends.
+    """
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    with status(f"loading {folder}"):
+        talk = hfvlm.Chat.from_pretrained(folder, system=system, dtype="auto")
+    given = {"/image": list(image or ()), "/video": list(video or ())}
+    shown = {command: list(paths) for command, paths in given.items()}
+    for text in [ask] if ask is not None else iter(ask_user, None):
+        command, _, rest = text.partition(" ")
+        if command in shown:
+            shown[command].append(Path(rest.strip()))
+        elif command == "/reset":
+            talk.reset()
+            shown = {command: list(paths) for command, paths in given.items()}
+        else:
+            for piece in talk.stream(text, *shown.values(), max_new_tokens=max_new_tokens, **drawn):
+                say_piece(piece)
+            say("")
+            shown = {command: [] for command in given}
+
+
+def ask_user() -> str | None:
+    """What the user types; None for Ctrl-D."""
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(help="A YAML file, as those in examples/recipes.", exists=True, dir_okay=False)
+    ],
+    changes: Annotated[list[str] | None, typer.Argument(help="field=value, in place of the file's.")] = None,
+    column: Columns = None,
+    text_column: Annotated[str | None, typer.Option(help="The column of the captions: --column text=COLUMN.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run wrote into output_dir.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from output_dir's newest checkpoint.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train as a recipe says."""
+    from hfvlm.training.recipes import run_recipe
+
+    if overwrite and resume:
+        raise typer.BadParameter("an output is resumed or overwritten, not both.", param_hint="--resume")
+    columns = pairs([*(column or ()), *([f"text={text_column}"] if text_column else ())], "--column")
+    given = [*(changes or ()), *(f"columns.{name}={value}" for name, value in columns.items())]
+    given += ["disable_tqdm=true"] if is_quiet() else []
+    with logs_to_stderr():
+        metrics: dict[str, Any] = run_recipe(recipe, given, overwrite=overwrite, resume=resume)
+    if as_json:
+        say_json(metrics)
+        return
+    for name, value in metrics.items():
+        say(f"{name}: {value}")
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write; an earlier demo's is replaced.")
+    ] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the fine-tuning.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Convert, classify, fine-tune and save a small CLIP on real handwriting, in under three minutes."""
+    from hfvlm.cli.demo import demo as run
+
+    run(output, seed)
