@@ -217,7 +217,8 @@ def judge(
 
 
 def answers(model: Any, processor: Any, pictures: list[Image.Image], asked: Sequence[str]) -> list[str]:
-    messages = [[{"role": "user", "content": f"<image>\n{question}"}] for question in asked]
+    contents = [[{"type": "image"}, {"type": "text", "text": question}] for question in asked]
+    messages = [[{"role": "user", "content": content}] for content in contents]
     texts = [processor.apply_chat_template(own, add_generation_prompt=True) for own in messages]
     said = []
     for i in range(0, len(texts), 50):

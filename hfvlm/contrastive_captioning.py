@@ -15,6 +15,7 @@ from hfvlm.keywords import Keywords
 from hfvlm.losses import average_losses, token_losses
 from hfvlm.modeling import DualEncoder, as_features, loss_without_labels
 from hfvlm.modules.context import Context
+from hfvlm.modules.embeddings import as_padded, right_padded
 from hfvlm.outputs import DualEncoderOutput
 
 
@@ -57,6 +58,17 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         """Texts `(T, N)`, padded on the right, and their features -> scores of the next tokens, `(T, N, V)`."""
         return self.text_model(input_ids, context=context).logits
 
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """As a dual encoder's; texts are read as they were in training, with padding behind them."""
+        if attention_mask is None:
+            return super().encode_text(input_ids, None, **kwargs)
+        output = super().encode_text(*right_padded(attention_mask, input_ids, attention_mask), **kwargs)
+        tokens: Any = output.last_hidden_state
+        output.last_hidden_state = as_padded(attention_mask, tokens)
+        return output
+
     @loss_without_labels
     @can_return_tuple
     def forward(
@@ -82,6 +94,10 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
             return_loss: also compute the weighted sum of the contrastive loss and that of captioning.
             interpolate_pos_encoding: take pictures of any size.
         """
+        given, side = [input_ids] if labels is None else [input_ids, labels], attention_mask
+        if side is not None:
+            attention_mask, *given = right_padded(side, side, *given)
+        input_ids, labels = given[0], given[1] if labels is not None else None
         vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         text = self.encode_text(input_ids, attention_mask, **kwargs)
         compared = self.compare(as_features(vision), text, return_loss=False)
@@ -95,6 +111,8 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         output.text_losses = token_losses(output.logits[:, :-1], labels[:, 1:]).sum(dim=1)
         output.text_lengths = (labels[:, 1:] != -100).sum(dim=1)
         output.loss = self.contrast(output)
+        if side is not None:
+            output.logits = as_padded(side, output.logits)
         return output
 
     def contrast(

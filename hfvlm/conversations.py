@@ -106,6 +106,11 @@ class Conversation(ABC):
             + f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(names[1].rstrip(' '))} -}}}}{{%- endif -%}}"
         )
 
+    @property
+    def marks(self) -> set[str]:
+        """Texts that turns are told apart by in what is trained on; no message can say them."""
+        return set()
+
     def text(self, turns: Turns, render: Callable[[Turns], str]) -> str:
         """What is trained on, of `turns` of "user" and "assistant"; `render` applies the chat template."""
         return render(turns)
@@ -144,6 +149,10 @@ class Conversation(ABC):
 class Vicuna(Conversation):
     """`USER: ... ASSISTANT: ...</s>`."""
 
+    @property
+    def marks(self) -> set[str]:
+        return {self.separators[1], f"{self.roles[1]}: "}
+
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
         users, assistants = self.separators
         rounds = [part for part in text.split(assistants) if part]
@@ -155,6 +164,10 @@ class Vicuna(Conversation):
 @dataclass(frozen=True)
 class Chatml(Conversation):
     """`<|im_start|>user\n...<|im_end|><|im_start|>assistant\n...<|im_end|>`."""
+
+    @property
+    def marks(self) -> set[str]:
+        return {*self.separators, *self.roles}
 
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
         end = self.separators[0]
@@ -195,6 +208,10 @@ class Human(Conversation):
 @dataclass(frozen=True)
 class Llama2(Conversation):
     """`[INST] <<SYS>>...<</SYS>> ... [/INST] ... </s>`; the separators are the start and the end token."""
+
+    @property
+    def marks(self) -> set[str]:
+        return {*self.separators, "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"}
 
     def chat_template(self) -> str:
         before, after = self.separators

@@ -1,17 +1,57 @@
-"""Processors of texts with pictures or films in them: what chat models are fed."""
+"""Processors of texts with images or videos in them: the inputs of chat models."""
 
+import inspect
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 
+from hfvlm.batches import flat_images, is_empty, listed, texts_of
 from hfvlm.media.images import read_images
 from hfvlm.media.video import read_videos
-from hfvlm.processing import FOREIGN_OPTIONS, HfvlmProcessor
+from hfvlm.processing import HfvlmProcessor, call_keywords
+from hfvlm.protection import Protected, Protector
+from hfvlm.settings import check_keywords, flag, whole
 
 # The label that no loss is computed of.
 IGNORE = -100
+# As many places as the texts of a data set spell out.
+EVERY = 2**31
+# Options of texts.
+TEXT_OPTIONS = frozenset(
+    {
+        "add_special_tokens",
+        "max_length",
+        "pad_to_multiple_of",
+        "padding",
+        "padding_side",
+        "return_mm_token_type_ids",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "truncation",
+        "verbose",
+    }
+)
+# Others of transformers', with the values that ask for what is done anyway.
+FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "is_split_into_words": (None, False),
+    "return_attention_mask": (None, True),
+    "return_length": (None, False),
+    "return_offsets_mapping": (None, False),
+    "return_overflowing_tokens": (None, False),
+    "return_special_tokens_mask": (None, False),
+    "return_text_replacement_offsets": (None, False),
+    "return_token_type_ids": (None, False),
+    "stride": (None, 0),
+    "text_pair": (None,),
+    "text_pair_target": (None,),
+    "text_target": (None,),
+}
+OTHER_MEDIA = ("images", "videos", "audio", "audios")
 
 
 class MediaTextProcessor(HfvlmProcessor, ABC):
@@ -55,50 +95,160 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         content: Any = [{"type": self.modality}, {"type": "text", "text": question}]
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
+    # What messages say
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Special tokens and places of images that a message's text spells out are words: they are
+        marked in the rendered text (see `hfvlm.protection`), and a call of this processor reads them so.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            *args: of transformers' method.
+            **kwargs: likewise; with `sanitize_control_tokens=False` texts are trusted, and their tokens are tokens.
+
+        Raises:
+            TypeError: a keyword that neither transformers, nor the template, nor this processor's call knows.
+        """
+        self.check_template_keywords(args[0] if args else kwargs.get("chat_template"), kwargs)
+        if kwargs.pop("sanitize_control_tokens", True) is not False:
+            conversation = self.protected_all(conversation)
+            nested = self.protector().nested
+            kwargs |= {name: nested(kwargs[name]) for name in ("tools", "documents") if kwargs.get(name)}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def check_template_keywords(self, template: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse keywords of `apply_chat_template` that would be swallowed."""
+        known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *TEXT_OPTIONS, *FIXED_OPTIONS}
+        known |= {*call_keywords(self.media_processor), "images", "videos", "sanitize_control_tokens", "tools"}
+        known |= {
+            "documents",
+            "common_kwargs",
+            *(f"{group}_kwargs" for group in ("text", "images", "videos", "audio")),
+        }
+        words = set(re.findall(r"\w+", f"{template or ''} {self.chat_template or ''}"))
+        check_keywords(self, set(kwargs) - words, known - {"self", "kwargs"})
+
+    def render(self, messages: Sequence[Any], **options: Any) -> str:
+        """The text of messages that are protected already."""
+        return self.apply_chat_template(list(messages), sanitize_control_tokens=False, **options)
+
+    def protected_all(self, conversation: Any) -> Any:
+        """One conversation or several, protected."""
+        first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+        if isinstance(first, list | tuple) or hasattr(first, "messages"):
+            return [self.protected(getattr(own, "messages", own)) for own in conversation]
+        return self.protected(getattr(conversation, "messages", conversation))
+
+    def protected(self, messages: Sequence[Any], places: int = 0) -> Protected:
+        """Messages whose texts can say no special token.
+
+        Args:
+            messages: of one conversation; what is protected already stays as it is.
+            places: how many `media_token` in contents that are plain strings are meant as places, the first ones.
+        """
+        if isinstance(messages, Protected):
+            return messages
+        protector, safe, of_data = self.protector(), Protected(), places == EVERY
+        for message in messages:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            meant = min(places, content.count(self.media_token)) if isinstance(content, str) else 0
+            places -= meant
+            safe.append(protector.message(message, self.media_token, meant or self.meant(content, of_data=of_data)))
+        return safe
+
+    def meant(self, content: Any, *, of_data: bool = False) -> int:
+        """How many `media_token` in the parts of a content are places; here an image has a part of its own."""
+        return 0
+
+    def protector(self) -> Protector:
+        """Marks what no message can say: every special token, `media_token`, and what turns are told apart by."""
+        template = str(self.chat_template or "")
+        tokens = {self.media_token, *self.turn_marks}
+        for name in self.get_attributes():
+            part = getattr(self, name, None)
+            added = getattr(part, "added_tokens_decoder", {}) if "tokenizer" in name else {}
+            tokens |= {token.content for token in added.values() if token.special or token.content in template}
+        return Protector(tokens)
+
+    @property
+    def turn_marks(self) -> set[str]:
+        """Texts, beside special tokens, that turns are told apart by in training."""
+        return set()
+
     def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
         """Pictures, and the messages that they stand in -> what the model encodes them from."""
         return self.prepare(self.modality, list(media))
 
-    def inputs_for(
-        self,
-        media: Any,
-        text: Any,
-        return_tensors: str | None = "pt",
-        *,
-        max_length: int | None = None,
-        truncation: bool | str = False,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Texts and their pictures -> the model's inputs; see `__call__`."""
+    def inputs_for(self, media: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Texts and their images -> the model's inputs; see `__call__`."""
         if text is None:
             raise ValueError(
                 f"{type(self).__name__} needs text; of the {self.modality} alone it is {self.media_token!r}."
             )
-        texts = [text] if isinstance(text, str) else list(text)
-        for_media = {*self.media_processor.SETTINGS, *FOREIGN_OPTIONS, "allow_urls"}
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in for_media}
-        special = kwargs.pop("add_special_tokens", True)
-        rows = [self.encode(item, add_special_tokens=special) for item in texts]
+        options, words = self.call_options(kwargs)
+        return_tensors = words.pop("return_tensors", return_tensors)
+        texts = texts_of(text)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [self.encode(item, add_special_tokens=words.get("add_special_tokens", True)) for item in texts]
         pictures = self.pictures_of(rows, media, allow_urls=options.pop("allow_urls", False))
+        expanded, kept = self.expanded(rows, pictures, options, words)
+        padding = words.get("padding", len(expanded) > 1)
+        padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
+        limit = words.get("max_length") if padding == "max_length" else None
+        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
+        if words.get("return_mm_token_type_ids"):
+            kind = {"image": 1, "video": 2}[self.modality]
+            data["mm_token_type_ids"] = [[kind * (i == self.media_token_id) for i in row] for row in data["input_ids"]]
+        if kept:
+            data |= self.media_processor(kept, **{"return_tensors": return_tensors} | options)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def call_options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keywords of a call: options of the media processor, and of the texts.
+
+        Raises:
+            TypeError: an unknown keyword, naming the nearest one.
+            ValueError: a value that a keyword cannot have, or media that the model does not read.
+        """
+        name, group = type(self).__name__, f"{self.modality}s"
+        others = {other: kwargs[other] for other in OTHER_MEDIA if other in kwargs}
+        if foreign := sorted(other for other, value in others.items() if not is_empty(value)):
+            raise ValueError(f"{name} reads text and {group}, not {', '.join(foreign)}.")
+        rest = {word: value for word, value in kwargs.items() if word not in others}
+        known = {"text": {*TEXT_OPTIONS, *FIXED_OPTIONS}, group: call_keywords(self.media_processor)}
+        options = self.options_of(rest, known, flat=("text", group))
+        words = {word: value for word, value in options["text"].items() if value is not None}
+        for word, values in FIXED_OPTIONS.items():
+            if word in words and not any(words[word] is value for value in values):
+                raise ValueError(f"{name}: {word} must be {values[-1]}, not {words[word]!r}.")
+        for word, check in (("max_length", whole()), ("pad_to_multiple_of", whole()), ("add_special_tokens", flag)):
+            if word in words:
+                try:
+                    check(words[word])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {word} {error}, not {words[word]!r:.200}.") from error
+        if words.get("truncation") not in (None, True, False, "pictures", "longest_first", "do_not_truncate"):
+            raise ValueError(f"{name}: truncation must be True, False or 'pictures', not {words['truncation']!r}.")
+        return options[group], words
+
+    def expanded(
+        self,
+        rows: Sequence[list[int]],
+        pictures: Sequence[list[Any]],
+        options: Mapping[str, Any],
+        words: Mapping[str, Any],
+    ) -> tuple[list[list[int]], list[Any]]:
+        """Ids with their placeholders, cut to `max_length`, and the images that are left."""
+        truncation, length = words.get("truncation", False), words.get("max_length")
         expanded, kept = [], []
         for i, (row, own) in enumerate(zip(rows, pictures, strict=True)):
             counts = self.count_each(own, **options)
             whole = self.expand(row, counts)
-            if truncation and max_length:
-                whole, counts = self.cut(whole, counts, max_length, drop=truncation == "pictures", name=f"text {i}")
+            if truncation and truncation != "do_not_truncate" and length:
+                whole, counts = self.cut(whole, counts, length, drop=truncation == "pictures", name=f"text {i}")
             expanded.append(whole)
             kept += own[: len(counts)]
-        padding = kwargs.pop("padding", len(expanded) > 1)
-        padded = {name: kwargs.pop(name) for name in ("padding_side", "pad_to_multiple_of") if name in kwargs}
-        if unknown := sorted(
-            set(kwargs) - {"images", "videos", "audio", "return_mm_token_type_ids", "sanitize_control_tokens"}
-        ):
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}.")
-        limit = max_length if padding == "max_length" else None
-        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
-        if kept:
-            data |= self.media_processor(kept, return_tensors=return_tensors, **options)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return expanded, kept
 
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> Any:
         """As transformers'. With `generate`'s inputs as `new_tokens_only`, of the answers alone, and without special
@@ -143,41 +293,44 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     def pictures_of(self, rows: Sequence[Sequence[int]], media: Any, *, allow_urls: Any = False) -> list[list[Any]]:
         """The pictures of each row, read; as many as it has places for them."""
         wanted = [sum(item == self.media_token_id for item in row) for row in rows]
-        if media is None:
+        media = self.batched(media)
+        if is_empty(media):
             groups: list[Any] = [[] for _ in rows]
         elif self.are_by_text(media, wanted):
-            groups = [list(own) for own in media]
+            groups = [self.batched(own) for own in media]
         else:
             remaining = iter(self.read(media, allow_urls=allow_urls))
             groups = [[picture for _, picture in zip(range(count), remaining, strict=False)] for count in wanted]
             groups[-1] += list(remaining)
         given = [len(own) for own in groups]
         if given != wanted:
-            kind = "pictures" if self.modality == "image" else f"{self.modality}s"
             raise ValueError(
-                f"The texts have places ({self.media_token!r}) for {wanted} {kind}, but {given} were given. Each has "
-                f"one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
+                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
+                f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
             )
         every = [picture for own in groups for picture in own]
         read = iter(self.read(every, allow_urls=allow_urls) if every else ())
         return [[next(read) for _ in own] for own in groups]
 
+    def batched(self, media: Any) -> Any:
+        """A batch in another container, such as a Series or a generator, as a list."""
+        return listed(media)
+
     def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
         """Whether `media` is a list of lists, one for each text, which have so many places."""
-        return (
-            isinstance(media, list | tuple) and len(media) > 0 and all(isinstance(own, list | tuple) for own in media)
-        )
+        lists = isinstance(media, list | tuple) and all(isinstance(own, list | tuple | np.ndarray) for own in media)
+        return lists and len(media) == len(wanted) and all(isinstance(listed(own), list | tuple) for own in media)
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels, each with one `media_token_id` for each picture. Answers are trained on, with
         what ends them; -100 elsewhere."""
-        messages = [dict(message) for message in messages]
-        ids = self.encode(self.apply_chat_template(messages))
+        messages = self.protected(messages, places=EVERY)
+        ids = self.encode(self.render(messages))
         labels = [IGNORE] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self.encode(self.apply_chat_template(messages[:i], add_generation_prompt=True))
-                through = self.encode(self.apply_chat_template(messages[: i + 1]))
+                before = self.encode(self.render(messages[:i], add_generation_prompt=True))
+                through = self.encode(self.render(messages[: i + 1]))
                 labels[len(before) : len(through)] = ids[len(before) : len(through)]
         return ids, labels
 
@@ -203,7 +356,8 @@ class ImageTextProcessor(MediaTextProcessor):
         return self.count_tokens([(picture.height, picture.width) for picture in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
-        return read_images(sources, upright=self.media_processor.upright, allow_urls=allow_urls)
+        upright = self.media_processor.upright
+        return read_images(flat_images(sources), upright=upright, allow_urls=allow_urls)
 
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any
@@ -245,7 +399,8 @@ class VideoTextProcessor(MediaTextProcessor):
         """Placeholders of films of which so many frames are taken."""
 
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
-        settings = self.media_processor.settings_for(options, (*FOREIGN_OPTIONS, *self.media_processor.SOURCE_OPTIONS))
+        part = self.media_processor
+        settings = part.settings_for(options, call_keywords(part))
         return self.count_tokens([len(self.media_processor.places(film, settings)) for film in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
@@ -278,6 +433,6 @@ class VideoTextProcessor(MediaTextProcessor):
             ValueError: texts and films do not fit each other, or a row does not fit `max_length`; or pictures are
                 given: they are films of one frame, `videos=[[picture]]`.
         """
-        if images is not None:
-            raise ValueError(f"{type(self).__name__} reads films: give a picture as one of a frame, [[picture]].")
+        if not is_empty(images):
+            raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
         return self.inputs_for(videos, text, return_tensors, **kwargs)

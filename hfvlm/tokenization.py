@@ -4,23 +4,28 @@ import base64
 import functools
 import gzip
 import html
+import inspect
 import io
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 from unicodedata import category, normalize
 
 import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
+from hfvlm.batches import texts_of
 from hfvlm.files import NamedErrors, read_bytes, read_json, refusing
 from hfvlm.messages import cut, shown
+from hfvlm.protection import PROTECTED, unprotected
+from hfvlm.settings import LOADING, STORED, check_keywords, flag, shared, whole
 
 logger = logging.get_logger(__name__)
 
@@ -99,23 +104,200 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+# Keywords of a tokenizer's call.
+TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call__).parameters) - {
+    "self",
+    "kwargs",
+} | {
+    "max_target_length",
+    "sanitize_control_tokens",
+    "split_special_tokens",
+}
+PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+# Keywords of a tokenizer's constructor, and what tokenizer_config.json holds.
+TOKENIZER_SETTINGS = frozenset(
+    {
+        *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+        "_json_padding",
+        "_json_truncation",
+        "_spm_precompiled_charsmap",
+        "add_bos_token",
+        "add_eos_token",
+        "add_prefix_space",
+        "added_tokens_decoder",
+        "added_tokens_file",
+        "additional_special_tokens",
+        "chat_control_tokens",
+        "chat_template",
+        "clean",
+        "clean_up_tokenization_spaces",
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+        "extra_special_tokens",
+        "files_loaded",
+        "fix_mistral_regex",
+        "gguf_file",
+        "legacy",
+        "max_len",
+        "max_length",
+        "merges",
+        "merges_file",
+        "model_input_names",
+        "model_max_length",
+        "model_specific_special_tokens",
+        "pad_to_multiple_of",
+        "pad_token_type_id",
+        "padding_side",
+        "post_processor",
+        "response_schema",
+        "response_template",
+        "special_tokens_map_file",
+        "split_special_tokens",
+        "stride",
+        "tokenizer_class",
+        "tokenizer_config_file",
+        "tokenizer_file",
+        "tokenizer_object",
+        "tokenizer_padding",
+        "tokenizer_truncation",
+        "truncation_side",
+        "truncation_strategy",
+        "verbose",
+        "vocab",
+        "vocab_file",
+    }
+)
+# Numbers of a call, by their least value.
+LEAST = {"max_length": 1, "max_target_length": 1, "pad_to_multiple_of": 1, "stride": 0}
+SIDES = ("left", "right")
+
+
+class EngineLock:
+    """A lock of an engine, whose padding and truncation are set for each call. A copy or a pickle has its own."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.lock.release()
+
+    def __reduce__(self) -> Any:
+        return EngineLock, ()
+
+
 class HfvlmTokenizer(NamedErrors, TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
+
+    One tokenizer may be called by several threads at once. Special tokens that `hfvlm.protection` has marked in a text
+    are encoded as the words they are.
 
     Args:
         clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "repaired" as LanguageBind, "canonical" as
             open_clip's SigLIP, "case" as big_vision, "caption" and "question" as BLIP, "fold" as TensorFlow Text, or
             "none".
         model_max_length: tokens of the longest text, special tokens included.
+        clean_up_tokenization_spaces: take spaces before punctuation out of decoded texts, as the originals' tokenizers
+            of word pieces do.
+
+    Raises:
+        TypeError: an unknown argument.
+        ValueError: a value that an argument cannot have.
     """
 
     default_padding: bool | str = True
+    # Whether decoded texts are cleaned up where nothing else is said.
+    default_clean_up: bool = False
+    # Sides that texts may be padded on: the model cannot read others.
+    padding_sides: tuple[str, ...] = SIDES
 
     def __init__(self, *args: Any, clean: str = "none", **kwargs: Any):
+        self.check_settings(kwargs)
         if clean not in CLEANINGS:
             raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, not {clean!r}.")
         self.clean = clean
-        super().__init__(*args, clean=clean, **kwargs)
+        self.lock = EngineLock()
+        kwargs = {name: value for name, value in kwargs.items() if name not in shared() - self.known_settings()}
+        super().__init__(*args, clean=clean, **{"clean_up_tokenization_spaces": self.default_clean_up} | kwargs)
+
+    @classmethod
+    def known_settings(cls) -> frozenset[str]:
+        """Keywords of the constructor."""
+        own = {name for base in cls.__mro__ if issubclass(base, HfvlmTokenizer) for name in _parameters(base.__init__)}
+        return frozenset({*TOKENIZER_SETTINGS, *STORED, *LOADING, *own})
+
+    def check_settings(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse arguments of the constructor that are unknown, or have a value that they cannot have.
+
+        Raises:
+            TypeError: an unknown argument, naming the nearest one.
+            ValueError: naming the argument and what it must be.
+        """
+        tokens = {name for name, value in kwargs.items() if name.endswith("_token") and isinstance(value, TOKEN)}
+        check_keywords(self, kwargs, self.known_settings() - LOADING - STORED, {*LOADING, *STORED, *tokens, *shared()})
+        longest = kwargs.get("model_max_length")
+        if longest is not None:
+            self.check_number("model_max_length", longest, 1, 10**31)
+        if (side := kwargs.get("truncation_side")) is not None and side not in SIDES:
+            raise ValueError(f"{type(self).__name__}: truncation_side must be 'left' or 'right', not {side!r}.")
+        for name in ("clean_up_tokenization_spaces", "split_special_tokens"):
+            if kwargs.get(name) is not None:
+                self.check_value(name, kwargs[name], flag)
+
+    def check_value(self, name: str, value: Any, check: Callable[[Any], Any]) -> None:
+        """Refuse a value.
+
+        Raises:
+            ValueError: naming the argument and what it must be.
+        """
+        try:
+            check(value)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {name} {error}, not {value!r:.200}.") from error
+
+    def check_number(self, name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+        """Refuse what is no integer of a range; see `check_value`."""
+        self.check_value(name, value, whole(least, most))
+
+    def capped(self, max_length: int | None) -> int:
+        """A length no longer than the model's."""
+        if max_length is not None:
+            self.check_number("max_length", max_length, 1)
+        return min(max_length or self.model_max_length, self.model_max_length)
+
+    def check_side(self, side: Any) -> None:
+        """Refuse a side that texts cannot be padded on.
+
+        Raises:
+            ValueError: naming the sides that they can be padded on.
+        """
+        if side is not None and side not in self.padding_sides:
+            raise ValueError(
+                f"{type(self).__name__}: padding_side must be {' or '.join(map(repr, self.padding_sides))}, not "
+                f"{side!r}: the model was trained on texts padded there, and embeds others differently."
+            )
+
+    def check_call(self, options: Mapping[str, Any]) -> None:
+        """Refuse keywords of a call that are unknown, or have a value that they cannot have.
+
+        Raises:
+            TypeError: an unknown keyword, naming the nearest one.
+            ValueError: naming the keyword and what it must be.
+        """
+        check_keywords(self, options, TOKENIZER_ARGUMENTS)
+        nested = options.get("tokenizer_kwargs") or {}
+        check_keywords(f"{type(self).__name__}, tokenizer_kwargs", nested, TOKENIZER_ARGUMENTS)
+        for given in (options, nested):
+            for name, least in LEAST.items():
+                if given.get(name) is not None:
+                    self.check_number(name, given[name], least)
+            self.check_side(given.get("padding_side"))
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "padding_side":
+            self.check_side(value)
+        super().__setattr__(key, value)
 
     @classmethod
     def convert_to_native_format(cls, *_: Any, **kwargs: Any) -> dict[str, Any]:
@@ -123,35 +305,209 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         the vocabulary alone, and lose the rest."""
         return kwargs
 
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = None, truncation: Any = None, **kwargs: Any
-    ) -> Any:
-        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
-        padding = self.default_padding if padding is None else padding
-        truncation = True if truncation is None else truncation
-        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+    # From texts to ids
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:  # type: ignore[override]
-        if not kwargs.get("is_split_into_words"):
-            text, text_pair = self._cleaned(text), self._cleaned(text_pair)
-        encoded = super()._encode_plus(text, text_pair=text_pair, **kwargs)
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        *args: Any,
+        padding: Any = None,
+        truncation: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on.
+
+        Texts may come as a list, a tuple, a generator, an array of strings, a Series or a column.
+
+        Raises:
+            TypeError: an unknown keyword, or what is no text.
+            ValueError: a value that a keyword cannot have, no texts, or a missing one.
+        """
+        self.check_call(kwargs)
+        # Whether marks are to be heeded is written in the texts.
+        kwargs.pop("sanitize_control_tokens", None)
+        options = kwargs | {
+            "padding": self.default_padding if padding is None else padding,
+            "truncation": True if truncation is None else truncation,
+        }
+        words = bool(kwargs.get("is_split_into_words"))
+        text = self.prepared(text, words=words)
+        text_pair = self.prepared(text_pair, "text_pair", words=words)
+        text_target = self.prepared(text_target, "text_target", words=words)
+        if any(map(is_marked, (text, text_pair, text_target))):
+            if text_pair is not None or text_target is not None or words or args:
+                raise ValueError(f"{type(self).__name__} reads protected texts one by one, without pairs or targets.")
+            return self.encode_marked(text, **options)
+        with self.lock:
+            encoded = super().__call__(text, text_pair, text_target, *args, **options)
+        self.warn_of_cuts(text, encoded, kwargs)
+        return encoded
+
+    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
+        """As every tokenizer: the ids of one text, neither padded nor cut unless asked for.
+
+        Raises:
+            TypeError: an unknown keyword, or what is no text.
+        """
+        self.check_call(kwargs)
+        kwargs.pop("sanitize_control_tokens", None)
+        words = bool(kwargs.get("is_split_into_words"))
+        text, text_pair = self.prepared(text, words=words), self.prepared(text_pair, "text_pair", words=words)
+        if is_marked(text) and text_pair is None and not words:
+            return self.encode_marked(text, **{"padding": False, "truncation": False} | kwargs)["input_ids"]
+        with self.lock:
+            return super().encode(text, text_pair, **kwargs)
+
+    def tokenize(self, text: Any, pair: Any = None, *args: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """As every tokenizer: the tokens of one text."""
+        self.check_call(kwargs)
+        text, pair = self.prepared(text), self.prepared(pair, "pair")
+        if is_marked(text):
+            return [str(token) for token in self.convert_ids_to_tokens(self.marked_ids(text))]
+        with self.lock:
+            return super().tokenize(text, pair, *args, **kwargs)
+
+    def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """As every tokenizer.
+
+        Raises:
+            ValueError: a side that the model cannot read.
+        """
+        self.check_side(kwargs.get("padding_side"))
+        return super().pad(encoded_inputs, *args, **kwargs)
+
+    def prepared(self, text: Any, name: str = "text", *, words: bool = False) -> Any:
+        """A text or a list of texts, cleaned; words that are split already as they are."""
+        if text is None:
+            return None
+        text = texts_of(text, name)
+        return text if words else self.cleaned(text)
+
+    def cleaned(self, text: Any) -> Any:
+        """A text, or the texts of a list, as the model was trained on them."""
+        if isinstance(text, str):
+            return self.cleaned_text(text)
+        return [self.cleaned_text(item) if isinstance(item, str) else item for item in text]
+
+    def cleaned_text(self, text: str) -> str:
+        """One text, cleaned."""
+        return CLEANINGS[self.clean](text)
+
+    def warn_of_cuts(self, text: Any, encoded: BatchEncoding, options: Mapping[str, Any]) -> None:
+        """Name the texts that lost their end."""
+        if options.get("return_overflowing_tokens") or not isinstance(encoded, BatchEncoding):
+            return
         batch = [text] if isinstance(text, str) else text
         cut = [i for i, encoding in enumerate(encoded.encodings or ()) if encoding.overflowing]
-        if cut and not kwargs.get("return_overflowing_tokens"):
+        if cut and batch is not None:
             first, others = cut[0], f" {len(cut) - 1} more were cut, too." if len(cut) > 1 else ""
             tokens = len(encoded.encodings[first].ids)
             logger.warning(
                 f"Text {first} is too long and was cut to {tokens} tokens: {str(batch[first])[:60]!r}...{others}"
             )
-        return encoded
 
-    def _cleaned(self, text: Any) -> Any:
-        clean = CLEANINGS[self.clean]
-        if isinstance(text, str):
-            return clean(text)
-        if isinstance(text, list | tuple):
-            return [clean(item) if isinstance(item, str) else item for item in text]
-        return text
+    # Texts with marks in them
+
+    def encode_marked(
+        self,
+        text: Any,
+        *,
+        padding: Any,
+        truncation: Any,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        **options: Any,
+    ) -> BatchEncoding:
+        """Texts, in some of which special tokens are marked as words."""
+        several = not isinstance(text, str)
+        before, after = self.around() if add_special_tokens else ([], [])
+        room = max_length or (self.model_max_length if truncation else None)
+        rows = []
+        for item in text if several else [text]:
+            ids = self.marked_ids(item)
+            if truncation and truncation != "do_not_truncate" and room is not None:
+                kept = max(room - len(before) - len(after), 0)
+                ids = ids[:kept] if self.truncation_side == "right" else ids[len(ids) - min(kept, len(ids)) :]
+            rows.append([*before, *ids, *after])
+        known = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
+        given = {name: options[name] for name in known if options.get(name) is not None}
+        one = not several and not given.get("return_tensors")
+        length = room if padding == "max_length" else None
+        return self.pad({"input_ids": rows[0] if one else rows}, padding=padding, max_length=length, **given)
+
+    def marked_ids(self, text: str) -> list[int]:
+        """Ids of a text without those around it: its tokens are tokens, but for those that are marked."""
+        added = self.added_tokens_encoder
+        pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+        ids: list[int] = []
+        for i, piece in enumerate(re.split(f"({pattern})", text) if added else [text]):
+            ids += [added[piece]] if i % 2 else self.plain_ids(unprotected(piece), first=i == 0)
+        return ids
+
+    def plain_ids(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of a text in which nothing is a token of its own; not the `first` piece, it follows on one."""
+        if not text:
+            return []
+        if first or not self.begins_differently():
+            return self._model_ids(text)
+        start = self._model_ids("\n")
+        ids = self._model_ids("\n" + text)
+        return ids[len(start) :] if ids[: len(start)] == start else self._model_ids(text)
+
+    def _model_ids(self, text: str) -> list[int]:
+        engine = self.backend_tokenizer
+        text = engine.normalizer.normalize_str(text) if engine.normalizer is not None else text
+        before = engine.pre_tokenizer
+        pieces = [text] if before is None else [piece for piece, _ in before.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in engine.model.tokenize(piece)]
+
+    def begins_differently(self) -> bool:
+        """Whether the beginning of a text is encoded otherwise than what follows a token."""
+        token = next(iter(self.added_tokens_encoder), None)
+        if token is None:
+            return False
+        with self.lock:
+            ids = super().__call__(token + "a", add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+        return ids[1:] != self._model_ids("a")
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids before and after every text."""
+        with self.lock:
+            whole = super().__call__("a", padding=False, truncation=False)["input_ids"]
+            inner = super().__call__("a", add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        return whole[:start], whole[start + len(inner) :]
+
+    # From ids to texts
+
+    def decode(  # type: ignore[override]
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,  # noqa: FBT001, FBT002 (transformers' own)
+        clean_up_tokenization_spaces: bool | None = None,  # noqa: FBT001
+        **kwargs: Any,
+    ) -> Any:
+        """As every tokenizer: ids to a text, or rows of ids to texts.
+
+        Raises:
+            TypeError: an unknown keyword.
+        """
+        check_keywords(self, kwargs, {"spaces_between_special_tokens", "use_source_tokenizer"})
+        ids = self.decodable(token_ids, skip=skip_special_tokens)
+        # transformers refuses to clean up what byte pairs make, which some originals do.
+        text: Any = super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
+        clean = clean_up_tokenization_spaces
+        if not (self.clean_up_tokenization_spaces if clean is None else clean):
+            return text
+        return (
+            self.clean_up_tokenization(text) if isinstance(text, str) else list(map(self.clean_up_tokenization, text))
+        )
+
+    def decodable(self, token_ids: Any, *, skip: bool) -> Any:
+        """Ids as they are decoded; with `skip`, special tokens are to be left out."""
+        return token_ids
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
@@ -216,6 +572,46 @@ def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int])
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ValueError(f"{shown(left)} and {shown(right)} are merged, and not all of it is in the vocabulary")
     return merges
+
+
+TOKEN = (str, AddedToken)
+
+
+def _parameters(function: Any) -> Iterable[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+
+
+def is_marked(text: Any) -> bool:
+    """Whether special tokens are marked in a text, or in one of several."""
+    texts = text if isinstance(text, list) else [text]
+    return any(isinstance(item, str) and PROTECTED in item for item in texts)
+
+
+class ZeroPaddedTokenizer(HfvlmTokenizer):
+    """Always pads to `model_max_length`, on the right, with id 0: the model was trained on texts of that length, and
+    `padding=True` means it too.
+
+    Id 0 is that of "!" within a word. It is no special token of the engine, which would be cut out of texts.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    default_padding = "max_length"
+    padding_sides = ("right",)
+    pad_token_id = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.pop("pad_token", None)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def pad_token(self) -> str:
+        """The piece of id 0."""
+        return str(self.convert_ids_to_tokens(self.pad_token_id))
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
+        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
+        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
 
 
 def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
@@ -501,6 +897,12 @@ def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
     return engine
 
 
+def cleans_up(engine: Tokenizer) -> bool:
+    """Whether transformers 4, with which the originals decode, takes spaces before punctuation out: of GPT-NeoX's byte
+    pairs it does, of LLaMA's pieces not."""
+    return isinstance(engine.model, models.BPE) and not engine.model.byte_fallback
+
+
 class PieceTokenizer(HfvlmTokenizer):
     """What transformers' slow LlamaTokenizer made of a sentencepiece model, which LLaMA's descendants were trained on.
 
@@ -558,14 +960,12 @@ class PieceTokenizer(HfvlmTokenizer):
         with refusing(path, "not a vocabulary of this kind", VocabularyError):
             engine.post_processor = template(engine, tokens["bos_token"] if add_bos_token else "", "")
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
-        return cls(tokenizer_object=engine, legacy=legacy, add_bos_token=add_bos_token, **tokens | kwargs)
+        tokens |= {"clean_up_tokenization_spaces": cleans_up(engine)} | kwargs
+        return cls(tokenizer_object=engine, legacy=legacy, add_bos_token=add_bos_token, **tokens)
 
-    def _cleaned(self, text: Any) -> Any:
-        text = super()._cleaned(text)
-        if self.legacy or text is None:
-            return text
-        return self._spaced(text) if isinstance(text, str) else [self._spaced(item) for item in text]
-
-    def _spaced(self, text: str) -> str:
+    def cleaned_text(self, text: str) -> str:
         """With the space that a text begins with, unless it begins with a special token."""
-        return text if not text or text.startswith(tuple(self.added_tokens_encoder)) else f" {text}"
+        text = super().cleaned_text(text)
+        if self.legacy or not text or text.startswith(tuple(self.added_tokens_encoder)):
+            return text
+        return f" {text}"

@@ -2,19 +2,27 @@
 
 import base64
 import itertools
+import json
 import logging
 import random
 import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as host
 
+from hfvlm.models.align import HfvlmALIGNTokenizer
+from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
+from hfvlm.models.blip2 import HfvlmBLIP2QFormerTokenizer, HfvlmBLIP2Tokenizer
 from hfvlm.models.clip import HfvlmCLIPTokenizer
+from hfvlm.models.coca import HfvlmCoCaTokenizer
+from hfvlm.models.flava import HfvlmFLAVATokenizer
 from hfvlm.models.siglip import HfvlmSigLIPTokenizer
-from hfvlm.tokenization import CLEANINGS, HfvlmTokenizer, tiktoken_bpe
+from hfvlm.tokenization import CLEANINGS, HfvlmTokenizer, _byte_letters, tiktoken_bpe
 from tests.conftest import SHIPPED
+from tests.tiny_llava import VOCABULARY
 
 
 @pytest.fixture
@@ -189,3 +197,75 @@ def test_ranks_are_joined_as_tiktoken_does():
         expected = [ranks[text.encode()]] if text.encode() in ranks else joined(text.encode(), ranks)
         assert engine.encode(text).ids == expected, text
         assert engine.decode(expected) == text
+
+
+# From ids to texts
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A BERT's vocabulary, small."""
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    pieces = "[PAD] [UNK] [CLS] [SEP] [MASK] a man ' s hat , and the dog don t . ! ? it i m ve re ##s n a ##n".split()  # noqa: SIM905
+    path.write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "cls", [HfvlmBLIPTokenizer, HfvlmBLIP2QFormerTokenizer, HfvlmFLAVATokenizer, HfvlmALIGNTokenizer]
+)
+def test_word_pieces_are_decoded_as_bert_does(cls, words, tmp_path):
+    """transformers 4's BertTokenizer, which the originals decode with, takes spaces before punctuation out."""
+    tokenizer = cls.from_vocabulary(words)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text, expected in (
+            ("a man ' s hat", "a man's hat"),
+            ("a man, and the dog!", "a man, and the dog!"),
+            ("i ' m a man . it ' s the hat ?", "i'm a man. it's the hat?"),
+        ):
+            ids = each(text, padding=False)["input_ids"]
+            assert each.decode(ids, skip_special_tokens=True) == expected
+            assert each.batch_decode([ids, ids], skip_special_tokens=True) == [expected, expected]
+            assert each.decode(torch.tensor([ids]), skip_special_tokens=True) == [expected]
+        ids = each("a man ' s hat", padding=False)["input_ids"]
+        assert each.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == "a man ' s hat"
+    assert cls.from_vocabulary(words, clean_up_tokenization_spaces=False).decode(ids, True) == "a man ' s hat"
+
+
+def test_captions_are_spelt_as_the_original_spells_them(words):
+    processor = HfvlmBLIPProcessor(
+        HfvlmBLIPImageProcessor(), HfvlmBLIPTokenizer.from_vocabulary(words), prompt="a man and "
+    )
+    ids = processor.tokenizer(["a man and the dog ' s hat", "a man and it ."])["input_ids"]
+    assert processor.decode_captions(ids) == ["the dog's hat", "it."]
+
+
+def test_bytes_are_decoded_as_they_are(clip):
+    """OpenAI's and open_clip's decoders clean nothing up."""
+    ids = clip("a dog ' s toy ,", padding=False)["input_ids"]
+    assert clip.decode(ids, skip_special_tokens=True) == "a dog ' s toy ,"
+    cleaned = clip.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    assert cleaned == "a dog's toy,"
+    coca = HfvlmCoCaTokenizer.from_vocabulary(SHIPPED / "bpe_simple_vocab.txt.gz", model_max_length=20)
+    ids = coca("a man ' s hat !")["input_ids"]
+    assert coca.decode(ids, skip_special_tokens=True).strip() == "a man ' s hat !"
+    assert coca.batch_decode(torch.tensor([ids, ids]), skip_special_tokens=True)[1].strip() == "a man ' s hat !"
+    assert coca.decode(ids).count("<|endoftext|>") == 1
+
+
+@pytest.mark.parametrize(("kind", "cleans"), [("opt", True), ("llama", False)])
+def test_language_models_are_decoded_as_lavis_does(kind, cleans, tmp_path):
+    path = VOCABULARY
+    if kind == "opt":
+        letters = {letter: i for i, letter in enumerate([*_byte_letters().values(), "<s>", "<pad>", "</s>", "<unk>"])}
+        path = tmp_path / "vocab.json"
+        path.write_text(json.dumps(letters))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = HfvlmBLIP2Tokenizer.from_vocabulary(path, kind=kind)
+    text = "a dog , and it 's"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ("a dog, and it's" if cleans else text)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)

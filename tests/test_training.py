@@ -11,7 +11,7 @@ from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser
 
 import hfvlm
 from hfvlm.evaluation.retrieval import recall_at
@@ -561,3 +561,13 @@ def test_sharded_parameters_have_the_same_gradients():
         assert set(found) == set(expected)
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_learning_rates_of_towers_as_a_command_line_writes_them(tmp_path):
+    parser = HfArgumentParser(ContrastiveTrainingArguments)
+    base = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
+    (arguments,) = parser.parse_args_into_dataclasses([*base, "--tower_learning_rates", '{"vision": 1e-6}'])
+    assert arguments.tower_learning_rates == {"vision": 1e-6}
+    for wrong, words in (("vision=1e-6", "is no JSON object"), ("[1e-6]", "must be a JSON object")):
+        with pytest.raises(ValueError, match=words):
+            parser.parse_args_into_dataclasses([*base, "--tower_learning_rates", wrong])

@@ -205,7 +205,7 @@ def test_a_film_however_it_comes(processor, clip):
 def test_films_and_texts_must_fit(processor):
     with pytest.raises(ValueError, match=r"places \('<video>'\) for \[1\] videos, but \[2\] were given"):
         processor(text="What?\n<video>", videos=[film(0), film(1)])
-    with pytest.raises(ValueError, match="reads films"):
+    with pytest.raises(ValueError, match="reads videos"):
         processor(images=[film()[0]], text="What?")
     with pytest.raises(ValueError, match="needs text"):
         processor(videos=[film()])

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from hfvlm.configuration import BertTextConfig, TextConfig, VisionConfig
@@ -30,14 +31,17 @@ class TokenEmbedding(nn.Module):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=std)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embed token ids `(B, N)`, padded on either side where `attention_mask`, `(B, N)`, is 0."""
         length, longest = input_ids.shape[1], len(self.position)
         if length > longest:
             raise ValueError(
                 f"input_ids have {length} tokens, the text tower has positions for {longest} "
                 "(max_position_embeddings): truncate the texts, or add positions with `resize_positions`."
             )
-        return self.token(input_ids) + self.position[:length]
+        if attention_mask is None:
+            return self.token(input_ids) + self.position[:length]
+        return self.token(input_ids) + F.embedding(padded_positions(attention_mask), self.position)
 
 
 class BertEmbedding(nn.Module):
@@ -60,6 +64,35 @@ class BertEmbedding(nn.Module):
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         return self.dropout(self.norm(x))
+
+
+def text_starts(attention_mask: Tensor) -> Tensor:
+    """`(B, N)` with 0 for padding -> `(B, 1)`, the place of each text's first token."""
+    return attention_mask.long().argmax(dim=1, keepdim=True)
+
+
+def padded_positions(attention_mask: Tensor) -> Tensor:
+    """`(B, N)` with 0 for padding -> `(B, N)`, positions counted from each text's first token; padding before it goes
+    on counting from the text's end, as if it stood there."""
+    length = attention_mask.shape[1]
+    return (torch.arange(length, device=attention_mask.device) - text_starts(attention_mask)) % length
+
+
+def right_padded(attention_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Rows `(B, N, ...)`, in which padding before a text is put behind it; see `as_padded`."""
+    length = attention_mask.shape[1]
+    order = (torch.arange(length, device=attention_mask.device) + text_starts(attention_mask)) % length
+    return [_ordered(tensor, order) for tensor in tensors]
+
+
+def as_padded(attention_mask: Tensor, rows: Tensor) -> Tensor:
+    """What `right_padded` gave, or was computed of it, with padding on the side where it was."""
+    return _ordered(rows, padded_positions(attention_mask))
+
+
+def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+    shape = order.shape + (1,) * (rows.ndim - 2)
+    return rows.gather(1, order.view(shape).expand(-1, -1, *rows.shape[2:]))
 
 
 def text_positions(input_ids: Tensor, attention_mask: Tensor | None, longest: int, past: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hfvlm.configuration import TowerConfig
+from hfvlm.modules.embeddings import text_starts
 from hfvlm.modules.transformer import MLP, Attention
 
 
@@ -29,12 +30,30 @@ class AttentionPool(nn.Module):
         return (pooled + self.mlp(self.mlp_norm(pooled))).squeeze(1)
 
 
-def end_of_text(input_ids: Tensor, eos_token_id: int | None) -> Tensor:
-    """(B, N) -> (B,), where CLIP pools: the first end-of-text token, or the first largest id in a row without one.
+def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`(B, N, D)` -> `(B, D)`, each text's first token; `attention_mask`, `(B, N)`, is 0 for padding before it."""
+    if attention_mask is None:
+        return x[:, 0]
+    return x.gather(1, text_starts(attention_mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
+
+
+def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`(B, N, D)` -> `(B, D)`, the token at the last position, which stands before the text where padding does."""
+    if attention_mask is None:
+        return x[:, -1]
+    last = (text_starts(attention_mask) - 1) % x.shape[1]
+    return x.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
+
+
+def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
+    """`(B, N)` -> `(B,)`, where CLIP pools: the first end-of-text token, or the first largest id in a row without one.
+    Padding, where `attention_mask` is 0, is no such token.
 
     In the original vocabulary end-of-text is the largest id and the original's rule is the argmax alone; tokens that
     a user adds have larger ids and must not attract the pooling.
     """
     if eos_token_id is not None:
         input_ids = input_ids.masked_fill(input_ids == eos_token_id, torch.iinfo(input_ids.dtype).max)
+    if attention_mask is not None:
+        input_ids = input_ids.masked_fill(attention_mask == 0, -1)
     return input_ids.argmax(dim=-1)

@@ -1,5 +1,6 @@
 """What can be set for contrastive training."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +48,11 @@ class ContrastiveTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: the collator reads them."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an incomplete last batch."})
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "tower_learning_rates"]
-
     def __post_init__(self) -> None:
         check_arguments(self)
         super().__post_init__()
+        if isinstance(self.tower_learning_rates, str):  # of a command line
+            self.tower_learning_rates = _rates(self.tower_learning_rates)
         self.check_own()
         if self.loss not in (None, *LOSSES):
             raise ValueError(f"loss {self.loss!r} is none of {', '.join(LOSSES)}.")
@@ -75,3 +76,18 @@ class ContrastiveTrainingArguments(TrainingArguments):
         if isinstance(self.tower_learning_rates, Mapping):
             for tower, rate in self.tower_learning_rates.items():
                 check_number(f"tower_learning_rates of {tower}", rate, 0)
+
+
+def _rates(text: str) -> dict[str, Any]:
+    """Learning rates as a command line writes them, in JSON.
+
+    Raises:
+        ValueError: they are no JSON object.
+    """
+    try:
+        rates = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tower_learning_rates {text!r:.200} is no JSON object ({error}).") from error
+    if not isinstance(rates, dict):
+        raise ValueError(f'tower_learning_rates must be a JSON object such as {{"vision": 1e-6}}, not {text!r:.200}.')
+    return rates

@@ -82,7 +82,9 @@ class ChatCollator:
         self, example: Mapping[str, Any], name: str = "example"
     ) -> tuple[list[int], list[int], list[Any], list[Message]]:
         """One example -> ids, labels, pictures and messages."""
-        messages, images = read_example(example, self.processor.media_token, self.processor.modality)
+        modality = self.processor.modality
+        said, images = read_example(example, self.processor.media_token, modality)
+        messages = self.processor.protected(said, places(said, images, modality))
         ids, labels = self.processor.training_row(messages)
         (pictures,) = self.processor.pictures_of([ids], images or None)
         counts = self.processor.count_each(pictures)
@@ -180,7 +182,11 @@ def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str
 
 
 def read_example(example: Mapping[str, Any], token: str, modality: str = "image") -> tuple[list[Message], list[Any]]:
-    """Either form -> messages, with a place for each picture, and the pictures in their order."""
+    """Either form -> messages, with a place for each image, and the images in their order.
+
+    In a content that is a string, `token` (or `<image>`) is a place as long as there are images without a part of
+    their own; whatever else spells it is text.
+    """
     one, several = modality, f"{modality}s"
     if "conversations" in example:
         messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in example["conversations"]]
@@ -188,8 +194,6 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
     else:
         messages = [dict(message) for message in example["messages"]]
         images = example.get(several, example.get(one))
-    if token != f"<{modality}>":  # the place in every file; models that call it otherwise number their pictures, too
-        messages = [_with_places(message, modality) for message in messages]
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     inside = [
         part[key]
@@ -201,30 +205,39 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
         if part.get(key) is not None
     ]
     images = inside or images
-    missing = len(images) - sum(_places(message["content"], token, modality) for message in messages)
+    left = len(images) - _parts(messages, modality)
+    if token != f"<{modality}>":  # the place in every file; models that call it otherwise number their images, too
+        messages = [_with_places(message, modality, left) for message in messages]
+        left = len(images) - _parts(messages, modality)
+    left -= sum(message["content"].count(token) for message in messages if isinstance(message["content"], str))
     first = next((message for message in messages if message["role"] == "user"), None)
-    if missing > 0 and first is not None:
-        content = first["content"]
+    if left > 0 and first is not None:
+        content = _with_places(first, modality, len(images))["content"]
         texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        first["content"] = [{"type": modality}] * missing + texts
+        first["content"] = [{"type": modality}] * left + texts
     return messages, images
 
 
-def _with_places(message: Message, modality: str) -> Message:
-    if not isinstance(message["content"], str):
+def _with_places(message: Message, modality: str, count: int) -> Message:
+    """A message whose text spells out places, at most `count`, with a part for each."""
+    if not isinstance(message["content"], str) or count < 1:
         return message
-    first, *others = message["content"].split(f"<{modality}>")
+    first, *others = message["content"].split(f"<{modality}>", count)
     parts = [{"type": "text", "text": first}]
     for text in others:
         parts += [{"type": modality}, {"type": "text", "text": text.removeprefix("\n")}]
     return message | {"content": parts if others else first}
 
 
+def _parts(messages: Sequence[Message], modality: str) -> int:
+    contents = (message["content"] for message in messages if not isinstance(message["content"], str))
+    return sum(part["type"] == modality for content in contents for part in content)
+
+
+def places(messages: Sequence[Message], images: Sequence[Any], modality: str) -> int:
+    """How many places the contents that are strings spell out: of the images that have no part of their own."""
+    return max(len(images) - _parts(messages, modality), 0)
+
+
 def _said(role: str, content: Any) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
-
-
-def _places(content: Any, token: str, modality: str) -> int:
-    if isinstance(content, str):
-        return content.count(token)
-    return sum(part["type"] == modality for part in content)

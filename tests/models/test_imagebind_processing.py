@@ -65,7 +65,7 @@ def test_everything_at_once_and_each_alone(folder):
     with pytest.raises(ValueError, match="needs one of images, text"):
         processor()
     assert processor(text="0", audio=(WAVE, 16_000), padding="max_length")["input_ids"].shape == (1, 24)
-    with pytest.raises(TypeError, match="no setting loudness"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'loudness'"):
         processor(audio=(WAVE, 16_000), audio_kwargs={"loudness": 3})
     assert (
         processor(audio=WAVE, audio_kwargs={"sampling_rate": 16_000, "num_clips": 1})["input_features"].shape[1] == 1
@@ -133,7 +133,7 @@ def test_clips_of_a_film():
     ]
     single = extractor([film(7)], num_crops=1, num_clips=1, num_frames=4, return_tensors="pt")["pixel_values_videos"]
     assert single.shape == (1, 1, 3, 4, 16, 16)
-    with pytest.raises(ValueError, match="num_crops must be 1 or 3"):
+    with pytest.raises(ValueError, match="num_crops must be one of 1, 3"):
         extractor([film()], num_crops=2)
     with pytest.raises(MediaError, match="too thin"):
         HfvlmImageBindVideoFeatureExtractor()([np.zeros((2, 1, 400_000, 3), np.uint8)])
@@ -159,7 +159,7 @@ def test_sounds_are_resampled_and_the_first_channel_is_read():
     assert torch.all(features[..., 198:] == torch.tensor(4.268) / 9.138)
     with pytest.raises(MediaError, match="too short; it takes 25 ms"):
         extractor((WAVE[:300], 16_000))
-    with pytest.raises(TypeError, match="no setting loudness"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'loudness'"):
         extractor(WAVE, sampling_rate=16_000, loudness=3)
 
 

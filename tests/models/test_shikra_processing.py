@@ -15,6 +15,7 @@ import hfvlm
 from hfvlm.models.shikra import HfvlmShikraForConditionalGeneration, HfvlmShikraImageProcessor
 from hfvlm.models.shikra.places import Bins, Square
 from hfvlm.presets import load_preset
+from hfvlm.protection import PROTECTED
 from hfvlm.training.chat import ChatCollator
 
 VOCABULARY = Path(__file__).parents[1] / "goldens" / "shikra" / "processor-prompts" / "tokenizer.model"
@@ -61,13 +62,20 @@ class TestPrompts:
             ([PICTURE, text("What?")], "<image> What?"),
             ([PICTURE, text("Where in <image> is it?")], "Where in <image> is it?"),
             ([text("Where in "), PICTURE, text(" is it?")], "Where in <image> is it?"),
-            ([text("What is <image>?")], "What is ?"),
-            ("What is <image>?", "What is <image>?"),
+            (
+                [PICTURE, text("Where in <image> is an <image> tag?")],
+                f"Where in <image> is an <{PROTECTED}image> tag?",
+            ),
+            ([text("What is <image>?")], f"What is <{PROTECTED}image>?"),
+            ("What is <image>?", f"What is <{PROTECTED}image>?"),
         ],
     )
     def test_where_the_picture_stands(self, processor, content, expected):
+        """Where a message has images, as many `<image>` as it has say where they stand; others are words."""
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert prompt == f"{SYSTEM}USER: {expected} ASSISTANT:"
+        places = processor.encode(prompt).count(processor.image_token_id)
+        assert places == (not isinstance(content, str) and PICTURE in content)
 
     def test_several_turns(self, processor):
         messages = [*asked(PICTURE, text("What?")), {"role": "assistant", "content": "A dog."}, *asked(text("And?"))]
@@ -88,7 +96,7 @@ class TestPrompts:
         inputs = processor(images=picture, text=prompt)
         assert (inputs["input_ids"] == processor.image_token_id).sum() == 16
         assert inputs["pixel_values"].shape == (1, 3, 32, 32)
-        with pytest.raises(ValueError, match=r"places \('<image>'\) for \[1\] pictures, but \[0\] were given"):
+        with pytest.raises(ValueError, match=r"places \('<image>'\) for \[1\] images, but \[0\] were given"):
             processor(text=prompt)
 
     def test_paths_and_addresses_in_a_text_are_text(self, processor, picture):

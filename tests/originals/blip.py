@@ -79,7 +79,7 @@ def tokens(golden: Golden) -> None:
         )["input_ids"],
         r"pre_(caption|question)(?:_max_words_(\d+))?": lambda text, kind, words: cleaning(
             kind, 512, int(words or 50)
-        )._cleaned(text),
+        ).cleaned(text),
         r"ids_of_pre_(caption|question)(?:_max_words_(\d+))?(?:_max_length_(\d+))?": (
             lambda text, kind, words, size: cleaning(kind, int(size or 512), int(words or 50))(text)["input_ids"]
         ),

@@ -112,7 +112,7 @@ def tokens(golden: Golden) -> None:
     # What a row's field holds says what was done to its text.
     fields = {
         r"Blip(Caption|Question)Processor\((?:prompt='(.*?)')?(?:, )?(?:max_words=(\d+))?\)": (
-            lambda text, kind, prompt, words: (prompt or "") + cleaning(kind.lower(), int(words or 50))._cleaned(text)
+            lambda text, kind, prompt, words: (prompt or "") + cleaning(kind.lower(), int(words or 50)).cleaned(text)
         ),
         r"qformer_ids_max_length_(\d+)": cut,
         r"instruct_qformer_ids_left_truncation_max_length_(\d+)": lambda text, size: cut(text, size, "left"),

@@ -100,7 +100,7 @@ def dialogs(golden: Golden) -> None:
         processor, counts = processor_of(golden, MARKS if row["se"] else ("", "")), [row["image_token_len"]]
         messages = messages_of(processor, case["dialogs"][row["dialog"]])
         asks = messages[-1]["role"] == "user"
-        whole = processor.apply_chat_template(messages, add_generation_prompt=asks)
+        whole = processor.apply_chat_template(messages, add_generation_prompt=asks, sanitize_control_tokens=False)
         patches = f"{processor.image_start}{PATCH * counts[0]}{processor.image_end}"
         assert whole.replace("<image>", patches) == row["prompt"]
         if row["mode"] == "train":
@@ -111,7 +111,7 @@ def dialogs(golden: Golden) -> None:
             assert expanded == row["labels"], row["dialog"]
         else:  # the question before the last answer, and the whole, which is what answers are measured by
             asked = messages if asks else messages[:-1]
-            prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
+            prompt = processor.apply_chat_template(asked, add_generation_prompt=True, sanitize_control_tokens=False)
             assert processor.expand(processor.encode(prompt), counts) == row["input_ids"], row["dialog"]
             assert processor.expand(processor.encode(whole, add_special_tokens=False), counts) == row["labels"]
 

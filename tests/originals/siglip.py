@@ -70,7 +70,7 @@ def tokens(golden: Golden) -> None:
     tokenizer = HfvlmSigLIPTokenizer.from_vocabulary(golden.folder / model, model_max_length=length)
     for row in golden.case["texts"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
-        assert tokenizer._cleaned(row["text"]) == row.get("canonicalized", tokenizer._cleaned(row["text"]))
+        assert tokenizer.cleaned(row["text"]) == row.get("canonicalized", tokenizer.cleaned(row["text"]))
 
 
 def open_clip(golden: Golden) -> None:

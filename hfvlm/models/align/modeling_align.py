@@ -30,6 +30,7 @@ from hfvlm.models.align.configuration_align import (
 from hfvlm.modules.dropout import DropPath
 from hfvlm.modules.embeddings import BertEmbedding, text_positions
 from hfvlm.modules.normalization import BatchNorm2d
+from hfvlm.modules.pooling import first_token
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import Temperature
 from hfvlm.modules.transformer import PostNormLayer, Stack
@@ -195,7 +196,8 @@ class HfvlmALIGNTextModel(HfvlmPreTrainedModel):
         x = self.embeddings(input_ids, positions, token_type_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         x = self.layers(x, mask, **kwargs)
-        return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
+        pooled = first_token(x, attention_mask)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
 class HfvlmALIGNModel(DualEncoder):

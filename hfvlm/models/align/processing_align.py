@@ -32,7 +32,7 @@ class HfvlmALIGNImageProcessor(FixedSizeImageProcessor):
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         settings = super().checked(settings)
-        if not isinstance(settings["resized"], int) or settings["resized"] < max(settings["size"].values()):
+        if settings["resized"] < max(settings["size"].values()):
             raise ValueError(f"resized must be an edge no shorter than size {settings['size']}.")
         return settings
 
@@ -54,6 +54,7 @@ class HfvlmALIGNTokenizer(HfvlmTokenizer):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    default_clean_up = True
 
     def __init__(self, clean: str = "fold", model_max_length: int = 64, **kwargs: Any):
         tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}

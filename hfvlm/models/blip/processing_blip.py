@@ -10,7 +10,9 @@ from tokenizers import AddedToken, normalizers
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
+from hfvlm.batches import listed
 from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.settings import string
 from hfvlm.tokenization import HfvlmTokenizer, wordpiece
 
 
@@ -36,12 +38,15 @@ class HfvlmBLIPTokenizer(HfvlmTokenizer):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    default_clean_up = True
     MARKS: tuple[str, ...] = ("[DEC]", "[ENC]")
 
     def __init__(self, clean: str = "none", model_max_length: int = 35, max_words: int | None = None, **kwargs: Any):
         tokens = {"bos_token": "[DEC]", "eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
         tokens |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
         extra = {"extra_special_tokens": list(self.MARKS[1:])}
+        if max_words is not None:
+            self.check_number("max_words", max_words, 1)
         self.max_words = max_words
         super().__init__(
             clean=clean, model_max_length=model_max_length, max_words=max_words, **tokens | extra | kwargs
@@ -56,14 +61,9 @@ class HfvlmBLIPTokenizer(HfvlmTokenizer):
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
         return cls(tokenizer_object=engine, **kwargs)
 
-    def _cleaned(self, text: Any) -> Any:
-        cleaned = super()._cleaned(text)
-        if isinstance(cleaned, list):
-            return [self._cut(item) for item in cleaned]
-        return self._cut(cleaned)
-
-    def _cut(self, text: Any) -> Any:
-        return " ".join(text.split(" ")[: self.max_words]) if self.max_words and isinstance(text, str) else text
+    def cleaned_text(self, text: str) -> str:
+        text = super().cleaned_text(text)
+        return " ".join(text.split(" ")[: self.max_words]) if self.max_words else text
 
 
 class HfvlmBLIPProcessor(DualEncoderProcessor):
@@ -73,8 +73,10 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         prompt: what captions begin with. Pictures alone come with it; `captions` puts it before the texts.
     """
 
+    CHECKS = {"prompt": string}
+
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, prompt: str = "", **kwargs: Any):
-        self.prompt = prompt
+        self.set_arguments(prompt=prompt)
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
@@ -82,6 +84,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
 
         Lists of two pictures, one list a text, become `pixel_values` `(B, 2, C, H, W)`.
         """
+        images = listed(images)
         groups = [len(group) for group in images] if is_nested(images) else []
         if len(set(groups)) > 1:
             raise ValueError(f"Each text needs as many pictures as the others; there are {groups}.")
@@ -112,7 +115,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         return encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
 
     def decode_captions(self, ids: Any) -> list[str]:
-        """What `generate` wrote -> captions without their prompt."""
+        """Generated ids -> captions without their prompt, as the original spells them."""
         return [text[len(self.prompt) :] for text in self.batch_decode(ids, skip_special_tokens=True)]
 
 

@@ -11,10 +11,12 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
+from hfvlm.batches import is_empty, listed, texts_of
 from hfvlm.media.images import read_images
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
 from hfvlm.processing import DualEncoderProcessor
+from hfvlm.settings import one_of, string, whole
 from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, byte_pairs, sentencepiece, template
 
 
@@ -76,7 +78,10 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
         places = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in places])
         # T5 pads behind a text, which its decoder does not continue.
-        return cls(tokenizer_object=engine, padding_side="right" if kind == "t5" else "left", **special | kwargs)
+        defaults = {"padding_side": "right" if kind == "t5" else "left"}
+        # LAVIS's tokenizers of OPT and T5 take spaces before punctuation out; LLaMA's does not.
+        defaults |= {"clean_up_tokenization_spaces": kind != "llama"}
+        return cls(tokenizer_object=engine, **defaults | special | kwargs)
 
 
 IMAGE, VIDEO = "<image>", "<video>"
@@ -137,6 +142,8 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         kind: whose conventions the texts follow, "opt", "t5" or "llama".
     """
 
+    CHECKS = {"num_queries": whole(1, 2**16), "prompt": string, "question": string, "kind": one_of(*ENGINES)}
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -148,7 +155,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         kind: str = "opt",
         **kwargs: Any,
     ):
-        self.num_queries, self.prompt, self.question, self.kind = num_queries, prompt, question, kind
+        self.set_arguments(num_queries=num_queries, prompt=prompt, question=question, kind=kind)
         template = chat_template or default_chat_template(question)
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
@@ -173,15 +180,21 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             return_tensors: "pt", "np", or None for lists.
             **kwargs: as there.
         """
-        if videos is not None:
+        if not is_empty(videos):
             return self.films(videos, text, return_tensors, **kwargs)
+        images = self.batched(images)
         return super().__call__(images, self.placed(images, text), return_tensors, **kwargs)
 
     def films(self, videos: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Films and what is asked about each -> the model's inputs; see `__call__`."""
-        upright = self.image_processor.upright
-        frames = [read_images(list(video), upright=upright) for video in videos]
-        texts = [text] if isinstance(text, str) else list(text)
+        if text is None:
+            raise ValueError(f"{type(self).__name__} needs a text for each video.")
+        options, words = self.call_options(kwargs)
+        reading = {"upright": self.image_processor.upright, "allow_urls": options.pop("allow_urls", False)}
+        frames = [read_images(list(video), **reading) for video in listed(videos)]
+        texts = texts_of(text)
+        texts = [texts] if isinstance(texts, str) else texts
+        padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
         counts = [len(film) for film in frames]
         if len(set(counts)) != 1 or len(counts) != len(texts):
             raise ValueError(
@@ -190,19 +203,20 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         place = self.tokenizer.convert_tokens_to_ids(VIDEO)
         before = [place] * counts[0] * self.num_queries
         rows = [before + self.text_ids(item.replace(VIDEO, "")) for item in texts]
-        pixels = self.image_processor([frame for film in frames for frame in film], return_tensors="np", **kwargs)
+        pixels = self.image_processor([frame for film in frames for frame in film], return_tensors="np", **options)
         pixels = pixels["pixel_values"].reshape(len(frames), counts[0], *pixels["pixel_values"].shape[1:])
-        batch = self.tokenizer.pad({"input_ids": rows}, padding=True)
+        batch = self.tokenizer.pad({"input_ids": rows}, padding=True, **padded)
         return BatchFeature({**batch, "pixel_values_videos": pixels}, tensor_type=return_tensors)
 
     def placed(self, images: Any, text: Any) -> Any:
         """Texts with a place for their pictures: where they name none, before them; without texts, the prompt."""
-        if images is None:
+        if is_empty(images):
             return text
         several = isinstance(images, list | tuple)
         if text is None:
             text = [self.prompt] * (len(images) if several else 1)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = texts_of(text)
+        texts = [texts] if isinstance(texts, str) else texts
         if any(self.image_token in item for item in texts):
             return texts
         return [self.image_token + item for item in texts]
@@ -276,10 +290,12 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         """
         if self.kind == "t5":
             raise ValueError("A T5 writes beside what it reads: train it on `processor.examples(...)`.")
-        *before, last = messages
-        given = self.apply_chat_template(list(before), add_generation_prompt=True)
+        *before, last = self.protected(messages, places=EVERY)
+        given, answer = self.render(before, add_generation_prompt=True), last["content"]
+        if not isinstance(answer, str):
+            answer = "".join(part["text"] for part in answer if part["type"] == "text")
         pictures = given.count(self.image_token)
-        ids, labels = self.answered(given.replace(self.image_token, ""), last["content"])
+        ids, labels = self.answered(given.replace(self.image_token, ""), answer)
         return [self.image_token_id] * pictures + ids, [IGNORE] * pictures + labels
 
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> list[str]:
@@ -329,6 +345,7 @@ class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
+        images, text = self.batched(images), None if text is None else texts_of(text)
         inputs = super().__call__(images, text, videos, return_tensors, **kwargs)
         if "pixel_values" in inputs:
             inputs.update(self.instructions(self.placed(images, text), return_tensors))
@@ -340,8 +357,9 @@ class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
     def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
         """With the instructions: of each conversation what stands before the first answer."""
         inputs = super().media_inputs(media, conversations)
-        asked = [list(takewhile(lambda message: message["role"] != "assistant", own)) for own in conversations]
-        prompts = [self.apply_chat_template(messages, add_generation_prompt=True) for messages in asked]
+        known = [self.protected(own) for own in conversations]
+        asked = [list(takewhile(lambda message: message["role"] != "assistant", own)) for own in known]
+        prompts = [self.render(messages, add_generation_prompt=True) for messages in asked]
         inputs.update(self.instructions(prompts))
         return inputs
 

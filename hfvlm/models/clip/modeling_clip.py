@@ -126,14 +126,16 @@ class HfvlmCLIPTextModel(HfvlmCLIPPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
-        """`(B, N)` token ids, padded on the right -> all tokens after the last norm, and the summary.
+        """`(B, N)` token ids -> all tokens after the last norm, and the pooled output.
 
-        Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
+        Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it. With
+        an `attention_mask`, `(B, N)`, 0 for padding, it may come before the text as well.
         """
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids, attention_mask)
         mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
-        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
@@ -160,7 +162,7 @@ class HfvlmCLIPModel(DualEncoder):
         Nothing after the batch's last end-of-text token can change an embedding, and it is not computed, unless hidden
         states or attentions are asked for.
         """
-        ends = end_of_text(input_ids, self.text_model.config.eos_token_id)
+        ends = end_of_text(input_ids, self.text_model.config.eos_token_id, attention_mask)
         length = input_ids.shape[1]
         flags = ("output_hidden_states", "output_attentions")
         wanted = any(kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags)
@@ -186,7 +188,7 @@ class HfvlmCLIPModel(DualEncoder):
         """Every text against every picture; with `return_loss`, text i must belong to picture i.
 
         Args:
-            input_ids: `(T, N)`, padded on the right.
+            input_ids: `(T, N)`, padded on the right, or, with an `attention_mask`, on either side.
             pixel_values: `(I, C, H, W)`, normalised.
             attention_mask: `(T, N)`, may be left out.
             return_loss: also compute the contrastive loss of the batch.

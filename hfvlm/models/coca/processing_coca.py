@@ -1,6 +1,6 @@
 """What CoCa is fed (https://github.com/mlfoundations/open_clip at 89fb801)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +8,36 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing import DualEncoderProcessor
-from hfvlm.tokenization import END, START, HfvlmTokenizer, openai_bpe
+from hfvlm.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
 
 
 class HfvlmCoCaImageProcessor(HfvlmCLIPImageProcessor):
     """Pictures as CLIP reads them: short edge to 224 px, bicubic, centre crop."""
 
 
-class HfvlmCoCaTokenizer(HfvlmTokenizer):
-    """OpenAI's byte-pair encoding, in lower case, with start and end, padded to `model_max_length`: the model was
-    trained on texts of that length, and `padding=True` means it too.
+class HfvlmCoCaTokenizer(ZeroPaddedTokenizer):
+    """OpenAI's byte-pair encoding, in lower case, with start and end."""
 
-    The padding's id, 0, is that of "!" within a word. It is no special token, which would be cut out of texts.
-    """
-
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
-    default_padding = "max_length"
-    pad_token_id = 0
 
     def __init__(self, clean: str = "lower", model_max_length: int = 76, **kwargs: Any):
         tokens = {"bos_token": START, "eos_token": END, "unk_token": END}
         super().__init__(clean=clean, model_max_length=model_max_length, **tokens | kwargs)
-
-    @property
-    def pad_token(self) -> str:
-        return str(self.convert_ids_to_tokens(self.pad_token_id))
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmCoCaTokenizer":
         """From `bpe_simple_vocab_16e6.txt.gz`, as released with the weights, or from transformers' tokenizer.json."""
         return cls(tokenizer_object=openai_bpe(path), **kwargs)
 
-    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
-        """As every tokenizer; without `padding` and `truncation` the texts become what CoCa reads."""
-        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
-
-    def _decode(self, token_ids: Any, skip_special_tokens: Any = None, *args: Any, **kwargs: Any) -> str:
-        if skip_special_tokens and not isinstance(token_ids, int):
-            token_ids = without_padding(list(token_ids), self.bos_token_id, self.eos_token_id)
-        return super()._decode(token_ids, bool(skip_special_tokens), *args, **kwargs)
+    def decodable(self, token_ids: Any, *, skip: bool) -> Any:
+        """Without what stands before the start token and after the end token, padding included."""
+        ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not skip or isinstance(ids, int):
+            return ids
+        if ids and not isinstance(ids[0], int):
+            return [self.decodable(row, skip=skip) for row in ids]
+        return without_padding(list(ids), self.bos_token_id, self.eos_token_id)
 
 
 class HfvlmCoCaProcessor(DualEncoderProcessor):

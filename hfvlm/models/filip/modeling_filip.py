@@ -148,10 +148,11 @@ class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
     ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens, the end-of-text token, and all in the joint space
         `(B, N, D)`."""
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids, attention_mask)
         mask = causal_mask(self.config, x, attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
-        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
 
 

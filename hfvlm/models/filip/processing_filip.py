@@ -8,7 +8,7 @@ from PIL import Image
 
 from hfvlm.media.resizing import cover
 from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.tokenization import END, START, HfvlmTokenizer, openai_bpe
+from hfvlm.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
 
 MASK = "<|mask|>"
 
@@ -31,7 +31,7 @@ class HfvlmFILIPImageProcessor(FixedSizeImageProcessor):
         settings = super().checked(settings)
         if settings["resize_mode"] != "shortest":
             raise ValueError(f"resize_mode must be 'shortest', not {settings['resize_mode']!r}.")
-        if not isinstance(settings["resized"], int) or settings["resized"] < max(settings["size"].values()):
+        if settings["resized"] < max(settings["size"].values()):
             raise ValueError(f"resized must be an edge no shorter than size {settings['size']}.")
         return settings
 
@@ -40,31 +40,22 @@ class HfvlmFILIPImageProcessor(FixedSizeImageProcessor):
         return cover(image, (edge, edge), settings["resample"], kept=(size["height"], size["width"]))
 
 
-class HfvlmFILIPTokenizer(HfvlmTokenizer):
+class HfvlmFILIPTokenizer(ZeroPaddedTokenizer):
     """OpenAI's byte-pair encoding with one more piece, `<|mask|>`, always padded to `model_max_length` with id 0.
 
     The reproduction compares padding as it compares words, so there is no attention mask, and `padding=True` means
     full length too. As in the paper, without padding: `model_input_names=["input_ids", "attention_mask"]`.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids"]
-    default_padding = "max_length"
 
     def __init__(self, clean: str = "lower", model_max_length: int = 77, **kwargs: Any):
         tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "mask_token": MASK}
-        kwargs.pop("pad_token", None)
         super().__init__(clean=clean, model_max_length=model_max_length, **tokens | kwargs)
-        # Id 0 is the exclamation mark's. As a special token of the engine it would be cut out of texts.
-        self._special_tokens_map["pad_token"] = self.convert_ids_to_tokens(0)
 
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
         """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what FILIP reads."""
-        padding = "max_length" if padding is True else padding
-        max_length = min(max_length or self.model_max_length, self.model_max_length)
-        return super().__call__(text, *args, padding=padding, max_length=max_length, **kwargs)
+        return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmFILIPTokenizer":

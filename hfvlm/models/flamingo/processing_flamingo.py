@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, engine_from_json
+from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"
 # What the authors evaluate with: the text of a picture up to where the answer begins.
@@ -69,6 +69,7 @@ class HfvlmFlamingoTokenizer(HfvlmTokenizer):
             engine = engine_from_json(path)
         else:
             engine = PieceTokenizer.from_vocabulary(path).backend_tokenizer
+        kwargs = {"clean_up_tokenization_spaces": cleans_up(engine)} | kwargs
         added = (ENDOFCHUNK, IMAGE, PADDING)
         engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
         return cls(tokenizer_object=engine, **kwargs)
@@ -98,7 +99,8 @@ class HfvlmFlamingoProcessor(ImageTextProcessor):
         Args:
             task: "caption", "vqa", "classify" or "hateful_memes"; or a text of one's own with `<image>` and, in
                 braces, names of what differs.
-            shots: of each example what the task names ("question", "text"), and its "answer".
+            shots: of each example what the task names ("question", "text"), and its "answer". Special tokens in these
+                are words, as in messages.
             **query: what the task names.
 
         Raises:
@@ -107,9 +109,11 @@ class HfvlmFlamingoProcessor(ImageTextProcessor):
         form = TASKS.get(task, task)
         if IMAGE not in form:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, or a text with {IMAGE}, not {task!r}.")
+        protector = self.protector()
+        known = [protector.nested(dict(shot)) for shot in shots]
         try:
-            examples = [f"{form.format(**shot)}{shot['answer']}{ENDOFCHUNK}" for shot in shots]
-            return "".join([*examples, form.format(**query)])
+            examples = [f"{form.format(**shot)}{shot['answer']}{ENDOFCHUNK}" for shot in known]
+            return "".join([*examples, form.format(**protector.nested(query))])
         except KeyError as error:
             raise ValueError(
                 f"task {task!r} needs {error.args[0]!r} of the query, and of each shot with its answer."

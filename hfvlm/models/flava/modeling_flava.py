@@ -27,7 +27,8 @@ from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVATextConfig,
     HfvlmFLAVAVisionConfig,
 )
-from hfvlm.modules.embeddings import BertEmbedding, PatchEmbedding, text_positions
+from hfvlm.modules.embeddings import BertEmbedding, PatchEmbedding, padded_positions, text_positions
+from hfvlm.modules.pooling import first_token
 from hfvlm.modules.positions import check_positions
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, LogitScale
@@ -212,12 +213,15 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         positions = text_positions(input_ids, None, self.config.max_position_embeddings)
+        if attention_mask is not None:
+            positions = padded_positions(attention_mask)
         x = self.embeddings(input_ids, positions, token_type_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         before = self.layers(x, mask, **kwargs)
         x = self.post_norm(before)
-        embeds = self.projection(x[:, 0])
-        return FLAVATowerOutput(last_hidden_state=x, pooler_output=self.summary(x), embeds=embeds, before_norm=before)
+        first = first_token(x, attention_mask)
+        pooled, embeds = self.summary(first.unsqueeze(1)), self.projection(first)
+        return FLAVATowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=embeds, before_norm=before)
 
 
 class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):

@@ -10,11 +10,12 @@ from PIL import Image
 from tokenizers import AddedToken, normalizers
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.media.images import image_batch, read_image, to_8_bits
+from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import squash
 from hfvlm.media.sources import parallel
 from hfvlm.models.flava.block_mask import BlockMask
 from hfvlm.processing import FOREIGN_OPTIONS, DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.settings import flag, number, or_none, rectangle, resample, whole
 from hfvlm.tokenization import HfvlmTokenizer, wordpiece
 
 # Of DALL-E's logit-Laplace distribution: pixels keep this far from 0 and from 1.
@@ -53,6 +54,20 @@ class HfvlmFLAVAImageProcessor(FixedSizeImageProcessor):
         "mask_group_min_aspect_ratio",
         "mask_group_max_aspect_ratio",
     )
+    CHECKS = {
+        **FixedSizeImageProcessor.CHECKS,
+        "return_codebook_pixels": flag,
+        "codebook_size": rectangle,
+        "codebook_resample": resample,
+        "return_image_mask": flag,
+        "mask_seed": or_none(whole(0, 2**64)),
+        "input_size_patches": whole(1, 2**10),
+        "total_mask_patches": whole(0, 2**20),
+        "mask_group_min_patches": whole(1, 2**20),
+        "mask_group_max_patches": or_none(whole(1, 2**20)),
+        "mask_group_min_aspect_ratio": number(above=0),
+        "mask_group_max_aspect_ratio": or_none(number(above=0)),
+    }
 
     resize_mode = "squash"
     image_mean = [0.48145466, 0.4578275, 0.40821073]
@@ -70,13 +85,14 @@ class HfvlmFLAVAImageProcessor(FixedSizeImageProcessor):
     mask_group_max_aspect_ratio: float | None = None
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        size = settings["codebook_size"]
-        if isinstance(size, int):
-            size = {"height": size, "width": size}
-        if not isinstance(size, Mapping) or set(size) != {"height", "width"}:
-            raise ValueError(f"codebook_size must be an integer or {{'height': ..., 'width': ...}}, not {size!r}.")
-        resample = int(settings["codebook_resample"])
-        return super().checked(settings) | {"codebook_size": dict(size), "codebook_resample": resample}
+        settings = super().checked(settings)
+        most = settings["mask_group_max_patches"] or settings["total_mask_patches"]
+        highest = settings["mask_group_max_aspect_ratio"] or 1 / settings["mask_group_min_aspect_ratio"]
+        if settings["mask_group_min_patches"] > most:
+            raise ValueError(f"{type(self).__name__}: mask_group_min_patches must be at most {most} patches.")
+        if settings["mask_group_min_aspect_ratio"] > highest:
+            raise ValueError(f"{type(self).__name__}: mask_group_min_aspect_ratio must be at most {highest:g}.")
+        return settings
 
     def preprocess(
         self,
@@ -91,11 +107,11 @@ class HfvlmFLAVAImageProcessor(FixedSizeImageProcessor):
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
 
         def prepared(item: tuple[int, Any]) -> Image.Image:
-            image = read_image(item[1], upright=settings["upright"], allow_urls=allow_urls, index=item[0])
-            return self.fitted(image, settings, f"image {item[0]}")
+            return self.fitted(self.read(item, settings, allow_urls), settings, f"image {item[0]}")
 
-        pictures = parallel(prepared, list(enumerate(image_batch(images))))
-        data = dict(super().preprocess(pictures, return_tensors, **kwargs | {"do_resize": False}))
+        pictures = parallel(prepared, list(enumerate(self.sources(images, kwargs))))
+        unchanged = {"do_resize": False, "input_data_format": None}
+        data = dict(super().preprocess(pictures, return_tensors, **kwargs | unchanged))
         if settings["return_codebook_pixels"]:
             data["codebook_pixel_values"] = self.codebook_pixels(pictures, settings)
         if settings["return_image_mask"]:
@@ -137,6 +153,7 @@ class HfvlmFLAVATokenizer(HfvlmTokenizer):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     default_padding = "max_length"
+    default_clean_up = True
 
     def __init__(self, clean: str = "none", model_max_length: int = 77, **kwargs: Any):
         tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}

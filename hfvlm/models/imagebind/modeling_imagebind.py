@@ -128,10 +128,11 @@ class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
 
         Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
         """
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids, attention_mask)
         mask = causal_mask(self.config, x, attention_mask)
         x = self.layers(x, mask, **kwargs | {"is_causal": True})
-        pooled = x[torch.arange(x.shape[0], device=x.device), end_of_text(input_ids, self.config.eos_token_id)]
+        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         pooled = self.post_norm(pooled)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 

@@ -22,6 +22,7 @@ from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
+from hfvlm.settings import one_of
 
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -70,6 +71,7 @@ class HfvlmImageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     model_input_names = ["pixel_values_videos"]
     SETTINGS = ("size", "num_frames", "num_clips", "clip_seconds", "num_crops", "image_mean", "image_std")
     SOURCE_OPTIONS = ("fps",)
+    CHECKS = {"num_crops": one_of(1, 3)}
     KIND = "video"
     split = staticmethod(video_batch)
 
@@ -80,11 +82,6 @@ class HfvlmImageBindVideoFeatureExtractor(HfvlmFeatureExtractor):
     num_crops: int = 3
     image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
     image_std: list[float] = HfvlmCLIPImageProcessor.image_std
-
-    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings["num_crops"] not in (1, 3):
-            raise ValueError(f"num_crops must be 1 or 3, not {settings['num_crops']!r}.")
-        return settings
 
     def read(self, source: Any, **options: Any) -> Video:
         return read_video(source, **options)
@@ -225,6 +222,12 @@ class HfvlmImageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
     farthest: float = 50.0
     mean: float = 0.0418
     std: float = 0.0295
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if settings["nearest"] >= settings["farthest"]:
+            raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
+        return settings
 
     def read(self, source: Any, **options: Any) -> np.ndarray:
         return read_depth(source, **options)

@@ -20,6 +20,7 @@ from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
 from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
+from hfvlm.settings import number
 
 MEAN, STD = HfvlmCLIPImageProcessor.image_mean, HfvlmCLIPImageProcessor.image_std
 
@@ -57,7 +58,8 @@ class HfvlmLanguageBindImageProcessor(HfvlmCLIPImageProcessor):
     antialias: bool = False
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        checked = super().checked(settings | {"antialias": True}) | {"antialias": settings["antialias"]}
+        antialias = self.checked_value("antialias", settings["antialias"])
+        checked = super().checked(settings | {"antialias": True}) | {"antialias": antialias}
         height, width = checked["size"]["height"], checked["size"]["width"]
         if (checked["resize_mode"], checked["resample"]) != ("shortest", 3) or height != width:
             raise ValueError(f"{type(self).__name__} has bicubic squares only (resize_mode 'shortest', resample 3).")
@@ -201,6 +203,7 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
 
     model_input_names = ["depth_values"]
     SETTINGS = ("size", "nearest", "farthest", "image_mean", "image_std", "antialias")
+    CHECKS = {"farthest": number(least=0)}
     SOURCE_OPTIONS = ("encoding",)
     KIND = "depth map"
     split = staticmethod(one_by_one)
@@ -211,6 +214,12 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
     image_mean: list[float] = MEAN
     image_std: list[float] = STD
     antialias: bool = False
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if settings["farthest"] and settings["nearest"] >= settings["farthest"]:
+            raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
+        return settings
 
     def read(self, source: Any, **options: Any) -> np.ndarray:
         return read_depth(source, **options)

@@ -8,18 +8,32 @@ from PIL import Image
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.conversations import Conversation, Encoder
-from hfvlm.media.images import read_images, to_8_bits
+from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media.sources import parallel
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import FOREIGN_OPTIONS, HfvlmImageProcessor
+from hfvlm.processing import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
+from hfvlm.settings import edge as length
+from hfvlm.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.tokenization import PieceTokenizer
 
 MODES = ("crop", "pad", "tiles")
 # Padding to a square makes a long picture's area grow with the square of its length; longer ones are resized first.
 LONGEST_PADDED_EDGE = 8192
+
+
+def pinpoints(value: Any) -> list[list[int]]:
+    """Heights and widths in pixels."""
+    try:
+        points = [[length(edge) for edge in point] for point in value]
+    except (TypeError, ValueError):
+        points = []
+    if not points or any(len(point) != 2 for point in points):
+        raise ValueError("must be a list of [height, width] in pixels")
+    return points
 
 
 class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
@@ -32,8 +46,8 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
         grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each picture.
     """
 
-    model_input_names = ["pixel_values", "image_sizes"]
     SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
+    CHECKS = {"size": square, "resize_mode": one_of(*MODES), "grid_pinpoints": or_none(pinpoints)}
 
     image_mean = HfvlmCLIPImageProcessor.image_mean
     image_std = HfvlmCLIPImageProcessor.image_std
@@ -42,16 +56,18 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
     grid_pinpoints: list[list[int]] | None = None
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        size = settings["size"]
-        edges = {size} if isinstance(size, int) else set(dict(size).values())
-        if len(edges) != 1 or min(edges) < 1:
-            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
-        if settings["resize_mode"] not in MODES:
-            raise ValueError(f"resize_mode must be one of {', '.join(MODES)}, not {settings['resize_mode']!r}.")
+        settings = super().checked(settings)
         if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
-            raise ValueError("grid_pinpoints and resize_mode 'tiles' go together.")
-        edge = edges.pop()
-        return super().checked(settings) | {"size": {"height": edge, "width": edge}}
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints and resize_mode 'tiles' go together.")
+        edge = settings["size"]["height"]
+        if any(length % edge for point in settings["grid_pinpoints"] or () for length in point):
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints must be multiples of size, {edge}.")
+        return settings
+
+    @property
+    def model_input_names(self) -> list[str]:  # type: ignore[override]
+        """`image_sizes` are the model's inputs only where images are cut into tiles."""
+        return ["pixel_values", *(["image_sizes"] if self.resize_mode == "tiles" else [])]
 
     def preprocess(
         self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
@@ -61,10 +77,11 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
         settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
         if settings["resize_mode"] != "tiles":
             return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
-        pictures = read_images(images, upright=settings["upright"], allow_urls=allow_urls)
-        inputs = super().preprocess(pictures, return_tensors, **kwargs)
+        named = list(enumerate(self.sources(images, kwargs)))
+        pictures = parallel(lambda item: self.read(item, settings, allow_urls), named)
+        inputs = super().preprocess(pictures, return_tensors, **kwargs | {"input_data_format": None})
         inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
-        return BatchFeature(inputs.data, tensor_type=return_tensors)
+        return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         """One picture -> its views, (V, 3, H, W), float32."""
@@ -139,6 +156,15 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: likewise.
     """
 
+    CHECKS = {
+        "conversation": one_of(*CONVERSATIONS),
+        "image_start": string,
+        "image_end": string,
+        "patch_size": whole(1, 2**10),
+        "keep_class_token": flag,
+        "patch_merge": one_of("flat", "spatial", "spatial_unpad"),
+    }
+
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,
         image_processor: Any = None,
@@ -152,11 +178,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: str = "flat",
         **kwargs: Any,
     ):
-        if conversation not in CONVERSATIONS:
-            raise ValueError(f"conversation must be one of {', '.join(CONVERSATIONS)}, not {conversation!r}.")
-        self.conversation = conversation
-        self.image_start, self.image_end = image_start, image_end
-        self.patch_size, self.keep_class_token, self.patch_merge = patch_size, keep_class_token, patch_merge
+        self.set_arguments(conversation=conversation, image_start=image_start, image_end=image_end)
+        self.set_arguments(patch_size=patch_size, keep_class_token=keep_class_token, patch_merge=patch_merge)
         chat_template = chat_template or CONVERSATIONS[conversation].chat_template()
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
@@ -167,6 +190,10 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
     @property
     def stop_strings(self) -> list[str]:
         return list(self.style.stop)
+
+    @property
+    def turn_marks(self) -> set[str]:
+        return self.style.marks
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         pixels = self.image_processor
@@ -180,12 +207,14 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
 
     def training_row(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        turns = [(message["role"], self.said(message["content"])) for message in messages]
+        turns = [
+            (message["role"], self.said(message["content"])) for message in self.protected(messages, places=EVERY)
+        ]
         system = [turn for turn in turns if turn[0] == "system"]
         turns = turns[len(system) :]
         if turns and turns[0][0] == "assistant" and self.style.skips_first_answer:
             turns = turns[1:]
-        text = self.style.text(turns, lambda turns: self.apply_chat_template(_messages([*system, *turns])))
+        text = self.style.text(turns, lambda turns: self.render(_messages([*system, *turns])))
         encode = self.encode if self.style.marks_pictures else super().encode
         ids = encode(text)
         labels = self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))

@@ -12,9 +12,11 @@ from tokenizers import AddedToken
 
 from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing import FixedSizeImageProcessor
+from hfvlm.protection import unprotected
+from hfvlm.settings import one_of, string, whole
 from hfvlm.tokenization import HfvlmTokenizer, tiktoken_bpe
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -110,6 +112,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     """
 
     image_token = "<img><imgpad></img>"
+    CHECKS = {"conversation": one_of(*CHAT_TEMPLATES), "picture_colon": string, "num_queries": whole(1, 2**16)}
 
     def __init__(
         self,
@@ -121,9 +124,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
         num_queries: int = 256,
         **kwargs: Any,
     ):
-        if conversation not in CHAT_TEMPLATES:
-            raise ValueError(f"conversation must be one of {', '.join(CHAT_TEMPLATES)}, not {conversation!r}.")
-        self.conversation, self.picture_colon, self.num_queries = conversation, picture_colon, num_queries
+        self.set_arguments(conversation=conversation, picture_colon=picture_colon, num_queries=num_queries)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or self.template(), **kwargs)
 
     def template(self) -> str:
@@ -161,7 +162,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
 
     def said(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special but names and places."""
-        return list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
+        return list(self.tokenizer(unprotected(text), split_special_tokens=True)["input_ids"])
 
     def token_id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
@@ -173,12 +174,13 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
         """
         if self.conversation != "chatml":
             return super().training_row(messages)
+        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if turns and turns[0]["role"] != "user":
             turns = turns[1:]
         ids, labels = list[int](), list[int]()
-        text = self.apply_chat_template([*system, *turns])
+        text = self.render([*system, *turns])
         for turn in re.split(f"(?={re.escape(TURN_START)})", text)[1:]:
             row = self.encode(turn)
             head = len(self.encode(turn.partition("\n")[0] + "\n"))

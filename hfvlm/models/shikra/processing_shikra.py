@@ -14,12 +14,13 @@ from PIL import Image
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import IGNORE, ImageTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
 from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
 from hfvlm.processing import HfvlmImageProcessor
+from hfvlm.settings import or_none, square, string, whole
 from hfvlm.tokenization import PieceTokenizer
 
 WHITE = (255, 255, 255)
@@ -48,18 +49,11 @@ class HfvlmShikraImageProcessor(HfvlmImageProcessor):
     """
 
     SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size")
+    CHECKS = {"size": square}
 
     image_mean = HfvlmCLIPImageProcessor.image_mean
     image_std = HfvlmCLIPImageProcessor.image_std
     size: dict[str, int] = {"height": 224, "width": 224}
-
-    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        size = settings["size"]
-        edges = {size} if isinstance(size, int) else set(dict(size).values())
-        if len(edges) != 1 or min(edges) < 1:
-            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
-        edge = edges.pop()
-        return super().checked(settings) | {"size": {"height": edge, "width": edge}}
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         return super().pixels(to_8_bits(image, name).convert("RGB"), settings, name)
@@ -70,6 +64,13 @@ class HfvlmShikraImageProcessor(HfvlmImageProcessor):
 
 class HfvlmShikraTokenizer(PieceTokenizer):
     """LLaMA's, with tokens for the places of pictures and around them."""
+
+
+def brackets_around(value: Any) -> str:
+    """The opening and the closing one."""
+    if len(string(value)) != 2:
+        raise ValueError("must be two characters")
+    return value
 
 
 class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
@@ -88,6 +89,16 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         num_bins: of a model that writes places in tokens of their own, how many steps they have.
     """
 
+    CHECKS = {
+        "image_patch": string,
+        "image_start": string,
+        "image_end": string,
+        "patch_size": whole(1, 2**10),
+        "digits": whole(0, 15),
+        "brackets": brackets_around,
+        "num_bins": or_none(whole(2, 2**20)),
+    }
+
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,
         image_processor: Any = None,
@@ -102,13 +113,27 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         num_bins: int | None = None,
         **kwargs: Any,
     ):
-        self.image_patch, self.image_start, self.image_end = image_patch, image_start, image_end
-        self.patch_size, self.digits, self.brackets, self.num_bins = patch_size, digits, brackets, num_bins
+        self.set_arguments(image_patch=image_patch, image_start=image_start, image_end=image_end)
+        self.set_arguments(patch_size=patch_size, digits=digits, brackets=brackets, num_bins=num_bins)
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or CONVERSATION.chat_template(), **kwargs
         )
 
     # Texts
+
+    @property
+    def turn_marks(self) -> set[str]:
+        return CONVERSATION.marks
+
+    def meant(self, content: Any, *, of_data: bool = False) -> int:
+        """A message with images may spell out where they stand, as in training: `Where in <image> is it?`. In a data
+        set, a message without images may, too, and the authors drop it."""
+        if not isinstance(content, list | tuple):
+            return 0
+        parts = [part for part in content if isinstance(part, Mapping)]
+        images = sum(part.get("type") == "image" for part in parts)
+        spelt = sum(part["text"].count(self.image_token) for part in parts if isinstance(part.get("text"), str))
+        return spelt if of_data else images if spelt >= images else 0
 
     @property
     def image_token_id(self) -> int:
@@ -126,8 +151,8 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        messages = [dict(message) for message in messages]
-        text = self.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+        messages = self.protected(messages, places=EVERY)
+        text = self.render(messages, add_generation_prompt=messages[-1]["role"] == "user")
         ids = self.encode(text)
         labels = CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
         return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]

@@ -26,7 +26,7 @@ from hfvlm.models.siglip.configuration_siglip import (
 )
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
-from hfvlm.modules.pooling import AttentionPool
+from hfvlm.modules.pooling import AttentionPool, last_position
 from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, grid_for, sampled_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import BiasedLogitScale
@@ -169,7 +169,7 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
         """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the summary.
 
         Trained on texts padded to full length without a mask: padding is read like any token, the last position is
-        always the summary, and `attention_mask` is ignored.
+        always the pooled output, and `attention_mask` says no more than on which side padding is.
         """
         if input_ids.shape[1] < self.config.max_position_embeddings:
             logger.warning_once(
@@ -177,8 +177,8 @@ class HfvlmSigLIPTextModel(HfvlmSigLIPPreTrainedModel):
                 f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
                 "padding='max_length', as the processor does by default."
             )
-        x = self.post_norm(self.layers(self.embeddings(input_ids), **kwargs))
-        pooled = x[:, -1]
+        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), **kwargs))
+        pooled = last_position(x, attention_mask)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 

@@ -80,6 +80,7 @@ class HfvlmSigLIPTokenizer(HfvlmTokenizer):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids"]
     default_padding = "max_length"
+    padding_sides = ("right",)
 
     def __init__(self, clean: str = "canonical", model_max_length: int = 64, **kwargs: Any):
         super().__init__(clean=clean, model_max_length=model_max_length, **kwargs)
@@ -89,8 +90,7 @@ class HfvlmSigLIPTokenizer(HfvlmTokenizer):
     ) -> Any:
         """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what SigLIP reads."""
         padding = "max_length" if padding is True else padding
-        max_length = min(max_length or self.model_max_length, self.model_max_length)
-        return super().__call__(text, *args, padding=padding, max_length=max_length, **kwargs)
+        return super().__call__(text, *args, padding=padding, max_length=self.capped(max_length), **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmSigLIPTokenizer":

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
-from hfvlm.media_text import IGNORE, VideoTextProcessor
+from hfvlm.media_text import EVERY, IGNORE, VideoTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing import HfvlmFeatureExtractor
+from hfvlm.settings import square, string, whole
 from hfvlm.tokenization import PieceTokenizer
 
 
@@ -42,6 +43,7 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
 
     model_input_names = ["pixel_values_videos", "num_frames"]
     SETTINGS = ("size", "num_frames", "do_sample_frames", "image_mean", "image_std")
+    CHECKS = {"size": square}
     KIND = "video"
     split = staticmethod(video_batch)
 
@@ -50,16 +52,6 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
     do_sample_frames: bool = True
     image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
     image_std: list[float] = HfvlmCLIPImageProcessor.image_std
-
-    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        size = settings["size"]
-        edges = {size} if isinstance(size, int) else set(dict(size).values())
-        if len(edges) != 1 or min(edges) < 1:
-            raise ValueError(f"size must be one edge, or {{'height': n, 'width': n}} of a square, not {size!r}.")
-        if settings["num_frames"] < 1:
-            raise ValueError(f"num_frames must be 1 or more, not {settings['num_frames']!r}.")
-        edge = edges.pop()
-        return settings | {"size": {"height": edge, "width": edge}}
 
     def read(self, source: Any, **options: Any) -> Video:
         return read_video(source, **options)
@@ -117,6 +109,13 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
 
     conversations = CONVERSATIONS
     default_conversation = "video-chatgpt_v1"
+    CHECKS = {
+        "video_patch": string,
+        "video_start": string,
+        "video_end": string,
+        "patch_size": whole(1, 2**10),
+        "temporal_tokens": whole(1, 2**16),
+    }
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,
@@ -137,8 +136,8 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
             if name not in self.conversations:
                 raise ValueError(f"A conversation is one of {', '.join(self.conversations)}, not {name!r}.")
         self.conversation, self.training_conversation = conversation, training_conversation
-        self.video_patch, self.video_start, self.video_end = video_patch, video_start, video_end
-        self.patch_size, self.temporal_tokens = patch_size, temporal_tokens
+        self.set_arguments(video_patch=video_patch, video_start=video_start, video_end=video_end)
+        self.set_arguments(patch_size=patch_size, temporal_tokens=temporal_tokens)
         chat_template = chat_template or self.style.chat_template()
         super().__init__(video_feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
 
@@ -149,6 +148,10 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
     @property
     def stop_strings(self) -> list[str]:
         return list(self.style.stop)
+
+    @property
+    def turn_marks(self) -> set[str]:
+        return self.style.marks | self.conversations[self.training_conversation].marks
 
     @property
     def video_token_id(self) -> int:
@@ -169,12 +172,12 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
         style = self.conversations[self.training_conversation]
-        messages = [dict(message) for message in messages]
+        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if turns and turns[0]["role"] == "assistant":  # an answer to nothing
             turns = turns[1:]
-        text = self.apply_chat_template([*system, *turns], chat_template=style.chat_template())
+        text = self.render([*system, *turns], chat_template=style.chat_template())
         ids = self.encode_trained(text)
         labels = style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))
         return ids, [IGNORE if i == self.video_token_id else label for i, label in zip(ids, labels, strict=True)]
