@@ -66,7 +66,7 @@ def channels_last(image: Any, layout: Any) -> Any:
     return np.moveaxis(image, 0, -1) if isinstance(image, np.ndarray) else image.movedim(0, -1)
 
 
-def on_device(features: BatchFeature, device: Any) -> BatchFeature:
+def on_device(features: Any, device: Any) -> Any:
     """The tensors of a batch where the caller wants them."""
     return features if device is None else features.to(device)
 
@@ -601,7 +601,7 @@ class MultiEncoderProcessor(HfvlmProcessor):
         data: dict[str, Any] = {}
         for name, sources in given.items():
             if sources is not None:
-                shared = {"return_tensors": return_tensors}
+                shared: dict[str, Any] = {"return_tensors": return_tensors}
                 shared |= {} if name == "text" else {"allow_urls": allow_urls}
                 data |= self.prepare(modalities[name], sources, **shared | options[name])
         return BatchFeature(data)

@@ -115,7 +115,7 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Check:
     """An integer of a range."""
 
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
             raise ValueError(f"must be an integer of {least} to {most}")
         return int(value)
 
@@ -178,7 +178,7 @@ def or_none(check: Check) -> Check:
 
 def resample(value: Any) -> int:
     """One of Pillow's filters."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value <= 5:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= 5:
         raise ValueError(
             "must be one of Pillow's filters: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming"
         )
@@ -256,6 +256,10 @@ CHECKS: dict[str, Check] = {
 }
 
 
+# What transformers calls the argument of an image processor's and of a feature extractor's `from_dict`.
+FIELDS = ("image_processor_dict", "feature_extractor_dict")
+
+
 class Settings(NamedErrors):
     """Named settings with defaults as class attributes, that a file saves and a call may override.
 
@@ -309,13 +313,14 @@ class Settings(NamedErrors):
             raise ValueError(f"{type(self).__name__}: {name} {error}, not {value!r:.200}.") from error
 
     @classmethod
-    def from_dict(cls, fields: Any, **kwargs: Any) -> Any:
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """An instance from what a file holds; keywords that are settings override it.
 
         Raises:
             TypeError: an unknown setting, in the file or among the keywords.
             ValueError: the file holds no table of settings, or a value that the setting cannot have.
         """
+        fields = args[0] if args else next(kwargs.pop(name) for name in FIELDS if name in kwargs)
         if not isinstance(fields, Mapping):
             raise ValueError(f"{cls.__name__}: its settings are no JSON object but {fields!r:.100}.")
         returned = kwargs.pop("return_unused_kwargs", False)

@@ -360,7 +360,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         with self.lock:
             return super().encode(text, text_pair, **kwargs)
 
-    def tokenize(self, text: Any, pair: Any = None, *args: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def tokenize(self, text: Any, pair: Any = None, *args: Any, **kwargs: Any) -> list[str]:
         """As every tokenizer: the tokens of one text."""
         self.check_call(kwargs)
         text, pair = self.prepared(text), self.prepared(pair, "pair")
@@ -400,10 +400,11 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         if options.get("return_overflowing_tokens") or not isinstance(encoded, BatchEncoding):
             return
         batch = [text] if isinstance(text, str) else text
-        cut = [i for i, encoding in enumerate(encoded.encodings or ()) if encoding.overflowing]
+        encodings: Any = encoded.encodings or ()
+        cut = [i for i, encoding in enumerate(encodings) if encoding.overflowing]
         if cut and batch is not None:
             first, others = cut[0], f" {len(cut) - 1} more were cut, too." if len(cut) > 1 else ""
-            tokens = len(encoded.encodings[first].ids)
+            tokens = len(encodings[first].ids)
             logger.warning(
                 f"Text {first} is too long and was cut to {tokens} tokens: {str(batch[first])[:60]!r}...{others}"
             )
@@ -482,7 +483,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
 
     # From ids to texts
 
-    def decode(  # type: ignore[override]
+    def decode(
         self,
         token_ids: Any,
         skip_special_tokens: bool = False,  # noqa: FBT001, FBT002 (transformers' own)

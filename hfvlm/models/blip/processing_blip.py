@@ -73,6 +73,8 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         prompt: what captions begin with. Pictures alone come with it; `captions` puts it before the texts.
     """
 
+    prompt: str
+
     CHECKS = {"prompt": string}
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, prompt: str = "", **kwargs: Any):

@@ -78,7 +78,7 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
         places = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in places])
         # T5 pads behind a text, which its decoder does not continue.
-        defaults = {"padding_side": "right" if kind == "t5" else "left"}
+        defaults: dict[str, Any] = {"padding_side": "right" if kind == "t5" else "left"}
         # LAVIS's tokenizers of OPT and T5 take spaces before punctuation out; LLaMA's does not.
         defaults |= {"clean_up_tokenization_spaces": kind != "llama"}
         return cls(tokenizer_object=engine, **defaults | special | kwargs)
@@ -141,6 +141,10 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         question: how a question is put, with `{}` in its place.
         kind: whose conventions the texts follow, "opt", "t5" or "llama".
     """
+
+    kind: str
+    num_queries: int
+    prompt: str
 
     CHECKS = {"num_queries": whole(1, 2**16), "prompt": string, "question": string, "kind": one_of(*ENGINES)}
 

@@ -156,6 +156,13 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: likewise.
     """
 
+    conversation: str
+    image_end: str
+    image_start: str
+    keep_class_token: bool
+    patch_merge: str
+    patch_size: int
+
     CHECKS = {
         "conversation": one_of(*CONVERSATIONS),
         "image_start": string,

@@ -112,6 +112,10 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     """
 
     image_token = "<img><imgpad></img>"
+    conversation: str
+    num_queries: int
+    picture_colon: str
+
     CHECKS = {"conversation": one_of(*CHAT_TEMPLATES), "picture_colon": string, "num_queries": whole(1, 2**16)}
 
     def __init__(

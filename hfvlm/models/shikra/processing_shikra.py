@@ -89,6 +89,14 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         num_bins: of a model that writes places in tokens of their own, how many steps they have.
     """
 
+    brackets: str
+    digits: int
+    image_end: str
+    image_patch: str
+    image_start: str
+    num_bins: int | None
+    patch_size: int
+
     CHECKS = {
         "image_patch": string,
         "image_start": string,

@@ -109,6 +109,12 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
 
     conversations = CONVERSATIONS
     default_conversation = "video-chatgpt_v1"
+    patch_size: int
+    temporal_tokens: int
+    video_end: str
+    video_patch: str
+    video_start: str
+
     CHECKS = {
         "video_patch": string,
         "video_start": string,
