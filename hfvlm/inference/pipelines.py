@@ -53,7 +53,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         best = model.rank(**inputs, candidates=self.processor.answers(answers).to(model.device)).best
         return {"answers": [answers[i] for i in best.tolist()]}
 
-    def postprocess(self, outputs: dict[str, Any], **_: Any) -> list[dict[str, str]]:  # type: ignore[override]
+    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, str]]:  # type: ignore[override]
         return [{"answer": text} for text in outputs["answers"]]
 
 

@@ -123,8 +123,8 @@ class ContrastiveTrainer(RowTrainer):
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: FBT001, FBT002 (the host's)
-        **_: Any,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 (transformers' signature)
+        num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
         self.leave_frozen()
         output = model(**inputs)
@@ -171,7 +171,11 @@ class ContrastiveTrainer(RowTrainer):
     # Evaluation
 
     def prediction_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool = False,  # noqa: FBT001, FBT002 (transformers' signature)
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, dict[str, Tensor], Tensor]:
         """The embeddings of a batch, `(B, ...)`, and of its captions, `(B, captions, ...)`; `(B, 2)`, the rows'
         identifiers and whether they only stand in for others."""
