@@ -51,7 +51,7 @@ COUNT, COUNT_OR_NONE, LAYERS, SHARE = _Range(1, 2**24), _Range(0, 2**24), _Range
 NUMBER, TOKEN = _Range(-(2**31), 2**31), _Range(0, 2**31)
 # Beginnings and ends of fields' names, the first that fits. A count of layers may be zero where a release has none.
 RANGES = {
-    r"(type_vocab|queue)_size|num_hidden_layers": COUNT_OR_NONE,
+    r"(type_vocab|queue)_size|num_hidden_layers|projector_depth": COUNT_OR_NONE,
     r"(.*_)?(depths?|num_block_repeats|.*_layers)": LAYERS,
     r".*_(size|sizes|dim|length|divisor|channels|frequency|embeddings|ratios)|num_.*|strides": COUNT,
     r".*_eps|.*dropout.*|.*_(rate|smoothing|share)|momentum|distillation": SHARE,

@@ -149,12 +149,12 @@ class ImageTextSeq2SeqOutput(Seq2SeqLMOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
-def media_features(output: Any, rows: Tensor | Iterable[Tensor]) -> BaseModelOutputWithPooling:
+def media_features(output: Any, rows: Iterable[Tensor]) -> BaseModelOutputWithPooling:
     """Make the output of a `get_image_features` or `get_video_features` of a vision tower's output and of what the
     language model attends to: for each image or video `(tokens, hidden_size)`."""
     return BaseModelOutputWithPooling(
         last_hidden_state=output.last_hidden_state,
-        pooler_output=rows if isinstance(rows, Tensor) else tuple(rows),  # type: ignore[arg-type]
+        pooler_output=tuple(rows),  # type: ignore[arg-type]
         hidden_states=output.hidden_states,
         attentions=output.attentions,
     )

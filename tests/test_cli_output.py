@@ -45,9 +45,10 @@ def test_help_imports_nothing_heavy(arguments):
     code = "import sys; sys.argv = ['hfvlm', *sys.argv[1:]]\ntry:\n from hfvlm.cli import main\n main()\n"
     code += "finally:\n print('LOADED', [m for m in HEAVY if m in sys.modules], file=sys.stderr)"
     heavy = "HEAVY = ('torch', 'transformers', 'numpy', 'huggingface_hub', 'PIL', 'datasets', 'peft', 'yaml')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", heavy + code, *arguments], capture_output=True, text=True, check=False
-    )
+    # The shell is named here: a test may run in none that could be found.
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-c", heavy + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout
     assert "LOADED []" in done.stderr
 

@@ -99,8 +99,8 @@ class Subject:
 
     def best(self, scores):
         """The likeliest token that is no placeholder."""
-        kinds = getattr(self.model, "media_inputs", ())
-        never = [token for token in map(self.model.placeholder, kinds) if token < scores.shape[-1]]
+        placeholders = [self.model.placeholder(kind) for kind in getattr(self.model, "media_inputs", ())]
+        never = [token for token in placeholders if token < scores.shape[-1]]
         return scores.index_fill(1, torch.tensor(never, dtype=torch.long), -torch.inf).argmax(-1, keepdim=True)
 
     def generate(self, rows=None, *, left=True, **options):

@@ -346,9 +346,9 @@ def test_sharded_weights_are_looked_at(interrupted, tmp_path):
 def test_a_recipe_is_checked_before_anything_is_loaded(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"task: captions\nmodel: nowhere\ndataset: nowhere\noutput_dir: {tmp_path}\n")
-    with pytest.raises(ValueError, match="per_device_train_batch_size must be an integer of at least 1, not 0"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 0; it must be at least 1"):
         run_recipe(recipe, ["per_device_train_batch_size=0"])
-    with pytest.raises(ValueError, match="lora_rank must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="lora_rank is 0; it must be at least 1"):
         run_recipe(recipe, ["lora_rank=0"])
     with pytest.raises(ValueError, match="crop_scale must be a finite number above 0 to 1"):
         run_recipe(recipe, ["crop_scale=0.0"])

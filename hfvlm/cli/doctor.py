@@ -12,6 +12,7 @@ import typer
 from packaging.requirements import Requirement
 
 import hfvlm
+from hfvlm.cli.options import Json, Quiet
 from hfvlm.versions import RANGE, installed_version, is_tested
 
 # Extras of those who work on hfvlm, and one that only a machine with a GPU can build.
@@ -19,8 +20,9 @@ NOT_SHOWN = ("dev",)
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Json = False,
     tests: Annotated[bool, typer.Option(help="Test a small model of each architecture that generates.")] = True,
+    quiet: Quiet = False,
 ) -> None:
     """Show versions, extras and devices, and test every architecture that generates; exit with 1 if a test fails."""
     report: dict[str, Any] = {

@@ -123,7 +123,8 @@ class Chat:
             self.cached = sequence[: self.cache.get_seq_length()]
         self.counts, self.features = counts, features
         # Bytes that are no text only in their whole are streamed as if they were.
-        answer = self.processor.tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True)
+        new = sequence if self.model.config.is_encoder_decoder else sequence[len(ids) :]
+        answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
         answer = "".join(_until(iter([answer]), self.processor.stop_strings)).strip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 

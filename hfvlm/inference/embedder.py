@@ -169,8 +169,11 @@ class Embedder:
         if not self.by_token:
             return similarity(a, b)
         left, right = (torch.as_tensor(x).float() for x in (a, b))
-        if left.ndim != 3 or right.ndim != 3 or left.shape[-1] != right.shape[-1]:
-            raise ValueError(f"Vectors must be (N, tokens, D), but got {tuple(left.shape)} and {tuple(right.shape)}.")
+        if {left.ndim, right.ndim} not in ({3}, {2, 3}) or left.shape[-1] != right.shape[-1]:
+            raise ValueError(
+                f"Vectors must be (N, tokens, D), of one side at least, but got {tuple(left.shape)} and "
+                f"{tuple(right.shape)}."
+            )
         scores = self.model.score(left, right)
         return scores if isinstance(a, Tensor) else scores.numpy()
 

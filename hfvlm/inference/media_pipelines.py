@@ -7,7 +7,7 @@ models of hfvlm, and transformers' own for all others.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.pipelines import (
@@ -20,12 +20,9 @@ from transformers.pipelines import (
     ZeroShotImageClassificationPipeline,
 )
 
-from hfvlm.media.audio import as_read, read_audio
-from hfvlm.media.images import ImageAsRead, read_image, to_8_bits
-from hfvlm.media.sources import AllowUrls
-from hfvlm.processing import HfvlmFeatureExtractor, HfvlmImageProcessor, HfvlmProcessor
-
-OURS = (HfvlmImageProcessor, HfvlmProcessor)
+# The readers are imported where they read: this module is imported with transformers' pipelines.
+if TYPE_CHECKING:
+    from hfvlm.media.sources import AllowUrls
 
 
 class MediaPipeline:
@@ -41,17 +38,21 @@ class MediaPipeline:
             return super().__new__(cls)
         return native_of(cls)(*args, **kwargs)
 
-    def _sanitize_parameters(self, allow_urls: AllowUrls | None = None, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def _sanitize_parameters(self, allow_urls: "AllowUrls | None" = None, **kwargs: Any) -> tuple[Any, Any, Any]:
         before, forward, after = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
         return before if allow_urls is None else {**before, "allow_urls": allow_urls}, forward, after
 
-    def preprocess(self, inputs: Any, *args: Any, allow_urls: AllowUrls = False, **kwargs: Any) -> Any:
+    def preprocess(self, inputs: Any, *args: Any, allow_urls: "AllowUrls" = False, **kwargs: Any) -> Any:
         return super().preprocess(self.read(inputs, allow_urls), *args, **kwargs)  # type: ignore[misc]
 
-    def read(self, source: Any, allow_urls: AllowUrls) -> Any:
+    def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
         """An image, in a form that transformers gives on to the processor."""
+        from hfvlm.media.images import ImageAsRead, read_image, to_8_bits
+        from hfvlm.processing import HfvlmImageProcessor, HfvlmProcessor
+
+        ours = (HfvlmImageProcessor, HfvlmProcessor)
         image = read_image(source, upright=False, allow_urls=allow_urls)
-        if any(isinstance(part, OURS) for part in (self.image_processor, self.processor)):
+        if any(isinstance(part, ours) for part in (self.image_processor, self.processor)):
             return ImageAsRead(image)
         return to_8_bits(read_image(image)).convert("RGB")
 
@@ -71,8 +72,11 @@ class HfvlmImageFeatureExtractionPipeline(MediaPipeline, ImageFeatureExtractionP
 class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_audio` reads."""
 
-    def read(self, source: Any, allow_urls: AllowUrls) -> Any:
+    def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
         """A recording; arrays without a rate are at the feature extractor's, as transformers takes them."""
+        from hfvlm.media.audio import as_read, read_audio
+        from hfvlm.processing import HfvlmFeatureExtractor
+
         if isinstance(source, np.ndarray):
             source = (source, self.feature_extractor.sampling_rate)
         recording = read_audio(source, allow_urls=allow_urls)
@@ -84,14 +88,14 @@ class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClass
 class ConversationPipeline(MediaPipeline):
     """For pipelines that take texts, texts with images, or conversations."""
 
-    def preprocess(self, inputs: Any = None, *args: Any, allow_urls: AllowUrls = False, **kwargs: Any) -> Any:
+    def preprocess(self, inputs: Any = None, *args: Any, allow_urls: "AllowUrls" = False, **kwargs: Any) -> Any:
         if isinstance(inputs, Mapping) and inputs.get("images") is not None:
             inputs = {**inputs, "images": self.read_each(inputs["images"], allow_urls)}
         elif allow_urls and not isinstance(inputs, str | list | tuple):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "allow_urls": allow_urls}
         return super(MediaPipeline, self).preprocess(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def read_each(self, sources: Any, allow_urls: AllowUrls) -> Any:
+    def read_each(self, sources: Any, allow_urls: "AllowUrls") -> Any:
         """Images, or lists of them, one for each text."""
         if isinstance(sources, list | tuple):
             return [self.read_each(source, allow_urls) for source in sources]

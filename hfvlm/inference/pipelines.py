@@ -5,9 +5,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, pipelines
 from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline, Pipeline
 
-from hfvlm.inference.captioner import written
 from hfvlm.inference.media_pipelines import ConversationPipeline, register_media_pipelines
-from hfvlm.media.images import read_image
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
@@ -43,10 +41,14 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return before, ({"answers": answers} if answers else {}) | generate, {}
 
     def preprocess(self, pair: Any, *, allow_urls: Any = False) -> Any:  # type: ignore[override]
+        from hfvlm.media.images import read_image
+
         image = read_image(pair["image"], upright=False, allow_urls=allow_urls)
         return self.processor(images=[image], text=[self.processor.asked(pair["question"])], return_tensors="pt")
 
     def _forward(self, inputs: Any, answers: list[str] | None = None, **generate: Any) -> dict[str, Any]:  # type: ignore[override]
+        from hfvlm.inference.captioner import written
+
         model: Any = self.model
         if answers is None:
             return {"answers": written(self.processor, model.generate(**inputs, **generate), inputs)}

@@ -211,7 +211,8 @@ def test_released_files_become_folders(folder):
     again = AutoModel.from_pretrained(path)
     assert type(again) is HfvlmCoCaModel
     same(again.state_dict(), model.state_dict(), exact=True)
-    assert again.config.text_config.to_dict() | {"dtype": None} == model.config.text_config.to_dict() | {"dtype": None}
+    beside = {"dtype": None, "licence": None, "preset": None}  # what a conversion adds
+    assert again.config.text_config.to_dict() | beside == model.config.text_config.to_dict() | beside
     processor = AutoProcessor.from_pretrained(path)
     assert processor.image_processor.image_mean == [0.5, 0.5, 0.5]
     assert all(check.passed for check in hfvlm.verify(path))
@@ -271,7 +272,7 @@ def test_the_trainer_trains_both_losses(folder, tmp_path):
         return dict(processor.captions([row["image"] for row in batch], [row["text"] for row in batch]))
 
     arguments = hfvlm.ContrastiveTrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, mini_batch_size=1, max_steps=2, report_to="none", use_cpu=True
+        str(tmp_path), per_device_train_batch_size=4, mini_batch_size=2, max_steps=2, report_to="none", use_cpu=True
     )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = hfvlm.ContrastiveTrainer(

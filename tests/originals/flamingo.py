@@ -206,7 +206,7 @@ def model_outputs(golden: Golden) -> None:
         last_place = (batch["input_ids"] == config.image_token_id).cumsum(dim=1) > 0
         values["xattn_first_attn"] = values["xattn_first_attn"] * last_place.unsqueeze(-1)
         values |= {
-            "vision_tokens": features.last_hidden_state,
+            "vision_tokens": features.last_hidden_state[:, 1:],
             "logits": output.logits,
             "loss": None if output.loss is None else output.loss.reshape(1),
         }

@@ -424,12 +424,12 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel):
     def shares(self, scores: Tensor, same: Tensor) -> Tensor:
         """`(B, B')` similarities -> how likely each wrong partner is drawn, up to a factor.
 
-        Without a least weight, what belongs together is left out first: beside a pair that is far more similar, the
-        probabilities of all others would be zero.
+        Beside a pair that is far more similar, the probabilities of all others are zero; they are computed without it
+        then.
         """
-        if self.least_weight:
-            return (scores.softmax(dim=1) + self.least_weight).masked_fill(same, 0)
-        return scores.masked_fill(same, -torch.inf).softmax(dim=1)
+        weights = (scores.softmax(dim=1) + self.least_weight).masked_fill(same, 0)
+        alone = scores.masked_fill(same, -torch.inf).softmax(dim=1)
+        return torch.where(weights.sum(dim=1, keepdim=True) > 1e-30, weights, alone)
 
     def draw(self, weights: Tensor) -> Tensor:
         """`(B, B')` -> `(B,)`, a column of each row."""

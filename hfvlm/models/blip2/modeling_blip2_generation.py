@@ -101,9 +101,13 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         options = {"interpolate_pos_encoding": interpolate_pos_encoding}
         tokens = in_parts(self.vision_model, pixel_values, **options).last_hidden_state
         output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
-        features = media_features(output, self.projector(output.pooler_output))
-        features.last_hidden_state = output.pooler_output  # the queries, without the instruction's words
-        return features
+        # The queries alone, without the instruction's words.
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.pooler_output,
+            pooler_output=self.projector(output.pooler_output),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
 
     @can_return_tuple
     def get_video_features(
