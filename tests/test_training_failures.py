@@ -350,5 +350,5 @@ def test_a_recipe_is_checked_before_anything_is_loaded(tmp_path):
         run_recipe(recipe, ["per_device_train_batch_size=0"])
     with pytest.raises(ValueError, match="lora_rank is 0; it must be at least 1"):
         run_recipe(recipe, ["lora_rank=0"])
-    with pytest.raises(ValueError, match="crop_scale must be a finite number above 0 to 1"):
+    with pytest.raises(ValueError, match="crop_scale is 0.0; it must be above 0 and at most 1"):
         run_recipe(recipe, ["crop_scale=0.0"])

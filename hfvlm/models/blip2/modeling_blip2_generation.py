@@ -23,7 +23,7 @@ from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
-from hfvlm.outputs import ImageTextSeq2SeqOutput, media_features
+from hfvlm.outputs import ImageTextSeq2SeqOutput
 
 # What the first stage has and the second does not.
 STAGE_1 = [
@@ -125,7 +125,8 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         )
         output = self.get_image_features(pixel_values_videos.flatten(0, 1), *asked, **kwargs)
         joined = output.pooler_output.unflatten(0, (films, frames)).flatten(1, 2)
-        return media_features(output, joined)
+        output.pooler_output = joined
+        return output
 
     @torch.no_grad()
     def rank(
