@@ -134,6 +134,15 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
             for own, followed in module.pairs(self):
                 init.copy_(own, followed)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize the teacher's table, too, whose new rows are those of the text tower; see transformers'."""
+        kept: int = self.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, union-attr]
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        own: Any = self.teacher.text_model.resize_token_embeddings(table.weight.shape[0])
+        with torch.no_grad():
+            own.weight[kept:] = table.weight[kept:]
+        return table
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """For the towers alone: the teacher keeps nothing for a gradient."""
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -286,6 +295,11 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         self.teacher = Teacher(config)
         self.text_decoder = HfvlmBLIPTextDecoder._from_config(config.text_config)
         self._tied_weights_keys = {f"text_decoder.{name}": f"text_model.{name}" for name in self.shared_names()}
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize what captions, too, before its table is tied to the text tower's; see transformers'."""
+        self.text_decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def shared_names(self) -> list[str]:
         own = (".attention.", ".attention_norm.", "projection.")
