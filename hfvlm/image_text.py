@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -301,9 +301,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
         """Never generate a placeholder, for which there would be no image, and look up none."""
-        placeholders = [self.placeholder(modality) for modality in self.media_inputs]
-        never = SuppressTokensLogitsProcessor(placeholders, device=str(self.device))
-        return WithinVocabulary([*processors, never])
+        return WithinVocabulary(processors, never=[self.placeholder(modality) for modality in self.media_inputs])
 
     def placeholder(self, modality: str) -> int:
         """Return the id of the token that stands for a token of an image, or of another modality."""

@@ -113,7 +113,7 @@ class RetrievalTeacher(Teacher):
 
     def __init__(self, config: HfvlmBLIPConfig):
         super().__init__(config)
-        self.register_buffer("id_queue", torch.zeros(config.queue_size, dtype=torch.long))
+        self.register_buffer("id_queue", torch.full((config.queue_size,), -100))
 
     def init_own_weights(self, std: float) -> None:
         super().init_own_weights(std)
@@ -136,9 +136,10 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Resize the teacher's table, too, whose new rows are those of the text tower; see transformers'."""
-        kept: int = self.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, union-attr]
+        follower: Any = self.teacher.text_model
+        kept = follower.get_input_embeddings().weight.shape[0]
         table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        own: Any = self.teacher.text_model.resize_token_embeddings(table.weight.shape[0])
+        own = follower.resize_token_embeddings(table.weight.shape[0])
         with torch.no_grad():
             own.weight[kept:] = table.weight[kept:]
         return table

@@ -292,7 +292,7 @@ class FixedScale(nn.Module):
     def __init__(self, initial: float):
         super().__init__()
         self.initial = initial
-        self.register_buffer("scale", torch.zeros(1))
+        self.register_buffer("scale", torch.full((1,), log(initial)))
 
     def init_own_weights(self, std: float) -> None:
         init.constant_(self.scale, log(self.initial))
