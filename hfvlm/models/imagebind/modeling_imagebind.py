@@ -280,8 +280,8 @@ class HfvlmImageBindModel(MultiEncoder):
 class CappedScale(LogitScale):
     """A learned temperature that stays finite."""
 
-    def exp(self) -> Tensor:
-        return super().exp().clamp_max(MAX_SCALE)
+    def factor(self) -> Tensor:
+        return super().factor().clamp_max(MAX_SCALE)
 
 
 class FixedScale(nn.Module):
@@ -298,7 +298,10 @@ class FixedScale(nn.Module):
         init.constant_(self.scale, log(self.initial))
 
     def exp(self) -> Tensor:
-        """The factor itself, shape (1,)."""
+        """Return the factor itself, shape (1,)."""
+        return self()
+
+    def forward(self) -> Tensor:
         return self.scale.exp().clamp_max(MAX_SCALE)
 
 
