@@ -76,7 +76,7 @@ class FixedTemperature(Temperature):
     def __init__(self, initial: float):
         super().__init__(initial)
         del self.scale
-        self.register_buffer("scale", torch.zeros(1), persistent=False)
+        self.register_buffer("scale", torch.full((1,), initial), persistent=False)
 
 
 class BiasedLogitScale(LogitScale):
