@@ -189,8 +189,9 @@ class TextDecoder(Generation, ABC):
         elif self.embeds_texts_alone:
             raise ValueError(f"{type(self).__name__} continues texts only with a context: give `context`.")
         if inputs is None:
-            rows = 1 if context is None else context.tokens.shape[0]
-            inputs = torch.full((rows, 1), config.bos_token_id, device=self.device)
+            # Offloaded parameters are on no device.
+            rows, device = (1, self.device) if context is None else (context.tokens.shape[0], context.tokens.device)
+            inputs = torch.full((rows, 1), config.bos_token_id, device=device)
         elif attention_mask is not None:
             inputs, attention_mask = padded_left(inputs, attention_mask, config.pad_token_id)
         result: Any = super().generate(inputs, attention_mask=attention_mask, **options)

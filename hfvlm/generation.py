@@ -1,6 +1,6 @@
 """What hfvlm changes in transformers' `generate`: whatever it overrides there that is private, it overrides here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -109,9 +109,22 @@ class WholeTextBeams(GenerationMixin):
 
 
 class WithinVocabulary(LogitsProcessorList):
-    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
+    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up.
+
+    Args:
+        processors: what changes the logits.
+        never: ids that are not to be generated.
+    """
+
+    def __init__(self, processors: Iterable[Any] = (), never: Iterable[int] = ()):
+        super().__init__(processors)
+        self.never = tuple(never)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         last = scores.shape[-1] - 1
         known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
-        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
+        scores = super().__call__(known, scores, **kwargs).clone()  # type: ignore[arg-type]
+        for token in self.never:
+            if token <= last:
+                scores[:, token] = -torch.inf
+        return scores

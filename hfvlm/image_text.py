@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -109,7 +109,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
             attention_mask: `(B, N)`, 0 where a row is padded.
             inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media are
                 to be put, or with media among them already; see `embed`.
-            labels: `(B, N)`; the loss leaves out -100.
+            labels: `(B, N)`; the loss leaves out -100. Also as `shift_labels`, shifted already.
             image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
             pixel_values_videos: likewise, all films.
             mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
@@ -124,6 +124,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         rest: dict[str, Any] = dict(kwargs)
         media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
         features = self.encode_media(media, mm_encoder_outputs)
+        labels = rest.get("shift_labels") if labels is None else labels  # without any, language models return no loss
         output = self.read_with(
             self.language_model,
             input_ids,
@@ -301,9 +302,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
         """Never generate a placeholder, for which there would be no image, and look up none."""
-        placeholders = [self.placeholder(modality) for modality in self.media_inputs]
-        never = SuppressTokensLogitsProcessor(placeholders, device=str(self.device))
-        return WithinVocabulary([*processors, never])
+        return WithinVocabulary(processors, never=[self.placeholder(modality) for modality in self.media_inputs])
 
     def placeholder(self, modality: str) -> int:
         """Return the id of the token that stands for a token of an image, or of another modality."""

@@ -203,6 +203,7 @@ class DualEncoder(HfvlmPreTrainedModel):
         """The features of images and of texts -> their similarities and, for pairs, the loss."""
         image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
         logits = self.logit_scale(cosines(image_embeds, text_embeds))
+        scale, bias = self.logit_scale.factor_and_bias()
         output = DualEncoderOutput(
             logits_per_image=logits,
             logits_per_text=logits.t(),
@@ -210,8 +211,8 @@ class DualEncoder(HfvlmPreTrainedModel):
             image_embeds=image_embeds,
             text_model_output=text,
             vision_model_output=image,
-            logit_scale=self.logit_scale.exp(),
-            logit_bias=self.logit_scale.bias,
+            logit_scale=scale,
+            logit_bias=bias,
         )
         if return_loss:
             output.loss = self.contrast(output)

@@ -99,7 +99,15 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return getattr(self, self.towers[modality])
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.tower("text" if "text" in self.modalities else self.modalities[0]).get_input_embeddings()
+        return self.first_tower.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.first_tower.set_input_embeddings(value)
+
+    @property
+    def first_tower(self) -> PreTrainedModel:
+        """The text tower, if there is one."""
+        return self.tower("text" if "text" in self.modalities else self.modalities[0])
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:

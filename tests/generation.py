@@ -33,6 +33,21 @@ class GenerationSuite:
         real = alone["attention_mask"][0].bool()
         return alone | {name: alone[name][:, real] for name in ("input_ids", "attention_mask")}
 
+    def test_generates_with_offloaded_weights(self, model, batch, tmp_path):
+        batch, expected = self.one(batch, 0), self.answer(model, self.one(batch, 0))
+        model.save_pretrained(tmp_path / "model")
+        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "weights"}
+        loaded = self.model_class.from_pretrained(tmp_path / "model", **disk)
+        assert torch.equal(self.answer(loaded, batch), expected)
+
+    def test_shifted_labels_give_the_same_loss(self, model, batch):
+        labels = self.loss_inputs()["labels"]
+        shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+        with torch.no_grad():
+            expected = model(**batch, labels=labels).loss
+            close(model(**batch, shift_labels=shifted).loss, expected, 1e-6, "shifted alone")
+            close(model(**batch, labels=labels.flip(1), shift_labels=shifted).loss, expected, 1e-6, "both")
+
     def test_prefill_steps_and_one_forward_agree(self, model, batch):
         batch = self.one(batch, 0)
         ids = batch.pop("input_ids")

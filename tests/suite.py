@@ -68,6 +68,13 @@ class ModelSuite:
         assert not any(info.values()), info
         same(self.run(loaded.eval(), batch), expected, exact=True)
 
+    def test_offloaded_weights_change_nothing(self, model, batch, tmp_path):
+        """They are on the disk until a module is called: what reads a parameter otherwise finds none."""
+        expected = self.run(model, batch)
+        model.save_pretrained(tmp_path / "model")
+        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "weights"}
+        same(self.run(self.model_class.from_pretrained(tmp_path / "model", **disk), batch), expected, 1e-6)
+
     def test_auto_class_finds_it(self, model, tmp_path):
         assert type(self.auto_class.from_config(self.config())) is self.model_class
         model.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Cosine similarities to logits."""
 
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,14 @@ class LogitScale(nn.Module):
         init.constant_(self.scale, self.initial)
 
     def exp(self) -> Tensor:
-        """The factor itself, shape (1,)."""
+        """Return the factor itself, shape (1,)."""
+        return self.factor_and_bias()[0]
+
+    def factor_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return what cosines are multiplied by, and what is added, if anything is, each of shape (1,)."""
+        return self()  # only a call loads offloaded parameters
+
+    def factor(self) -> Tensor:
         return self.scale.exp()
 
     @torch.no_grad()
@@ -43,14 +51,18 @@ class LogitScale(nn.Module):
         """Let the factor be at most `highest`."""
         self.scale.clamp_(max=log(highest))
 
-    def forward(self, cosine: Tensor) -> Tensor:
-        return cosine * self.exp()
+    def forward(self, cosine: Tensor | None = None) -> Any:
+        """Turn cosines into logits; without any, see `factor_and_bias`."""
+        if cosine is None:
+            return self.factor(), self.bias
+        logits = cosine * self.factor()
+        return logits if self.bias is None else logits + self.bias
 
 
 class Temperature(LogitScale):
     """Divides by a learned temperature, kept as it is: `cosine / scale`."""
 
-    def exp(self) -> Tensor:
+    def factor(self) -> Tensor:
         return self.scale.reciprocal()
 
     @torch.no_grad()
@@ -64,7 +76,7 @@ class FixedTemperature(Temperature):
     def __init__(self, initial: float):
         super().__init__(initial)
         del self.scale
-        self.register_buffer("scale", torch.zeros(1), persistent=False)
+        self.register_buffer("scale", torch.full((1,), initial), persistent=False)
 
 
 class BiasedLogitScale(LogitScale):
@@ -80,6 +92,3 @@ class BiasedLogitScale(LogitScale):
     def init_own_weights(self, std: float) -> None:
         super().init_own_weights(std)
         init.constant_(self.bias, self.initial_bias)
-
-    def forward(self, cosine: Tensor) -> Tensor:
-        return super().forward(cosine) + self.bias

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -349,3 +350,14 @@ def test_configurations_that_make_no_sense(changes, message):
         HfvlmFlamingoConfig(
             **{"vision_config": VISION, "resampler_config": RESAMPLER, "text_config": NEOX} | SIZES | changes
         )
+
+
+@pytest.mark.parametrize("text", [NEOX, LLAMA])
+def test_plans_for_several_devices_name_what_is_there(text):
+    model = tiny(text)
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    assert any(".layers.*.layer." in name for name in model._tp_plan)
+    assert set(model._tp_plan) <= names
+    inner = model.language_model
+    assert {f"language_model.{name}" for name in inner._tp_plan} == set(model._tp_plan)
+    assert set(inner.base_model._tp_plan) <= {name.partition(".")[2].partition(".")[2] for name in names}

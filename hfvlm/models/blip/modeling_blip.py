@@ -470,6 +470,7 @@ class HfvlmBLIPForConditionalGeneration(CaptioningModel):
 
     config: HfvlmBLIPConfig
     base_model_prefix = "blip"
+    main_input_name = "pixel_values"
     _no_split_modules = ["PreNormLayer", "GroundedLayer"]
     _keys_to_ignore_on_load_unexpected = PARTS
 

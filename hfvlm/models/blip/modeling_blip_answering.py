@@ -52,6 +52,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
 
     config: HfvlmBLIPConfig
     base_model_prefix = "blip"
+    main_input_name = "pixel_values"
     _no_split_modules = ["PreNormLayer", "GroundedLayer"]
     _keys_to_ignore_on_load_unexpected = PARTS
     # The loss is a weighted mean over questions; the Trainer must not rescale it by counted tokens.

@@ -113,7 +113,7 @@ class RetrievalTeacher(Teacher):
 
     def __init__(self, config: HfvlmBLIPConfig):
         super().__init__(config)
-        self.register_buffer("id_queue", torch.zeros(config.queue_size, dtype=torch.long))
+        self.register_buffer("id_queue", torch.full((config.queue_size,), -100))
 
     def init_own_weights(self, std: float) -> None:
         super().init_own_weights(std)
@@ -133,6 +133,16 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         if isinstance(module, Teacher):
             for own, followed in module.pairs(self):
                 init.copy_(own, followed)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize the teacher's table, too, whose new rows are those of the text tower; see transformers'."""
+        follower: Any = self.teacher.text_model
+        kept = follower.get_input_embeddings().weight.shape[0]
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        own = follower.resize_token_embeddings(table.weight.shape[0])
+        with torch.no_grad():
+            own.weight[kept:] = table.weight[kept:]
+        return table
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """For the towers alone: the teacher keeps nothing for a gradient."""
@@ -286,6 +296,11 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         self.teacher = Teacher(config)
         self.text_decoder = HfvlmBLIPTextDecoder._from_config(config.text_config)
         self._tied_weights_keys = {f"text_decoder.{name}": f"text_model.{name}" for name in self.shared_names()}
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize what captions, too, before its table is tied to the text tower's; see transformers'."""
+        self.text_decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def shared_names(self) -> list[str]:
         own = (".attention.", ".attention_norm.", "projection.")

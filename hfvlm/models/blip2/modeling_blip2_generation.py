@@ -1,7 +1,7 @@
 """BLIP-2's second stage and InstructBLIP: a language model that reads queries (https://arxiv.org/abs/2301.12597, 3.3;
 https://arxiv.org/abs/2305.06500)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -213,6 +213,9 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
 
     def build_language_model(self, config: HfvlmBLIP2Config) -> PreTrainedModel:
         return FlanT5._from_config(config.text_config)
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        return {*super().further_keywords(method)} - {"shift_labels"}  # a decoder's labels are not shifted
 
     @can_return_tuple
     def forward(

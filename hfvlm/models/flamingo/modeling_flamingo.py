@@ -29,6 +29,8 @@ from hfvlm.outputs import media_features
 
 # The column of a picture that stands before every text, and of one that a row does not have.
 BEFORE, NOWHERE = -1, 1 << 40
+# Where transformers' models say how their modules are split among devices.
+PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
 
 
 class FeedForward(nn.Module):
@@ -215,9 +217,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         self.resampler = HfvlmFlamingoResampler._from_config(config.resampler_config)
         self.gates = nn.ModuleDict({str(i): GatedLayer(config, i) for i in config.looking_layers})
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        layers = decoder_layers(self.language_model)
-        for i, layer in enumerate(layers):
-            layers[i] = LookingLayer(layer)
+        wrap_layers(self.language_model)
         self.post_init()
         self.freeze_unread()
 
@@ -339,6 +339,26 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     depth = model.config.num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
     return next(lists)
+
+
+def wrap_layers(model: PreTrainedModel) -> None:
+    """Wrap each layer of a language model, and name what is in them so in its plans for several devices."""
+    layers = decoder_layers(model)
+    for i, layer in enumerate(layers):
+        layers[i] = LookingLayer(layer)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    for owner, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and f".{path}".startswith(f".{owner}." if owner else "."):
+            inside = path.removeprefix(f"{owner}.") if owner else path
+            for plan in PLANS:
+                entries: dict[str, Any] = getattr(module, plan, None) or {}
+                setattr(module, plan, {_within_wrapped(key, inside): value for key, value in entries.items()})
+
+
+def _within_wrapped(key: str, layers: str) -> str:
+    """Name a module inside a layer, such as `layers.*.mlp`, as it is called in the wrapped layer."""
+    within = f"{layers}.*."
+    return f"{within}layer.{key.removeprefix(within)}" if key.startswith(within) else key
 
 
 def look_through(gate: nn.Module, seen: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:

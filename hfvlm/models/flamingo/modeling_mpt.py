@@ -54,11 +54,20 @@ class HfvlmFlamingoMPTForCausalLM(Generation, EveryModule, MptForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
         logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> Any:
-        """Score the next token after each of `(B, N)` token ids; see `MptForCausalLM`."""
+        """Score the next token after each of `(B, N)` token ids; see `MptForCausalLM`.
+
+        Args:
+            labels: `(B, N)`, the ids themselves; the loss leaves out -100.
+            shift_labels: `(B, N)`, labels that are shifted already, in place of `labels`.
+        """
+        labels = shift_labels if labels is None else labels
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **with_cache(cache)}
         inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}
+        if shift_labels is not None:
+            inputs["shift_labels"] = shift_labels
         return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
 
     @classmethod

@@ -105,6 +105,19 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         self.mmm_text_head = prediction_head(config, words)
         self.itm_head = MatchingHead(width)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,  # noqa: FBT001, FBT002 (transformers' signature)
+    ) -> Any:
+        """Resize the heads that predict words, too; see transformers'."""
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        std = None if mean_resizing else self.config.initializer_range
+        for head in (self.mlm_head, self.mmm_text_head):
+            head.resize(table.weight.shape[0], std)
+        return table
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """For what is trained alone: the codebook keeps nothing for a gradient."""
         super()._set_gradient_checkpointing(*args, **kwargs)

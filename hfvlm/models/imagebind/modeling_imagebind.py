@@ -281,8 +281,8 @@ class HfvlmImageBindModel(MultiEncoder):
 class CappedScale(LogitScale):
     """A learned temperature that stays finite."""
 
-    def exp(self) -> Tensor:
-        return super().exp().clamp_max(MAX_SCALE)
+    def factor(self) -> Tensor:
+        return super().factor().clamp_max(MAX_SCALE)
 
 
 class FixedScale(nn.Module):
@@ -293,13 +293,16 @@ class FixedScale(nn.Module):
     def __init__(self, initial: float):
         super().__init__()
         self.initial = initial
-        self.register_buffer("scale", torch.zeros(1))
+        self.register_buffer("scale", torch.full((1,), log(initial)))
 
     def init_own_weights(self, std: float) -> None:
         init.constant_(self.scale, log(self.initial))
 
     def exp(self) -> Tensor:
-        """The factor itself, shape (1,)."""
+        """Return the factor itself, shape (1,)."""
+        return self()
+
+    def forward(self) -> Tensor:
         return self.scale.exp().clamp_max(MAX_SCALE)
 
 

@@ -144,6 +144,13 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=std / 2)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Give the table as many rows as there are scores; see transformers'."""
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if table.weight.shape[0] == self.config.vocab_size:
+            self.config.token_rows = None
+        return table
+
     def decode(
         self,
         input_ids: Tensor,
@@ -192,6 +199,10 @@ class HfvlmMaMMUTModel(ContrastiveCaptioner):
         self.projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=False)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Give the table as many rows as there are scores; see transformers'."""
+        return self.text_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def context(self, image: BaseModelOutputWithPooling) -> Context:
         return Context(self.projector(image.last_hidden_state))
