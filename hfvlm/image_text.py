@@ -272,6 +272,11 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         cache = cache_of(inputs)
         if kwargs.get("is_first_iteration") or cache is None or cache.get_seq_length() == 0:
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        elif inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] > 1:
+            # Candidates that were looked up in the prompt may be placeholders, none of which will be accepted.
+            for modality in self.media_inputs:
+                found = inputs["input_ids"] == self.placeholder(modality)
+                inputs["input_ids"] = inputs["input_ids"].masked_fill(found, 0)
         return inputs
 
     def ids(self, vocab_size: int) -> int:

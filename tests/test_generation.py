@@ -260,12 +260,13 @@ def test_a_second_turn_goes_on_from_the_cache(subject):
 def test_an_assistant_changes_nothing_but_the_time(subject, number_of_tokens):
     if type(subject) is not Subject:
         pytest.skip("transformers' assisted decoding knows models with the prompt in input_ids alone")
-    _, output = subject.generate([0])
+    end = {"eos_token_id": subject.model.config.get_text_config(decoder=True).vocab_size - 1}
+    _, output = subject.generate([0], **end)
     assistant = subject.model
     assistant.generation_config.num_assistant_tokens = number_of_tokens
-    _, assisted = subject.generate([0], assistant_model=assistant)
+    _, assisted = subject.generate([0], assistant_model=assistant, **end)
     assert torch.equal(assisted.sequences, output.sequences)
-    _, looked = subject.generate([0], prompt_lookup_num_tokens=number_of_tokens)
+    _, looked = subject.generate([0], prompt_lookup_num_tokens=number_of_tokens, **end)
     assert torch.equal(looked.sequences, output.sequences)
 
 
