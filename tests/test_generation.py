@@ -100,7 +100,7 @@ class Subject:
     def best(self, scores):
         """The likeliest token that is no placeholder."""
         kinds = getattr(self.model, "media_inputs", ())
-        never = [token for token in map(self.model.placeholder, kinds) if token < scores.shape[-1]]
+        never = [token for kind in kinds if (token := self.model.placeholder(kind)) < scores.shape[-1]]
         return scores.index_fill(1, torch.tensor(never, dtype=torch.long), -torch.inf).argmax(-1, keepdim=True)
 
     def generate(self, rows=None, *, left=True, **options):
