@@ -86,7 +86,8 @@ def test_tables_are_padded_and_shrink(suite, tmp_path):
     rows = table.weight.shape[0]
     model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
     padded = model.get_input_embeddings().weight.shape[0]
-    assert padded % 64 == 0 and padded >= rows
+    assert padded % 64 == 0
+    assert padded >= rows
     model.resize_token_embeddings(rows + MORE)
     model.save_pretrained(tmp_path)
     loaded = suite.model_class.from_pretrained(tmp_path)
