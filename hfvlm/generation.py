@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from hfvlm.keywords import StrictKeywords
 
@@ -109,22 +109,23 @@ class WholeTextBeams(GenerationMixin):
 
 
 class WithinVocabulary(LogitsProcessorList):
-    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up.
-
-    Args:
-        processors: what changes the logits.
-        never: ids that are not to be generated.
-    """
-
-    def __init__(self, processors: Iterable[Any] = (), never: Iterable[int] = ()):
-        super().__init__(processors)
-        self.never = tuple(never)
+    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         last = scores.shape[-1] - 1
         known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
-        scores = super().__call__(known, scores, **kwargs).clone()  # type: ignore[arg-type]
-        for token in self.never:
-            if token <= last:
+        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
+
+
+class Without(LogitsProcessor):
+    """Never generates some tokens, on whatever device their scores are; transformers' own must be given one."""
+
+    def __init__(self, tokens: Iterable[int]):
+        self.tokens = tuple(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        scores = scores.clone()
+        for token in self.tokens:
+            if token < scores.shape[-1]:
                 scores[:, token] = -torch.inf
         return scores

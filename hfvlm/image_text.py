@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
-from hfvlm.generation import Generation, WithinVocabulary
+from hfvlm.generation import Generation, WithinVocabulary, Without
 from hfvlm.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling import HfvlmPreTrainedModel
 from hfvlm.outputs import ImageTextOutput
@@ -307,7 +307,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
         """Never generate a placeholder, for which there would be no image, and look up none."""
-        return WithinVocabulary(processors, never=[self.placeholder(modality) for modality in self.media_inputs])
+        return WithinVocabulary([*processors, Without(self.placeholder(modality) for modality in self.media_inputs)])
 
     def placeholder(self, modality: str) -> int:
         """Return the id of the token that stands for a token of an image, or of another modality."""

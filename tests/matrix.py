@@ -58,9 +58,8 @@ def run(python: Path, arguments: Iterable[str]) -> tuple[int, str]:
 
 def write(results: dict[str, dict[str, str]]) -> None:
     """Put the results' table into the documentation, in the place of the last one."""
-    rows = [
-        f"| {version} | {' | '.join(counts.get(part, '') for part in PARTS)} |" for version, counts in results.items()
-    ]
+    found = {version: [counts.get(part, "not run") for part in PARTS] for version, counts in results.items()}
+    rows = [f"| {version} | {' | '.join(counts)} |" for version, counts in found.items()]
     table = [f"| transformers | {' | '.join(PARTS)} |", f"|{' --- |' * (len(PARTS) + 1)}", *rows]
     today = datetime.now(UTC).date().isoformat()
     block = f"{MARK.format('begin')}\nLast run on {today}, Python {sys.version.split()[0]}.\n\n" + "\n".join(table)
