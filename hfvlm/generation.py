@@ -123,7 +123,7 @@ class Without(LogitsProcessor):
     def __init__(self, tokens: Iterable[int]):
         self.tokens = tuple(tokens)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
         for token in self.tokens:
             if token < scores.shape[-1]:

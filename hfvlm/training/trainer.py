@@ -119,7 +119,7 @@ class ContrastiveTrainer(RowTrainer):
         with torch.autocast(self.args.device.type, enabled=False):
             return self.bare_model.contrast(output, loss, self.group)
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
