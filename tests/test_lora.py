@@ -1,5 +1,7 @@
 """Recipes adapt what they say and nothing else."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
@@ -10,6 +12,7 @@ from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.models.siglip import HfvlmSigLIPModel
 from hfvlm.presets import load_preset
 from hfvlm.verification import sample_inputs
+from tests.models import test_align, test_clip
 
 
 @pytest.fixture
@@ -120,3 +123,27 @@ def test_qlora_on_a_quantised_model(clip_folder):
     gradients = {n: p.grad.abs().max() for n, p in tuned.named_parameters() if p.requires_grad and "lora_A" not in n}
     assert gradients
     assert all(value > 0 for value in gradients.values())
+
+
+@pytest.mark.parametrize("suite", [test_align.TestALIGN, test_clip.TestCLIPWithResNet], ids=["ALIGN", "CLIP-ResNet"])
+@pytest.mark.parametrize("recipe", ["text", None])
+def test_an_adapter_holds_all_that_training_changed(suite, recipe, tmp_path):
+    """Batch norms beside frozen weights keep their statistics, which no adapter stores; others move theirs."""
+    torch.manual_seed(0)
+    model, batch = suite.model_class(suite().config()), suite().inputs()
+    base = copy.deepcopy(model)
+    tuned = hfvlm.lora(model, recipe, quiet=True).train()
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(4):
+        tuned(**batch, return_loss=True).loss.backward()
+        optimizer.step()
+    tuned.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        expected, found = (m.eval()(**batch).logits_per_image for m in (tuned, again))
+    assert torch.allclose(found, expected, atol=1e-5)
+    whole = suite.model_class(suite().config()).train()
+    before = {name: value.clone() for name, value in whole.named_buffers() if name.endswith("running_mean")}
+    whole(**batch)
+    assert before
+    assert all(not torch.equal(value, before[name]) for name, value in whole.named_buffers() if name in before)
