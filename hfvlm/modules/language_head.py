@@ -24,7 +24,7 @@ class BertLanguageHead(nn.Module):
 
     @torch.no_grad()
     def resize(self, rows: int, std: float | None = None) -> None:
-        """Score `rows` tokens: the first as before, new ones as the others' mean, or drawn with this deviation."""
+        """Score `rows` tokens: the first as before, new ones as the mean of all, or drawn by the deviation `std`."""
         old, kept = self.decoder, min(rows, self.decoder.out_features)
         weight, bias = old.weight.mean(dim=0).repeat(rows, 1), old.bias.mean().repeat(rows)
         if std is not None:

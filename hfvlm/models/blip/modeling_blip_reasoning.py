@@ -81,6 +81,7 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
     config: HfvlmBLIPConfig
     pictures_per_text = 2
     base_model_prefix = "blip"
+    main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
     _no_split_modules = ["PreNormLayer", "GroundedLayer"]
     _keys_to_ignore_on_load_unexpected = PARTS
