@@ -91,7 +91,7 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
         width, context = config.hidden_size, config.context_size
         self.query = nn.Parameter(torch.zeros(config.num_queries, width))
         # Never trained, but stored: a released file holds it in its own precision.
-        self.position = nn.Buffer(sine_grid(config.edge, width))
+        self.position = nn.Buffer(sine_grid(config.edge, width).to(torch.get_default_dtype()))
         self.kv_proj = nn.Identity() if context == width else nn.Linear(context, width, bias=False)
         self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.context_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
