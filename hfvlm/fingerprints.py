@@ -11,27 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfvlm.checkpoints import CheckpointError, read_checkpoint, weights_in
+from hfvlm.checkpoints.saving import DTYPES as WRITTEN
 
 RECORD = "conversion.json"
 # As safetensors' headers spell them.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+DTYPES = WRITTEN | {torch.complex64: "C64", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16"}
 # Files that say something about a model and change nothing that it computes.
 PROSE = {"README.md", "NOTICE", "LICENSE", RECORD}
 # What transformers may load from a folder.

@@ -72,7 +72,7 @@ def test_merged_it_is_a_model_of_its_own(adapter, clip_folder, tuned, images, tm
     model = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = model(**AutoProcessor.from_pretrained(folder)(images=images, text=["a red circle"])).logits_per_image
-    assert torch.allclose(logits, expected(tuned, clip_folder, images).logits_per_image, atol=1e-3)
+    assert torch.allclose(logits, expected(tuned, clip_folder, images).logits_per_image, rtol=1e-5, atol=1e-4)
     assert not (folder / "adapter_config.json").exists()
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "apache-2.0"

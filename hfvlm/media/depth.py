@@ -102,6 +102,12 @@ def read_depth(
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def check_order(nearest: float, farthest: float | None, owner: str) -> None:
+    """Refuse settings of a depth reader whose nearest metres are not less than its farthest."""
+    if farthest and nearest >= farthest:
+        raise ValueError(f"{owner}: nearest must be less than farthest, {farthest:g} m.")
+
+
 def check_range(metres: np.ndarray, farthest: float, name: str) -> None:
     """Warn of a depth map that lies mostly beyond what a model was trained on, and refuse one that lies far beyond.
 

@@ -40,8 +40,9 @@ class ImageAsRead(Image.Image):
     def copy(self) -> "ImageAsRead":
         return self
 
-    def convert(self, *_: Any, **__: Any) -> "ImageAsRead":
-        return self
+    def convert(self, mode: str | None = None, **options: Any) -> Image.Image:  # type: ignore[override]
+        """Stay as it is for transformers, which asks for RGB; any other mode is made of the image."""
+        return self if mode == "RGB" and not options else self.image.convert(mode, **options)
 
 
 def image_batch(sources: Any) -> list[Any]:

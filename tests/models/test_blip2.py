@@ -108,6 +108,10 @@ class TestQFormer(ModelSuite):
         close(one[:, 3:], other[:, 3:], 0.0, "words")
         assert relative(one[:, :3], other[:, :3]) > 1e-3
 
+    def test_a_mask_needs_texts(self, model, batch):
+        with pytest.raises(ValueError, match="attention_mask is that of texts"):
+            model(batch["image_tokens"], attention_mask=batch["attention_mask"])
+
     def test_texts_need_words(self, batch):
         model = HfvlmBLIP2QFormerModel(HfvlmBLIP2QFormerConfig(**QFORMER))
         with pytest.raises(ValueError, match="reads no texts: its config.vocab_size is None"):

@@ -308,6 +308,8 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         """
         if input_ids is not None and self.config.vocab_size is None:
             raise ValueError("This Q-Former reads no texts: its config.vocab_size is None.")
+        if input_ids is None and attention_mask is not None:
+            raise ValueError("attention_mask is that of texts, and there are no input_ids.")
         context = None if image_tokens is None else self.context_norm(image_tokens.to(self.context_norm.weight.dtype))
         queries = 0 if context is None else self.config.num_queries
         positions, rows = None, 0 if context is None else context.shape[0]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hfvlm.media import read_audio, read_depth, read_thermal, read_video
 from hfvlm.media.audio import audio_batch
-from hfvlm.media.depth import check_range, one_by_one
+from hfvlm.media.depth import check_order, check_range, one_by_one
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.recordings import Recording, resample
@@ -217,8 +217,7 @@ class HfvlmLanguageBindDepthFeatureExtractor(HfvlmFeatureExtractor):
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         settings = super().checked(settings)
-        if settings["farthest"] and settings["nearest"] >= settings["farthest"]:
-            raise ValueError(f"{type(self).__name__}: nearest must be less than farthest, {settings['farthest']:g} m.")
+        check_order(settings["nearest"], settings["farthest"], type(self).__name__)
         return settings
 
     def read(self, source: Any, **options: Any) -> np.ndarray:
