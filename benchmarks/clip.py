@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion.clip import config_to_transformers, keys_for
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,7 +20,8 @@ from transformers import CLIPModel
 
 import hfvlm
 from benchmarks.measuring import interleaved, machine, ratio
-from hfvlm.key_table import restore_keys
+from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.conversion.clip import config_to_transformers, keys_for
 from hfvlm.models.clip import HfvlmCLIPModel
 
 CONTEXT, SHORTEST, LONGEST = 77, 8, 20

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError, count_layers, tokenizer_for
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row, permute, reshape, scalar, transpose
+from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, transpose
+from hfvlm.conversion import UnsupportedOriginalError, count_layers, tokenizer_for
 from hfvlm.models.align.configuration_align import (
     EFFICIENTNETS,
     STEM_CHANNELS,

@@ -8,10 +8,10 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
 from torch import Tensor
 
-from hfvlm.key_table import Row, fit, flat, scalar, split, tied, transpose, unbatched
+from hfvlm.checkpoints.key_table import Row, fit, flat, scalar, split, tied, transpose, unbatched
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, OPTConfig, T5Config
+
+from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.key_table import Row, Table, scalar, split, tied
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
 from hfvlm.conversion.blip2_transformers import (
     NATIVE_TYPES,
@@ -30,11 +35,6 @@ from hfvlm.conversion.qformer import (
     mlp_rows,
     unbatched,
 )
-from torch import Tensor
-from transformers import LlamaConfig, OPTConfig, T5Config
-
-from hfvlm.checkpoints import CheckpointError
-from hfvlm.key_table import Row, Table, scalar, split, tied
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,

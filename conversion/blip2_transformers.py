@@ -5,6 +5,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+from transformers import AutoConfig
+
+from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.key_table import Row, scalar, split
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion.language_models import t5_rows
 from hfvlm.conversion.qformer import (
@@ -19,12 +25,6 @@ from hfvlm.conversion.qformer import (
     two_biases,
     unbatched,
 )
-from torch import Tensor
-from transformers import AutoConfig
-
-from hfvlm.checkpoints.saving import LazyTensors
-from hfvlm.compositions import with_average_rows
-from hfvlm.key_table import Row, scalar, split
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,

@@ -8,6 +8,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Row, scalar, split, transpose
 from hfvlm.conversion import (
     UnsupportedOriginalError,
     check_options,
@@ -17,9 +20,6 @@ from hfvlm.conversion import (
     tokenizer_for,
     transformers_pixels,
 )
-from torch import Tensor
-
-from hfvlm.key_table import Row, scalar, split, transpose
 from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPResNetConfig,

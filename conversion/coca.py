@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Row, scalar, split, transpose
 from hfvlm.conversion import (
     UnsupportedOriginalError,
     check_options,
@@ -17,9 +20,6 @@ from hfvlm.conversion import (
 )
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.conversion.clip import resblocks, vision_rows, vision_sizes
-from torch import Tensor
-
-from hfvlm.key_table import Row, scalar, split, transpose
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.models.coca.processing_coca import HfvlmCoCaImageProcessor, HfvlmCoCaProcessor, HfvlmCoCaTokenizer
 

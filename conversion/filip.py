@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Row, scalar, transpose
 from hfvlm.conversion import UnsupportedOriginalError, count_layers, original_config, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.conversion.clip import resblocks, vision_sizes
-from torch import Tensor
-
-from hfvlm.key_table import Row, scalar, transpose
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
 from hfvlm.models.filip.processing_filip import HfvlmFILIPImageProcessor, HfvlmFILIPProcessor, HfvlmFILIPTokenizer
 

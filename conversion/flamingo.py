@@ -8,6 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
+
+from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.key_table import Row, Table, split, tied
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
 from hfvlm.conversion import clip as clip_conversion
 from hfvlm.conversion.language_models import (
@@ -17,12 +23,6 @@ from hfvlm.conversion.language_models import (
     mpt_rows,
 )
 from hfvlm.conversion.llava import part_of, vision_table
-from torch import Tensor
-from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
-
-from hfvlm.checkpoints import CheckpointError
-from hfvlm.compositions import with_average_rows
-from hfvlm.key_table import Row, Table, split, tied
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.flamingo.configuration_flamingo import (
     HfvlmFlamingoConfig,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row, scalar
+from hfvlm.checkpoints.key_table import Change, Row, scalar
+from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVACodebookConfig,
     HfvlmFLAVAConfig,

@@ -5,11 +5,11 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import check_options, count_layers, tokenizer_for
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from torch import Tensor
 
-from hfvlm.key_table import Row, flat, scalar, split, unbatched
+from hfvlm.checkpoints.key_table import Row, flat, scalar, split, unbatched
+from hfvlm.conversion import check_options, count_layers, tokenizer_for
+from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,

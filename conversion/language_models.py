@@ -1,6 +1,6 @@
 """The language models that others are built around, in transformers' names, which authors' files keep."""
 
-from hfvlm.key_table import Row, split, tied
+from hfvlm.checkpoints.key_table import Row, split, tied
 
 # What decides the shape and the numbers of a LLaMA or a Mistral, in config.json of every version of transformers.
 LLAMA_FIELDS = (

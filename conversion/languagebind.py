@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError, tokenizer_for
-from hfvlm.conversion import clip as clip_conversion
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPVisionConfig
 from transformers.utils import logging
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.compositions import merge_lora
+from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.key_table import Change, Row, Table, scalar, unbatched
 from hfvlm.configuration import config_of
-from hfvlm.key_table import Change, Row, Table, scalar, unbatched
+from hfvlm.conversion import UnsupportedOriginalError, tokenizer_for
+from hfvlm.conversion import clip as clip_conversion
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,

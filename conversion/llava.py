@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion import UnsupportedOriginalError, check_options
-from hfvlm.conversion import clip as clip_conversion
-from hfvlm.conversion.language_models import LLAMA_FIELDS, llama_rows
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.compositions import add_delta, merge_lora, with_average_rows
+from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.checkpoints.saving import LazyTensors
-from hfvlm.compositions import add_delta, merge_lora, with_average_rows
-from hfvlm.key_table import Row, Table
+from hfvlm.conversion import UnsupportedOriginalError, check_options
+from hfvlm.conversion import clip as clip_conversion
+from hfvlm.conversion.language_models import LLAMA_FIELDS, llama_rows
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig, openai_vision_config
 from hfvlm.models.llava.processing_llava import HfvlmLLaVAImageProcessor, HfvlmLLaVAProcessor, HfvlmLLaVATokenizer

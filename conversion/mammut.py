@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Row, scalar, transpose
 from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config, tokenizer_for
 from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
 from hfvlm.conversion.clip import resblocks, vision_rows, vision_sizes
 from hfvlm.conversion.coca import settings_from_original as settings_from_original
 from hfvlm.conversion.coca import special_tokens
-from torch import Tensor
-
-from hfvlm.key_table import Row, scalar, transpose
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
     HfvlmMaMMUTTextConfig,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Table
 from hfvlm.conversion import UnsupportedOriginalError, video_chatgpt
 from hfvlm.conversion.llava import PROJECTORS
 from hfvlm.conversion.video_chatgpt import VOCABULARIES, keys_for, layout_of
-from torch import Tensor
-
-from hfvlm.key_table import Table
 from hfvlm.models.pg_video_llava.configuration_pg_video_llava import HfvlmPGVideoLLaVAConfig
 from hfvlm.models.pg_video_llava.processing_pg_video_llava import (
     HfvlmPGVideoLLaVAFeatureExtractor,

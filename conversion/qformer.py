@@ -1,10 +1,10 @@
 """What BLIP-2's released files and transformers' folders have in common."""
 
 import torch
-from hfvlm.conversion.language_models import llama_rows, opt_rows, t5_rows
 from torch import Tensor
 
-from hfvlm.key_table import Change, Row
+from hfvlm.checkpoints.key_table import Change, Row
+from hfvlm.conversion.language_models import llama_rows, opt_rows, t5_rows
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 
 # What the original calls its language model and what leads there, by transformers' model_type.

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import UnsupportedOriginalError, check_options
 from torch import Tensor
 
-from hfvlm.compositions import merge_lora
-from hfvlm.key_table import Row, Table, grouped, split, transpose
+from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.key_table import Row, Table, grouped, split, transpose
+from hfvlm.conversion import UnsupportedOriginalError, check_options
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfvlm.conversion import llava as llava_conversion
-from hfvlm.conversion.language_models import llama_rows
-from hfvlm.conversion.llava import EMBEDDING, VOCABULARIES
 from torch import Tensor
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.compositions import add_delta
-from hfvlm.key_table import Row, Table
+from hfvlm.checkpoints.compositions import add_delta
+from hfvlm.checkpoints.key_table import Row, Table
+from hfvlm.conversion import llava as llava_conversion
+from hfvlm.conversion.language_models import llama_rows
+from hfvlm.conversion.llava import EMBEDDING, VOCABULARIES
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.models.shikra.places import Bins
 from hfvlm.models.shikra.processing_shikra import (

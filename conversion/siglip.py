@@ -9,6 +9,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
 from hfvlm.conversion import (
     UnsupportedOriginalError,
     check_options,
@@ -17,9 +20,6 @@ from hfvlm.conversion import (
 )
 from hfvlm.conversion.clip import resblocks, transformers_layers
 from hfvlm.conversion.clip import settings_from_original as settings_from_original
-from torch import Tensor
-
-from hfvlm.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -32,7 +32,7 @@ from hfvlm.models.siglip.processing_siglip import (
     HfvlmSigLIPProcessor,
     HfvlmSigLIPTokenizer,
 )
-from hfvlm.processing import HfvlmImageProcessor
+from hfvlm.processing.base import HfvlmImageProcessor
 
 VOCABULARIES = ("sentencepiece.model", "gemma_tokenizer.model", "spiece.model", "tokenizer.model", "tokenizer.json")
 TANH, ERF = "gelu_pytorch_tanh", "gelu"

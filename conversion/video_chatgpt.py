@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from hfvlm.checkpoints.compositions import add_delta, with_average_rows
+from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion import llava as llava_conversion
 from hfvlm.conversion.language_models import llama_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, VOCABULARIES
-from torch import Tensor
-
-from hfvlm.compositions import add_delta, with_average_rows
-from hfvlm.key_table import Row, Table
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
     HfvlmVideoChatGPTFeatureExtractor,

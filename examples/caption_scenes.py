@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hfvlm.conversion.coca import processor_for
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, set_seed
 
 import hfvlm
+from hfvlm.conversion.coca import processor_for
 from hfvlm.samples import scenes
 
 HELD_OUT = 8

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from hfvlm.conversion.llava import processor_for
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 import hfvlm
+from hfvlm.conversion.llava import processor_for
 from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
 from hfvlm.training.chat import ChatCollator, ChatTrainer

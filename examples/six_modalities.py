@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from hfvlm.converter import conversion_module
 from hfvlm.presets import Preset, load_preset
+from hfvlm.release.converter import conversion_module
 from hfvlm.samples.scenes import COLOURS, SHAPES, SIZES, Scene
 
 EVENTS = list(product(COLOURS, SHAPES))

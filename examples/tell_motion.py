@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from hfvlm.conversion.video_chatgpt import processor_for
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 import hfvlm
+from hfvlm.conversion.video_chatgpt import processor_for
 from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
 from hfvlm.training.chat import ChatCollator, ChatTrainer

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hfvlm.conversion.clip import ARCHIVE_ENTRIES, keys_for, special_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from hfvlm.key_table import restore_keys
+from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.conversion.clip import ARCHIVE_ENTRIES, keys_for, special_tokens
 from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPImageProcessor, HfvlmCLIPModel, HfvlmCLIPTokenizer
 from hfvlm.samples import digits, scenes
 

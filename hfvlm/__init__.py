@@ -13,18 +13,16 @@ if not (Path(__file__).parent / "conversion").exists():
 
 from hfvlm.logs import logger as logger  # which follows transformers' verbosity
 from hfvlm.registry import architectures, find_class, register
-from hfvlm.versions import warn_if_untested
-
-__version__ = "0.1.0"
+from hfvlm.versions import __version__, warn_if_untested
 
 _LAZY = {
-    "convert": "hfvlm.converter",
-    "export": "hfvlm.converter",
-    "merge": "hfvlm.adapters",
-    "verify": "hfvlm.verification",
+    "convert": "hfvlm.release.converter",
+    "export": "hfvlm.release.converter",
+    "merge": "hfvlm.inference.adapters",
+    "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",
-    "lora": "hfvlm.lora_recipes",
+    "lora": "hfvlm.training.lora",
     "Captioner": "hfvlm.inference.captioner",
     "ZeroShotClassifier": "hfvlm.inference.zero_shot",
     "evaluate": "hfvlm.evaluation.tasks",
@@ -38,7 +36,7 @@ _LAZY = {
     "load_index": "hfvlm.inference.index",
     "ContrastiveTrainer": "hfvlm.training",
     "ContrastiveTrainingArguments": "hfvlm.training",
-    "push": "hfvlm.hub",
+    "push": "hfvlm.release.hub",
     "Chat": "hfvlm.inference.chat",
     "draw_boxes": "hfvlm.inference.grounding",
     "VideoGrounder": "hfvlm.inference.video_grounding",

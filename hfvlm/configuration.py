@@ -11,8 +11,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from hfvlm.licences import stricter
-from hfvlm.messages import LONGEST_NAME, cut, shown
+from hfvlm.checks.messages import LONGEST_NAME, cut, shown
+from hfvlm.presets.licences import stricter
 from hfvlm.registry import load_for
 
 T = TypeVar("T")

@@ -263,13 +263,13 @@ def _register_pipelines(_: ModuleType) -> None:
 
 
 def _guard_trainer(trainer: ModuleType) -> None:
-    from hfvlm.publishing import guard_trainer
+    from hfvlm.release.publishing import guard_trainer
 
     guard_trainer(trainer)
 
 
 def _guard_peft(peft_model: ModuleType) -> None:
-    from hfvlm.publishing import guard_peft
+    from hfvlm.release.publishing import guard_peft
 
     guard_peft(peft_model)
 

@@ -8,6 +8,8 @@ import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
+__version__ = "0.1.0"
+
 # The oldest, and the first that is not known; pyproject.toml says the same.
 OLDEST, UNKNOWN = "5.4", "5.25"
 # `make test-matrix` runs these, of which the last is in constraints.txt.

@@ -9,11 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
-from hfvlm.conversion import blip, flava
-from hfvlm.conversion.imagebind import processor_for
 from transformers import AutoModel
 
 import hfvlm
+from hfvlm.conversion import blip, flava
+from hfvlm.conversion.imagebind import processor_for
 from hfvlm.models.blip import HfvlmBLIPConfig
 from hfvlm.presets import load_preset
 

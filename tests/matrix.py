@@ -13,13 +13,22 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 TABLE = ROOT / "docs" / "compatibility.md"
 # What each column of the table runs.
 PARTS = {
-    "generation": ["tests/test_generation.py", "tests/test_soft_prompts.py", "tests/test_chat.py"],
+    "generation": [
+        "tests/modeling/test_generation.py",
+        "tests/modeling/test_soft_prompts.py",
+        "tests/inference/test_chat.py",
+    ],
     "contracts": [
-        f"tests/test_{name}.py" for name in ("keywords", "seams", "registry", "strict_processors", "resizing")
+        "tests/modeling/test_keywords.py",
+        "tests/modeling/test_seams.py",
+        "tests/modeling/test_resizing.py",
+        "tests/processing/test_strictness.py",
+        "tests/test_registry.py",
     ],
     "goldens": ["tests/test_goldens.py", "tests/test_conversion.py", "tests/test_golden_runners.py"],
     "models": ["tests/models"],

@@ -6,11 +6,11 @@ import importlib
 import pytest
 import torch
 
-from hfvlm.converter import conversion_module, empty_model
-from hfvlm.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
-from tests.golden import key_lists, name_of, notes_of, read_key_list
+from hfvlm.release.converter import conversion_module, empty_model
+from tests.support.golden import key_lists, name_of, notes_of, read_key_list
 
 
 def composition(name):
@@ -66,7 +66,7 @@ def small():
         | module.special_tokens(20),
     )
     expected = empty_model(config).state_dict()
-    from hfvlm.key_table import restore_keys
+    from hfvlm.checkpoints.key_table import restore_keys
 
     rows = module.keys_for(config)
     return rows, restore_keys(expected, rows), expected

@@ -8,14 +8,13 @@ import runpy
 import shlex
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 import hfvlm
 from hfvlm.cli.commands import app
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 # <!-- not run: the reason --> before a block leaves it out.

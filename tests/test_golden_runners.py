@@ -8,9 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hfvlm.conversion import UnsupportedOriginalError
 
-from tests.golden import OURS, SECTIONS, Golden, UnknownOptionError, parts_of, present, read_key_list, unwrapped
+from hfvlm.conversion import UnsupportedOriginalError
+from tests.support.golden import (
+    OURS,
+    SECTIONS,
+    Golden,
+    UnknownOptionError,
+    parts_of,
+    present,
+    read_key_list,
+    unwrapped,
+)
 
 CASES = sorted(str(path.parent.relative_to(OURS)) for path in OURS.rglob("case.json"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hfvlm.registry import architectures
-from tests.golden import Golden, case_folders, name_of
+from tests.support.golden import Golden, case_folders, name_of
 
 RUNNERS = {path.stem for path in (Path(__file__).parent / "originals").glob("*.py")} - {"__init__", "common"}
 

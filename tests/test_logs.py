@@ -20,7 +20,7 @@ def _verbosity():
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", ["hfvlm", "hfvlm.training.data", "hfvlm.tokenization"])
+@pytest.mark.parametrize("name", ["hfvlm", "hfvlm.training.data", "hfvlm.processing.tokenization"])
 def test_follows_transformers(name):
     ours = logging.getLogger(name)
     for level in (logging.ERROR, logging.INFO, logging.WARNING):

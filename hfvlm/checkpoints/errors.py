@@ -1,6 +1,6 @@
 """The error that every reader of checkpoints raises."""
 
-from hfvlm.messages import cut
+from hfvlm.checks.messages import cut
 
 
 class CheckpointError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from hfvlm.checkpoints.errors import CheckpointError
-from hfvlm.messages import shown
+from hfvlm.checks.messages import shown
 
 # Packages whose checkpoints were released as whole pickled modules alone.
 MODULE_PACKAGES = ("dall_e.",)

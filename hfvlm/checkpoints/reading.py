@@ -17,8 +17,8 @@ from torch import Tensor
 from hfvlm.checkpoints.errors import CheckpointError
 from hfvlm.checkpoints.torch_files import LEGACY_HEAD, StoredTensors, TorchFile, TorchLegacy, TorchZip, zip_entries
 from hfvlm.checkpoints.wrappers import unwrapped, without_marks
-from hfvlm.files import LARGEST_JSON, check_regular, read_json, refusing
-from hfvlm.messages import listed, shown
+from hfvlm.checks.files import LARGEST_JSON, check_regular, read_json, refusing
+from hfvlm.checks.messages import listed, shown
 
 WEIGHTS = (
     "model.safetensors",
@@ -85,7 +85,7 @@ def _read_bundle(path: Path, head: bytes) -> Checkpoint:
         file.seek(-min(path.stat().st_size, len(TABLE_END)), io.SEEK_END)
         tail = file.read()
     if tail == TABLE_END:
-        from hfvlm.tensor_bundle import TensorBundle
+        from hfvlm.checkpoints.tensor_bundle import TensorBundle
 
         return Checkpoint(TensorBundle(path))
     if head.startswith(b"\x80"):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hfvlm.checkpoints.errors import CheckpointError
 from hfvlm.checkpoints.pickles import Storage, Stored, Unpickler
-from hfvlm.files import refusing
-from hfvlm.messages import shown
+from hfvlm.checks.files import refusing
+from hfvlm.checks.messages import shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hfvlm.checkpoints.errors import CheckpointError
 from hfvlm.checkpoints.pickles import Inert, Stored
-from hfvlm.messages import listed
+from hfvlm.checks.messages import listed
 
 logger = logging.get_logger(__name__)
 

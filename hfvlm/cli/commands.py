@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-import hfvlm
 from hfvlm.cli import catalogue, datasets, folders, models
 from hfvlm.cli.console import begin, say
 from hfvlm.cli.doctor import doctor
+from hfvlm.versions import __version__
 
 # Plain help and errors: a frame around them would break the lines that are to be copied.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,7 +24,7 @@ def top(
     """Vision-language models as transformers-native models."""
     begin(quiet=quiet)
     if show:
-        say(hfvlm.__version__)
+        say(__version__)
         raise typer.Exit
 
 

@@ -170,7 +170,7 @@ def evaluate(  # noqa: PLR0913 (options)
     from hfvlm.evaluation.tasks import TASKS
     from hfvlm.evaluation.tasks import Data as Rows
     from hfvlm.evaluation.tasks import evaluate as run
-    from hfvlm.hub import write_card
+    from hfvlm.release.hub import write_card
 
     chosen(task, TASKS, "--task")
     options = task_options(task, templates=templates, label=label, modality=modality, between=between)

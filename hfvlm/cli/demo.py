@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, Tra
 import hfvlm
 from hfvlm.cli.console import note, progress, say_table
 from hfvlm.cli.outputs import foreign_files, is_empty, written_here
-from hfvlm.hub import write_card
 from hfvlm.logs import shows_progress
-from hfvlm.modeling import unit
+from hfvlm.modeling.base import unit
+from hfvlm.release.hub import write_card
 from hfvlm.samples import digits, scenes
 from hfvlm.samples.digits import TEMPLATES, Digit, caption
 from hfvlm.writing import new_folder

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 from packaging.requirements import Requirement
 
-import hfvlm
 from hfvlm.cli.options import Json, Quiet
-from hfvlm.versions import RANGE, installed_version, is_tested
+from hfvlm.versions import RANGE, __version__, installed_version, is_tested
 
 # Extras of those who work on hfvlm, and one that only a machine with a GPU can build.
 NOT_SHOWN = ("dev",)
@@ -26,7 +25,7 @@ def doctor(
 ) -> None:
     """Show versions, extras and devices, and test every architecture that generates; exit with 1 if a test fails."""
     report: dict[str, Any] = {
-        "hfvlm": hfvlm.__version__,
+        "hfvlm": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "transformers": {"tested": RANGE, "in_range": is_tested(installed_version("transformers") or "0")},
@@ -51,7 +50,7 @@ def doctor(
 
 def requirements() -> list[Requirement]:
     """Read what hfvlm needs: in a checkout from pyproject.toml, else from the installed package."""
-    file = Path(hfvlm.__file__).parent.parent / "pyproject.toml"
+    file = Path(__file__).parents[2] / "pyproject.toml"
     if file.exists() and (project := tomllib.loads(file.read_text()).get("project", {})).get("name") == "hfvlm":
         optional = project["optional-dependencies"]
         marked = [f'{line}; extra == "{extra}"' for extra, lines in optional.items() for line in lines]
@@ -119,7 +118,7 @@ def devices() -> list[str]:
 
 def self_tests(*, aloud: bool) -> list[dict[str, Any]]:
     """Run the self-test, and print each result as it comes."""
-    from hfvlm.selftest import Result, run
+    from hfvlm.release.selftest import Result, run
 
     def report(result: Result) -> None:
         if aloud:

@@ -77,7 +77,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a folder that transformers' own classes load."""
-    from hfvlm.adapters import whole
+    from hfvlm.inference.adapters import whole
 
     check_output(output, overwrite=overwrite)
     with status(f"exporting {folder}"), whole(folder) as model:
@@ -97,7 +97,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter and its base as one model, with its processor and card."""
-    from hfvlm.adapters import merge as run
+    from hfvlm.inference.adapters import merge as run
 
     check_output(output, overwrite=overwrite)
     with status(f"merging {adapter}"):
@@ -138,7 +138,7 @@ def card(
     quiet: Quiet = False,
 ) -> None:
     """Write the folder's model card (README.md) again."""
-    from hfvlm.hub import write_card
+    from hfvlm.release.hub import write_card
 
     check_card(folder, overwrite=overwrite)
     note(write_card(folder), err=False)

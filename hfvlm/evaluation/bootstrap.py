@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hfvlm.ranges import check_integer, check_number
+from hfvlm.checks.ranges import check_integer, check_number
 
 DRAWS = 1000
 

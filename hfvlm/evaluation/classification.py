@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from hfvlm.checks.ranges import check_integer
 from hfvlm.evaluation.retrieval import ranks_of_best
-from hfvlm.ranges import check_integer
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from hfvlm.checks.ranges import check_integer, check_number
 from hfvlm.media.sources import import_extra
-from hfvlm.ranges import check_integer, check_number
 
 # The sweep begins with these and narrows down around the best, to eight steps a decade.
 FIRST_STRENGTHS = tuple(10.0**i for i in range(-6, 7, 2))

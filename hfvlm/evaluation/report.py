@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-import hfvlm
 from hfvlm.evaluation.bootstrap import interval
 from hfvlm.inference.pages import data_url, thumbnail
 from hfvlm.media.sources import import_extra
+from hfvlm.versions import __version__
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 MOST_ERRORS = 100
@@ -76,7 +76,7 @@ class Report:
     each: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        known = {"hfvlm": hfvlm.__version__, "task": self.task, "model": self.model, "data": self.data}
+        known = {"hfvlm": __version__, "task": self.task, "model": self.model, "data": self.data}
         return known | {
             "versions": versions(),
             "about": self.about,
@@ -90,7 +90,7 @@ class Report:
         }
 
     def for_card(self) -> list[dict[str, Any]]:
-        """The numbers as `hfvlm.hub.write_card` takes them."""
+        """The numbers as `hfvlm.release.hub.write_card` takes them."""
         protocol = ", ".join(f"{name} {value}" for name, value in self.protocol.items())
         rows = f"{self.rows} rows" + (f" ({len(self.errors)} more cannot be read)" if self.errors else "")
         shared = {"task": self.task, "dataset": Path(self.data).name, "protocol": f"{rows}; {protocol}"}
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     names = ("torch", "transformers", "numpy", "datasets")
     found = {name: version(name) for name in names if find_spec(name) is not None}
-    return {"python": platform.python_version(), "hfvlm": hfvlm.__version__} | found
+    return {"python": platform.python_version(), "hfvlm": __version__} | found
 
 
 def mistake_figure(mistake: Mistake) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hfvlm.ranges import check_integer
+from hfvlm.checks.ranges import check_integer
 
 BLOCK = 2**24
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfvlm.checks.ranges import check_generation, check_integer
 from hfvlm.evaluation.answering import accuracy_of
 from hfvlm.evaluation.bootstrap import interval
 from hfvlm.evaluation.captioning import bleu, cider_of_each, rouge_l_of_each
@@ -22,7 +23,6 @@ from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.media.rows import COLUMNS, UNREADABLE, captions_of, columns_by_name, load_rows, path_of
-from hfvlm.ranges import check_generation, check_integer
 
 MOST_MISTAKES = 24
 KS = (1, 5, 10)

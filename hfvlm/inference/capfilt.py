@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hfvlm.adapters import load_model, processor_of
+from hfvlm.checks.ranges import check_generation, check_integer, check_number
+from hfvlm.inference.adapters import load_model, processor_of
 from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.embed import absolute
 from hfvlm.inference.pins import content_hash, pinned_data
@@ -16,7 +17,6 @@ from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
 from hfvlm.media.rows import columns_by_name, first_caption, load_rows
 from hfvlm.modules.context import Context
-from hfvlm.ranges import check_generation, check_integer, check_number
 
 SETTINGS, CAPTIONS = "capfilt.json", "captions"
 # Nucleus sampling, as the authors': its captions are more varied than a beam's, and noisier.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from hfvlm.adapters import load_model, processor_of
+from hfvlm.checks.ranges import check_generation, check_integer
+from hfvlm.inference.adapters import load_model, processor_of
 from hfvlm.media.rows import are_several
-from hfvlm.media_text import MediaTextProcessor
-from hfvlm.ranges import check_generation, check_integer
+from hfvlm.processing.media_text import MediaTextProcessor
 
 
 class Captioner:

@@ -17,10 +17,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from hfvlm.adapters import load_model, processor_of
-from hfvlm.compat import with_cache
-from hfvlm.image_text import Features
-from hfvlm.ranges import check_generation
+from hfvlm.checks.ranges import check_generation
+from hfvlm.inference.adapters import load_model, processor_of
+from hfvlm.modeling.compat import with_cache
+from hfvlm.modeling.image_text import Features
 
 
 class Chat:
@@ -31,7 +31,7 @@ class Chat:
     answer is what the model gives to the whole conversation afresh; what is kept changes nothing but the time.
 
     Args:
-        model: an `hfvlm.image_text.ImageTextModel`.
+        model: an `hfvlm.modeling.image_text.ImageTextModel`.
         processor: its processor.
         system: what the conversation begins with, in place of the checkpoint's own.
         **options: of `model.generate`, for all answers; by default the likeliest tokens, 512 of them at most.

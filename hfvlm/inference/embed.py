@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-import hfvlm
+from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
 from hfvlm.inference.pins import pinned_data, processor_hash, tower_hashes
 from hfvlm.inference.shards import Columns, Row, Run, append, earlier_data, named, read_json, run_shards
 from hfvlm.media.folders import MODALITY
 from hfvlm.media.rows import columns_by_name, first_caption, load_rows
-from hfvlm.ranges import check_integer
+from hfvlm.versions import __version__
 
 SETTINGS, VECTORS = "embed.json", "vectors"
 ABOUT = ("row", "id", "path", "caption")
@@ -87,7 +87,7 @@ def embed(  # noqa: PLR0913 (each says what the content is)
         "weights": tower_hashes(embedder.model), "processor": processor_hash(embedder.processor),
     }  # fmt: skip
     data = pinned_data(source, split, earlier_data(output))
-    about = {"model": absolute(model), "hfvlm": hfvlm.__version__}
+    about = {"model": absolute(model), "hfvlm": __version__}
     run = Run(output, VECTORS, SETTINGS, shard_rows, settings, data, about)
     run_shards(rows, run, Shards(embedder, known, id_column, batch_size, by_modality).tables)
     return output

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfvlm.adapters import config_of, load_model, processor_of
+from hfvlm.checks.ranges import check_integer, shown
 from hfvlm.configuration import MultiEncoderConfig
+from hfvlm.inference.adapters import config_of, load_model, processor_of
 from hfvlm.inference.vectors import combine, similarity, unit_rows
 from hfvlm.logs import tracked
 from hfvlm.media.errors import MediaError
 from hfvlm.media.rows import UNREADABLE, are_several
-from hfvlm.modeling import unit
-from hfvlm.outputs import MODALITIES
-from hfvlm.ranges import check_integer, shown
+from hfvlm.modeling.base import unit
+from hfvlm.modeling.outputs import MODALITIES
 
 __all__ = ["Embedder", "Embeddings", "combine", "similarity", "unit_rows"]
 

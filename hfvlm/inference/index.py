@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.vectors import as_array, unit_rows
 from hfvlm.media.sources import import_extra
-from hfvlm.ranges import check_integer
 from hfvlm.writing import new_folder
 
 BLOCK = 2**24

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hfvlm.adapters import load_model, processor_of
-from hfvlm.ranges import check_integer
+from hfvlm.checks.ranges import check_integer
+from hfvlm.inference.adapters import load_model, processor_of
 
 
 def rerank(

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.inference.embedder import Embedder, combine
-from hfvlm.ranges import check_number
 
 # "snow::0.5" has half the weight of "snow".
 SEPARATOR = "::"

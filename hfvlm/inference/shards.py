@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.pins import Pins, difference
 from hfvlm.logs import shows_progress
 from hfvlm.media.rows import path_of
-from hfvlm.ranges import check_integer
 from hfvlm.writing import replaced
 
 logger = logging.getLogger(__name__)

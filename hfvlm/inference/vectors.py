@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfvlm.ranges import check_number
+from hfvlm.checks.ranges import check_number
 
 MOST_NAMED = 5
 

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from hfvlm.checks.ranges import check_integer, check_number
 from hfvlm.inference.embedder import Embedder, chosen_device
 from hfvlm.inference.grounding import draw_boxes
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.media.video import Video, read_video
-from hfvlm.ranges import check_integer, check_number
 
 # Of a scene, unless the film says its own rate; and how long it is at least.
 FPS, SHORTEST_SCENE = 25.0, 0.6

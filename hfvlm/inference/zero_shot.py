@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from hfvlm.evaluation.templates import template_set
+from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.pins import content_hash
+from hfvlm.inference.templates import template_set
 from hfvlm.inference.vectors import unit_rows
 from hfvlm.logs import said_once
 from hfvlm.media.rows import are_several
-from hfvlm.ranges import check_integer
 from hfvlm.writing import replaced
 
 
@@ -76,7 +76,7 @@ class ZeroShotClassifier:
         texts = [
             [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
         ]
-        with said_once("hfvlm.tokenization"):  # that texts are cut
+        with said_once("hfvlm.processing.tokenization"):  # that texts are cut
             vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
         ends = np.cumsum([len(wordings) for wordings in texts])[:-1]
         return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))

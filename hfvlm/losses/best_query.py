@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.losses.blocks import in_full_precision
 from hfvlm.losses.late_interaction import late_interaction_scores
 from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
-from hfvlm.ranges import check_number
 
 
 def best_query_scores(queries: Tensor, vectors: Tensor) -> Tensor:

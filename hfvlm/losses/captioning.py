@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.losses.processes import rank_and_size, sum_over
-from hfvlm.ranges import check_number
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.losses.blocks import check_pairs, in_full_precision, square_blocks
 from hfvlm.losses.processes import check_equal_rows, gather_rows, rank_and_size, scatter_sum, sum_over
-from hfvlm.ranges import check_number
 
 
 def contrastive_loss(

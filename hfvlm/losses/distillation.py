@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.losses.blocks import in_full_precision, row_blocks
 from hfvlm.losses.processes import check_equal_rows, rank_and_size, sum_over
-from hfvlm.ranges import check_number
 
 Targets = Tensor | Callable[[slice], Tensor]
 

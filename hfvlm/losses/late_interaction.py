@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hfvlm.checks.ranges import check_integer
 from hfvlm.losses.blocks import BLOCK, in_full_precision
 from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
-from hfvlm.ranges import check_integer
 
 
 def late_interaction_scores(

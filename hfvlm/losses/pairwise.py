@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.losses.blocks import check_pairs, in_full_precision, square_blocks
 from hfvlm.losses.processes import check_equal_rows, pass_on, rank_and_size, sum_over
-from hfvlm.ranges import check_number
 
 
 def sigmoid_loss(

@@ -15,8 +15,8 @@ from collections.abc import Collection
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from hfvlm.checks.messages import cut, shown
 from hfvlm.media.errors import MediaError
-from hfvlm.messages import cut, shown
 
 MAX_BYTES = 64 * 2**20
 MAX_HEAD_BYTES = 2**18

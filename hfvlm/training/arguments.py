@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hfvlm.ranges import check_integer, check_number
+from hfvlm.checks.ranges import check_integer, check_number
 from hfvlm.training.failures import check_arguments
 
 LOSSES = ("softmax", "sigmoid", "focal")

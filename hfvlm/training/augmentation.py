@@ -6,7 +6,7 @@ from math import exp, log, sqrt
 import numpy as np
 from PIL import Image
 
-from hfvlm.ranges import check_integer, check_number
+from hfvlm.checks.ranges import check_integer, check_number
 
 TRIES = 10
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hfvlm.media_text import IGNORE
-from hfvlm.ranges import check_integer
+from hfvlm.checks.ranges import check_integer
+from hfvlm.processing.media_text import IGNORE
 from hfvlm.training.row_trainer import GuardedTrainer
 
 # More words than any conversation has.
@@ -34,7 +34,7 @@ class ChatCollator:
     TRL's, for films, `dataset_kwargs={"skip_prepare_dataset": True}`.
 
     Args:
-        processor: an `hfvlm.media_text.MediaTextProcessor`.
+        processor: an `hfvlm.processing.media_text.MediaTextProcessor`.
         max_length: longer examples are cut, never in a picture.
         truncation: "pictures" leaves out pictures that do not fit, and what follows them; True refuses.
         pad_to_multiple_of: of the batch's length.
@@ -109,7 +109,7 @@ class PreferenceCollator:
     messages. Nothing is cut. TRL's own collator would leave out the token that texts begin with.
 
     Args:
-        processor: an `hfvlm.media_text.MediaTextProcessor`.
+        processor: an `hfvlm.processing.media_text.MediaTextProcessor`.
         pad_to_multiple_of: of the batch's length.
     """
 

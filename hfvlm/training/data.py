@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from hfvlm.checks.ranges import check_integer
 from hfvlm.media.rows import COLUMNS, UNREADABLE, captions_of, columns_by_name
-from hfvlm.ranges import check_integer
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfvlm.ranges import check_number
+from hfvlm.checks.ranges import check_number
 
 BLOCK = 2**24
 

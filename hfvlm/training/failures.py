@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
-from hfvlm.outputs import contrastive_fields
-from hfvlm.ranges import check_integer, check_number
+from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.modeling.outputs import contrastive_fields
 
 # Steps in a row that look collapsed before a run is ended.
 PATIENCE = 3

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import ModelOutput
 
-from hfvlm.outputs import contrastive_fields
-from hfvlm.ranges import check_integer
+from hfvlm.checks.ranges import check_integer
+from hfvlm.modeling.outputs import contrastive_fields
 
 
 def cached_backward(

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfvlm.checks.ranges import check_number
 from hfvlm.media.rows import captions_of
-from hfvlm.ranges import check_number
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.data import ContrastiveCollator
 

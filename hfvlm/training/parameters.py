@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from hfvlm.lora_recipes import towers
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.similarity import LogitScale
+from hfvlm.training.lora import towers
 
 
 def tower_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

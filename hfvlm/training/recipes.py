@@ -16,13 +16,12 @@ from transformers import (
     set_seed,
 )
 
-from hfvlm.adapters import adapter_settings, hub_name, model_class, processor_of
-from hfvlm.adapters import load_model as load_whole
-from hfvlm.hub import write_card
+from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.inference.adapters import adapter_settings, hub_name, model_class, processor_of
+from hfvlm.inference.adapters import load_model as load_whole
 from hfvlm.logs import shows_progress
-from hfvlm.lora_recipes import lora
 from hfvlm.media.rows import load_rows
-from hfvlm.ranges import check_integer, check_number
+from hfvlm.presets.cards import write_card
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
@@ -30,6 +29,7 @@ from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
 from hfvlm.training.failures import check_arguments, check_processes
+from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.outputs import run_output
 from hfvlm.training.recipe_files import checked, read_recipe

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from hfvlm.evaluation.retrieval import recall_at
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
 from hfvlm.losses.blocks import check_negatives
-from hfvlm.outputs import contrastive_fields
+from hfvlm.modeling.outputs import contrastive_fields
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.failures import CollapseWatch, check_loss

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
+from tests.checkpoints.test_tensor_bundle import write
 from tests.fuzz.mutations import Tally, mutated, mutated_json
-from tests.test_tensor_bundle import write
 
 TENSORS = {
     "visual.conv1.weight": torch.arange(24.0).view(2, 3, 4),

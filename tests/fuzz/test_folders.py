@@ -6,16 +6,16 @@ import shutil
 import traceback
 from pathlib import Path
 
-import hfvlm.conversion
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
+import hfvlm.conversion
 from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.key_table import KeyTableError
+from hfvlm.checks.files import FolderError
 from hfvlm.configuration import ConfigurationError
-from hfvlm.files import FolderError
-from hfvlm.key_table import KeyTableError
-from hfvlm.tokenization import VocabularyError
+from hfvlm.processing.tokenization import VocabularyError
 from tests.fuzz.mutations import Tally, mutated, mutated_json
 
 OURS = (ConfigurationError, CheckpointError, FolderError, KeyTableError, VocabularyError)

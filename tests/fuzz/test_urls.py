@@ -6,7 +6,7 @@ import pytest
 
 from hfvlm.media import MediaError, urls
 from tests.fuzz.mutations import Tally, mutated
-from tests.test_urls import speaking
+from tests.media.test_urls import speaking
 
 URLS = (
     "http://127.0.0.1:80/a.png",

@@ -10,7 +10,7 @@ import pytest
 
 from hfvlm.models.blip2.processing_blip2 import HfvlmBLIP2Tokenizer
 from hfvlm.models.flamingo.processing_flamingo import HfvlmFlamingoTokenizer
-from hfvlm.tokenization import (
+from hfvlm.processing.tokenization import (
     PieceTokenizer,
     VocabularyError,
     byte_pairs,
@@ -19,9 +19,9 @@ from hfvlm.tokenization import (
     tiktoken_bpe,
     wordpiece,
 )
+from tests.checkpoints.test_tensor_bundle import field, varint
 from tests.conftest import SHIPPED
 from tests.fuzz.mutations import Tally, mutated, mutated_json
-from tests.test_tensor_bundle import field, varint
 
 LETTERS = "abcdefghij"
 

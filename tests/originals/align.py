@@ -1,16 +1,16 @@
 import re
 
 import torch
-from hfvlm.conversion.align import block_names, config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from hfvlm.checkpoints import read_checkpoint
+from hfvlm.checkpoints.tensor_bundle import variable_names
+from hfvlm.conversion.align import block_names, config_from_original, layout_of
 from hfvlm.models.align import HfvlmALIGNImageProcessor, HfvlmALIGNModel, HfvlmALIGNTokenizer
 from hfvlm.models.align.modeling_align import pad_for
-from hfvlm.tensor_bundle import variable_names
-from tests.golden import Golden, Recorder
 from tests.originals.common import bert_vocabulary, converted
+from tests.support.golden import Golden, Recorder
 
 # Those that the shapes of the weights say as well, and that is where they are read.
 IN_SHAPES = ("txt_encoder_name", "embed_dim", "seq_length", "vocab_size", "temperature")

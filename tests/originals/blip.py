@@ -4,15 +4,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from hfvlm.conversion.blip import MED_FIELDS, config_from_original
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.conversion.blip import MED_FIELDS, config_from_original
 from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
-from hfvlm.tokenization import clean_caption, clean_question
-from tests.golden import Golden, UnknownOptionError
+from hfvlm.processing.tokenization import clean_caption, clean_question
 from tests.originals.common import bert_vocabulary, converted, made_of
+from tests.support.golden import Golden, UnknownOptionError
 
 # Their values are those of the weights, or of a fresh start alone.
 ARGUMENTS = (

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, OPTConfig, T5Config
+
+from hfvlm.checkpoints.key_table import Row, Table, convert_tables, restore_keys
 from hfvlm.conversion.blip2 import (
     ARGUMENTS,
     BERT_FIELDS,
@@ -19,16 +26,7 @@ from hfvlm.conversion.blip2 import (
     tables_for,
     vision_rows,
 )
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, OPTConfig, T5Config
-
-from hfvlm.converter import Source, empty_model
-from hfvlm.key_table import Row, Table, convert_tables, restore_keys
 from hfvlm.losses.best_query import partners
-from hfvlm.media_text import IGNORE
 from hfvlm.models.blip2 import (
     HfvlmBLIP2Config,
     HfvlmBLIP2ImageProcessor,
@@ -38,8 +36,10 @@ from hfvlm.models.blip2 import (
     HfvlmInstructBLIPProcessor,
 )
 from hfvlm.presets import Preset
-from tests.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of
+from hfvlm.processing.media_text import IGNORE
+from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import bert_vocabulary, fitting, made_of
+from tests.support.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of
 
 FIRST_STAGE = ("Blip2Qformer", "Blip2ITM")
 

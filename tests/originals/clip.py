@@ -2,11 +2,11 @@ import re
 from pathlib import Path
 
 import torch
-from hfvlm.conversion import FILTERS, UnsupportedOriginalError
-from hfvlm.conversion.clip import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.conversion import FILTERS, UnsupportedOriginalError
+from hfvlm.conversion.clip import config_from_original, layout_of
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPImageProcessor,
@@ -14,8 +14,8 @@ from hfvlm.models.clip import (
     HfvlmCLIPResNetConfig,
     HfvlmCLIPTokenizer,
 )
-from tests.golden import Golden, Recorder, compare_pixels
 from tests.originals.common import converted, vocabulary
+from tests.support.golden import Golden, Recorder, compare_pixels
 
 # OpenAI's constructor, whose values the shapes of the weights say; open_clip's are checked where they are converted.
 OPENAI = (

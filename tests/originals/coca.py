@@ -2,12 +2,12 @@ import re
 from typing import Any
 
 import torch
-from hfvlm.conversion.coca import config_from_original
 from torch import Tensor
 
+from hfvlm.conversion.coca import config_from_original
 from hfvlm.models.coca import HfvlmCoCaModel, HfvlmCoCaTokenizer
-from tests.golden import Golden, Recorder
 from tests.originals.common import converted, vocabulary
+from tests.support.golden import Golden, Recorder
 
 # Of the original's `generate`; whose beams a case that does not say it has three of.
 GENERATE = ("sot", "eos", "pad", "seq_len", "min_seq_len", "num_beams", "num_beam_groups")

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.converter import conversion_module, empty_model, fresh_tensors
-from hfvlm.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
 from hfvlm.presets import Preset, list_presets, load_preset
-from tests.golden import UnknownOptionError
+from hfvlm.release.converter import conversion_module, empty_model, fresh_tensors
+from tests.support.golden import UnknownOptionError
 
 
 def converted(

@@ -1,13 +1,13 @@
 import re
 
 import torch
-from hfvlm.conversion.filip import config_from_original, layout_of
 
+from hfvlm.conversion.filip import config_from_original, layout_of
 from hfvlm.losses import contrastive_loss, late_interaction_scores
 from hfvlm.losses.late_interaction import most_alike, places_of_most_alike
 from hfvlm.models.filip import HfvlmFILIPModel
-from tests.golden import Golden, Recorder
 from tests.originals.common import converted
+from tests.support.golden import Golden, Recorder
 
 # Those that decide a value are read where they are converted, or stand in the shapes of the weights.
 CONSTRUCTOR = {

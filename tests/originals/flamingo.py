@@ -2,6 +2,11 @@ import re
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from hfvlm.checkpoints.key_table import Table, restore_keys
 from hfvlm.conversion.clip import transformers_vision_rows
 from hfvlm.conversion.flamingo import (
     MPT_FIELDS,
@@ -13,13 +18,7 @@ from hfvlm.conversion.flamingo import (
     tables_for,
 )
 from hfvlm.conversion.language_models import LLAMA_FIELDS
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import Tensor
-
-from hfvlm.captioning import padded_right
-from hfvlm.converter import Source, empty_model
-from hfvlm.key_table import Table, restore_keys
+from hfvlm.modeling.captioning import padded_right
 from hfvlm.models.flamingo import (
     HfvlmFlamingoConfig,
     HfvlmFlamingoForConditionalGeneration,
@@ -28,8 +27,9 @@ from hfvlm.models.flamingo import (
     HfvlmFlamingoTokenizer,
 )
 from hfvlm.presets import Preset
-from tests.golden import Golden, Recorder, read_key_list, stem_of
+from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import converted, fitting, vocabulary
+from tests.support.golden import Golden, Recorder, read_key_list, stem_of
 
 # GPT-NeoX-20B's vocabulary by its name in $HFVLM_VOCABULARIES.
 NEOX = "gpt-neox-20b.tokenizer.json"

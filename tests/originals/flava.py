@@ -3,13 +3,13 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from hfvlm.conversion.flava import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.conversion.flava import config_from_original, layout_of
 from hfvlm.models.flava import HfvlmFLAVAImageProcessor
-from tests.golden import Golden
 from tests.originals.common import converted
+from tests.support.golden import Golden
 
 # What FLAVAImageTransform calls the settings of the image processor.
 SETTINGS = {

@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion.imagebind import config_from_original, layout_of
 from torch import Tensor
 
+from hfvlm.conversion.imagebind import config_from_original, layout_of
 from hfvlm.media import read_audio, read_video
 from hfvlm.media.recordings import resample
 from hfvlm.models.imagebind import (
@@ -15,8 +15,8 @@ from hfvlm.models.imagebind import (
     HfvlmImageBindTokenizer,
     HfvlmImageBindVideoFeatureExtractor,
 )
-from tests.golden import Golden, Recorder, UnknownOptionError
 from tests.originals.common import converted, vocabulary
+from tests.support.golden import Golden, Recorder, UnknownOptionError
 
 # The original's name of a modality: ours, and the argument of the model.
 ARGUMENTS = {

@@ -3,12 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hfvlm.conversion.languagebind import config_from_original, layout_of, merged, settings_from_original, tables_for
 from PIL import Image
 from torch import Tensor
 
-from hfvlm.converter import Source
-from hfvlm.key_table import Table
+from hfvlm.checkpoints.key_table import Table
+from hfvlm.conversion.languagebind import config_from_original, layout_of, merged, settings_from_original, tables_for
 from hfvlm.media import read_audio, read_video
 from hfvlm.models.languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -23,8 +22,9 @@ from hfvlm.models.languagebind import (
 )
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.presets import Preset
-from tests.golden import Golden, Recorder, notes_of, read_key_list, stem_of
+from hfvlm.release.converter import Source
 from tests.originals.common import converted, fitting, vocabulary
+from tests.support.golden import Golden, Recorder, notes_of, read_key_list, stem_of
 
 ARGUMENTS = {
     "image": "pixel_values",

@@ -3,17 +3,15 @@ import re
 from pathlib import Path
 
 import torch
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.llava import config_from_original, config_to_transformers, layout_of, tables_for
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from hfvlm.converter import Source, empty_model
-from hfvlm.image_text import Features
-from hfvlm.key_table import Table, convert_tables
-from hfvlm.media_text import IGNORE
+from hfvlm.checkpoints.key_table import Table, convert_tables
+from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.llava import config_from_original, config_to_transformers, layout_of, tables_for
+from hfvlm.modeling.image_text import Features
 from hfvlm.models.llava import (
     HfvlmLLaVAConfig,
     HfvlmLLaVAForConditionalGeneration,
@@ -22,8 +20,10 @@ from hfvlm.models.llava import (
 )
 from hfvlm.models.llava.processing_llava import HfvlmLLaVATokenizer
 from hfvlm.presets import Preset
-from tests.golden import Golden, Recorder, UnknownOptionError, companions, notes_of, read_key_list, stem_of
+from hfvlm.processing.media_text import IGNORE
+from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
+from tests.support.golden import Golden, Recorder, UnknownOptionError, companions, notes_of, read_key_list, stem_of
 
 PICTURE = -200
 LAYOUTS = {"adapter_model.bin": "lora", "mm_projector.bin": "projector", "delta": "delta"}

@@ -20,8 +20,8 @@ from hfvlm.losses import (
 )
 from hfvlm.losses.late_interaction import most_alike
 from hfvlm.losses.processes import gather_rows
-from tests.golden import Golden
-from tests.processes import run_processes
+from tests.support.golden import Golden
+from tests.support.processes import run_processes
 
 # What a run's loss is made with; how ranks exchange their features changes none of a loss' values.
 SETTINGS = {

@@ -2,13 +2,13 @@ import re
 from typing import Any
 
 import torch
-from hfvlm.conversion.mammut import config_from_original
 from torch import Tensor
 
+from hfvlm.conversion.mammut import config_from_original
 from hfvlm.models.mammut import HfvlmMaMMUTModel
 from hfvlm.modules.context import Context
-from tests.golden import Golden, Recorder
 from tests.originals.common import converted
+from tests.support.golden import Golden, Recorder
 
 GENERATE = ("sot", "eos", "pad", "seq_len", "min_seq_len")
 

@@ -1,8 +1,7 @@
 from pathlib import Path
 
+from hfvlm.checkpoints.key_table import Table
 from hfvlm.conversion import pg_video_llava as conversion
-
-from hfvlm.key_table import Table
 from hfvlm.models.pg_video_llava import (
     HfvlmPGVideoLLaVAConfig,
     HfvlmPGVideoLLaVAFeatureExtractor,
@@ -10,8 +9,8 @@ from hfvlm.models.pg_video_llava import (
 )
 from hfvlm.models.pg_video_llava.entities import common_tags, marked, read_reply
 from hfvlm.models.pg_video_llava.transcripts import spoken_text
-from tests.golden import Golden
 from tests.originals.video_chatgpt import check_model, composed, model_outputs, processing
+from tests.support.golden import Golden
 
 
 def compare(golden: Golden) -> None:

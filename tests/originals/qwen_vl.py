@@ -3,12 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion.qwen_vl import config_from_original, keys_for, tables_for
 from torch import Tensor
 
-from hfvlm.compat import cache_of
-from hfvlm.converter import Source, empty_model
-from hfvlm.key_table import Table, convert_keys
+from hfvlm.checkpoints.key_table import Table, convert_keys
+from hfvlm.conversion.qwen_vl import config_from_original, keys_for, tables_for
+from hfvlm.modeling.compat import cache_of
 from hfvlm.models.qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLForConditionalGeneration,
@@ -17,7 +16,8 @@ from hfvlm.models.qwen_vl import (
     HfvlmQwenVLTokenizer,
 )
 from hfvlm.models.qwen_vl.processing_qwen_vl import SAID
-from tests.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
+from hfvlm.release.converter import Source, empty_model
+from tests.support.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
 
 PLACE = HfvlmQwenVLProcessor.image_token
 # The original has the path of a picture where hfvlm has the place of one that is given beside the text.

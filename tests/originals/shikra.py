@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.shikra import MARKS, PATCH, config_from_original, tables_for
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hfvlm.converter import Source, empty_model
-from hfvlm.image_text import Features
-from hfvlm.key_table import Table, convert_tables
+from hfvlm.checkpoints.key_table import Table, convert_tables
+from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.shikra import MARKS, PATCH, config_from_original, tables_for
+from hfvlm.modeling.image_text import Features
 from hfvlm.models.shikra import (
     HfvlmShikraConfig,
     HfvlmShikraForConditionalGeneration,
@@ -21,8 +20,9 @@ from hfvlm.models.shikra import (
 )
 from hfvlm.models.shikra.places import Bins, Decimals, Square
 from hfvlm.presets import Preset
-from tests.golden import Golden, Recorder, UnknownOptionError, read_key_list, stem_of
+from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
+from tests.support.golden import Golden, Recorder, UnknownOptionError, read_key_list, stem_of
 
 VISION = {"model_type": "clip_vision_model"}
 ROLES = {"human": "user", "gpt": "assistant"}

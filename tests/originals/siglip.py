@@ -2,15 +2,15 @@ import re
 from pathlib import Path
 
 import torch
-from hfvlm.conversion import FILTERS
-from hfvlm.conversion.siglip import config_from_original, layout_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.conversion import FILTERS
+from hfvlm.conversion.siglip import config_from_original, layout_of
 from hfvlm.models.siglip import HfvlmSigLIPImageProcessor, HfvlmSigLIPModel, HfvlmSigLIPTokenizer
 from hfvlm.modules.positions import ALIGNED_CORNERS, resize_grid
-from tests.golden import Golden, Recorder, compare_pixels
 from tests.originals.common import converted
+from tests.support.golden import Golden, Recorder, compare_pixels
 
 PIXELS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 # open_clip's constructor; the other sections are checked where they are converted.

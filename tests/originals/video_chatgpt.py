@@ -5,18 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from hfvlm.conversion import video_chatgpt as conversion
-from hfvlm.conversion.language_models import LLAMA_FIELDS
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hfvlm.converter import Source, empty_model
-from hfvlm.image_text import Features
-from hfvlm.key_table import Table, convert_tables
+from hfvlm.checkpoints.key_table import Table, convert_tables
+from hfvlm.conversion import video_chatgpt as conversion
+from hfvlm.conversion.language_models import LLAMA_FIELDS
 from hfvlm.media import read_video
-from hfvlm.media_text import IGNORE
+from hfvlm.modeling.image_text import Features
 from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAProcessor
 from hfvlm.models.video_chatgpt import (
     HfvlmVideoChatGPTConfig,
@@ -26,8 +24,10 @@ from hfvlm.models.video_chatgpt import (
 )
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from hfvlm.presets import Preset
-from tests.golden import Golden, Recorder, parts_of, read_key_list, stem_of
+from hfvlm.processing.media_text import IGNORE
+from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
+from tests.support.golden import Golden, Recorder, parts_of, read_key_list, stem_of
 
 # The authors' own, where a case names none.
 CONVERSATIONS = {HfvlmVideoChatGPTProcessor: "video-chatgpt_v1", HfvlmPGVideoLLaVAProcessor: "pg-video-llava"}

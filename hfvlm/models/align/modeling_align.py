@@ -12,15 +12,16 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import (
+from hfvlm.modeling.base import (
     LAYER_ATTENTIONS,
     DualEncoder,
     HfvlmPreTrainedModel,
     ImageClassifier,
     other_towers,
 )
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.align.configuration_align import (
     BlockSizes,
     HfvlmALIGNConfig,
@@ -34,7 +35,6 @@ from hfvlm.modules.pooling import first_token
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import Temperature
 from hfvlm.modules.transformer import PostNormLayer, Stack
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 
 def pad_for(x: Tensor, kernel_size: int, stride: int) -> Tensor:

@@ -9,8 +9,8 @@ from PIL import Image
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import centre, sampled, squash
-from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.tokenization import HfvlmTokenizer, wordpiece
+from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer, wordpiece
 
 
 class HfvlmALIGNImageProcessor(FixedSizeImageProcessor):

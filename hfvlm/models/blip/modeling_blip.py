@@ -20,12 +20,14 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import CaptioningModel, CaptioningOutput, TextDecoder
-from hfvlm.compat import causal_mask
-from hfvlm.generation import WholeTextBeams
-from hfvlm.keywords import Keywords
+from hfvlm.checks.ranges import check_integer
 from hfvlm.losses import captioning_loss, contrastive_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, unit
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, unit
+from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput, TextDecoder
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.generation import WholeTextBeams
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.dropout import PatchDropout
@@ -43,8 +45,6 @@ from hfvlm.modules.transformer import (
     PreNormLayer,
     Stack,
 )
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
-from hfvlm.ranges import check_integer
 
 # One folder serves several heads; each leaves unread what it has no part for.
 PARTS = [r"^(vision_model|text_model|text_decoder|teacher|itm_head|classifier|logit_scale)\."]

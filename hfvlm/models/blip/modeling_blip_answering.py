@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.captioning import CaptioningModel, CaptioningOutput
-from hfvlm.keywords import Keywords
+from hfvlm.checks.ranges import check_integer
 from hfvlm.losses import token_losses
+from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
 from hfvlm.models.blip.modeling_blip import (
     PARTS,
@@ -22,7 +23,6 @@ from hfvlm.models.blip.modeling_blip import (
     begin_with,
 )
 from hfvlm.modules.context import Context
-from hfvlm.ranges import check_integer
 
 
 class AnswerDecoder(HfvlmBLIPTextDecoder):

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.keywords import Keywords
 from hfvlm.losses import captioning_loss, distilled_targets, soft_contrastive_loss
 from hfvlm.losses.processes import GatherRows, gather_rows
-from hfvlm.modeling import unit
+from hfvlm.modeling.base import unit
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig
 from hfvlm.models.blip.modeling_blip import (
     HfvlmBLIPForImageTextRetrieval,
@@ -30,7 +31,6 @@ from hfvlm.models.blip.modeling_blip import (
     matching_loss,
 )
 from hfvlm.modules.context import Context
-from hfvlm.outputs import DualEncoderOutput
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
 from hfvlm.models.blip.modeling_blip import PARTS, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
 from hfvlm.modules.context import Context

@@ -10,10 +10,10 @@ from tokenizers import AddedToken, normalizers
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.batches import listed
-from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.settings import string
-from hfvlm.tokenization import HfvlmTokenizer, wordpiece
+from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.batches import listed
+from hfvlm.processing.settings import string
+from hfvlm.processing.tokenization import HfvlmTokenizer, wordpiece
 
 
 class HfvlmBLIPImageProcessor(FixedSizeImageProcessor):

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.compat import causal_mask
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2QFormerConfig,

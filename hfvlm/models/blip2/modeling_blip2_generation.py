@@ -12,18 +12,18 @@ from transformers.generation import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.compat import CACHE
-from hfvlm.image_text import Features, ImageTextModel, as_outputs
-from hfvlm.keywords import Keywords
 from hfvlm.losses import token_losses
-from hfvlm.media_text import IGNORE
-from hfvlm.modeling import EveryModule
+from hfvlm.modeling.base import EveryModule
+from hfvlm.modeling.compat import CACHE
+from hfvlm.modeling.image_text import Features, ImageTextModel, as_outputs
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import ImageTextSeq2SeqOutput
 from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
-from hfvlm.outputs import ImageTextSeq2SeqOutput
+from hfvlm.processing.media_text import IGNORE
 
 # What the first stage has and the second does not.
 STAGE_1 = [

@@ -14,12 +14,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.captioning import TextDecoder
-from hfvlm.keywords import Keywords
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
 from hfvlm.losses.best_query import partners
 from hfvlm.losses.processes import GatherRows, gather_rows
-from hfvlm.modeling import DualEncoder, unit
+from hfvlm.modeling.base import DualEncoder, unit
+from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss, scored_twice
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel

@@ -11,13 +11,13 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.batches import is_empty, listed, texts_of
 from hfvlm.media.images import read_images
-from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
-from hfvlm.processing import DualEncoderProcessor
-from hfvlm.settings import one_of, string, whole
-from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, byte_pairs, sentencepiece, template
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.batches import is_empty, listed, texts_of
+from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.settings import one_of, string, whole
+from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, byte_pairs, sentencepiece, template
 
 
 class HfvlmBLIP2ImageProcessor(HfvlmBLIPImageProcessor):

@@ -11,10 +11,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.compat import causal_mask
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
@@ -23,7 +24,6 @@ from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_g
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import GroundingLayer, PreNormLayer, Stack
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 
 class HfvlmCLIPPreTrainedModel(HfvlmPreTrainedModel):

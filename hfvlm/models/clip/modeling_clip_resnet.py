@@ -12,13 +12,13 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
 from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
 from hfvlm.modules.transformer import Attention
-from hfvlm.outputs import TowerOutput
 
 
 class ConvNorm(nn.Module):

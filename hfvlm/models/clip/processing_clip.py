@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.tokenization import END, START, HfvlmTokenizer, openai_bpe
+from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.tokenization import END, START, HfvlmTokenizer, openai_bpe
 
 
 class HfvlmCLIPImageProcessor(FixedSizeImageProcessor):

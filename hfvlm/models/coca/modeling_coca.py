@@ -16,12 +16,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import TextDecoder
-from hfvlm.compat import causal_mask
-from hfvlm.contrastive_captioning import ContrastiveCaptioner
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import other_towers
+from hfvlm.modeling.base import other_towers
+from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
@@ -38,7 +39,6 @@ from hfvlm.modules.transformer import (
     PreNormLayer,
     Stack,
 )
-from hfvlm.outputs import TowerOutput
 
 
 class QueryPool(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.processing import DualEncoderProcessor
-from hfvlm.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
 
 
 class HfvlmCoCaImageProcessor(HfvlmCLIPImageProcessor):

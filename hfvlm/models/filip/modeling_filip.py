@@ -21,12 +21,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.compat import causal_mask
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling import DualEncoder, ImageClassifier, other_towers, unit
+from hfvlm.modeling.base import DualEncoder, ImageClassifier, other_towers, unit
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
 from hfvlm.modules.dropout import PatchDropout
@@ -36,7 +37,6 @@ from hfvlm.modules.positions import BICUBIC, check_positions, grid_for
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 # What is in the composite beside its towers.
 SUMMARIES = r"^(image|text)_summary\.|^summary_scale\."

@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 
 from hfvlm.media.resizing import cover
-from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
+from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
 
 MASK = "<|mask|>"
 

@@ -17,15 +17,15 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.compat import cache_of, with_cache
-from hfvlm.image_text import Features, ImageTextModel, each
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.compat import cache_of, with_cache
+from hfvlm.modeling.image_text import Features, ImageTextModel, each
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import media_features
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoConfig, HfvlmFlamingoResamplerConfig
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import Attention, CrossAttention, Stack
-from hfvlm.outputs import media_features
 
 # The column of a picture that stands before every text, and of one that a row does not have.
 BEFORE, NOWHERE = -1, 1 << 40

@@ -8,10 +8,10 @@ from transformers import MptForCausalLM
 from transformers.cache_utils import Cache
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from hfvlm.compat import with_cache
-from hfvlm.generation import Generation
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import EveryModule
+from hfvlm.modeling.base import EveryModule
+from hfvlm.modeling.compat import with_cache
+from hfvlm.modeling.generation import Generation
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoMPTConfig
 
 

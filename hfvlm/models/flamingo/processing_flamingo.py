@@ -9,9 +9,9 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
-from hfvlm.media_text import IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
+from hfvlm.processing.media_text import IGNORE, ImageTextProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"
 # What the authors evaluate with: the text of a picture up to where the answer begins.

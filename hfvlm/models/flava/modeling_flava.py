@@ -18,9 +18,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import LAYER_ATTENTIONS, DualEncoder, HfvlmPreTrainedModel
+from hfvlm.modeling.base import LAYER_ATTENTIONS, DualEncoder, HfvlmPreTrainedModel
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVAConfig,
     HfvlmFLAVAMultimodalConfig,
@@ -33,7 +34,6 @@ from hfvlm.modules.positions import check_positions
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, LogitScale
 from hfvlm.modules.transformer import MLP, PreNormLayer, Stack
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 # One folder serves several heads; each leaves unread what it has no part for.
 PARTS = [

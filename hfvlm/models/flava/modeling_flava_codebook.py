@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.keywords import Keywords
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVACodebookConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAPreTrainedModel
 

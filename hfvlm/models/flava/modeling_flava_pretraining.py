@@ -18,15 +18,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import BertTextConfig
-from hfvlm.keywords import Keywords
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
-from hfvlm.modeling import as_features, loss_without_labels
+from hfvlm.modeling.base import as_features, loss_without_labels
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAModel, Pooler
 from hfvlm.models.flava.modeling_flava_codebook import HfvlmFLAVACodebookModel
 from hfvlm.modules.language_head import BertLanguageHead
-from hfvlm.outputs import DualEncoderOutput
 
 # The logarithm of 100, as the original rounds it.
 HIGHEST_LOGIT_SCALE = 4.6052

@@ -10,10 +10,12 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.compat import causal_mask
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.multi_encoder import MultiEncoder
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -30,8 +32,6 @@ from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, resize_gri
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
-from hfvlm.multi_encoder import MultiEncoder
-from hfvlm.outputs import TowerOutput
 
 # An image is a clip of so many equal frames, however many frames a clip has.
 IMAGE_FRAMES = 2

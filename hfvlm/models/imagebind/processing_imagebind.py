@@ -21,8 +21,8 @@ from hfvlm.media.resizing import MAX_RESIZED_PIXELS, cover
 from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
-from hfvlm.processing import HfvlmFeatureExtractor, MultiEncoderProcessor
-from hfvlm.settings import one_of
+from hfvlm.processing.base import HfvlmFeatureExtractor, MultiEncoderProcessor
+from hfvlm.processing.settings import one_of
 
 BILINEAR = Image.Resampling.BILINEAR
 

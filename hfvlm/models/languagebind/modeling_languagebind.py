@@ -8,9 +8,11 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling import other_towers
+from hfvlm.modeling.base import other_towers
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.multi_encoder import MultiEncoder
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -27,8 +29,6 @@ from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_g
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
-from hfvlm.multi_encoder import MultiEncoder
-from hfvlm.outputs import TowerOutput
 
 
 class HfvlmLanguageBindTextModel(HfvlmCLIPTextModel):

@@ -1,6 +1,6 @@
 """The conversations that LLaVA's checkpoints were trained in, by the authors' names."""
 
-from hfvlm.conversations import Chatml, Conversation, Human, Llama2, Plain, Vicuna
+from hfvlm.processing.conversations import Chatml, Conversation, Human, Llama2, Plain, Vicuna
 
 _HELPFUL = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _USER = "A chat between a curious user and an artificial intelligence assistant. " + _HELPFUL.format("user")

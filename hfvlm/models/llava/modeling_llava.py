@@ -10,13 +10,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.image_text import ImageTextModel
-from hfvlm.keywords import Keywords
+from hfvlm.modeling.image_text import ImageTextModel
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import media_features
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.llava.anyres import Size, unpadded
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig
 from hfvlm.modules.projection import Projector
-from hfvlm.outputs import media_features
 
 
 class Newline(nn.Module):

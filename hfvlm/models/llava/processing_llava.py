@@ -7,18 +7,18 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
 from hfvlm.media.sources import parallel
-from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
-from hfvlm.settings import edge as length
-from hfvlm.settings import flag, one_of, or_none, square, string, whole
-from hfvlm.tokenization import PieceTokenizer
+from hfvlm.processing.base import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
+from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.settings import edge as length
+from hfvlm.processing.settings import flag, one_of, or_none, square, string, whole
+from hfvlm.processing.tokenization import PieceTokenizer
 
 MODES = ("crop", "pad", "tiles")
 # Padding to a square makes a long picture's area grow with the square of its length; longer ones are resized first.

@@ -18,12 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.captioning import TextDecoder
-from hfvlm.compat import causal_mask
-from hfvlm.contrastive_captioning import ContrastiveCaptioner
-from hfvlm.keywords import Keywords
 from hfvlm.losses import contrastive_loss, focal_contrastive_loss
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
     HfvlmMaMMUTTextConfig,
@@ -36,7 +37,6 @@ from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_g
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import CausalAttention, CrossAttention, GroundingLayer, PreNormLayer, Stack
-from hfvlm.outputs import TowerOutput
 
 
 class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from hfvlm.conversations import Conversation
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS as VIDEO_CHATGPT
 from hfvlm.models.video_chatgpt.conversations import SAID as FILMS
+from hfvlm.processing.conversations import Conversation
 
 # What is said in a film stands after it.
 SAID = FILMS.removesuffix("{%- endif -%}{%- endmacro -%}") + (

@@ -5,7 +5,7 @@ from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
     HfvlmVideoChatGPTFeatureExtractor,
     HfvlmVideoChatGPTProcessor,
 )
-from hfvlm.tokenization import PieceTokenizer
+from hfvlm.processing.tokenization import PieceTokenizer
 
 
 class HfvlmPGVideoLLaVAFeatureExtractor(HfvlmVideoChatGPTFeatureExtractor):

@@ -18,10 +18,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.compat import begin_cache, cache_of, causal_mask, with_cache
-from hfvlm.generation import Generation
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.compat import begin_cache, cache_of, causal_mask, with_cache
+from hfvlm.modeling.generation import Generation
+from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
 from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.transformer import eager_attention_forward

@@ -9,9 +9,10 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.image_text import ImageTextModel
-from hfvlm.keywords import Keywords
-from hfvlm.modeling import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.image_text import ImageTextModel
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import media_features
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
@@ -22,7 +23,6 @@ from hfvlm.modules.embeddings import PatchEmbedding
 from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid, sine_grid
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import MultiHead, PreNormLayer, Stack
-from hfvlm.outputs import media_features
 
 Size = tuple[int, int]
 # Rows and columns of the position table, that of the 224 pixels ViT-bigG was trained at, whatever the image size.

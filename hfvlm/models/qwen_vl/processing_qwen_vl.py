@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken
 
-from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.processing import FixedSizeImageProcessor
-from hfvlm.protection import unprotected
-from hfvlm.settings import one_of, string, whole
-from hfvlm.tokenization import HfvlmTokenizer, tiktoken_bpe
+from hfvlm.processing.base import FixedSizeImageProcessor
+from hfvlm.processing.grounding import Grounding, Place
+from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.protection import unprotected
+from hfvlm.processing.settings import one_of, string, whole
+from hfvlm.processing.tokenization import HfvlmTokenizer, tiktoken_bpe
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROLS = (END, TURN_START, TURN_END, *(f"<|extra_{i}|>" for i in range(205)))

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hfvlm.conversations import Conversation, Encoder
-from hfvlm.grounding import Grounding, Place
 from hfvlm.media.images import to_8_bits
-from hfvlm.media_text import EVERY, IGNORE, ImageTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
 from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
-from hfvlm.processing import HfvlmImageProcessor
-from hfvlm.settings import or_none, square, string, whole
-from hfvlm.tokenization import PieceTokenizer
+from hfvlm.processing.base import HfvlmImageProcessor
+from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.grounding import Grounding, Place
+from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.settings import or_none, square, string, whole
+from hfvlm.processing.tokenization import PieceTokenizer
 
 WHITE = (255, 255, 255)
 PLACE = {"boxes": "<boxes>", "points": "<points>"}

@@ -15,9 +15,10 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.keywords import Keywords
 from hfvlm.losses import sigmoid_loss
-from hfvlm.modeling import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -31,7 +32,6 @@ from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, grid_for, 
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import BiasedLogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
-from hfvlm.outputs import DualEncoderOutput, TowerOutput
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.resizing import squash
-from hfvlm.processing import DualEncoderProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
-from hfvlm.tokenization import HfvlmTokenizer, sentencepiece
+from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer, sentencepiece
 
 
 class HfvlmSigLIPImageProcessor(FixedSizeImageProcessor):

@@ -1,7 +1,7 @@
 """The conversations of Video-ChatGPT, by the authors' names."""
 
-from hfvlm.conversations import Conversation, Human, Vicuna
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
+from hfvlm.processing.conversations import Conversation, Human, Vicuna
 
 # Films stand after the text of their message.
 SAID = (

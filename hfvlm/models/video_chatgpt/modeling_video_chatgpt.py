@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.image_text import ImageTextModel
-from hfvlm.keywords import Keywords
+from hfvlm.modeling.image_text import ImageTextModel
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import media_features
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
-from hfvlm.outputs import media_features
 
 
 class HfvlmVideoChatGPTForConditionalGeneration(ImageTextModel):

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hfvlm.conversations import Conversation, Encoder
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
-from hfvlm.media_text import EVERY, IGNORE, VideoTextProcessor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
-from hfvlm.processing import HfvlmFeatureExtractor
-from hfvlm.settings import square, string, whole
-from hfvlm.tokenization import PieceTokenizer
+from hfvlm.processing.base import HfvlmFeatureExtractor
+from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.media_text import EVERY, IGNORE, VideoTextProcessor
+from hfvlm.processing.settings import square, string, whole
+from hfvlm.processing.tokenization import PieceTokenizer
 
 
 class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):

@@ -1,0 +1,5 @@
+"""Bases of the architectures' models."""
+
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, ImageClassifier
+
+__all__ = ["DualEncoder", "HfvlmPreTrainedModel", "ImageClassifier"]

@@ -1,0 +1,291 @@
+"""Models that write about pictures with transformers' `generate`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.compat import begin_cache, with_cache
+from hfvlm.modeling.generation import Generation
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modules.context import Context
+from hfvlm.modules.embeddings import text_positions
+from hfvlm.modules.language_head import last_tokens
+
+
+@dataclass
+class CaptioningOutput(ModelOutput):
+    """What is written about pictures.
+
+    Args:
+        loss: scalar, with `labels`.
+        logits: `(T, N, V)`, scores of each text's next tokens.
+        vision_model_output: the vision tower's whole output.
+        text_model_output: the text encoder's, where the writing is about what was read with the picture.
+        text_decoder_output: the decoder's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    text_decoder_output: CausalLMOutputWithCrossAttentions | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+class TextDecoder(Generation, ABC):
+    """Base of text decoders, which continue texts that may attend to a context, by transformers' `generate`.
+
+    A subclass says in `decode` what its layers make of tokens, and in `logits_of` which tokens may come next.
+    """
+
+    config: Any
+    device: torch.device
+    # Whether a text without a context is embedded, by `embed`, instead of being continued.
+    embeds_texts_alone: ClassVar[bool] = False
+
+    @abstractmethod
+    def decode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        context: Context | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the layers over `(B * T, N)` token ids at `positions` -> hidden states `(B * T, N, D)`."""
+
+    @abstractmethod
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Turn hidden states `(B * T, N, D)` into scores `(B * T, N, V)` of what comes next."""
+
+    def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
+        """Embed texts `(B, N)` without a context."""
+        raise TypeError(f"{type(self).__name__} embeds no texts.")
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(  # noqa: PLR0913 (transformers reads these names)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        *,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[Keywords],
+    ) -> TowerOutput | CausalLMOutputWithCrossAttentions:
+        """Score the next token after each of `(B * T, N)` token ids.
+
+        Decoders that embed texts alone (CoCa, MaMMUT) return a `TowerOutput` where there is no context.
+
+        Args:
+            input_ids: the texts, or what follows the tokens in `cache`.
+            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
+            context: of B rows, T consecutive texts for each.
+            position_ids: `(B * T, N)`; by default counted from each text's first token.
+            cache: keys and values of the tokens before `input_ids`.
+            labels: `(B * T, N)`, the ids themselves, which are shifted here; the loss leaves out -100.
+            shift_labels: `(B * T, N)`, labels that are shifted already.
+            use_cache: return keys and values for the next call.
+            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
+
+        Raises:
+            ValueError: there are labels for a text that is embedded, or more tokens than positions.
+        """
+        if context is None and self.embeds_texts_alone:
+            if labels is not None or shift_labels is not None:
+                raise ValueError(f"{type(self).__name__} predicts labels only with a context.")
+            return self.embed(input_ids, **kwargs)
+        return self.step(
+            input_ids,
+            attention_mask,
+            context,
+            position_ids,
+            cache,
+            labels,
+            shift_labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def step(  # noqa: PLR0913 (the arguments of forward)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Context | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        *,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Do what `forward` does with texts that are continued."""
+        decoder: Any = self
+        cache = begin_cache(decoder, cache, use_cache=use_cache)
+        if position_ids is None:
+            position_ids = self.positions(input_ids, attention_mask, cache)
+        x = self.decode(input_ids, position_ids, attention_mask, context, cache, **kwargs)
+        logits = self.logits_of(last_tokens(x, logits_to_keep))
+        loss = None
+        if labels is not None or shift_labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            size = self.config.get_text_config(decoder=True).vocab_size
+            loss = ForCausalLMLoss(logits, labels, size, count, shift_labels=shift_labels)
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **with_cache(cache))
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """Count the positions of ids `(B, N)` that follow a cache's from each text's first token."""
+        past = 0 if cache is None else cache.get_seq_length()
+        longest = self.config.get_text_config(decoder=True).max_position_embeddings
+        return text_positions(input_ids, attention_mask, longest, past)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        context: Context | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continue texts, which may attend to a context.
+
+        Args:
+            inputs: `(B * T, N)` token ids to continue, also as `input_ids`, padded on either side; by default the
+                start token alone.
+            context: of B rows; decoders that embed texts alone need one.
+            attention_mask: `(B * T, N)`, 0 for padding.
+            **options: of transformers' `generate`.
+
+        Returns:
+            What transformers' `generate` returns; token ids begin with `inputs`, padded on the left.
+        """
+        config = self.config.get_text_config(decoder=True)
+        inputs = options.pop("input_ids", None) if inputs is None else inputs
+        if context is not None:
+            options["context"] = context if context.kept is not None else context.for_reuse()
+        elif self.embeds_texts_alone:
+            raise ValueError(f"{type(self).__name__} continues texts only with a context: give `context`.")
+        if inputs is None:
+            # Offloaded parameters are on no device.
+            rows, device = (1, self.device) if context is None else (context.tokens.shape[0], context.tokens.device)
+            inputs = torch.full((rows, 1), config.bos_token_id, device=device)
+        elif attention_mask is not None:
+            inputs, attention_mask = padded_left(inputs, attention_mask, config.pad_token_id)
+        result: Any = super().generate(inputs, attention_mask=attention_mask, **options)
+        if isinstance(result, Tensor):
+            return padded_right(result, inputs.shape[1], config.eos_token_id, config.pad_token_id)
+        result.sequences = padded_right(result.sequences, inputs.shape[1], config.eos_token_id, config.pad_token_id)
+        return result
+
+    def longest_text(self) -> int:
+        """Return the number of positions, whatever a pipeline asks for."""
+        return self.config.get_text_config(decoder=True).max_position_embeddings
+
+
+class CaptioningModel(HfvlmPreTrainedModel, Generation):
+    """A vision tower and a text decoder, which continues texts about the pictures.
+
+    A subclass builds `vision_model` and `text_decoder`, whose `generate` takes a context, and may say in `read` what
+    the decoder is to look at and in `begin` how a text begins.
+    """
+
+    input_modalities = ["image", "text"]
+    vision_model: Any
+    text_decoder: Any
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.text_decoder.set_output_embeddings(value)
+
+    def read(self, pixel_values: Tensor, **kwargs: Any) -> Context:
+        """`(B, C, H, W)` -> what the decoder attends to."""
+        return Context(self.vision_model(pixel_values, **kwargs).last_hidden_state)
+
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Texts `(T, N)` with the first token that says that they are to be continued."""
+        return input_ids
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        pixel_values: Any = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        context: Context | None = None,
+        interpolate_pos_encoding: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Write about pictures, each of which is read once, however many texts and beams there are about it.
+
+        Args:
+            pixel_values: `(B, C, H, W)`, normalised.
+            input_ids: `(B * T, N)`, T texts to continue for each picture; by default only the start token. The
+                end-of-text token that a tokenizer puts after them is taken off.
+            attention_mask: `(B * T, N)`, 0 for padding, which may be on either side.
+            context: what `read` returned, instead of pixels.
+            interpolate_pos_encoding: take pictures of any size.
+            **options: of transformers' `generate`.
+
+        Returns:
+            Token ids that begin with the given ones, padded on the left, or what `options` ask for.
+        """
+        if context is None:
+            context = self.read(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if input_ids is not None:
+            end = self.config.get_text_config(decoder=True).eos_token_id
+            input_ids = self.begin(input_ids, attention_mask)
+            whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            attention_mask = whole * (input_ids != end)
+        self.text_decoder.generation_config = self.generation_config
+        return self.text_decoder.generate(input_ids, context=context, attention_mask=attention_mask, **options)
+
+
+def padded_left(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """The same texts with all their padding before them, where generating needs it, and no more than is needed."""
+    order = attention_mask.argsort(dim=1, stable=True)
+    mask = attention_mask.gather(1, order)
+    used = mask.any(dim=0)
+    mask = mask[:, used]
+    return input_ids.gather(1, order)[:, used].masked_fill(mask == 0, pad_token_id), mask
+
+
+def padded_right(ids: Tensor, start: int, end: int | None, pad_token_id: int) -> Tensor:
+    """Ids `(B, N)` with padding after the first end token from `start` on; transformers' beams put more end tokens
+    there where the padding is 0."""
+    if end is None:
+        return ids
+    ends = ids[:, start:] == end
+    over = ends.cumsum(dim=1) > ends.long()
+    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(over, pad_token_id)], dim=1)

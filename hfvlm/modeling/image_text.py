@@ -1,0 +1,357 @@
+"""Language models that read pictures and films: the base of LLaVA and its relatives."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
+from hfvlm.modeling.generation import Generation, WithinVocabulary, Without
+from hfvlm.modeling.keywords import Keywords, check_keywords, keywords_of
+from hfvlm.modeling.outputs import ImageTextOutput
+
+Features = BaseModelOutputWithPooling
+
+
+class ImageTextModel(HfvlmPreTrainedModel, Generation):
+    """A language model in whose input the features of pictures take the places of placeholder tokens.
+
+    A subclass builds its towers and `language_model`, one of transformers', and says in `get_image_features` (and
+    `get_video_features`) what becomes of its pictures: an output whose `pooler_output` is a list with one `(tokens,
+    hidden_size)` tensor a picture, in the order of the batch. The placeholders are `config.image_token_id` (and
+    `config.video_token_id`), repeated as often as a picture has tokens. They need no row in the embedding table.
+    """
+
+    base_model_prefix = "image_text"
+    input_modalities = ["image", "text"]
+    # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
+    media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
+    # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
+    full_precision_modules: tuple[str, ...] = ("vision_model", "projector", "lm_head")
+    lora_recipe = "language+projection"
+
+    language_model: Any
+
+    def post_init(self) -> None:
+        """Finish as transformers does. What encodes images stays on one device: some of its parameters belong to no
+        layer. The language model comes first: PEFT puts soft prompts before what the first model inside embeds."""
+        others = {name: child for name, child in self._modules.items() if name != "language_model"}
+        self._modules = {"language_model": self.language_model, **others}
+        super().post_init()
+        parts = (child for child in self.children() if child is not self.language_model)
+        self._no_split_modules = [*(self._no_split_modules or ()), *(type(part).__name__ for part in parts)]
+
+    @property
+    def unread_modules(self) -> list[str]:
+        """Names of the modules whose weights no output depends on; they are frozen, and LoRA leaves them out."""
+        return []
+
+    def freeze_unread(self) -> None:
+        """Data-parallel training waits for the gradient of every parameter that asks for one."""
+        for name in self.unread_modules:
+            self.get_submodule(name).requires_grad_(requires_grad=False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers'. In 4 or 8 bits, the vision tower, the projector and the output layer keep their precision
+        unless `quantization_config` says otherwise in `llm_int8_skip_modules`."""
+        if getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
+            quantization_config.llm_int8_skip_modules = list(cls.full_precision_modules)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return super().from_pretrained(*args, **kwargs)
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return what the language model and the media's inputs know, or what the vision tower knows."""
+        if method != "forward":
+            return keywords_of(self.vision_model)
+        media = {name for names in self.media_inputs.values() for name in names}
+        return {*media, *keywords_of(self.language_model), "shift_labels"} - {*CACHE_NAMES}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(  # noqa: PLR0913 (the host reads these names: Trainer, generate and the pipelines)
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Features] | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[Keywords],
+    ) -> ImageTextOutput:
+        """Texts with pictures in them -> the logits of each next token.
+
+        Args:
+            input_ids: `(B, N)`, with a placeholder for each token of each picture.
+            pixel_values: all pictures of the batch, in the order of their placeholders; see `get_image_features`.
+            attention_mask: `(B, N)`, 0 where a row is padded.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media are
+                to be put, or with media among them already; see `embed`.
+            labels: `(B, N)`; the loss leaves out -100. Also as `shift_labels`, shifted already.
+            image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
+            pixel_values_videos: likewise, all films.
+            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
+            cache: keys and values of what stands before `input_ids`, also as `past_key_values`.
+            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
+            **kwargs: what else `media_inputs` names, and of the language model.
+
+        Raises:
+            ValueError: the pictures do not fit their placeholders; the message says how.
+        """
+        media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
+        rest: dict[str, Any] = dict(kwargs)
+        media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
+        features = self.encode_media(media, mm_encoder_outputs)
+        labels = rest.get("shift_labels") if labels is None else labels  # without any, language models return no loss
+        output = self.read_with(
+            self.language_model,
+            input_ids,
+            inputs_embeds,
+            features,
+            attention_mask=attention_mask,
+            labels=labels,
+            cache=cache,
+            logits_to_keep=logits_to_keep,
+            **rest,
+        )
+        return ImageTextOutput(**{**output, **as_outputs(features)})
+
+    def read_with(
+        self,
+        reader: Any,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        features: Mapping[str, Features],
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run `reader`, the language model or its part before the output layer, over texts with media."""
+        embeds = self.merged(input_ids, inputs_embeds, features)
+        return reader(inputs_embeds=embeds, **with_cache(cache), **kwargs)
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output layer; trainers ask it for the hidden states that a loss is computed from."""
+        return _Backbone(self)
+
+    def merged(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, features: Mapping[str, Features]
+    ) -> Tensor:
+        """Put features where the placeholders are, among the embeddings of tokens or those that are given."""
+        if inputs_embeds is None:
+            return self.embed(input_ids, features)
+        self.check_one(input_ids, inputs_embeds)
+        for name, output in features.items():
+            mask = self.placeholder_mask(name, None, inputs_embeds)
+            inputs_embeds = self.filled(name, inputs_embeds, mask, output)
+        return inputs_embeds
+
+    def check_one(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{type(self).__name__} needs either input_ids or inputs_embeds.")
+
+    def placeholder_mask(self, modality: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Find the placeholders among ids `(B, N)`, or among embeddings `(B, N, D)`, of which they have their own row
+        of the table -> `(B, N)`, True where one is.
+
+        Raises:
+            ValueError: there are embeddings alone, and the table has no row for the placeholder.
+        """
+        token = self.placeholder(modality)
+        if input_ids is not None:
+            return input_ids == token
+        table: Any = self.get_input_embeddings()
+        if token >= table.weight.shape[0]:
+            raise ValueError(
+                f"{modality}_token_id {token} has no row in the table of {table.weight.shape[0]} embeddings, so that "
+                f"inputs_embeds cannot say where a placeholder is: give input_ids, or resize_token_embeddings first."
+            )
+        row = table(torch.tensor(token, device=table.weight.device))
+        return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
+
+    def encode_media(
+        self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
+    ) -> dict[str, Features]:
+        """Inputs by their names -> features by modality, beside those that are `given`."""
+        features = dict(given or {})
+        for modality, names in self.media_inputs.items():
+            inputs = {name: media[name] for name in names if media.get(name) is not None}
+            if names[0] not in inputs:
+                continue
+            if modality in features:
+                raise ValueError(f"{names[0]} and mm_encoder_outputs[{modality!r}] are the same pictures: give one.")
+            features[modality] = getattr(self, f"get_{modality}_features")(**inputs)
+        return features
+
+    def embed(self, input_ids: Tensor | None, features: Mapping[str, Features]) -> Tensor:
+        """Embed `(B, N)` token ids, and put the features of their media among them -> `(B, N, D)`."""
+        self.check_one(input_ids, None)
+        masks = {name: self.placeholder_mask(name, input_ids, None) for name in self.media_inputs}
+        text: Any = input_ids
+        for mask in masks.values():
+            text = text.masked_fill(mask, 0)  # placeholders may lie outside the embedding table
+        embeds = self.get_input_embeddings()(text)
+        for name, mask in masks.items():
+            embeds = self.filled(name, embeds, mask, features.get(name))
+        return embeds
+
+    def filled(self, modality: str, embeds: Tensor, mask: Tensor, features: Features | None) -> Tensor:
+        """Put features in the rows of embeddings `(B, N, D)` where the mask `(B, N)` has placeholders."""
+        # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
+        if mask.shape[1] > 1 and not torch.compiler.is_compiling():
+            self.check_places(modality, mask, features)
+        if features is None:
+            return embeds
+        return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(each(features)).to(embeds))
+
+    def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
+        """As many placeholders as features, or an error that names both."""
+        counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
+        if (found := int(place.sum())) == sum(counts):
+            return
+        token = f"{modality}_token_id {self.placeholder(modality)}"
+        given = f"the {modality}s make {sum(counts)} ({_some(counts)})" if counts else f"no {modality} was given"
+        raise ValueError(
+            f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
+            f"each of its tokens, as {type(self).__name__}'s processor writes them; it must agree with "
+            f"{self.token_count_fields()}."
+        )
+
+    def count_places(self, rows: Tensor) -> int:
+        """How many placeholders stand for a picture of these features, `(tokens, hidden_size)`."""
+        return len(rows)
+
+    def token_count_fields(self) -> str:
+        """The fields of the configuration that decide how many tokens a picture has, with their values."""
+        vision = self.config.vision_config
+        return ", ".join(f"vision_config.{name} {getattr(vision, name)}" for name in ("image_size", "patch_size"))
+
+    def reusable(self, cache: Any, known: int, length: int) -> int:
+        """How many of the first `known` tokens in a cache are the same in a prompt of `length` tokens."""
+        return known
+
+    # Generation: transformers' own, with pictures encoded once and placeholders kept apart from the vocabulary.
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Each picture is encoded once, whatever the number of steps, beams and sequences."""
+        names = [name for names in self.media_inputs.values() for name in names]
+        media = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
+            kwargs["mm_encoder_outputs"] = features
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, mm_encoder_outputs: Mapping[str, Features] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand features on with the prompt: in the first step, without a cache in every step, and where an assistant
+        begins, which transformers does not call a first step."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = cache_of(inputs)
+        if kwargs.get("is_first_iteration") or cache is None or cache.get_seq_length() == 0:
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        elif inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] > 1:
+            # Candidates that were looked up in the prompt may be placeholders, none of which will be accepted.
+            for modality in self.media_inputs:
+                found = inputs["input_ids"] == self.placeholder(modality)
+                inputs["input_ids"] = inputs["input_ids"].masked_fill(found, 0)
+        return inputs
+
+    def ids(self, vocab_size: int) -> int:
+        return max(vocab_size, *(self.placeholder(modality) + 1 for modality in self.media_inputs))
+
+    def repeated(
+        self, features: Mapping[str, Features], rows: Mapping[str, Tensor], times: int
+    ) -> dict[str, Features]:
+        """Repeat a row's images with the row."""
+        return {
+            name: Features(pooler_output=self._repeat_by_row(name, output, rows, times))  # type: ignore[arg-type]
+            for name, output in features.items()
+        }
+
+    def _repeat_by_row(
+        self, modality: str, features: Features, rows: Mapping[str, Tensor], times: int
+    ) -> list[Tensor]:
+        remaining = iter(each(features))
+        repeated: list[Tensor] = []
+        embeds = rows.get("inputs_embeds")
+        mask = self.placeholder_mask(modality, None if embeds is not None else rows["input_ids"], embeds)
+        for count in mask.sum(dim=1).tolist():
+            row: list[Tensor] = []
+            while sum(map(self.count_places, row)) < count:
+                row.append(next(remaining))
+            repeated += row * times
+        return repeated
+
+    def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
+        """Never generate a placeholder, for which there would be no image, and look up none."""
+        return WithinVocabulary([*processors, Without(self.placeholder(modality) for modality in self.media_inputs)])
+
+    def placeholder(self, modality: str) -> int:
+        """Return the id of the token that stands for a token of an image, or of another modality."""
+        return getattr(self.config, f"{modality}_token_id")
+
+
+class _Backbone:
+    """Stands for the model without its output layer where the host looks for one; the modules are the model's."""
+
+    def __init__(self, model: ImageTextModel):
+        self.model = model
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Features] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's forward, to the last hidden states."""
+        owner, known = f"{type(self.model).__name__}.base_model()", self.model.further_keywords("forward")
+        rename_cache(owner, kwargs)
+        check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
+        names = {name for names in self.model.media_inputs.values() for name in names}
+        features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
+        return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # `get_encoder` and `get_decoder` are the model's own, which would ask here again.
+        if name.startswith("__") or name in ("get_encoder", "get_decoder", "set_encoder", "set_decoder"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+
+def as_outputs(features: Mapping[str, Features]) -> dict[str, Features]:
+    """Name features by modality as the fields of an output."""
+    return {f"{modality}_outputs": output for modality, output in features.items()}
+
+
+def each(features: Features) -> list[Tensor]:
+    """Of each picture its tokens' features, `(tokens, hidden_size)`."""
+    rows: Any = features.pooler_output
+    return list(rows)
+
+
+def _some(counts: list[int], most: int = 8) -> str:
+    return " + ".join(map(str, counts[:most])) + (" + ..." if len(counts) > most else "")

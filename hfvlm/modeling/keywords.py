@@ -1,0 +1,144 @@
+"""Keyword arguments that no one understands are errors: a model never swallows one.
+
+A method says by `**kwargs: Unpack[Keywords]` what it takes beside its own arguments and passes on.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
+from typing import Any, TypedDict
+
+from torch import Tensor
+from transformers.generation import GenerationConfig, GenerationMixin
+
+from hfvlm.modeling.compat import CACHE, CACHE_NAMES, rename_cache
+
+
+class Keywords(TypedDict, total=False):
+    """transformers' own keywords, which every model takes and hands on to its attention functions.
+
+    They are those of its `TransformersKwargs` but `position_ids`, which a tower that counts its own would ignore.
+    """
+
+    return_dict: bool | None
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    output_cross_attentions: bool | None
+    output_router_logits: bool | None
+    is_causal: bool | None
+    num_items_in_batch: Tensor | int | None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: int | None
+    max_length_k: int | None
+    seq_idx: Tensor | None
+
+
+def unknown_keyword(owner: str, name: str, known: Collection[str]) -> TypeError:
+    """Make the error that names a keyword argument which is not known, and the nearest one that is."""
+    nearest = get_close_matches(name, sorted(known), 1, cutoff=0.0)
+    hint = f" The nearest that it knows is {nearest[0]!r}." if nearest else ""
+    return TypeError(f"{owner} got an unexpected keyword argument {name!r}.{hint}")
+
+
+def check_keywords(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise a TypeError for the first keyword argument that is not known."""
+    for name in given:
+        if name not in known:
+            raise unknown_keyword(owner, name, known)
+
+
+class StrictKeywords:
+    """Base of classes whose `forward`, `generate` and `get_*_features` refuse keyword arguments that they don't know.
+
+    A forward that takes a `cache` takes it also as `past_key_values`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name, method in list(vars(cls).items()):
+            if name == "forward" or (name.startswith("get_") and name.endswith("_features")):
+                setattr(cls, name, strict(method))
+            elif name == "generate":
+                setattr(cls, name, strict_generate(method))
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return the names that a method knows beside those in its signature and hands on to another module."""
+        return ()
+
+
+def keywords_of(module: Any) -> frozenset[str]:
+    """Return the names of the arguments that a module's forward has in its signature."""
+    return _own_keywords(inspect.signature(module.forward))
+
+
+def tower_keywords(model: Any, method: str) -> frozenset[str]:
+    """Return those of the tower that a `get_<modality>_features` hands its keywords on to."""
+    tower = model.towers.get(method.removeprefix("get_").removesuffix("_features"))
+    return frozenset() if tower is None else keywords_of(getattr(model, tower))
+
+
+def strict(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a method refuse keyword arguments that are neither its own nor those which its `**kwargs` declare.
+
+    Raises:
+        TypeError: the method has `**kwargs` that declare nothing.
+    """
+    signature = inspect.signature(method)
+    own = _own_keywords(signature)
+    known = own | _declared_keywords(method, signature)
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "cache" in own and "past_key_values" in kwargs:
+            rename_cache(f"{type(self).__name__}.{method.__name__}()", kwargs, "cache")
+        if not known.issuperset(kwargs):
+            further = self.further_keywords(method.__name__)
+            check_keywords(f"{type(self).__name__}.{method.__name__}()", kwargs, {*known, *further})
+        return method(self, *args, **kwargs)
+
+    # `generate` looks for the cache in the signature, by its own name.
+    checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+    )
+    return checked
+
+
+def strict_generate(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a `generate` refuse what neither transformers' `generate` nor the model's forward knows."""
+    own = _own_keywords(inspect.signature(method)) | _GENERATE
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = f"{type(self).__name__}.generate()"
+        rename_cache(owner, kwargs, CACHE)
+        if not own.issuperset(kwargs):
+            check_keywords(owner, kwargs, {*own, *keywords_of(self), *self.further_keywords("forward")})
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _own_keywords(signature: inspect.Signature) -> frozenset[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(p.name for p in signature.parameters.values() if p.kind in kinds and p.name != "self")
+
+
+def _declared_keywords(method: Callable[..., Any], signature: inspect.Signature) -> frozenset[str]:
+    rest = next((p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    if rest is None:
+        return frozenset()
+    declared = next(iter(typing.get_args(rest.annotation)), None)
+    if not typing.is_typeddict(declared):
+        raise TypeError(f"{method.__qualname__} must declare **{rest.name}, as by `Unpack[Keywords]`.")
+    return frozenset(typing.get_type_hints(declared))
+
+
+_GENERATE = (
+    _own_keywords(inspect.signature(GenerationMixin.generate))
+    | frozenset(vars(GenerationConfig()))
+    | frozenset(Keywords.__optional_keys__)
+    | frozenset({*CACHE_NAMES, "tokenizer", "assistant_tokenizer", "trust_remote_code", "input_ids", "inputs_embeds"})
+)

@@ -1,0 +1,438 @@
+"""Processors of texts with images or videos in them: the inputs of chat models."""
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+from transformers.image_processing_base import BatchFeature
+
+from hfvlm.media.images import read_images
+from hfvlm.media.video import read_videos
+from hfvlm.processing.base import HfvlmProcessor, call_keywords
+from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
+from hfvlm.processing.protection import Protected, Protector
+from hfvlm.processing.settings import check_keywords, flag, whole
+
+# The label that no loss is computed of.
+IGNORE = -100
+# As many places as the texts of a data set spell out.
+EVERY = 2**31
+# Options of texts.
+TEXT_OPTIONS = frozenset(
+    {
+        "add_special_tokens",
+        "max_length",
+        "pad_to_multiple_of",
+        "padding",
+        "padding_side",
+        "return_mm_token_type_ids",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "truncation",
+        "verbose",
+    }
+)
+# Others of transformers', with the values that ask for what is done anyway.
+FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "is_split_into_words": (None, False),
+    "return_attention_mask": (None, True),
+    "return_length": (None, False),
+    "return_offsets_mapping": (None, False),
+    "return_overflowing_tokens": (None, False),
+    "return_special_tokens_mask": (None, False),
+    "return_text_replacement_offsets": (None, False),
+    "return_token_type_ids": (None, False),
+    "stride": (None, 0),
+    "text_pair": (None,),
+    "text_pair_target": (None,),
+    "text_target": (None,),
+}
+OTHER_MEDIA = ("images", "videos", "audio", "audios")
+
+
+class MediaTextProcessor(HfvlmProcessor, ABC):
+    """Texts with pictures or films in them, for models built on `hfvlm.modeling.image_text.ImageTextModel`.
+
+    In a text, `media_token` stands for a picture, and becomes as many placeholders as the picture has tokens. The
+    texts between pictures are encoded one by one, as the originals do. Films are pictures of another modality.
+    """
+
+    modality: str  # of what stands in the texts
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts that end an answer beside the end token."""
+        return []
+
+    @property
+    def media_token(self) -> str:
+        """What stands for a picture in a text."""
+        return getattr(self, f"{self.modality}_token")
+
+    @property
+    def media_token_id(self) -> int:
+        """The placeholder."""
+        return getattr(self, f"{self.modality}_token_id")
+
+    @property
+    def media_processor(self) -> Any:
+        """The part that prepares pictures."""
+        return getattr(self, self.parts[self.modality])
+
+    @abstractmethod
+    def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
+        """Pictures as `hfvlm.media` reads them."""
+
+    @abstractmethod
+    def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
+        """Placeholders of each picture; `options` are those that the media processor will be called with."""
+
+    def asked(self, question: str) -> str:
+        content: Any = [{"type": self.modality}, {"type": "text", "text": question}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    # What messages say
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Special tokens and places of images that a message's text spells out are words: they are
+        marked in the rendered text (see `hfvlm.processing.protection`), and a call of this processor reads them so.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            *args: of transformers' method.
+            **kwargs: likewise; with `sanitize_control_tokens=False` texts are trusted, and their tokens are tokens.
+
+        Raises:
+            TypeError: a keyword that neither transformers, nor the template, nor this processor's call knows.
+        """
+        self.check_template_keywords(args[0] if args else kwargs.get("chat_template"), kwargs)
+        if kwargs.pop("sanitize_control_tokens", True) is not False:
+            conversation = self.protected_all(conversation)
+            nested = self.protector().nested
+            kwargs |= {name: nested(kwargs[name]) for name in ("tools", "documents") if kwargs.get(name)}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def check_template_keywords(self, template: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse keywords of `apply_chat_template` that would be swallowed."""
+        known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *TEXT_OPTIONS, *FIXED_OPTIONS}
+        known |= {*call_keywords(self.media_processor), "images", "videos", "sanitize_control_tokens", "tools"}
+        known |= {
+            "documents",
+            "common_kwargs",
+            *(f"{group}_kwargs" for group in ("text", "images", "videos", "audio")),
+        }
+        words = set(re.findall(r"\w+", f"{template or ''} {self.chat_template or ''}"))
+        check_keywords(self, set(kwargs) - words, known - {"self", "kwargs"})
+
+    def render(self, messages: Sequence[Any], **options: Any) -> str:
+        """The text of messages that are protected already."""
+        return self.apply_chat_template(list(messages), sanitize_control_tokens=False, **options)
+
+    def protected_all(self, conversation: Any) -> Any:
+        """One conversation or several, protected."""
+        first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+        if isinstance(first, list | tuple) or hasattr(first, "messages"):
+            return [self.protected(getattr(own, "messages", own)) for own in conversation]
+        return self.protected(getattr(conversation, "messages", conversation))
+
+    def protected(self, messages: Sequence[Any], places: int = 0) -> Protected:
+        """Messages whose texts can say no special token.
+
+        Args:
+            messages: of one conversation; what is protected already stays as it is.
+            places: how many `media_token` in contents that are plain strings are meant as places, the first ones.
+        """
+        if isinstance(messages, Protected):
+            return messages
+        protector, safe, of_data = self.protector(), Protected(), places == EVERY
+        for message in messages:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            meant = min(places, content.count(self.media_token)) if isinstance(content, str) else 0
+            places -= meant
+            safe.append(protector.message(message, self.media_token, meant or self.meant(content, of_data=of_data)))
+        return safe
+
+    def meant(self, content: Any, *, of_data: bool = False) -> int:
+        """How many `media_token` in the parts of a content are places; here an image has a part of its own."""
+        return 0
+
+    def protector(self) -> Protector:
+        """Marks what no message can say: every special token, `media_token`, and what turns are told apart by."""
+        template = str(self.chat_template or "")
+        tokens = {self.media_token, *self.turn_marks}
+        for name in self.get_attributes():
+            part = getattr(self, name, None)
+            added = getattr(part, "added_tokens_decoder", {}) if "tokenizer" in name else {}
+            tokens |= {token.content for token in added.values() if token.special or token.content in template}
+        return Protector(tokens)
+
+    @property
+    def turn_marks(self) -> set[str]:
+        """Texts, beside special tokens, that turns are told apart by in training."""
+        return set()
+
+    def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
+        """Pictures, and the messages that they stand in -> what the model encodes them from."""
+        return self.prepare(self.modality, list(media))
+
+    def inputs_for(self, media: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Texts and their images -> the model's inputs; see `__call__`."""
+        if text is None:
+            raise ValueError(
+                f"{type(self).__name__} needs text; of the {self.modality} alone it is {self.media_token!r}."
+            )
+        options, words = self.call_options(kwargs)
+        return_tensors = words.pop("return_tensors", return_tensors)
+        texts = texts_of(text)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [self.encode(item, add_special_tokens=words.get("add_special_tokens", True)) for item in texts]
+        pictures = self.pictures_of(rows, media, allow_urls=options.pop("allow_urls", False))
+        expanded, kept = self.expanded(rows, pictures, options, words)
+        padding = words.get("padding", len(expanded) > 1)
+        padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
+        limit = words.get("max_length") if padding == "max_length" else None
+        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
+        if words.get("return_mm_token_type_ids"):
+            kind = {"image": 1, "video": 2}[self.modality]
+            data["mm_token_type_ids"] = [[kind * (i == self.media_token_id) for i in row] for row in data["input_ids"]]
+        if kept:
+            data |= self.media_processor(kept, **{"return_tensors": return_tensors} | options)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def call_options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keywords of a call: options of the media processor, and of the texts.
+
+        Raises:
+            TypeError: an unknown keyword, naming the nearest one.
+            ValueError: a value that a keyword cannot have, or media that the model does not read.
+        """
+        name, group = type(self).__name__, f"{self.modality}s"
+        others = {other: kwargs[other] for other in OTHER_MEDIA if other in kwargs}
+        if foreign := sorted(other for other, value in others.items() if not is_empty(value)):
+            raise ValueError(f"{name} reads text and {group}, not {', '.join(foreign)}.")
+        rest = {word: value for word, value in kwargs.items() if word not in others}
+        known = {"text": {*TEXT_OPTIONS, *FIXED_OPTIONS}, group: call_keywords(self.media_processor)}
+        options = self.options_of(rest, known, flat=("text", group))
+        words = {word: value for word, value in options["text"].items() if value is not None}
+        for word, values in FIXED_OPTIONS.items():
+            if word in words and not any(words[word] is value for value in values):
+                raise ValueError(f"{name}: {word} must be {values[-1]}, not {words[word]!r}.")
+        for word, check in (("max_length", whole()), ("pad_to_multiple_of", whole()), ("add_special_tokens", flag)):
+            if word in words:
+                try:
+                    check(words[word])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {word} {error}, not {words[word]!r:.200}.") from error
+        if words.get("truncation") not in (None, True, False, "pictures", "longest_first", "do_not_truncate"):
+            raise ValueError(f"{name}: truncation must be True, False or 'pictures', not {words['truncation']!r}.")
+        return options[group], words
+
+    def expanded(
+        self,
+        rows: Sequence[list[int]],
+        pictures: Sequence[list[Any]],
+        options: Mapping[str, Any],
+        words: Mapping[str, Any],
+    ) -> tuple[list[list[int]], list[Any]]:
+        """Ids with their placeholders, cut to `max_length`, and the images that are left."""
+        truncation, length = words.get("truncation", False), words.get("max_length")
+        expanded, kept = [], []
+        for i, (row, own) in enumerate(zip(rows, pictures, strict=True)):
+            counts = self.count_each(own, **options)
+            whole = self.expand(row, counts)
+            if truncation and truncation != "do_not_truncate" and length:
+                whole, counts = self.cut(whole, counts, length, drop=truncation == "pictures", name=f"text {i}")
+            expanded.append(whole)
+            kept += own[: len(counts)]
+        return expanded, kept
+
+    def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> Any:
+        """As transformers'. With `generate`'s inputs as `new_tokens_only`, of the answers alone, and without special
+        tokens."""
+        if new_tokens_only is not None:
+            prompt = new_tokens_only["input_ids"].shape[1]
+            sequences, kwargs = [row[prompt:] for row in sequences], {"skip_special_tokens": True} | kwargs
+        return super().batch_decode(sequences, *args, **kwargs)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A text to ids, with one `media_token_id` for each picture."""
+        first, *others = text.split(self.media_token)
+        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+        for piece in others:
+            ids += [self.media_token_id, *self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        return ids
+
+    def expand(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Ids with `counts` placeholders for each picture."""
+        remaining = iter(counts)
+        return [same for item in row for same in [item] * (next(remaining) if item == self.media_token_id else 1)]
+
+    def cut(
+        self, row: list[int], counts: list[int], length: int, *, drop: bool, name: str
+    ) -> tuple[list[int], list[int]]:
+        """The first `length` ids of an expanded row, without a picture that is not whole, and its pictures' counts."""
+        if len(row) <= length:
+            return row, counts
+        ends, place, kept = [], 0, 0
+        for count in counts:
+            place = row.index(self.media_token_id, place) + count
+            ends.append(place)
+        kept = sum(end <= length for end in ends)
+        if kept < len(counts) and not drop:
+            raise ValueError(
+                f"{name} has {len(row)} tokens with its pictures, of {counts} tokens, and max_length {length} leaves "
+                f"room for {kept} of them: raise max_length, or pass truncation='pictures' to drop the others."
+            )
+        start = ends[kept] - counts[kept] if kept < len(counts) else length
+        return row[: min(start, length)], counts[:kept]
+
+    def pictures_of(self, rows: Sequence[Sequence[int]], media: Any, *, allow_urls: Any = False) -> list[list[Any]]:
+        """The pictures of each row, read; as many as it has places for them."""
+        wanted = [sum(item == self.media_token_id for item in row) for row in rows]
+        media = self.batched(media)
+        if is_empty(media):
+            groups: list[Any] = [[] for _ in rows]
+        elif self.are_by_text(media, wanted):
+            groups = [self.batched(own) for own in media]
+        else:
+            remaining = iter(self.read(media, allow_urls=allow_urls))
+            groups = [[picture for _, picture in zip(range(count), remaining, strict=False)] for count in wanted]
+            groups[-1] += list(remaining)
+        given = [len(own) for own in groups]
+        if given != wanted:
+            raise ValueError(
+                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
+                f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
+            )
+        every = [picture for own in groups for picture in own]
+        read = iter(self.read(every, allow_urls=allow_urls) if every else ())
+        return [[next(read) for _ in own] for own in groups]
+
+    def batched(self, media: Any) -> Any:
+        """A batch in another container, such as a Series or a generator, as a list."""
+        return listed(media)
+
+    def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
+        """Whether `media` is a list of lists, one for each text, which have so many places."""
+        lists = isinstance(media, list | tuple) and all(isinstance(own, list | tuple | np.ndarray) for own in media)
+        return lists and len(media) == len(wanted) and all(isinstance(listed(own), list | tuple) for own in media)
+
+    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Messages -> ids and labels, each with one `media_token_id` for each picture. Answers are trained on, with
+        what ends them; -100 elsewhere."""
+        messages = self.protected(messages, places=EVERY)
+        ids = self.encode(self.render(messages))
+        labels = [IGNORE] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.encode(self.render(messages[:i], add_generation_prompt=True))
+                through = self.encode(self.render(messages[: i + 1]))
+                labels[len(before) : len(through)] = ids[len(before) : len(through)]
+        return ids, labels
+
+
+class ImageTextProcessor(MediaTextProcessor):
+    """Texts with pictures in them. A subclass says in `count_tokens` how many tokens pictures have."""
+
+    modality = "image"
+    image_token = "<image>"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @abstractmethod
+    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Placeholders of pictures of these heights and widths in pixels."""
+
+    def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
+        return self.count_tokens([(picture.height, picture.width) for picture in media])
+
+    def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
+        upright = self.media_processor.upright
+        return read_images(flat_images(sources), upright=upright, allow_urls=allow_urls)
+
+    def __call__(
+        self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Texts and their pictures -> the model's inputs, padded where there are several.
+
+        Args:
+            images: one picture, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
+            text: one text or a list, with `image_token` where each picture is.
+            return_tensors: "pt", "np", or None for lists.
+            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a picture:
+                "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
+                `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the image processor.
+
+        Raises:
+            ValueError: texts and pictures do not fit each other, or a row does not fit `max_length`.
+        """
+        return self.inputs_for(images, text, return_tensors, **kwargs)
+
+
+class VideoTextProcessor(MediaTextProcessor):
+    """Texts with films in them. A subclass says in `count_tokens` how many tokens they have."""
+
+    modality = "video"
+    parts = {"video": "video_feature_extractor", "text": "tokenizer"}
+    video_token = "<video>"
+
+    def __init__(
+        self, video_feature_extractor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
+    ):
+        super().__init__(video_feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @property
+    def video_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.video_token)
+
+    @abstractmethod
+    def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
+        """Placeholders of films of which so many frames are taken."""
+
+    def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
+        part = self.media_processor
+        settings = part.settings_for(options, call_keywords(part))
+        return self.count_tokens([len(self.media_processor.places(film, settings)) for film in media])
+
+    def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
+        return read_videos(sources, allow_urls=allow_urls)
+
+    def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
+        """A list inside a list may be one film's frames, too."""
+        return super().are_by_text(media, wanted) and [len(own) for own in media] == list(wanted)
+
+    def __call__(
+        self,
+        images: None = None,
+        text: Any = None,
+        videos: Any = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Texts and their films -> the model's inputs, padded where there are several.
+
+        Args:
+            images: none; the host's order of arguments.
+            text: one text or a list, with `video_token` where each film is.
+            videos: one film, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
+            return_tensors: "pt", "np", or None for lists.
+            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a film:
+                "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
+                `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the feature extractor.
+
+        Raises:
+            ValueError: texts and films do not fit each other, or a row does not fit `max_length`; or pictures are
+                given: they are films of one frame, `videos=[[picture]]`.
+        """
+        if not is_empty(images):
+            raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
+        return self.inputs_for(videos, text, return_tensors, **kwargs)

@@ -1,0 +1,129 @@
+"""Small models that learned nothing, to try code with where no checkpoint is at hand.
+
+They have everything that a converted folder has: the architecture, a processor, a vocabulary. What they generate makes
+no sense, and takes milliseconds.
+"""
+
+import base64
+from collections.abc import Callable, Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from hfvlm.media.sources import import_extra
+from hfvlm.presets import Preset, load_preset
+from hfvlm.registry import find_class
+from hfvlm.samples.scenes import all_scenes
+from hfvlm.writing import new_folder
+
+WORDS = "what where how many is are the a an of in on and there this picture image shape colour dog cat no yes ? ."
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PIECES = 300
+
+
+def untrained(
+    architecture: str, folder: str | Path, *, model: str | None = None, seed: int = 0, overwrite: bool = False
+) -> Path:
+    """Write a folder of an architecture's tiny preset, with weights by chance.
+
+    Args:
+        architecture: one of `KINDS`.
+        folder: the new folder.
+        model: name of the class; by default the architecture's first.
+        seed: of the weights.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is none of that architecture.
+        ImportError: sentencepiece is not installed, which the vocabularies of LLaMA's kind need.
+        FileExistsError: there is such a folder already.
+    """
+    if architecture not in KINDS:
+        raise ValueError(f"There is no untrained {architecture}; there are {', '.join(KINDS)}.")
+    preset = load_preset(f"{architecture}/tiny")
+    with new_folder(folder, overwrite=overwrite) as target, TemporaryDirectory() as scratch:
+        config, processor = KINDS[architecture](preset, Path(scratch))
+        config.architectures = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = find_class(model or _first_class(architecture))(config)
+        made.save_pretrained(target)
+        processor.save_pretrained(target)
+    return Path(folder)
+
+
+def _first_class(architecture: str) -> str:
+    from hfvlm.registry import architectures
+
+    return next(iter(architectures()[architecture].models.values()))[0]
+
+
+def _parts(preset: Preset, changes: Mapping[str, Any], *vocabularies: Path, **settings: Any) -> tuple[Any, Any]:
+    from hfvlm.release.converter import conversion_module
+
+    module = conversion_module(preset.architecture)
+    config = type(preset.make_config())(**{**preset.config, **changes})
+    return config, module.processor_for(config, {**preset.processor, **settings}, *vocabularies)
+
+
+def _with_bytes(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """The small CLIP's vocabulary."""
+    with as_file(files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz") as path:
+        return _parts(preset, {}, path)
+
+
+def _with_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """A vocabulary of BERT's kind: words, and letters for the others."""
+    words = dict.fromkeys([*WORDS.split(), *" ".join(scene.caption() for scene in all_scenes()).split()])
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = list(dict.fromkeys([*BERT, *words, *letters, *(f"##{letter}" for letter in letters)]))
+    path = scratch / "vocab.txt"
+    path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    ids = {"vocab_size": len(pieces) + 2, "bos_token_id": len(pieces), "encoder_token_id": len(pieces) + 1}
+    ids |= {"eos_token_id": BERT.index("[SEP]"), "pad_token_id": BERT.index("[PAD]")}
+    return _parts(preset, {"text_config": {**preset.config["text_config"], **ids}}, path)
+
+
+def _with_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """A vocabulary of LLaMA's kind, learned from the captions of scenes."""
+    sentencepiece = import_extra("sentencepiece", "convert", "A vocabulary of LLaMA's kind")
+    corpus = scratch / "corpus.txt"
+    printable = "".join(chr(code) for code in range(33, 127))
+    corpus.write_text("\n".join([WORDS, " ".join(printable), *(scene.caption() for scene in all_scenes())]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(scratch / "tokenizer"), vocab_size=PIECES, model_type="bpe",
+        character_coverage=1.0, byte_fallback=False, normalization_rule_name="identity", hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    return _parts(preset, {}, scratch / "tokenizer.model")
+
+
+def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """A vocabulary of tiktoken's kind: single bytes, and pairs up to the number that the preset has."""
+    size = preset.make_config().text_config.pad_token_id
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [bytes(pair) for pair in zip(b"eaitonsr" * 32, b"thaeinro" * 8 + b"stndlrcm" * 24, strict=True)]
+    ranks = list(dict.fromkeys(tokens))
+    ranks += [bytes([first, second]) for first in b"ABCDEFGHIJKLM" for second in b"abcdefghijklmnopqrstuvwxyz"]
+    path = scratch / "qwen.tiktoken"
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks[:size]))
+    path.write_text("\n".join(lines) + "\n")
+    return _parts(preset, {}, path)
+
+
+KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
+    "blip": _with_words,
+    "coca": _with_bytes,
+    "imagebind": _with_bytes,
+    "llava": _with_pieces,
+    "mammut": _with_bytes,
+    "qwen_vl": _with_ranks,
+    "shikra": _with_pieces,
+    "video_chatgpt": _with_pieces,
+}

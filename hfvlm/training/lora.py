@@ -1,0 +1,139 @@
+"""Named LoRA recipes: which towers are adapted, and what is trained in full beside them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.modules.projection import Bridge, Projection
+from hfvlm.modules.similarity import LogitScale
+from hfvlm.registry import architectures
+
+# Parts that a recipe trains in full, by the class of their modules.
+WHOLE_PARTS: dict[str, tuple[type[nn.Module], ...]] = {"projection": (Projection, Bridge), "scale": (LogitScale,)}
+
+
+def lora(
+    model: PreTrainedModel,
+    recipe: str | None = None,
+    *,
+    r: int = 8,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    layers: Sequence[str] | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> Any:
+    """Wrap a model for LoRA fine-tuning with PEFT, and print what will train.
+
+    Args:
+        model: of any architecture of hfvlm.
+        recipe: parts joined by "+": the towers that are adapted ("vision", "text", "audio", "language", ...), and
+            "projection" and "scale" for the projections and the temperature, which are trained in full. By default all
+            towers; of a model that answers about pictures, "language+projection".
+        r: rank of the adapters.
+        alpha: numerator of their scale `alpha / r`; by default twice the rank.
+        dropout: on the adapters' inputs.
+        layers: names of the linear layers; by default the architecture's.
+        quiet: print nothing.
+        **options: of `peft.LoraConfig`.
+
+    Returns:
+        A `peft.PeftModel`; only the recipe's parameters require gradients.
+
+    Raises:
+        ValueError: the model has no such part; the message lists those it has. Or a number is out of its range.
+        ImportError: PEFT is not installed.
+    """
+    check_integer("r", r)
+    check_number("dropout", dropout, 0, 1)
+    if alpha is not None:
+        check_number("alpha", alpha, 0, open_low=True)
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs PEFT: `pip install 'hfvlm[train]'`.") from error
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=target_pattern(model, recipe, layers),
+        modules_to_save=whole_modules(model, recipe),
+        **options,
+    )
+    tuned = get_peft_model(model, config)
+    if not quiet:
+        Console(stderr=True).print(trainable_table(tuned))
+    return tuned
+
+
+def towers(model: PreTrainedModel) -> dict[str, str]:
+    """Towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower"."""
+    inside = {
+        name.removesuffix("_model"): name
+        for name, child in model.named_children()
+        if isinstance(child, PreTrainedModel) and not isinstance(child, Bridge)
+    }
+    return inside or {"tower": ""}
+
+
+def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[str] | None = None) -> str:
+    """The regular expression, over whole names, of the layers that a recipe adapts."""
+    known = towers(model)
+    chosen = [part for part in _parts(model, recipe) if part in known]
+    if not chosen:
+        raise ValueError(f"Recipe {recipe!r} adapts no tower; name at least one of {', '.join(known)}.")
+    prefixes = "|".join(re.escape(f"{known[part]}.") if known[part] else "" for part in chosen)
+    # An adapter of a layer that no output depends on would never learn.
+    unread = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unread_modules", ()))
+    return rf"{unread}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
+
+
+def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:
+    """Names of the modules that a recipe trains in full."""
+    return [name for part in _parts(model, recipe) for name in _instances(model, part)] or None
+
+
+def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
+    known = [*towers(model), *(part for part in WHOLE_PARTS if _instances(model, part))]
+    recipe = recipe or getattr(model, "lora_recipe", None)
+    parts = recipe.split("+") if recipe else list(towers(model))
+    unknown = [part for part in parts if part not in known]
+    if unknown:
+        name = type(model).__name__
+        raise ValueError(f"{name} has no part {', '.join(unknown)}; a recipe joins {', '.join(known)} by '+'.")
+    return parts
+
+
+def _instances(model: PreTrainedModel, part: str) -> list[str]:
+    kind = WHOLE_PARTS.get(part)
+    unread = tuple(getattr(model, "unread_modules", ()))
+    read = (pair for pair in model.named_modules() if pair[0] not in unread)
+    return [] if kind is None else [name for name, module in read if isinstance(module, kind)]
+
+
+def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    for architecture in architectures().values():
+        if model.config.model_type in architecture.configs:
+            return architecture.lora
+    raise ValueError(f"{type(model).__name__} is no model of hfvlm: name its `layers`.")
+
+
+def trainable_table(model: nn.Module) -> Table:
+    """Trainable and all parameters, a row for each part of the model."""
+    table = Table("part", "trainable", "of", "share", box=None, pad_edge=False)
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = next((p for p in name.split(".") if p.endswith("_model") and p != "base_model"), "other")
+        row = rows.setdefault(part, [0, 0])
+        row[0] += parameter.numel() * parameter.requires_grad
+        row[1] += parameter.numel()
+    rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    for part, (trainable, total) in rows.items():
+        table.add_row(part, f"{trainable:,}", f"{total:,}", f"{trainable / max(total, 1):.2%}")
+    return table

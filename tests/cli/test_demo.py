@@ -1,0 +1,42 @@
+"""The demo does what the README says it does."""
+
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoProcessor
+
+from hfvlm.cli.demo import Accuracy, demo, report
+from hfvlm.release.hub import write_card
+from hfvlm.samples.digits import Digit
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_demo(tmp_path):
+    output = demo(tmp_path / "demo", seed=0)
+    folder = output / "clip-tiny-ten-digits"
+    card = ModelCard.load(folder / "README.md")
+    one_prompt, ensemble, known, new = (result.metric_value for result in card.data.eval_results)
+    assert min(one_prompt, ensemble) >= 0.95
+    assert known >= 0.94
+    assert new >= 0.5
+    for name in ("confusion.png", "retrieval.png"):
+        assert (folder / name).stat().st_size > 10_000
+    assert "before fine-tuning" in card.text
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "HfvlmCLIPModel"
+    assert AutoProcessor.from_pretrained(output / "clip-tiny")
+    assert sorted(path.name for path in output.iterdir()) == ["clip-tiny", "clip-tiny-ten-digits"]
+    demo(output, seed=1)
+
+
+def test_the_card_s_numbers_have_names(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    before, after = (Accuracy(share, share, share, share / 2, []) for share in (0.5, 0.9))
+    held_out = [Digit(None, label) for label in (1, 2, 8)]
+    write_card(folder, results=report(before, after, held_out), text="Trained with seed 0.")
+    card = ModelCard.load(folder / "README.md")
+    names = [result.metric_name for result in card.data.eval_results]
+    assert len(set(names)) == 4
+    assert all(f"| {name} |" in card.text for name in names)
+    assert "```json" not in card.text

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from hfvlm.models.llava import HfvlmLLaVAConfig, HfvlmLLaVAForConditionalGeneration
+from tests.support.generation import GenerationSuite
+from tests.support.suite import ModelSuite, close
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14, "projection_dim": None}
+TEXT = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+PICTURE = 60
+GRID = [[28, 56], [56, 28], [56, 56]]
+
+
+def row(start, count, *rest):
+    return [1, *start, *[PICTURE] * count, *rest]
+
+
+class TestLLaVA(GenerationSuite, ModelSuite):
+    model_class, auto_class = HfvlmLLaVAForConditionalGeneration, AutoModelForImageTextToText
+    # The layers after the one that is read have no part in anything.
+    lora_layers = [f"layers.{i}.{part}_proj" for i in (0, 1) for part in ("attention.q", "self_attn.q", "self_attn.v")]
+
+    def config(self):
+        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=PICTURE)
+
+    def inputs(self):
+        ids = [row([5], 4, 7, 8, 9), row([6], 4, 3, 2, 4), row([9], 4, 9, 8, 7)]
+        return {
+            "input_ids": torch.tensor(ids),
+            "pixel_values": torch.randn(3, 3, 28, 28),
+            "attention_mask": torch.ones(3, len(ids[0]), dtype=torch.long),
+        }
+
+    def loss_inputs(self):
+        return {"labels": torch.tensor([[-100] * 6 + [7, 8, 9], [-100] * 6 + [3, 2, 4], [-100] * 6 + [9, 8, 7]])}
+
+    def test_layers_that_nothing_reads_are_not_computed(self, model, batch):
+        seen = []
+        for i, layer in enumerate(model.vision_model.layers):
+            layer.register_forward_hook(lambda *_, i=i: seen.append(i))
+        model(**batch)
+        assert seen == [0, 1]
+        assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
+        assert model.unread_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
+
+    def test_the_class_token_may_be_read(self, batch):
+        config = self.config()
+        config.keep_class_token = True
+        model = HfvlmLLaVAForConditionalGeneration(config)
+        assert config.count_tokens() == 5
+        assert [len(f) for f in model.get_image_features(batch["pixel_values"]).pooler_output] == [5, 5, 5]
+
+
+class TestTiles(GenerationSuite, ModelSuite):
+    """v1.6: the whole picture and its tiles, here of three pictures with equally many."""
+
+    model_class, auto_class = HfvlmLLaVAForConditionalGeneration, AutoModelForImageTextToText
+    lora_layers = TestLLaVA.lora_layers
+    implementations = ("sdpa",)
+    sizes = ((20, 60), (40, 120), (60, 180))
+
+    def config(self):
+        tiles = {"grid_pinpoints": GRID, "patch_merge": "spatial_unpad"}
+        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=PICTURE, **tiles)
+
+    def inputs(self):
+        (count,) = {self.config().count_tokens(size) for size in self.sizes}
+        ids = torch.tensor([row([5 + i], count, 7, 8, 9) for i in range(3)])
+        return {
+            "input_ids": ids,
+            "pixel_values": torch.randn(3, 3, 3, 28, 28),
+            "image_sizes": torch.tensor(self.sizes),
+            "attention_mask": torch.ones_like(ids),
+        }
+
+    def loss_inputs(self):
+        ids = self.inputs()["input_ids"]
+        return {"labels": ids.masked_fill(ids == PICTURE, -100)}
+
+    def test_compiles_as_one_graph(self, model, batch):
+        """Sizes decide shapes, and so are numbers of the graph."""
+        super().test_compiles_as_one_graph(model, batch | {"image_sizes": self.sizes})
+
+    def test_exports(self, model, batch):
+        super().test_exports(model, batch | {"image_sizes": self.sizes})
+
+    def test_views_padded_joined_and_in_a_list_are_the_same(self, model):
+        sizes = ((20, 60), (60, 20), (400, 400))
+        counts = [1 + rows * columns for rows, columns in map(model.config.tiling.tiles, sizes)]
+        assert counts == [3, 3, 5]
+        padded = torch.randn(3, 5, 3, 28, 28)
+        listed = [views[:count] for views, count in zip(padded, counts, strict=True)]
+        expected = model.get_image_features(padded, sizes).pooler_output
+        assert [len(features) for features in expected] == [model.config.count_tokens(size) for size in sizes]
+        for given in (listed, torch.cat(listed)):
+            for left, right in zip(model.get_image_features(given, sizes).pooler_output, expected, strict=True):
+                close(left, right, 1e-6, "views")
+
+    def test_views_that_do_not_fit_the_sizes_are_an_error(self, model, batch):
+        with pytest.raises(ValueError, match="pixel_values hold 2 views, but pictures of the sizes.*grid_pinpoints"):
+            model.get_image_features(batch["pixel_values"].flatten(0, 1)[:2], batch["image_sizes"])
+
+
+class TestProjectors:
+    @pytest.mark.parametrize("depth", [0, 1, 3])
+    def test_depths(self, depth):
+        config = HfvlmLLaVAConfig(
+            vision_config=VISION, text_config=TEXT, image_token_id=PICTURE, projector_depth=depth
+        )
+        model = HfvlmLLaVAForConditionalGeneration(config)
+        assert len(model.projector.layers) == depth
+        assert model.get_image_features(torch.randn(2, 3, 28, 28)).pooler_output[1].shape == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projector_depth": 0, "text_config": TEXT | {"hidden_size": 64}}, "projector_depth is 0"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer -9 is no hidden state of a tower of 3 layers"),
+        ({"grid_pinpoints": [[28, 30]]}, "multiple of vision_config.image_size 28"),
+        ({"keep_class_token": True, "patch_merge": "spatial_unpad"}, "keep_class_token needs 'flat'"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, message):
+    with pytest.raises(Exception, match=message):
+        HfvlmLLaVAConfig(**{"vision_config": VISION, "text_config": TEXT, "image_token_id": PICTURE} | changes)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAConfig, HfvlmPGVideoLLaVAForConditionalGeneration
+from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig, HfvlmVideoChatGPTForConditionalGeneration
+from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
+from tests.support.generation import GenerationSuite
+from tests.support.suite import ModelSuite, close, relative
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14, "projection_dim": None}
+TEXT = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+FILM, START, END = 57, 58, 59
+SIZES = {"vision_config": VISION, "text_config": TEXT, "video_token_id": FILM, "temporal_tokens": 5}
+
+
+class FilmSuite(GenerationSuite, ModelSuite):
+    model_class, auto_class = HfvlmVideoChatGPTForConditionalGeneration, AutoModelForImageTextToText
+    modality, pixels = "video", "pixel_values_videos"
+    # The layers after the one that is read have no part in anything.
+    lora_layers = [f"layers.{i}.{part}_proj" for i in (0, 1) for part in ("attention.q", "self_attn.q", "self_attn.v")]
+
+    def config(self):
+        return HfvlmVideoChatGPTConfig(**SIZES)
+
+    def inputs(self):
+        starts, rests = ([5], [6], [9]), ([7, 8, 9], [3, 2, 4], [9, 8, 7])
+        film = [START, *[FILM] * self.config().count_tokens(3), END]
+        ids = torch.tensor([[1, *start, *film, *rest] for start, rest in zip(starts, rests, strict=True)])
+        return {
+            "input_ids": ids,
+            "pixel_values_videos": torch.randn(3, 3, 3, 28, 28),
+            "attention_mask": torch.ones_like(ids),
+        }
+
+    def loss_inputs(self):
+        ids = self.inputs()["input_ids"]
+        return {"labels": ids.masked_fill(ids >= FILM, -100)}
+
+
+class TestVideoChatGPT(FilmSuite):
+    def test_the_order_of_frames_changes_the_output(self, model, batch):
+        with torch.no_grad():
+            before = model(**batch).logits
+            after = model(**batch | {self.pixels: batch[self.pixels].flip(1)}).logits
+        assert relative(after[:, -1], before[:, -1]) > 1e-3
+
+    def test_films_of_different_lengths(self, model, batch):
+        """Padded, or in a list: what is padded is not read."""
+        films, counts = batch[self.pixels], (1, 3, 2)
+        shorter = [film[:count] for film, count in zip(films, counts, strict=True)]
+        expected = [model.get_video_features(film[None]).pooler_output[0] for film in shorter]
+        padded = model.get_video_features(films, num_frames=torch.tensor(counts)).pooler_output
+        listed = model.get_video_features(shorter).pooler_output
+        for given in (padded, listed):
+            for left, right in zip(given, expected, strict=True):
+                assert len(left) == model.config.count_tokens(3) == 9
+                close(left, right, 1e-6, "film")
+        with torch.no_grad():
+            logits = model(**batch, num_frames=torch.tensor(counts)).logits
+            alone = self.one(batch, 0)
+            close(model(**alone | {self.pixels: films[:1, :1]}).logits, logits[:1], 1e-5, "row")
+
+    def test_longer_films_have_a_token_for_each_frame(self, model):
+        features = model.get_video_features(torch.randn(1, 8, 3, 28, 28)).pooler_output
+        assert len(features[0]) == model.config.count_tokens(8) == 12
+
+    def test_two_films_in_a_text(self, model, batch):
+        films, count = batch[self.pixels][:2], model.config.count_tokens(3)
+        ids = torch.tensor([[1, 5, *[FILM] * count, 6, *[FILM] * count, 7]])
+        with torch.no_grad():
+            before, after = (model(input_ids=ids, pixel_values_videos=f).logits for f in (films, films.flip(0)))
+        assert relative(after[:, -1], before[:, -1]) > 1e-3
+
+    def test_layers_that_nothing_reads_are_not_computed(self, model, batch):
+        seen = []
+        for i, layer in enumerate(model.vision_model.layers):
+            layer.register_forward_hook(lambda *_, i=i: seen.append(i))
+        model(**batch)
+        assert seen == [0, 1]
+        assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
+
+
+class TestPaddedFilms(FilmSuite):
+    """With the number of frames of each, as the processor gives them."""
+
+    implementations = ("sdpa",)
+
+    def inputs(self):
+        return super().inputs() | {"num_frames": torch.tensor([3, 2, 1])}
+
+    def test_compiles_as_one_graph(self, model, batch):
+        """Lengths decide shapes, and so are numbers of the graph."""
+        super().test_compiles_as_one_graph(model, batch | {"num_frames": (3, 2, 1)})
+
+    def test_exports(self, model, batch):
+        super().test_exports(model, batch | {"num_frames": (3, 2, 1)})
+
+
+class TestPGVideoLLaVA(FilmSuite):
+    model_class = HfvlmPGVideoLLaVAForConditionalGeneration
+    implementations = ("sdpa",)
+
+    def config(self):
+        return HfvlmPGVideoLLaVAConfig(**SIZES)
+
+    def test_the_projector_has_two_layers(self, model):
+        assert len(model.projector.layers) == 2
+
+
+def test_averages():
+    patches = torch.arange(24.0).reshape(2, 3, 4)
+    rows = average(patches, 4)
+    assert rows.shape == (4 + 3, 4)
+    assert torch.equal(rows[:2], patches.mean(dim=1))
+    assert not rows[2:4].any()
+    assert torch.equal(rows[4:], patches.mean(dim=0))
+    assert torch.equal(average(patches, 0), torch.cat([rows[:2], rows[4:]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projector_depth": 0, "text_config": TEXT | {"hidden_size": 64}}, "projector_depth is 0"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer -9 is no hidden state of a tower of 3 layers"),
+        ({"temporal_tokens": -1}, "temporal_tokens -1 is no number"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, message):
+    with pytest.raises(Exception, match=message):
+        HfvlmVideoChatGPTConfig(**SIZES | changes)

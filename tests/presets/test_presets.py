@@ -1,0 +1,61 @@
+"""Every preset file is sound, and says what it claims."""
+
+import json
+from importlib.resources import files
+
+import pytest
+
+from hfvlm.conversion import vocabularies_of
+from hfvlm.presets import list_presets, load_preset
+from hfvlm.registry import architectures
+from hfvlm.release.converter import conversion_module, empty_model
+
+PRESETS = list_presets()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name):
+    text = files("hfvlm.modeling_configs").joinpath(f"{name}.json").read_text()
+    assert set(json.loads(text)) <= {"architecture", "config", "processor", "source", "licence", "parameters", "notes"}
+    preset = load_preset(name)
+    assert preset.architecture == name.split("/")[0]
+    config = preset.make_config()
+    model = empty_model(config)
+    assert preset.parameters == sum(p.numel() for p in model.parameters())
+    module = conversion_module(preset.architecture)
+    processor = module.image_processor_for(config, preset.processor)
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if size is not None:
+        assert processor.size == {"height": size, "width": size}
+    assert preset.licence["id"] != "unknown"
+    if preset.source:
+        assert preset.source["files"]
+        assert preset.source["url"].startswith("https://")
+        assert module.keys_for(config, preset.source["layout"])
+        if vocabularies_of(module, config):
+            assert preset.source["vocabulary"]["file"] in module.VOCABULARIES
+        assert len(preset.source.get("sha256", "0" * 64)) == 64
+
+
+@pytest.mark.parametrize("architecture", sorted(architectures()))
+def test_each_architecture_has_a_tiny_preset(architecture):
+    assert load_preset(f"{architecture}/tiny").parameters < 2e6
+
+
+def test_all_released_openai_models_are_here():
+    wanted = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px"]
+    assert all(load_preset(name).source["url"].split("/")[-2] == load_preset(name).source["sha256"] for name in wanted)
+
+
+def test_names_may_be_short_where_they_are_unique():
+    assert load_preset("vit-b-32").name == load_preset("clip/vit-b-32").name == "clip/vit-b-32"
+    with pytest.raises(ValueError, match="Did you mean .*clip/tiny.*siglip/tiny"):
+        load_preset("tiny")
+    with pytest.raises(ValueError, match="No preset is called 'vit-b-31'. Did you mean vit-b-32"):
+        load_preset("vit-b-31")
+
+
+def test_known_sizes():
+    """Against the numbers that the papers and repositories state."""
+    for name, millions in (("vit-b-32", 151.3), ("vit-l-14", 427.6), ("rn50", 102.0), ("rn50x64", 623.3)):
+        assert round(load_preset(name).parameters / 1e6, 1) == millions

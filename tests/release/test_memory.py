@@ -1,0 +1,91 @@
+"""Converting and exporting take little more memory than the file has: measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+import hfvlm
+from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.conversion import clip
+from hfvlm.models.clip import HfvlmCLIPConfig
+from tests.conftest import SHIPPED
+
+MIB = 2**20
+RUN = """
+import json, sys, torch
+from pathlib import Path
+import hfvlm
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+small, command, *arguments = json.loads(sys.argv[1])
+hfvlm.convert(small, "clip/tiny", sys.argv[2] + "/small")  # imports what there is
+if command == "export":
+    hfvlm.export(sys.argv[2] + "/small", sys.argv[2] + "/small-exported")
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+options = {} if command == "export" else {"vocabulary": "none"}
+getattr(hfvlm, command)(*arguments, **options)
+print(memory("VmHWM") - before)
+"""
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 12}
+TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux does"),
+]
+
+
+def peak(tmp_path, *arguments):
+    """Of a command, in bytes above what the process took before."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "scratch").mkdir()
+    given = json.dumps([str(SHIPPED / "clip-tiny.pt"), *map(str, arguments)])
+    command = [sys.executable, "-W", "ignore", "-c", RUN, given, str(tmp_path / "scratch")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return int(run.stdout.splitlines()[-1])
+
+
+def large_clip():
+    text = TEXT | {"vocab_size": 632, "eos_token_id": 631, "pad_token_id": 631, "bos_token_id": 630}
+    config = HfvlmCLIPConfig(vision_config=VISION, text_config=text)
+    return AutoModel.from_config(config)
+
+
+def released(tmp_path, kind):
+    """A CLIP of 150 MB in OpenAI's layout, in each kind of file."""
+    model = large_clip()
+    state = restore_keys(model.state_dict(), clip.keys_for(model.config, "openai"))
+    path = tmp_path / f"large.{kind}"
+    if kind == "pt":
+        torch.save({"state_dict": state}, path)
+    elif kind == "legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif kind == "npz":
+        np.savez(path, **{key: value.numpy() for key, value in state.items()})
+    else:
+        save_file({key: value.clone().contiguous() for key, value in state.items()}, path)
+    assert os.path.getsize(path) > 140 * MIB
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pt", "legacy", "npz", "safetensors"])
+def test_converting(tmp_path, kind):
+    source = released(tmp_path, kind)
+    assert peak(tmp_path, "convert", source, "clip", tmp_path / "out") < 1.2 * os.path.getsize(source)
+
+
+def test_exporting(tmp_path):
+    source = released(tmp_path, "pt")
+    vocabulary = SHIPPED / "bpe_simple_vocab.txt.gz"
+    folder = hfvlm.convert(source, "clip", tmp_path / "out", vocabulary=vocabulary)
+    size = os.path.getsize(folder / "model.safetensors")
+    assert peak(tmp_path, "export", folder, tmp_path / "exported") < 1.2 * size

@@ -1,0 +1,342 @@
+"""What must hold for every model. A test of one subclasses `ModelSuite` and gives a tiny configuration and inputs."""
+
+import copy
+import tempfile
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+
+LORA = ["q_proj", "v_proj"]
+
+
+class ModelSuite:
+    """Subclasses say `model_class`, `auto_class`, `config()` and `inputs()`."""
+
+    model_class: type[PreTrainedModel]
+    auto_class: type
+    records = ("hidden_states", "attentions")
+    lora_layers = LORA
+    implementations = ("sdpa", "flex_attention")  # a composite may leave the second, which compiles, to its towers
+    row_inputs: tuple[str, ...] | None = None  # inputs with a row an example; all, unless said otherwise
+
+    def config(self):
+        raise NotImplementedError
+
+    def inputs(self):
+        raise NotImplementedError
+
+    def loss_inputs(self):
+        """What is added to the inputs so that the model returns a loss; nothing for towers."""
+        return {}
+
+    @pytest.fixture
+    def model(self):
+        return self.model_class(self.config()).eval()
+
+    @pytest.fixture
+    def batch(self):
+        torch.manual_seed(1)
+        return self.inputs()
+
+    def run(self, model, batch):
+        with torch.no_grad():
+            return tensors(model(**batch))
+
+    def objective(self, model, batch):
+        """A scalar that every parameter has a part in."""
+        output = model(**batch, **self.loss_inputs())
+        if getattr(output, "loss", None) is not None:
+            return output.loss
+        return sum(value.float().square().mean() for value in tensors(output).values())
+
+    def gradients(self, model, batch):
+        model.zero_grad()
+        self.objective(model, batch).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    # Saving, loading, finding
+
+    def test_save_and_load_is_bit_equal(self, model, batch, tmp_path):
+        expected = self.run(model, batch)
+        model.save_pretrained(tmp_path)
+        loaded, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        same(self.run(loaded.eval(), batch), expected, exact=True)
+
+    def test_offloaded_weights_change_nothing(self, model, batch, tmp_path):
+        """They are on the disk until a module is called: what reads a parameter otherwise finds none."""
+        expected = self.run(model, batch)
+        model.save_pretrained(tmp_path / "model")
+        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "weights"}
+        same(self.run(self.model_class.from_pretrained(tmp_path / "model", **disk), batch), expected, 1e-6)
+
+    def test_auto_class_finds_it(self, model, tmp_path):
+        assert type(self.auto_class.from_config(self.config())) is self.model_class
+        model.save_pretrained(tmp_path)
+        assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+        assert type(self.auto_class.from_pretrained(tmp_path)) is self.model_class
+
+    def test_config_survives_a_round_trip(self, tmp_path):
+        config = self.config()
+        config.save_pretrained(tmp_path)
+        again = type(config).from_pretrained(tmp_path).to_dict()
+        expected = config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version"):
+            again.pop(volatile, None)
+            expected.pop(volatile, None)
+        assert again == expected
+
+    def test_config_checks_its_fields(self):
+        config = self.config()
+        with pytest.raises(Exception, match="initializer_range"):
+            type(config)(initializer_range="wide")
+
+    def test_names_that_the_host_reads_exist(self, model):
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert set(model._no_split_modules) & kinds
+        assert model.base_model_prefix
+        assert model.get_input_embeddings() is not None
+
+    # Numbers
+
+    def test_attention_implementations_agree(self, model, batch):
+        torch._dynamo.reset()  # which counts how often flex attention was compiled
+        model.set_attn_implementation("eager")
+        expected = self.run(model, batch)
+        for implementation in self.implementations:
+            if implementation == "flex_attention" and not model._supports_flex_attn:
+                continue
+            model.set_attn_implementation(implementation)
+            same(self.run(model, batch), expected, 1e-5)
+
+    def test_rows_of_a_batch_do_not_influence_each_other(self, model, batch):
+        expected = self.run(model, batch)
+        rows = self.row_inputs or tuple(batch)
+        for i in range(len(batch[rows[0]])):
+            alone = self.run(model, {k: v[i : i + 1] if k in rows else v for k, v in batch.items()})
+            for name, value in alone.items():
+                if expected[name].ndim == 2 and name.startswith("logits_per"):
+                    value, row = value[0, 0], expected[name][i, i]
+                elif name.endswith(("_scale", "_bias")):
+                    row = expected[name]
+                else:
+                    value, row = value[0], expected[name][i]
+                close(value, row, 1e-5, f"row {i} of {name}")
+
+    def test_tuple_output_is_the_same(self, model, batch):
+        with torch.no_grad():
+            output, plain = model(**batch), model(**batch, return_dict=False)
+        assert isinstance(plain, tuple)
+        for left, right in zip(flat(output.to_tuple()), flat(plain), strict=True):
+            close(left, right, 0.0, "tuple")
+
+    def test_bfloat16(self, model, batch):
+        expected = self.run(model, batch)
+        half = self.run(model.to(torch.bfloat16), batch)
+        for name, value in half.items():
+            assert torch.isfinite(value).all(), name
+            assert relative(value.float(), expected[name]) < 0.1, name
+
+    def test_every_module_is_initialised(self, monkeypatch):
+        """Also one without parameters of its own: it may initialise those of its parts."""
+        seen, initialise = set(), PreTrainedModel._init_weights
+
+        def record(model, module):
+            seen.add(module)
+            initialise(model, module)
+
+        monkeypatch.setattr(PreTrainedModel, "_init_weights", record)
+        model = self.model_class(self.config())
+        assert {type(module).__name__ for module in set(model.modules()) - seen} == set()
+
+    def test_every_weight_is_initialised_from_nothing(self, model):
+        """Models are made without memory and then filled; what no rule covers would be garbage."""
+        torch.manual_seed(0)
+        fresh = self.model_class.from_pretrained(None, config=self.config(), state_dict={})
+        expected = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, value in (*fresh.named_parameters(), *fresh.named_buffers()):
+            left, right = value.float(), expected[name].float()
+            assert torch.isfinite(left).all(), name
+            if right.numel() < 64 or right.std() == 0:
+                close(left.std(correction=0), right.std(correction=0), None, name, absolute=0.1)
+            else:
+                assert 0.5 < left.std() / right.std() < 2, f"{name}: {left.std()} against {right.std()}"
+
+    # Training
+
+    def test_every_parameter_gets_a_gradient(self, model, batch):
+        model.train()
+        grads = self.gradients(model, batch)
+        assert [name for name, p in model.named_parameters() if p.requires_grad and name not in grads] == []
+        assert [name for name, grad in grads.items() if not torch.isfinite(grad).all()] == []
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_changes_nothing(self, model, batch, reentrant):
+        if not model.supports_gradient_checkpointing:  # of batch norms, which would count their batches twice
+            with pytest.raises(ValueError, match="does not support .* checkpointing"):
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            return
+        model.train()
+        plain = self.gradients(model, batch)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        # Keys' biases have no gradient but rounding, which depends on the order of additions.
+        largest = max(float(grad.abs().max()) for grad in plain.values())
+        alive = {name for name, grad in plain.items() if float(grad.abs().max()) > 1e-6 * largest}
+        again = self.gradients(model, batch)
+        assert again.keys() == plain.keys()
+        same({name: again[name] for name in alive}, {name: plain[name] for name in alive}, 1e-5)
+
+    def test_lora_starts_as_identity_and_trains_alone(self, model, batch):
+        expected = self.run(model, batch)
+        tuned = get_peft_model(model, LoraConfig(target_modules=self.lora_layers))
+        same(self.run(tuned, batch), expected, 1e-6)
+        assert all("lora" in name for name, p in tuned.named_parameters() if p.requires_grad)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_every_adapter_learns_under_gradient_checkpointing(self, model, batch, reentrant):
+        """LoRA with checkpointing can train with zero gradients, silently, where inputs carry none."""
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        tuned = get_peft_model(model, LoraConfig(target_modules=self.lora_layers)).train()
+        grads = self.gradients(tuned, batch)
+        dead = [name for name, grad in grads.items() if "lora_B" in name and not grad.abs().max() > 0]
+        assert dead == []
+        assert sum("lora_B" in name for name in grads) >= len(self.lora_layers)
+
+    def test_lora_merges_and_reloads(self, model, batch, tmp_path):
+        base = copy.deepcopy(model)
+        tuned = get_peft_model(model, LoraConfig(target_modules=self.lora_layers, init_lora_weights=False)).eval()
+        expected = self.run(tuned, batch)
+        tuned.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base, tmp_path).eval()
+        same(self.run(again, batch), expected, 1e-6)
+        same(self.run(again.merge_and_unload(), batch), expected, 1e-4)
+
+    # Tools
+
+    def test_compiles_as_one_graph(self, model, batch):
+        expected = self.run(model, batch)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        same(self.run(compiled, batch), expected, 1e-6)
+
+    def test_exports(self, model, batch):
+        expected = self.run(model, batch)
+        with torch.no_grad():
+            program = torch.export.export(model, (), dict(batch), strict=False)
+        same(tensors(program.module()(**batch)), expected, 1e-5)
+
+    def test_records_hidden_states_and_attentions(self, model, batch):
+        model.set_attn_implementation("eager")
+        flags = {f"output_{name}": True for name in self.records}
+        with torch.no_grad():
+            plain, output = model(**batch), model(**batch, **flags)
+        same(tensors(output), tensors(plain), exact=True)
+        for holder, config in recorders(output, model):
+            layers = getattr(config, "num_hidden_layers", None)
+            for name in self.records:
+                values = holder[name]
+                assert values, name
+                assert all(torch.isfinite(value).all() for value in values)
+                if layers:
+                    assert len(values) == layers + (name == "hidden_states"), name
+
+    def test_attention_implementation_of_one_tower(self):
+        config = self.config()
+        if not config.sub_configs:
+            model = self.model_class._from_config(config, attn_implementation="eager")
+            assert model.config._attn_implementation == "eager"
+            return
+        first = next(iter(config.sub_configs))
+        model = self.model_class._from_config(config, attn_implementation={first: "eager"})
+        for name in config.sub_configs:
+            tower = getattr(model, name.replace("_config", "_model"), None)
+            if tower is not None:
+                assert tower.config is getattr(model.config, name), name
+                assert (tower.config._attn_implementation == "eager") == (name == first), name
+
+    def test_towers_alone_equal_those_inside(self, model, batch):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            for name, inside in model.named_children():
+                if isinstance(inside, HfvlmPreTrainedModel):  # transformers' own look for no names of a composite
+                    alone, info = type(inside).from_pretrained(folder, output_loading_info=True)
+                    assert not any(info.values()), (name, info)
+                    for left, right in zip(alone.state_dict().values(), inside.state_dict().values(), strict=True):
+                        assert torch.equal(left, right), name
+
+
+class ImageClassifierSuite(ModelSuite):
+    """What must hold for a linear layer on the vision tower of a dual encoder; subclasses also say `whole_class`."""
+
+    whole_class: type[PreTrainedModel]
+
+    def loss_inputs(self):
+        return {"labels": torch.tensor([0, 3, 1])}
+
+    def test_towers_alone_equal_those_inside(self, model, batch, tmp_path):
+        """A classifier has all of its tower but the projection into the joint space."""
+        model.save_pretrained(tmp_path)
+        alone, info = type(model.vision_model).from_pretrained(tmp_path, output_loading_info=True)
+        assert all(key.startswith("projection.") for key in info.pop("missing_keys"))
+        assert not any(info.values()), info
+        with torch.no_grad():
+            found, expected = (tower.eval()(**batch).pooler_output for tower in (alone, model.vision_model))
+        close(found, expected, 1e-6, "summary")
+
+    def test_starts_from_a_dual_encoder(self, batch, tmp_path):
+        whole = self.whole_class(self.config()).eval()
+        whole.save_pretrained(tmp_path)
+        head, info = self.model_class.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
+        assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+        assert not info["unexpected_keys"]
+        summary = whole.vision_model(**batch).pooler_output
+        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")
+
+
+def tensors(output) -> dict[str, Tensor]:
+    """The floating-point tensors of an output."""
+    return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def flat(values) -> list[Tensor]:
+    return [item for v in values for item in (flat(v) if isinstance(v, tuple) else [v])]
+
+
+def recorders(output, model):
+    """(output, config) of the model or, in a composite, of each tower."""
+    inner = [(f"{name}_output", child.config) for name, child in model.named_children() if f"{name}_output" in output]
+    recorder = next(
+        (part for name in ("language_model", "vision_model") if (part := getattr(model, name, None))), model
+    )
+    return [(output[name], config) for name, config in inner] or [(output, recorder.config)]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-9))
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float | None, name: str, absolute: float = 0.0) -> None:
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    if tolerance is None:
+        assert (actual.double() - expected.double()).abs().max() <= absolute, name
+    else:
+        error = relative(actual, expected)
+        assert error <= tolerance, f"{name}: differs by {error:.2e} of its largest value"
+
+
+def same(actual, expected, tolerance: float = 0.0, *, exact: bool = False) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        if exact:
+            assert torch.equal(value, expected[name]), f"{name}: not bit-equal"
+        else:
+            close(value, expected[name], tolerance, name)

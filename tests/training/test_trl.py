@@ -1,0 +1,161 @@
+"""Fine-tuning with TRL's trainers, as the examples do it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+from hfvlm.processing.media_text import IGNORE
+from hfvlm.training.chat import ChatCollator, PreferenceCollator
+from tests.inference.test_chat import picture
+from tests.models.llava.tiny import converted
+from tests.support.paths import EXAMPLES
+from tests.support.suite import close
+
+trl = pytest.importorskip("trl", reason="comes with hfvlm[trl]")
+QUESTION, ANSWERS = "What is it?", ("A cat.", "It is a small dog.")
+QUICK = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+QUICK |= {"per_device_train_batch_size": 4, "logging_steps": 1}
+LORA = {"lora_recipe": "language+projection", "lora_rank": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def processor(folder):
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The same question about two pictures: whoever does not look is wrong about one of them."""
+
+    def write(rows):
+        for i in range(2):
+            picture(i).save(tmp_path / f"{i}.png")
+        (tmp_path / "rows.json").write_text(json.dumps(rows * 4))
+        return {"data": str(tmp_path / "rows.json"), "pictures": str(tmp_path)}
+
+    return write
+
+
+def run(name, settings):
+    """An example of that name; the history of its run."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    kinds = [kind for kind in vars(example).values() if hasattr(kind, "__dataclass_fields__")]
+    order = sorted(
+        kinds, key=lambda kind: ("output_dir" in kind.__dataclass_fields__, kind.__name__ != "ModelArguments")
+    )
+    example.main(*HfArgumentParser(order).parse_dict(settings))
+    return json.loads((Path(settings["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(model, processor, pictures, answers=ANSWERS):
+    """Of each picture the loss of each answer, (pictures, answers)."""
+    rows = [[dict(conversation(answer), images=[seen]) for answer in answers] for seen in pictures]
+    with torch.no_grad():
+        return torch.stack(
+            [torch.stack([model(**ChatCollator(processor)([row])).loss for row in own]) for own in rows]
+        )
+
+
+def conversation(answer):
+    return {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]}
+
+
+def reloaded(folder, adapter):
+    return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), adapter).eval()
+
+
+def check_adapter(folder, adapter, processor):
+    """It holds the language model's adapters and the projector, and merging it changes nothing."""
+    tuned, plain = reloaded(folder, adapter), AutoModelForImageTextToText.from_pretrained(folder)
+    batch = ChatCollator(processor)([dict(conversation(answer), images=[picture()]) for answer in ANSWERS])
+    with torch.no_grad():
+        expected = tuned(**batch).logits
+        merged = tuned.merge_and_unload()
+        close(merged(**batch).logits, expected, 1e-4, "merged")
+    before, after = plain.state_dict(), merged.state_dict()
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    adapted = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    projector = {key for key in before if key.startswith("projector.")}
+    assert projector <= moved
+    assert all(key.startswith("language_model.") and key.endswith(adapted) for key in moved - projector), moved
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_supervised(folder, processor, data, tmp_path, quantised):
+    if quantised:
+        pytest.importorskip("bitsandbytes", reason="comes with hfvlm[quantization]")
+    rows = [dict(conversation(answer), images=[f"{i}.png"]) for i, answer in enumerate(ANSWERS)]
+    settings = {"model": str(folder), "output_dir": str(tmp_path / "out"), "max_steps": 4 if quantised else 40}
+    settings |= QUICK | LORA | data(rows) | {"learning_rate": 1e-2, "four_bits": quantised, "bf16": quantised}
+    history = run("finetune_chat_with_trl", settings)
+    found = [entry["loss"] for entry in history if "loss" in entry]
+    if quantised:
+        assert found[-1] < found[0]
+        return
+    assert found[-1] < 0.85 * found[0]
+    tuned = reloaded(folder, tmp_path / "out")
+    after = losses(tuned, processor, [picture(0), picture(1)])
+    assert (after.argmin(dim=1) == torch.arange(2)).all(), after
+    check_adapter(folder, tmp_path / "out", processor)
+
+
+def test_the_first_loss_is_of_the_authors_tokens(folder, processor, data, tmp_path):
+    """TRL computes it in its own way, from hidden states in blocks."""
+    rows = [dict(conversation(answer), images=[f"{i}.png"]) for i, answer in enumerate(ANSWERS)]
+    settings = {"model": str(folder), "output_dir": str(tmp_path / "out"), "max_steps": 1, **QUICK, **data(rows)}
+    history = run("finetune_chat_with_trl", settings | {"per_device_train_batch_size": 8})
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    batch = ChatCollator(processor)([dict(conversation(ANSWERS[i]), images=[picture(i)]) for i in range(2)])
+    with torch.no_grad():
+        assert history[0]["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_preferences(folder, processor, data, tmp_path, adapted):
+    pairs = zip(ANSWERS, ANSWERS[::-1], strict=True)
+    rows = [{"prompt": QUESTION, "chosen": a, "rejected": b, "images": [f"{i}.png"]} for i, (a, b) in enumerate(pairs)]
+    settings = {"model": str(folder), "output_dir": str(tmp_path / "out"), "max_steps": 40 if adapted else 3}
+    settings |= QUICK | data(rows) | (LORA | {"learning_rate": 5e-3} if adapted else {"trained_parts": ["projector"]})
+    history = run("align_chat_with_dpo", settings)
+    steps = [entry for entry in history if "rewards/margins" in entry]
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
+    if not adapted:
+        return
+    assert steps[-1]["rewards/accuracies"] == 1
+    before = losses(AutoModelForImageTextToText.from_pretrained(folder), processor, [picture(0), picture(1)])
+    gained = before - losses(reloaded(folder, tmp_path / "out"), processor, [picture(0), picture(1)])
+    assert (gained.argmax(dim=1) == torch.arange(2)).all(), gained
+    check_adapter(folder, tmp_path / "out", processor)
+
+
+def test_pairs_are_written_as_conversations(processor):
+    earlier = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "A pet."}]
+    messages = [*earlier, {"role": "user", "content": "Which?"}]
+    example = {"prompt": messages, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "images": [picture()]}
+    short = {"prompt": QUESTION, "chosen": ANSWERS[1], "rejected": "No.", "images": [picture(1)]}
+    batch = PreferenceCollator(processor)([example, short])
+    answered = zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)
+    said = [processor.decode(ids[mask]) for ids, mask in answered]
+    assert said == ["A cat.</s>", "It is a small dog.</s>", "It is a small dog.</s>", "No.</s>"]
+    assert (batch["input_ids"][:, 0] == processor.tokenizer.bos_token_id).all()
+    answer = {"role": "assistant", "content": ANSWERS[0]}
+    whole = ChatCollator(processor)([{"messages": [*messages, answer], "images": [picture()]}])
+    length = whole["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][0, :length], whole["input_ids"][0])
+    assert (whole["labels"][0] != IGNORE).sum() > batch["completion_mask"][0].sum()
+    pixels = processor.prepare("image", [picture(0), picture(1)] * 2)["pixel_values"]
+    assert torch.equal(batch["pixel_values"], pixels)
