@@ -11,8 +11,9 @@ from typing import Any
 if not (Path(__file__).parent / "conversion").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
+from hfvlm.auto import register
 from hfvlm.logs import logger as logger  # which follows transformers' verbosity
-from hfvlm.registry import architectures, find_class, register
+from hfvlm.registry import architectures, find_class
 from hfvlm.versions import __version__, warn_if_untested
 
 _LAZY = {

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -12,10 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from hfvlm.checks.messages import LONGEST_NAME, cut, shown
-from hfvlm.presets.licences import stricter
-from hfvlm.registry import load_for
 
 T = TypeVar("T")
+
+# Called with the `model_type` of each configuration before it is made.
+before_use: list[Callable[[str], None]] = []
 
 if TYPE_CHECKING:
     from typing import Annotated
@@ -57,6 +58,15 @@ RANGES = {
     r".*_eps|.*dropout.*|.*_(rate|smoothing|share)|momentum|distillation": SHARE,
     r".*_token_id": TOKEN,
 }
+# As the Hub spells them: whose texts let anybody publish the weights, also for money and changed.
+OPEN = frozenset(
+    """
+    apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc 0bsd zlib ncsa postgresql bsl-1.0 ms-pl
+    unlicense wtfpl cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 pddl odc-by odbl
+    cdla-permissive-1.0 cdla-permissive-2.0 mpl-2.0 epl-1.0 epl-2.0 ecl-2.0 eupl-1.1 eupl-1.2 afl-3.0 artistic-2.0
+    osl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0
+    """.split()  # noqa: SIM905
+)
 FOREIGN = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
@@ -94,6 +104,40 @@ def check_activation(name: str, value: str) -> None:
         )
 
 
+class LicenceError(PermissionError):
+    """Weights that must not be published without a decision of the user."""
+
+
+def is_open(licence: Any) -> bool:
+    """Whether a licence, in any case and spelling, is known to let anybody publish."""
+    return isinstance(licence, str) and "-".join(licence.casefold().replace("_", " ").split()) in OPEN
+
+
+def stricter(part: str | None, whole: str | None) -> str | None:
+    """Return the whole's licence for one of its parts, or the part's own where that is not open and the whole's is."""
+    return part if whole is None or (part is not None and not is_open(part) and is_open(whole)) else whole
+
+
+def check_licence(licence: str | None, *, accepted: bool, source: str = "") -> None:
+    """Let own weights and those of open licences pass; others only if the user says to have read the licence.
+
+    Args:
+        licence: as the Hub spells it; None for weights of one's own.
+        accepted: the user has read what came with the weights.
+        source: what names the licence, for the message.
+
+    Raises:
+        LicenceError: the licence is non-commercial, special or unknown, and `accepted` is off.
+    """
+    if accepted or licence is None or is_open(licence):
+        return
+    said = f" ({source})" if source else ""
+    raise LicenceError(
+        f"The weights' licence is {licence!r}{said}: read what came with them, then say so with accept_licence=True "
+        "(--i-have-read-the-licence on the command line, model.licence_accepted = True for a Trainer)."
+    )
+
+
 @strict
 class HfvlmConfig(PreTrainedConfig):
     """Base of every configuration.
@@ -113,7 +157,8 @@ class HfvlmConfig(PreTrainedConfig):
     preset: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        load_for(self.model_type)
+        for action in before_use:
+            action(self.model_type)
         check_fields(self)
         for name, default in self.sub_configs.items():
             value = getattr(self, name)

@@ -6,54 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hfvlm.configuration import LicenceError, check_licence, is_open
 from hfvlm.presets import Preset, list_presets, load_preset
 
 UNKNOWN = "unknown"
-# As the Hub spells them: whose texts let anybody publish the weights, also for money and changed.
-OPEN = frozenset(
-    """
-    apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc 0bsd zlib ncsa postgresql bsl-1.0 ms-pl
-    unlicense wtfpl cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 pddl odc-by odbl
-    cdla-permissive-1.0 cdla-permissive-2.0 mpl-2.0 epl-1.0 epl-2.0 ecl-2.0 eupl-1.1 eupl-1.2 afl-3.0 artistic-2.0
-    osl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0
-    """.split()  # noqa: SIM905
-)
 # How far adapters on adapters are followed.
 DEPTH = 8
-
-
-class LicenceError(PermissionError):
-    """Weights that must not be published without a decision of the user."""
-
-
-def is_open(licence: Any) -> bool:
-    """Whether a licence, in any case and spelling, is known to let anybody publish."""
-    return isinstance(licence, str) and "-".join(licence.casefold().replace("_", " ").split()) in OPEN
-
-
-def stricter(part: str | None, whole: str | None) -> str | None:
-    """Return the whole's licence for one of its parts, or the part's own where that is not open and the whole's is."""
-    return part if whole is None or (part is not None and not is_open(part) and is_open(whole)) else whole
-
-
-def check_licence(licence: str | None, *, accepted: bool, source: str = "") -> None:
-    """Let own weights and those of open licences pass; others only if the user says to have read the licence.
-
-    Args:
-        licence: as the Hub spells it; None for weights of one's own.
-        accepted: the user has read what came with the weights.
-        source: what names the licence, for the message.
-
-    Raises:
-        LicenceError: the licence is non-commercial, special or unknown, and `accepted` is off.
-    """
-    if accepted or licence is None or is_open(licence):
-        return
-    said = f" ({source})" if source else ""
-    raise LicenceError(
-        f"The weights' licence is {licence!r}{said}: read what came with them, then say so with accept_licence=True "
-        "(--i-have-read-the-licence on the command line, model.licence_accepted = True for a Trainer)."
-    )
 
 
 def check_folder(folder: Path, *, accepted: bool) -> None:

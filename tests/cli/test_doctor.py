@@ -12,10 +12,12 @@ from packaging.requirements import Requirement
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from hfvlm import image_text, selftest, versions
+from hfvlm import versions
 from hfvlm.cli import commands, doctor
+from hfvlm.modeling import image_text
 from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.registry import architectures
+from hfvlm.release import selftest
 from hfvlm.versions import TESTED, UntestedVersionWarning, is_tested, warn_if_untested
 from tests.support.paths import ROOT
 

@@ -14,21 +14,18 @@ from hfvlm.modeling.image_text import ImageTextModel
 from hfvlm.models.blip2 import HfvlmBLIP2T5ForConditionalGeneration
 from hfvlm.modules.context import Context
 from tests.modeling.test_keywords import CLASSES
-from tests.models import (
-    test_blip,
-    test_blip2,
-    test_coca,
-    test_flamingo,
-    test_llava,
-    test_mammut,
-    test_qwen_vl,
-    test_shikra,
-    test_video_chatgpt,
-)
+from tests.models.blip import test_modeling as blip
+from tests.models.blip2 import test_modeling as blip2
+from tests.models.coca import test_modeling as coca
+from tests.models.flamingo import test_modeling as flamingo
+from tests.models.llava import test_modeling as llava
+from tests.models.mammut import test_modeling as mammut
+from tests.models.qwen_vl import test_modeling as qwen_vl
+from tests.models.shikra import test_modeling as shikra
+from tests.models.video_chatgpt import test_modeling as video_chatgpt
 from tests.support.suite import ModelSuite, close, relative
 
-MODULES = (test_blip, test_blip2, test_coca, test_flamingo, test_llava, test_mammut, test_qwen_vl, test_shikra)
-MODULES += (test_video_chatgpt,)
+MODULES = (blip, blip2, coca, flamingo, llava, mammut, qwen_vl, shikra, video_chatgpt)
 SUITES = {
     f"{module.__name__.rpartition('.')[2]}.{name}": suite
     for module in MODULES
@@ -173,8 +170,8 @@ class EncoderDecoderSubject(Subject):
 
 def subject_of(suite):
     kinds = {
-        test_blip.HfvlmBLIPForQuestionAnswering: AnsweringSubject,
-        test_blip2.HfvlmBLIP2ForPreTraining: QFormerSubject,
+        blip.HfvlmBLIPForQuestionAnswering: AnsweringSubject,
+        blip2.HfvlmBLIP2ForPreTraining: QFormerSubject,
         HfvlmBLIP2T5ForConditionalGeneration: EncoderDecoderSubject,
         ImageTextModel: Subject,
         CaptioningModel: CaptioningSubject,

@@ -14,7 +14,7 @@ from transformers.pipelines import base as pipelines_base
 from transformers.utils import hub
 
 import hfvlm
-from hfvlm import registry
+from hfvlm import auto
 from hfvlm.inference import media_pipelines, pipelines
 from hfvlm.modeling.generation import Generation, WholeTextBeams
 from hfvlm.registry import architectures
@@ -92,11 +92,11 @@ def test_transformers_still_has(name):
 
 
 def test_tables_of_auto_classes_take_stand_ins():
-    """`registry` writes to them what transformers' own `register` would, without importing a model."""
+    """`auto` writes to them what transformers' own `register` would, without importing a model."""
     assert inspect.signature(auto_factory._LazyAutoMapping.register).parameters.keys() >= {"key", "value", "exist_ok"}
     assert isinstance(modeling_auto.AutoModel._model_mapping, auto_factory._LazyAutoMapping)
     assert isinstance(configuration_auto.CONFIG_MAPPING, configuration_auto._LazyConfigMapping)
-    assert registry.TABLES
+    assert auto.TABLES
 
 
 def test_layers_that_are_run_twice_lose_their_cache():

@@ -90,7 +90,7 @@ def test_wrapped_and_prefixed_files_convert(released, tmp_path, clip_folder):
 
 
 def test_sharded_output(released, tmp_path, clip_folder, monkeypatch):
-    from hfvlm import converter
+    from hfvlm.release import converter
 
     split = converter.split_torch_state_dict_into_shards
     monkeypatch.setattr(

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 import hfvlm
-from hfvlm import hub
 from hfvlm.presets.licences import LicenceError, check_licence
 from hfvlm.registry import architectures
+from hfvlm.release import hub
 
 RESULT = {
     "task": "zero-shot-image-classification",

@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 import hfvlm
-from hfvlm import published
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.cli.commands import app
 from hfvlm.presets import Preset
+from hfvlm.release import published
 from hfvlm.release.converter import write_model
 from hfvlm.release.fingerprints import sealed, stored_digests, tensor_digest
 from hfvlm.release.records import FILES_NAME, SETTINGS_NAME, WEIGHTS_NAME, record_checks

@@ -12,7 +12,8 @@ from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.models.siglip import HfvlmSigLIPModel
 from hfvlm.presets import load_preset
 from hfvlm.release.verification import sample_inputs
-from tests.models import test_align, test_clip
+from tests.models.align import test_modeling as align
+from tests.models.clip import test_modeling as clip
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_qlora_on_a_quantised_model(clip_folder):
     assert all(value > 0 for value in gradients.values())
 
 
-@pytest.mark.parametrize("suite", [test_align.TestALIGN, test_clip.TestCLIPWithResNet], ids=["ALIGN", "CLIP-ResNet"])
+@pytest.mark.parametrize("suite", [align.TestALIGN, clip.TestCLIPWithResNet], ids=["ALIGN", "CLIP-ResNet"])
 @pytest.mark.parametrize("recipe", ["text", None])
 def test_an_adapter_holds_all_that_training_changed(suite, recipe, tmp_path):
     """Batch norms beside frozen weights keep their statistics, which no adapter stores; others move theirs."""

@@ -35,7 +35,8 @@ from hfvlm.training import (
 from hfvlm.training.data import EpochSampler, Rows
 from hfvlm.training.gradient_cache import split
 from tests.conftest import SHIPPED
-from tests.models import test_clip, test_siglip
+from tests.models.clip import test_modeling as clip_tests
+from tests.models.siglip import test_modeling as siglip_tests
 from tests.support.processes import run_processes
 
 DROPOUT = {"attention_dropout": 0.2, "patch_dropout": 0.25}
@@ -46,15 +47,17 @@ LOSSES = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss, "focal": focal_c
 
 
 def clip(**vision):
-    return HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=test_clip.VISION | vision, text_config=test_clip.TEXT))
+    return HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=clip_tests.VISION | vision, text_config=clip_tests.TEXT))
 
 
 def resnet():
-    return HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=test_clip.RESNET, text_config=test_clip.TEXT))
+    return HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=clip_tests.RESNET, text_config=clip_tests.TEXT))
 
 
 def siglip(**vision):
-    return HfvlmSigLIPModel(HfvlmSigLIPConfig(vision_config=test_siglip.VISION | vision, text_config=test_siglip.TEXT))
+    return HfvlmSigLIPModel(
+        HfvlmSigLIPConfig(vision_config=siglip_tests.VISION | vision, text_config=siglip_tests.TEXT)
+    )
 
 
 def inputs(rows, pixels=28):
