@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -24,7 +23,6 @@ from hfvlm.checks.ranges import check_integer
 from hfvlm.losses import captioning_loss, contrastive_loss
 from hfvlm.modeling.base import HfvlmPreTrainedModel, unit
 from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput, TextDecoder
-from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.generation import WholeTextBeams
 from hfvlm.modeling.keywords import Keywords
@@ -228,18 +226,11 @@ class HfvlmBLIPTextDecoder(WholeTextBeams, TextDecoder, HfvlmBLIPTextPreTrainedM
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head.decoder = value
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Context | None,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        x = self.embeddings(input_ids, positions)
-        mask = causal_mask(self.config, x, attention_mask, cache)
-        return self.layers(x, mask, context, cache=cache, **kwargs)
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embeddings(input_ids, position_ids)
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        return self.layers(x, mask, context, **kwargs)
 
     def logits_of(self, x: Tensor) -> Tensor:
         return self.lm_head(x)

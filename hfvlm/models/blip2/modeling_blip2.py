@@ -8,9 +8,8 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -18,7 +17,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel
-from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
@@ -336,50 +334,3 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         """`(B, M, C)` -> what texts are written about: the queries before each layer, `(B, layers, Q, D)`."""
         states = self(image_tokens, output_hidden_states=True).hidden_states
         return Context(torch.stack(states[:-1], dim=1))
-
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Context,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run the layers over texts that follow on the queries, each word seeing those before it.
-
-        Args:
-            input_ids: `(B * T, N)`, [DEC] first, or what follows the words in `cache`.
-            positions: `(B * T, N)`.
-            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
-            context: of `read`.
-            cache: keys and values of the words before `input_ids`.
-
-        Returns:
-            Hidden states `(B * T, N, D)`.
-        """
-        x = self.embeddings(0, input_ids, positions)
-        mask = self.decoding_mask(x, attention_mask, 0 if cache is None else cache.get_seq_length())
-        for i, layer in enumerate(self.layers):
-            states = context.tokens[:, i].to(x.dtype)
-            x = layer(x, mask, 0, None, states, context.kept, cache=cache, **kwargs | {"is_causal": True})
-        return x
-
-    def decoding_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
-        """Let words attend to all queries, and to the words before them.
-
-        Args:
-            x: `(B * T, N, D)`.
-            attention_mask: `(B * T, past + N)`; or `(B * T, 1, N, length)`, over words, of a cache of fixed length.
-            past: how many words are in the cache.
-        """
-        queries = self.config.num_queries
-        if attention_mask is not None and attention_mask.ndim == 4:
-            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
-        # The queries are in no cache; the mask is that of one which holds them, too.
-        before = DynamicCache()
-        held = x.new_empty(x.shape[0], 1, queries + past, 1)
-        before.update(held, held, 0)
-        return causal_mask(self.config, x, attention_mask, before)

@@ -1,6 +1,6 @@
 """BLIP-2's first stage: queries that compare, match and write (https://arxiv.org/abs/2301.12597, section 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -10,17 +10,18 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import AutoModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
 from hfvlm.losses.best_query import partners
 from hfvlm.losses.processes import GatherRows, gather_rows
-from hfvlm.modeling.base import unit
-from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.base import HfvlmPreTrainedModel, unit
+from hfvlm.modeling.captioning import CaptioningModel, TextDecoder
+from hfvlm.modeling.compat import CACHE_NAMES, causal_mask
 from hfvlm.modeling.dual_encoder import DualEncoder
-from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.keywords import Keywords, keywords_of
 from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss, scored_twice
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel
@@ -266,14 +267,60 @@ def as_long_as_any(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     return F.pad(rows, (0, int(longest) - rows.shape[1]))
 
 
-class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, TextDecoder):
-    """The paper's figure 2: queries that are compared with texts, matched with them, and written about."""
+class QFormerDecoder(TextDecoder, HfvlmPreTrainedModel):
+    """A model's Q-Former and output layer as a text decoder: words attend to all queries, and to the words before
+    them."""
+
+    _can_record_outputs = HfvlmBLIP2QFormerModel._can_record_outputs
+
+    def __init__(self, qformer_model: HfvlmBLIP2QFormerModel, lm_head: nn.Module):
+        super().__init__(qformer_model.config)
+        self.qformer_model, self.lm_head, self.training = qformer_model, lm_head, qformer_model.training
+
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.qformer_model.embeddings(0, input_ids, position_ids)
+
+    def mask(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
+        """Make the mask over queries and words; one of `(B * T, 1, N, length)`, of a cache of fixed length, is over
+        words already."""
+        queries = self.config.num_queries
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
+        # The queries are in no cache; the mask is that of one which holds them, too.
+        before = DynamicCache()
+        held = x.new_empty(x.shape[0], 1, queries + (0 if cache is None else cache.get_seq_length()), 1)
+        before.update(held, held, 0)
+        return causal_mask(self.config, x, attention_mask, before)
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        for i, layer in enumerate(self.qformer_model.layers):
+            queries = context.tokens[:, i].to(x.dtype)
+            x = layer(x, mask, 0, None, queries, context.kept, **kwargs | {"is_causal": True})
+        return x
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
+
+
+class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel):
+    """The paper's figure 2: queries that are compared with texts, matched with them, and captioned."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer_model.embeddings.token.weight"}
 
     def build_heads(self, config: HfvlmBLIP2Config) -> None:
         qformer: Any = config.qformer_config
         self.lm_head = BertLanguageHead(qformer)
+
+    @property
+    def text_decoder(self) -> QFormerDecoder:  # type: ignore[override]
+        return QFormerDecoder(self.qformer_model, self.lm_head)
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return those of a text decoder's forward, too."""
+        decoding = (*keywords_of(TextDecoder), *CACHE_NAMES) if method == "forward" else ()
+        return {*super().further_keywords(method), *decoding}
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -282,100 +329,41 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, TextDecoder):
         self.lm_head.decoder = value
 
     @can_return_tuple
-    def forward(  # noqa: PLR0913 (two passes: of pairs, and of texts that are continued)
+    def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pair_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
         *,
         context: Context | None = None,
         return_loss: bool | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[Keywords],
     ) -> Any:
         """Compare as `HfvlmBLIP2ForImageTextRetrieval`; the loss is also that of captioning each image.
 
-        With `context`, what `read` returned, score the next tokens of texts about images instead: `position_ids`,
-        `cache`, `use_cache` and `logits_to_keep` are as in `TextDecoder.forward`.
+        With `context`, what `read` returned, score the next tokens of texts about images instead, as
+        `TextDecoder.forward`, whose other arguments it takes then.
         """
+        options: dict[str, Any] = dict(kwargs)
         if context is not None:
-            return self.step(
-                input_ids,
-                attention_mask,
-                context,
-                position_ids,
-                cache,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-        if not return_loss:
-            return super().forward(input_ids, pixel_values, attention_mask, **kwargs)
-        output = super().forward(
-            input_ids, pixel_values, attention_mask, pair_ids, return_loss=True, output_hidden_states=True, **kwargs
-        )
-        seen: Any = output.vision_model_output
-        ids = begin_with(self.config.qformer_config.bos_token_id, input_ids, attention_mask)
-        logits: Any = self.step(ids, attention_mask, Context(torch.stack(seen.hidden_states[:-1], dim=1))).logits
-        labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
-        smoothing = self.config.label_smoothing
-        output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
-        output.loss = output.loss + output.captioning_loss
+            return self.text_decoder(input_ids, attention_mask, context, **options)
+        options |= {"return_loss": True, "output_hidden_states": True} if return_loss else {}
+        output = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
+        if return_loss:
+            vision: Any = output.vision_model_output
+            ids, seen = self.begin(input_ids, attention_mask), torch.stack(vision.hidden_states[:-1], dim=1)
+            logits = self.text_decoder(ids, attention_mask, Context(seen)).logits
+            labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
+            smoothing = self.config.label_smoothing
+            output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
+            output.loss = output.loss + output.captioning_loss
         return output
 
-    def read(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Context:
-        """`(B, C, H, W)` -> what texts are written about."""
+    def read(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Context:  # type: ignore[override]
+        """Encode images `(B, C, H, W)` -> what texts about them attend to."""
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return self.qformer_model.read(tokens)
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Any,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        return self.qformer_model.decode(input_ids, positions, attention_mask, context, cache, **kwargs)
-
-    def logits_of(self, x: Tensor) -> Tensor:
-        return self.lm_head(x)
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        pixel_values: Any = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        context: Context | None = None,
-        interpolate_pos_encoding: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Write about pictures, each of which is read once, however many texts and beams there are about it.
-
-        Args:
-            pixel_values: `(B, C, H, W)`, normalised.
-            input_ids: `(B * T, N)`, T texts to continue for each picture; by default only [DEC]. The end token that
-                a tokenizer puts after them is taken off.
-            attention_mask: `(B * T, N)`, 0 for padding, which may be on either side.
-            context: what `read` returned, instead of pixels.
-            interpolate_pos_encoding: take pictures of any size.
-            **options: of transformers' `generate`.
-
-        Returns:
-            Token ids that begin with [DEC] and the given ones, or what `options` ask for.
-        """
-        if context is None:
-            context = self.read(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        if input_ids is not None:
-            config = self.config.qformer_config
-            input_ids = begin_with(config.bos_token_id, input_ids, attention_mask)
-            whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            attention_mask = whole * (input_ids != config.eos_token_id)
-        return super().generate(input_ids, context=context, attention_mask=attention_mask, **options)
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return begin_with(self.config.qformer_config.bos_token_id, input_ids, attention_mask)

@@ -121,32 +121,34 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
     def further_keywords(self, method: str) -> Collection[str]:
         return ("visible",) if method == "forward" else ()
 
-    def decode(
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position[position_ids]
+
+    def mask(
         self,
+        x: Tensor,
         input_ids: Tensor,
-        positions: Tensor,
         attention_mask: Tensor | None,
-        context: Context | None,
         cache: Cache | None,
         *,
         visible: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run both halves; see `TextDecoder`.
+    ) -> Any:
+        """Make the masks of the lower half and of the upper half; see `TextDecoder`.
 
         Args:
-            visible: `(B * T, past + N)`, what the lower half sees; by default made from `input_ids` by the same name's
-                method, which is right as long as what is past has no padding's id.
+            visible: `(B * T, past + N)`, what the lower half attends to; by default made from `input_ids` by the same
+                name's method, which is right as long as what is past has no padding's id.
         """
-        x = self.token(input_ids) + self.position[positions]
         if visible is None and (cache is None or not cache.get_seq_length()):
             visible = self.visible(input_ids, attention_mask)
-        lower, upper = [  # before a layer writes to the cache, whose length they ask for
+        return [
             causal_mask(self.config, x, seen, cache)
             for seen in (attention_mask if visible is None else visible, attention_mask)
         ]
-        x = self.layers(x, lower, cache=cache, **kwargs)
-        return self.decode_upper(x, upper, context, cache=cache, **kwargs)
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        lower, upper = mask
+        return self.decode_upper(self.layers(x, lower, **kwargs), upper, context, **kwargs)
 
     def logits_of(self, x: Tensor) -> Tensor:
         return self.lm_head(self.multimodal_norm(x))

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import PAIR_LOSSES
-from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
@@ -114,20 +112,13 @@ class HfvlmMaMMUTTextModel(CaptioningTextTower):
             self.config.token_rows = None
         return table
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Any,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        x = self.token(input_ids) + self.position[positions]
-        mask = causal_mask(self.config, x, attention_mask, cache)
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position[position_ids]
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, cache=cache, **kwargs)
+            x = layer(x, mask, **kwargs)
             if i in self.config.grounded:
                 grounding = self.grounding_layers[i // self.config.grounding_interval]
                 x = grounding(x, tokens, context_mask, context.kept)
@@ -138,7 +129,7 @@ class HfvlmMaMMUTTextModel(CaptioningTextTower):
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """Run the contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""
-        x = self.token(input_ids) + self.position[self.positions(input_ids, None)]
+        x = self.embed_ids(input_ids, self.positions(input_ids, None))
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=None)
         for layer in self.layers:
             x = layer(x, mask, **kwargs | {"is_causal": False})

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -24,6 +25,7 @@ from hfvlm.models.blip2 import (
     HfvlmBLIP2VisionConfig,
     HfvlmBLIP2VisionModel,
 )
+from hfvlm.models.blip2.modeling_blip2_retrieval import QFormerDecoder
 from tests.support.generation import GenerationSuite
 from tests.support.processes import run_processes
 from tests.support.suite import ModelSuite, close, relative, same
@@ -118,15 +120,14 @@ class TestQFormer(ModelSuite):
             model(**batch)
 
     def test_words_attend_to_all_queries_and_to_words_before(self, model, batch):
-        context, positions = model.read(batch["image_tokens"]), torch.arange(batch["input_ids"].shape[1])
+        decoder, ids, mask = QFormerDecoder(model, nn.Identity()), batch["input_ids"], batch["attention_mask"]
+        context, other_context = (model.read(batch["image_tokens"][rows]) for rows in ([0, 1, 2], [2, 1, 0]))
         with torch.no_grad():
-            whole = model.decode(batch["input_ids"], positions, batch["attention_mask"], context)
-            changed = batch["input_ids"].clone()
+            whole = decoder(ids, mask, context).logits
+            changed = ids.clone()
             changed[0, 3] = 11
-            again = model.decode(changed, positions, batch["attention_mask"], context)
-            other = model.decode(
-                batch["input_ids"], positions, batch["attention_mask"], model.read(batch["image_tokens"].flip(0))
-            )
+            again = decoder(changed, mask, context).logits
+            other = decoder(ids, mask, other_context).logits
         close(again[0, :3], whole[0, :3], 1e-6, "before the change")
         assert relative(again[0, 3:], whole[0, 3:]) > 1e-3
         assert relative(other[:, 0], whole[:, 0]) > 1e-4
