@@ -77,6 +77,14 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
+    # Children that no loss trains: gradient checkpointing leaves them out.
+    frozen_modules: tuple[str, ...] = ()
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        for module in (module for name in self.frozen_modules for module in self.get_submodule(name).modules()):
+            if hasattr(module, "gradient_checkpointing"):
+                setattr(module, "gradient_checkpointing", False)  # noqa: B010  (nn.Module's own type)
 
     def post_init(self) -> None:
         """Initialise, with temperatures and what else is to stay exact in float32 from the start, as

@@ -19,7 +19,7 @@ from hfvlm.modeling.generation import Generation
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.context import Context
-from hfvlm.modules.embeddings import text_positions
+from hfvlm.modules.embeddings import text_positions, text_starts
 from hfvlm.modules.language_head import last_tokens
 
 
@@ -43,6 +43,21 @@ class CaptioningOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class RankedAnswers:
+    """The likeliest of a list of answers.
+
+    Args:
+        indices: `(B, k)`, of candidates, in the order of the probability of their first tokens.
+        scores: `(B, k)`, log probabilities of the whole answers.
+        best: `(B,)`, the candidate of the highest score.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    best: Tensor
 
 
 class TextDecoder(Generation, ABC):
@@ -267,3 +282,9 @@ def padded_right(ids: Tensor, start: int, end: int | None, pad_token_id: int) ->
     ends = ids[:, start:] == end
     over = ends.cumsum(dim=1) > ends.long()
     return torch.cat([ids[:, :start], ids[:, start:].masked_fill(over, pad_token_id)], dim=1)
+
+
+def begin_with(token_id: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Replace each text's first token, after padding on the left, by one that defines the text's use."""
+    first = torch.zeros_like(input_ids[:, :1]) if attention_mask is None else text_starts(attention_mask)
+    return input_ids.scatter(1, first, token_id)

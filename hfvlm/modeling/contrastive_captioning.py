@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -48,6 +48,11 @@ class CaptioningTextTower(TextDecoder, TextTower):
         "attentions": OutputRecorder(CausalAttention, index=1),
         "cross_attentions": OutputRecorder(CrossAttention, index=1),
     }
+    token: nn.Embedding
+    position: nn.Parameter
+
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position[position_ids]
 
 
 class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):

@@ -121,9 +121,6 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
     def further_keywords(self, method: str) -> Collection[str]:
         return ("visible",) if method == "forward" else ()
 
-    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.token(input_ids) + self.position[position_ids]
-
     def mask(
         self,
         x: Tensor,

@@ -112,9 +112,6 @@ class HfvlmMaMMUTTextModel(CaptioningTextTower):
             self.config.token_rows = None
         return table
 
-    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.token(input_ids) + self.position[position_ids]
-
     def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for i, layer in enumerate(self.layers):

@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import hfvlm
+from hfvlm.losses.processes import positives
 from hfvlm.modeling.compat import cache_of
 from hfvlm.models.blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
@@ -180,13 +181,13 @@ class Stage1(ModelSuite):
         close(shared, sum(costs) / 2, 1e-6, "shared")
         assert relative(alone, shared) > 1e-4
 
-    def test_wrong_partners_are_never_right(self, model, batch):
-        output = model(**batch)
+    def test_positives_are_never_drawn_as_negatives(self, model):
         for _ in range(5):
-            images, texts = model.hard_negatives(output, torch.tensor([4, 9, 4]))
+            scores = torch.randn(2, 3, 3)
+            images, texts = model.hard_negatives(*scores, positives(3, torch.tensor([4, 9, 4]), scores.device, None))
             assert images[[0, 2]].tolist() == texts[[0, 2]].tolist() == [1, 1]
         with pytest.raises(ValueError, match="at least two pairs"):
-            model.hard_negatives(output, torch.tensor([4, 4, 4]))
+            model.hard_negatives(*scores, positives(3, torch.tensor([4, 4, 4]), scores.device, None))
 
     def test_candidates_are_looked_at_together(self, model, batch):
         images, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
