@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from hfvlm.checks.ranges import check_number
 from hfvlm.losses.blocks import in_full_precision
 from hfvlm.losses.late_interaction import late_interaction_scores
-from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, rank_and_size, sum_over
+from hfvlm.losses.processes import GatherRows, check_equal_rows, positives, rank_and_size, sum_over
 
 
 def best_query_scores(queries: Tensor, vectors: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def best_query_loss(
     with in_full_precision(a) as dtype:
         a, b = a.to(dtype), b.to(dtype)
         scale = torch.as_tensor(logit_scale, dtype=dtype, device=a.device).reshape(())
-        same = partners(len(a), pair_ids, a.device, group).to(dtype)
+        same = positives(len(a), pair_ids, a.device, group).to(dtype)
         targets = same / same.sum(dim=1, keepdim=True)
         logits = (
             best_query_scores(a, GatherRows.apply(b, group)),
@@ -60,12 +60,3 @@ def best_query_loss(
         loss = torch.stack(losses).mean()
         _, size = rank_and_size(group)
         return loss + (sum_over(loss.detach().clone(), group) / size - loss.detach())
-
-
-def partners(size: int, pair_ids: Tensor | None, device: torch.device, group: ProcessGroup | None) -> Tensor:
-    """`(B, all)`, True for what belongs to each of this process' `size` rows among those of all."""
-    if pair_ids is not None:
-        ids = pair_ids.reshape(-1)
-        return ids[:, None] == gather_rows(ids, group)
-    rank, ranks = rank_and_size(group)
-    return torch.eye(size * ranks, dtype=torch.bool, device=device)[rank * size : (rank + 1) * size]

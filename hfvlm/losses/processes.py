@@ -14,6 +14,11 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
+def all_processes() -> ProcessGroup | None:
+    """Return the group of all processes; None without a process group."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def check_equal_rows(rows: Tensor, group: ProcessGroup | None) -> None:
     """Collectives of tensors of different sizes return garbage or wait for ever."""
     if group is None:
@@ -35,6 +40,19 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     gathered = rows.new_empty(size * len(rows), *rows.shape[1:])
     dist.all_gather(list(gathered.chunk(size)), rows.contiguous(), group=group)
     return gathered
+
+
+def positives(size: int, pair_ids: Tensor | None, device: torch.device, group: ProcessGroup | None) -> Tensor:
+    """Mark which of the rows of all processes belong to each of this one's `size` rows -> `(size, all)`.
+
+    Args:
+        pair_ids: `(size,)`, equal numbers for rows that belong together; None for each row to itself.
+    """
+    if pair_ids is not None:
+        ids = pair_ids.reshape(-1)
+        return ids[:, None] == gather_rows(ids, group)
+    rank, ranks = rank_and_size(group)
+    return torch.eye(size * ranks, dtype=torch.bool, device=device)[rank * size : (rank + 1) * size]
 
 
 def scatter_sum(rows: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models that write about pictures with transformers' `generate`."""
+"""Models that caption images with transformers' `generate`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel
-from hfvlm.modeling.compat import begin_cache, with_cache
+from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
 from hfvlm.modeling.generation import Generation
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.context import Context
-from hfvlm.modules.embeddings import text_positions
+from hfvlm.modules.embeddings import text_positions, text_starts
 from hfvlm.modules.language_head import last_tokens
 
 
 @dataclass
 class CaptioningOutput(ModelOutput):
-    """What is written about pictures.
+    """Scores of texts about images.
 
     Args:
         loss: scalar, with `labels`.
         logits: `(T, N, V)`, scores of each text's next tokens.
         vision_model_output: the vision tower's whole output.
-        text_model_output: the text encoder's, where the writing is about what was read with the picture.
+        text_model_output: the text encoder's, where the decoder attends to a question and its image.
         text_decoder_output: the decoder's.
     """
 
@@ -45,10 +45,26 @@ class CaptioningOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
+@dataclass
+class RankedAnswers:
+    """The likeliest of a list of answers.
+
+    Args:
+        indices: `(B, k)`, of candidates, in the order of the probability of their first tokens.
+        scores: `(B, k)`, log probabilities of the whole answers.
+        best: `(B,)`, the candidate of the highest score.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    best: Tensor
+
+
 class TextDecoder(Generation, ABC):
     """Base of text decoders, which continue texts that may attend to a context, by transformers' `generate`.
 
-    A subclass says in `decode` what its layers make of tokens, and in `logits_of` which tokens may come next.
+    A subclass embeds tokens in `embed_ids`, runs its layers over them in `decode`, and scores in `logits_of` which
+    tokens may come next.
     """
 
     config: Any
@@ -57,20 +73,20 @@ class TextDecoder(Generation, ABC):
     embeds_texts_alone: ClassVar[bool] = False
 
     @abstractmethod
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Context | None,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run the layers over `(B * T, N)` token ids at `positions` -> hidden states `(B * T, N, D)`."""
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed `(B * T, N)` token ids at their positions -> `(B * T, N, D)`."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        """Run the layers over `(B * T, N, D)`, with the cache among the keywords -> hidden states of that shape."""
 
     @abstractmethod
     def logits_of(self, x: Tensor) -> Tensor:
         """Turn hidden states `(B * T, N, D)` into scores `(B * T, N, V)` of what comes next."""
+
+    def mask(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
+        """Make the mask of `decode`; a subclass may take `further_keywords` of its forward here."""
+        return causal_mask(self.config, x, attention_mask, cache)
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
         """Embed texts `(B, N)` without a context."""
@@ -105,52 +121,28 @@ class TextDecoder(Generation, ABC):
             labels: `(B * T, N)`, the ids themselves, which are shifted here; the loss leaves out -100.
             shift_labels: `(B * T, N)`, labels that are shifted already.
             use_cache: return keys and values for the next call.
-            logits_to_keep: score only so many last tokens, or the tokens at these positions; 0 scores all.
+            logits_to_keep: score only the last n tokens, or the tokens at these positions; 0 scores all.
 
         Raises:
             ValueError: there are labels for a text that is embedded, or more tokens than positions.
         """
+        options: dict[str, Any] = dict(kwargs)
+        learns = labels is not None or shift_labels is not None
         if context is None and self.embeds_texts_alone:
-            if labels is not None or shift_labels is not None:
+            if learns:
                 raise ValueError(f"{type(self).__name__} predicts labels only with a context.")
-            return self.embed(input_ids, **kwargs)
-        return self.step(
-            input_ids,
-            attention_mask,
-            context,
-            position_ids,
-            cache,
-            labels,
-            shift_labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-
-    def step(  # noqa: PLR0913 (the arguments of forward)
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Context | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        *,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Do what `forward` does with texts that are continued."""
+            return self.embed(input_ids, **options)
         decoder: Any = self
         cache = begin_cache(decoder, cache, use_cache=use_cache)
         if position_ids is None:
             position_ids = self.positions(input_ids, attention_mask, cache)
-        x = self.decode(input_ids, position_ids, attention_mask, context, cache, **kwargs)
-        logits = self.logits_of(last_tokens(x, logits_to_keep))
+        own = {name: options.pop(name) for name in self.further_keywords("forward") if name in options}
+        x = self.embed_ids(input_ids, position_ids)
+        mask = self.mask(x, input_ids, attention_mask, cache, **own)
+        logits = self.logits_of(last_tokens(self.decode(x, mask, context, cache=cache, **options), logits_to_keep))
         loss = None
-        if labels is not None or shift_labels is not None:
-            count = kwargs.get("num_items_in_batch")
+        if learns:
+            count = options.get("num_items_in_batch")
             size = self.config.get_text_config(decoder=True).vocab_size
             loss = ForCausalLMLoss(logits, labels, size, count, shift_labels=shift_labels)
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **with_cache(cache))
@@ -201,15 +193,15 @@ class TextDecoder(Generation, ABC):
         return result
 
     def longest_text(self) -> int:
-        """Return the number of positions, whatever a pipeline asks for."""
+        """Return the number of positions, whatever length a pipeline sets."""
         return self.config.get_text_config(decoder=True).max_position_embeddings
 
 
 class CaptioningModel(HfvlmPreTrainedModel, Generation):
-    """A vision tower and a text decoder, which continues texts about the pictures.
+    """A vision tower and a text decoder, which continues texts about images.
 
-    A subclass builds `vision_model` and `text_decoder`, whose `generate` takes a context, and may say in `read` what
-    the decoder is to look at and in `begin` how a text begins.
+    A subclass builds `vision_model` and `text_decoder`, whose `generate` takes a context, and may define in `read`
+    what the decoder attends to and in `begin` how a text begins.
     """
 
     input_modalities = ["image", "text"]
@@ -229,11 +221,11 @@ class CaptioningModel(HfvlmPreTrainedModel, Generation):
         self.text_decoder.set_output_embeddings(value)
 
     def read(self, pixel_values: Tensor, **kwargs: Any) -> Context:
-        """`(B, C, H, W)` -> what the decoder attends to."""
+        """Encode images `(B, C, H, W)` -> what the decoder attends to."""
         return Context(self.vision_model(pixel_values, **kwargs).last_hidden_state)
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Texts `(T, N)` with the first token that says that they are to be continued."""
+        """Replace the first of ids `(T, N)` with the start token of a text that is continued."""
         return input_ids
 
     @torch.no_grad()
@@ -247,19 +239,19 @@ class CaptioningModel(HfvlmPreTrainedModel, Generation):
         interpolate_pos_encoding: bool = False,
         **options: Any,
     ) -> Any:
-        """Write about pictures, each of which is read once, however many texts and beams there are about it.
+        """Caption images, each of which is encoded once, whatever the number of its texts and beams.
 
         Args:
             pixel_values: `(B, C, H, W)`, normalised.
-            input_ids: `(B * T, N)`, T texts to continue for each picture; by default only the start token. The
-                end-of-text token that a tokenizer puts after them is taken off.
+            input_ids: `(B * T, N)`, T texts to continue for each image; by default only the start token. The
+                end-of-text token that a tokenizer appends is removed.
             attention_mask: `(B * T, N)`, 0 for padding, which may be on either side.
             context: what `read` returned, instead of pixels.
-            interpolate_pos_encoding: take pictures of any size.
+            interpolate_pos_encoding: take images of any size.
             **options: of transformers' `generate`.
 
         Returns:
-            Token ids that begin with the given ones, padded on the left, or what `options` ask for.
+            Token ids that begin with the given ones, padded on the left, or what `options` name.
         """
         if context is None:
             context = self.read(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
@@ -268,12 +260,13 @@ class CaptioningModel(HfvlmPreTrainedModel, Generation):
             input_ids = self.begin(input_ids, attention_mask)
             whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = whole * (input_ids != end)
-        self.text_decoder.generation_config = self.generation_config
-        return self.text_decoder.generate(input_ids, context=context, attention_mask=attention_mask, **options)
+        decoder = self.text_decoder
+        decoder.generation_config = self.generation_config
+        return decoder.generate(input_ids, context=context, attention_mask=attention_mask, **options)
 
 
 def padded_left(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """The same texts with all their padding before them, where generating needs it, and no more than is needed."""
+    """Move all padding before the texts, where generation needs it, and drop what no row needs."""
     order = attention_mask.argsort(dim=1, stable=True)
     mask = attention_mask.gather(1, order)
     used = mask.any(dim=0)
@@ -282,10 +275,16 @@ def padded_left(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) ->
 
 
 def padded_right(ids: Tensor, start: int, end: int | None, pad_token_id: int) -> Tensor:
-    """Ids `(B, N)` with padding after the first end token from `start` on; transformers' beams put more end tokens
-    there where the padding is 0."""
+    """Pad ids `(B, N)` after the first end token from `start` on, where transformers' beams put more end tokens if the
+    padding is 0."""
     if end is None:
         return ids
     ends = ids[:, start:] == end
     over = ends.cumsum(dim=1) > ends.long()
     return torch.cat([ids[:, :start], ids[:, start:].masked_fill(over, pad_token_id)], dim=1)
+
+
+def begin_with(token_id: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Replace each text's first token, after padding on the left, by one that defines the text's use."""
+    first = torch.zeros_like(input_ids[:, :1]) if attention_mask is None else text_starts(attention_mask)
+    return input_ids.scatter(1, first, token_id)

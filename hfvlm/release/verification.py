@@ -82,7 +82,7 @@ def consistency_checks(folder: Path) -> list[Check]:
     known = getattr(model, "modalities", model.input_modalities)
     modalities = [modality for modality in known if modality in processor.modalities]
     inputs = sample_inputs(processor, modalities)
-    if (together := getattr(model, "pictures_per_text", 1)) > 1:
+    if (together := getattr(model, "images_per_text", 1)) > 1:
         inputs["pixel_values"] = torch.stack([inputs["pixel_values"]] * together, dim=1)
     with torch.no_grad():
         expected = outputs_of(model.eval(), inputs)

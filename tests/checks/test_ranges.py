@@ -25,7 +25,7 @@ from hfvlm.losses import (
     focal_contrastive_loss,
     late_interaction_loss,
 )
-from hfvlm.models.blip.modeling_blip import scored_twice
+from hfvlm.modeling.matching import two_stage_scores
 from hfvlm.training import (
     ChatCollator,
     ContrastiveCollator,
@@ -54,7 +54,7 @@ def counts(embedder):
     yield "batch_size", lambda n: hfvlm.Captioner(embedder.model, embedder.processor)([], batch_size=n)
     yield "k", lambda n: hfvlm.Index(rows).search(rows[0], n)
     yield "top_k", lambda n: hfvlm.rerank("nowhere", [], [], top_k=n)
-    yield "top_k", lambda n: scored_twice(torch.zeros(2, 2), lambda *_: torch.zeros(2, 2), n)
+    yield "top_k", lambda n: two_stage_scores(torch.zeros(2, 2), lambda *_: torch.zeros(2, 2), n)
     yield "shard_rows", lambda n: capfilt("x", "y", "z", "w", batch_size=1, shard_rows=n)
     yield "batch_size", lambda n: capfilt("x", "y", "z", "w", batch_size=n)
     yield "k", lambda n: recall_at(EYE, EYE, [n])

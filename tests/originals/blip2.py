@@ -26,7 +26,7 @@ from hfvlm.conversion.blip2 import (
     tables_for,
     vision_rows,
 )
-from hfvlm.losses.best_query import partners
+from hfvlm.losses.processes import positives
 from hfvlm.models.blip2 import (
     HfvlmBLIP2Config,
     HfvlmBLIP2ImageProcessor,
@@ -246,7 +246,7 @@ def first_stage(golden: Golden) -> None:
     begun = ids.clone()
     begun[:, 0] = model.config.qformer_config.bos_token_id
     similarities = torch.einsum("iqd,td->itq", output.image_embeds, output.text_embeds)
-    same = partners(size, pair_ids, ids.device, None).float()
+    same = positives(size, pair_ids, ids.device, None).float()
     values = {
         "query_output": output.vision_model_output.last_hidden_state,
         "image_feats": output.image_embeds,

@@ -1,9 +1,8 @@
-"""BLIP for questions about pictures (https://arxiv.org/abs/2201.12086, figure 5a).
+"""BLIP for questions about images (https://arxiv.org/abs/2201.12086, figure 5a).
 
 Source: https://github.com/salesforce/BLIP at 056a169, models/blip_vqa.py.
 """
 
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -12,49 +11,30 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.losses import token_losses
-from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput
+from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput, RankedAnswers, begin_with
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
 from hfvlm.models.blip.modeling_blip import (
-    PARTS,
+    HfvlmBLIPPreTrainedModel,
     HfvlmBLIPTextDecoder,
     HfvlmBLIPTextModel,
     HfvlmBLIPVisionModel,
-    begin_with,
 )
 from hfvlm.modules.context import Context
 
 
 class AnswerDecoder(HfvlmBLIPTextDecoder):
-    """A decoder that is grounded in a question which was read together with its picture."""
+    """A decoder with cross-attention to a question that the text encoder has encoded with its image."""
 
     def __init__(self, config: HfvlmBLIPTextConfig):
         super().__init__(config, context_size=config.hidden_size)
 
 
-@dataclass
-class RankedAnswers:
-    """The likeliest of a list of answers.
-
-    Args:
-        indices: `(B, k)`, of candidates, in the order of the probability of their first tokens.
-        scores: `(B, k)`, log probabilities of the whole answers.
-        best: `(B,)`, the candidate of the highest score.
-    """
-
-    indices: Tensor
-    scores: Tensor
-    best: Tensor
-
-
-class HfvlmBLIPForQuestionAnswering(CaptioningModel):
-    """Answers questions about pictures: reads a question together with its picture, and writes about what it read."""
+class HfvlmBLIPForQuestionAnswering(CaptioningModel, HfvlmBLIPPreTrainedModel):
+    """Answers questions about images: the text encoder attends to the image, and the decoder to the text encoder."""
 
     config: HfvlmBLIPConfig
-    base_model_prefix = "blip"
     main_input_name = "pixel_values"
-    _no_split_modules = ["PreNormLayer", "GroundedLayer"]
-    _keys_to_ignore_on_load_unexpected = PARTS
     # The loss is a weighted mean over questions; the Trainer must not rescale it by counted tokens.
     accepts_loss_kwargs = False
 
@@ -66,16 +46,16 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         self.post_init()
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Resize both tables, of what reads questions and of what generates answers; see transformers'."""
+        """Resize both tables, of the text encoder and of the decoder; see transformers'."""
         self.text_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def read(  # type: ignore[override]
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Context:
-        """Pictures `(B, C, H, W)` and questions `(B * T, N)` -> what the answers are grounded in."""
-        picture = super().read(pixel_values, **kwargs)
-        return Context(self.text_model.ground(input_ids, attention_mask, picture).last_hidden_state, attention_mask)
+        """Encode images `(B, C, H, W)` and questions `(B * T, N)` -> what the decoder attends to."""
+        image = super().read(pixel_values, **kwargs)
+        return Context(self.text_model.ground(input_ids, attention_mask, image).last_hidden_state, attention_mask)
 
     @can_return_tuple
     def forward(
@@ -90,7 +70,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
     ) -> CaptioningOutput:
-        """Scores of each next token of answers to questions and, with `labels`, the loss.
+        """Score each next token of answers to questions and, with `labels`, compute the loss.
 
         Args:
             pixel_values: `(B, C, H, W)`, normalised.
@@ -99,7 +79,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
             labels: `(A, M)`, ids of the answers with -100 after their end; without any, the first token is scored.
             answer_counts: `(B,)`, how many consecutive answers belong to each question; by default equally many.
             answer_weights: `(A,)`, by default 1; the weights of a question's answers usually sum to 1.
-            interpolate_pos_encoding: take pictures of any size.
+            interpolate_pos_encoding: take images of any size.
         """
         vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         question = self.text_model.ground(input_ids, attention_mask, Context(vision.last_hidden_state), **kwargs)
@@ -120,7 +100,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         return output
 
     def answers(self, labels: Tensor | None, questions: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the decoder reads, [DEC] first, and its mask."""
+        """Make the decoder's inputs, [DEC] first, and their mask."""
         start = self.config.text_config.bos_token_id
         if labels is None:
             return torch.full_like(like[:questions, :1], start), None
@@ -128,7 +108,7 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         return begin_with(start, labels.masked_fill(labels == -100, self.config.text_config.pad_token_id), mask), mask
 
     def answer_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`(A, M, V)`, `(A, M)` -> `(A,)`, summed over the tokens of each answer."""
+        """Sum the losses of each answer's tokens: `(A, M, V)`, `(A, M)` -> `(A,)`."""
         smoothing = self.config.label_smoothing
         return token_losses(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing).sum(dim=1)
 
@@ -143,17 +123,17 @@ class HfvlmBLIPForQuestionAnswering(CaptioningModel):
         interpolate_pos_encoding: bool = False,
         **options: Any,
     ) -> Any:
-        """Write answers to questions.
+        """Generate answers to questions.
 
         The original's generation also attends to a question's padding, which its training and its ranking do not; pass
         `context=Context(model.read(...).tokens)` to have the same.
 
         Args:
             pixel_values: `(B, C, H, W)`, normalised.
-            input_ids: `(B * T, N)`, T questions about each picture.
+            input_ids: `(B * T, N)`, T questions about each image.
             attention_mask: `(B * T, N)`, 0 for padding on either side.
             context: what `read` returned, instead of the others.
-            interpolate_pos_encoding: take pictures of any size.
+            interpolate_pos_encoding: take images of any size.
             **options: of transformers' `generate`.
 
         Returns:

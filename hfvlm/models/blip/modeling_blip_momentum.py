@@ -8,28 +8,21 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import captioning_loss, distilled_targets, soft_contrastive_loss
-from hfvlm.losses.processes import GatherRows, gather_rows
+from hfvlm.losses.processes import all_processes, gather_rows, positives
 from hfvlm.modeling.base import unit
+from hfvlm.modeling.captioning import begin_with
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.matching import MatchingOutput, Pairs
 from hfvlm.modeling.outputs import DualEncoderOutput
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig
-from hfvlm.models.blip.modeling_blip import (
-    HfvlmBLIPForImageTextRetrieval,
-    HfvlmBLIPTextDecoder,
-    HfvlmBLIPTextModel,
-    HfvlmBLIPVisionModel,
-    MatchingOutput,
-    begin_with,
-    matching_loss,
-)
+from hfvlm.models.blip.modeling_blip import HfvlmBLIPTextDecoder, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
+from hfvlm.models.blip.modeling_blip_retrieval import HfvlmBLIPForImageTextRetrieval
 from hfvlm.modules.context import Context
 
 
@@ -39,7 +32,7 @@ class MomentumOutput(MatchingOutput):
     teacher's embeddings of the batch and of its queue.
 
     Args:
-        targets_per_image: `(B, B + Q)`, what `logits_per_image` should be as probabilities.
+        targets_per_image: `(B, B + Q)`, probabilities that `logits_per_image` are trained to give.
         targets_per_text: `(B, B + Q)`, likewise.
         momentum_image_embeds: `(B, D)`, the teacher's, of unit length.
         momentum_text_embeds: `(B, D)`, likewise.
@@ -52,7 +45,7 @@ class MomentumOutput(MatchingOutput):
 
 
 class Teacher(nn.Module):
-    """Towers that follow the trained ones slowly, and the queue of what they said about past batches."""
+    """Momentum encoders, which follow the trained ones slowly, and the queue of their embeddings of past batches."""
 
     image_queue: Tensor
     text_queue: Tensor
@@ -75,7 +68,7 @@ class Teacher(nn.Module):
         init.zeros_(self.pointer)
 
     def pairs(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Own parameters and those that they follow; PEFT's adapters neither follow nor are followed."""
+        """Pair own parameters with those that they follow; PEFT's adapters neither follow nor are followed."""
         own, followed = (
             {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
             for model in (self, student)
@@ -84,30 +77,35 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
+        """Move towards the student by a step of momentum."""
         for own, followed in self.pairs(student):
             own.lerp_(followed.to(own.dtype), 1 - self.momentum)
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Pictures and texts -> their embeddings of unit length."""
+        """Embed images and texts -> `(B, D)` each, of unit length."""
         image, text = self.vision_model(pixel_values), self.text_model(input_ids, attention_mask)
         return unit(image.embeds), unit(text.embeds)
 
     @torch.no_grad()
     def remember(self, **rows: Tensor) -> None:
-        """Put rows into the queues of these names, in the places of the oldest."""
+        """Put rows into the queues of these names, in place of the oldest.
+
+        Raises:
+            ValueError: there are more rows than a queue has.
+        """
         count, size = len(next(iter(rows.values()))), len(self.image_queue)
         if count > size:
             raise ValueError(f"A batch of {count} pairs does not fit into a queue of {size} (queue_size).")
-        places = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
+        oldest = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
         for name, new in rows.items():
             queue = getattr(self, name)
-            queue[places] = new.to(queue.dtype)
+            queue[oldest] = new.to(queue.dtype)
         self.pointer.copy_((self.pointer + count) % size)
 
 
 class RetrievalTeacher(Teacher):
-    """A teacher that also remembers which picture each pair of the queue was about."""
+    """A teacher whose queue also holds which image each pair was about."""
 
     id_queue: Tensor
 
@@ -123,12 +121,14 @@ class RetrievalTeacher(Teacher):
 class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
     """Contrastive learning against a teacher and its queue, and matching; in training, each step moves the teacher."""
 
+    frozen_modules = ("teacher",)
+
     teacher: Any
     logit_scale: Any
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """A teacher that no file has starts as a copy of the towers, which are initialised before it."""
+        """Start a teacher that is in no file as a copy of the towers, which are initialised before it."""
         super()._init_weights(module)
         if isinstance(module, Teacher):
             for own, followed in module.pairs(self):
@@ -137,23 +137,12 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Resize the teacher's table, too, whose new rows are those of the text tower; see transformers'."""
         follower: Any = self.teacher.text_model
-        kept = follower.get_input_embeddings().weight.shape[0]
+        rows = follower.get_input_embeddings().weight.shape[0]
         table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         own = follower.resize_token_embeddings(table.weight.shape[0])
         with torch.no_grad():
-            own.weight[kept:] = table.weight[kept:]
+            own.weight[rows:] = table.weight[rows:]
         return table
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """For the towers alone: the teacher keeps nothing for a gradient."""
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        for module in self.teacher.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                setattr(module, "gradient_checkpointing", False)  # noqa: B010  (nn.Module's own type)
-
-    @property
-    def group(self) -> ProcessGroup | None:
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     @can_return_tuple
     def forward(
@@ -167,13 +156,13 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         return_loss: bool | None = None,
         **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
-        """Without `return_loss` as `HfvlmBLIPModel`; with it, a step of training, text i with picture i.
+        """Compute what `HfvlmBLIPModel` does or, with `return_loss`, a step of training, text i with image i.
 
         Args:
             input_ids: `(B, N)`, [CLS] first.
             pixel_values: `(B, C, H, W)`, normalised.
             attention_mask: `(B, N)`, 0 for padding on the right.
-            pair_ids: `(B,)`, equal numbers, not negative, for pairs about the same picture.
+            pair_ids: `(B,)`, equal numbers, not negative, for pairs about the same image.
             distillation: weight of the teacher's soft targets, which training may raise slowly from 0; by default the
                 configuration's.
             return_loss: compute the losses and, in training, move the teacher and its queue.
@@ -190,15 +179,11 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         output: Any = self.compare_with_queue(
             self.compare(image, text, return_loss=False), taught, pair_ids, distillation
         )
-        tokens = image.last_hidden_state
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        wrong = self.wrong_partners(output, tokens, input_ids, attention_mask, pair_ids)
-        output.matching_logits = self.match_triples((tokens, input_ids, attention_mask), wrong)
-        output.matching_loss = matching_loss(output.matching_logits)
-        output.loss = output.contrastive_loss + output.matching_loss
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output.add_matching(self.matching_logits(output, (image.last_hidden_state, input_ids, mask), pair_ids))
         if self.training:
-            self.remember(taught[0], taught[1], pair_ids)
+            rows = self.queue_rows(taught, pair_ids)
+            self.teacher.remember(**{name: gather_rows(row, all_processes()) for name, row in rows.items()})
         return output
 
     def compare_with_queue(
@@ -208,12 +193,12 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         pair_ids: Tensor | None,
         distillation: float | None,
     ) -> MomentumOutput:
-        """The loss against soft targets: what belongs together, mixed with what the teacher finds alike."""
+        """Add the loss against soft targets: what belongs together, mixed with the teacher's similarities."""
         alpha = self.config.distillation if distillation is None else distillation
         scale, size = output.logit_scale, len(taught[0])
         images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)])
         texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)])
-        right = self.right_partners(pair_ids, size, images.shape[0])
+        right = self.right_columns(pair_ids, size, images.shape[0])
         image_targets = distilled_targets(taught[0], texts, scale, right, alpha)
         text_targets = distilled_targets(taught[1], images, scale, right, alpha)
         per_image = soft_contrastive_loss(output.image_embeds, texts, image_targets, scale)
@@ -231,18 +216,16 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
         )
 
     @abstractmethod
-    def wrong_partners(
-        self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of a wrong picture for each text, and a wrong text and its mask for each picture."""
+    def matching_logits(self, output: MomentumOutput, pairs: Pairs, pair_ids: Tensor | None) -> Tensor:
+        """Match pairs and hard negatives -> `(3 * B, 2)`, as in `MatchingOutput`."""
 
-    def right_partners(self, pair_ids: Tensor | None, size: int, columns: int) -> Tensor:
-        """`(B, B + Q)`, which of the batch and of the queue belong to each row."""
+    def right_columns(self, pair_ids: Tensor | None, size: int, columns: int) -> Tensor:
+        """Mark which of the batch and of the queue belong to each row -> `(B, B + Q)`."""
         return torch.eye(size, columns, device=self.teacher.pointer.device)
 
-    def remember(self, image: Tensor, text: Tensor, pair_ids: Tensor | None) -> None:
-        rows = {"image_queue": gather_rows(image, self.group), "text_queue": gather_rows(text, self.group)}
-        self.teacher.remember(**rows)
+    def queue_rows(self, taught: tuple[Tensor, Tensor], pair_ids: Tensor | None) -> dict[str, Tensor]:
+        """Name what a step adds to each of the teacher's queues."""
+        return {"image_queue": taught[0], "text_queue": taught[1]}
 
 
 class HfvlmBLIPForRetrievalTraining(MomentumTraining):
@@ -252,37 +235,19 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
         super().build_heads(config)
         self.teacher = RetrievalTeacher(config)
 
-    def ids(self, pair_ids: Tensor | None, size: int) -> Tensor:
-        """Numbers of the pairs; without any given, all are different, and from those of the queue too."""
-        if pair_ids is not None:
-            return pair_ids.view(-1)
-        return -101 - torch.arange(size, device=self.teacher.pointer.device)
+    def matching_logits(self, output: MomentumOutput, pairs: Pairs, pair_ids: Tensor | None) -> Tensor:
+        group = all_processes() if self.config.negatives_from_all_ranks else None
+        same = positives(pairs[1].shape[0], pair_ids, pairs[1].device, group)
+        return self.match_negatives(output, pairs, same, group)
 
-    def right_partners(self, pair_ids: Tensor | None, size: int, columns: int) -> Tensor:
-        ids = self.ids(pair_ids, size)
-        return ids[:, None] == torch.cat([ids, self.teacher.id_queue])
+    def right_columns(self, pair_ids: Tensor | None, size: int, columns: int) -> Tensor:
+        if pair_ids is None:
+            return super().right_columns(None, size, columns)
+        return pair_ids.view(-1, 1) == torch.cat([pair_ids.view(-1), self.teacher.id_queue])
 
-    def wrong_partners(
-        self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        group = self.group if self.config.negatives_from_all_ranks else None
-        with torch.no_grad():
-            pairs = self.ids(pair_ids, ids.shape[0])
-            same = pairs[:, None] == gather_rows(pairs, group)
-            images, texts = (gather_rows(x.detach(), group) for x in (output.image_embeds, output.text_embeds))
-            per_image = output.image_embeds @ texts.t() * output.logit_scale
-            per_text = output.text_embeds @ images.t() * output.logit_scale
-        wrong_images, wrong_texts = self.hard_negatives(per_text, per_image, same)
-        all_tokens = GatherRows.apply(tokens, group)
-        return all_tokens[wrong_images], gather_rows(ids, group)[wrong_texts], gather_rows(mask, group)[wrong_texts]
-
-    def remember(self, image: Tensor, text: Tensor, pair_ids: Tensor | None) -> None:
-        rows = {
-            "image_queue": image,
-            "text_queue": text,
-            "id_queue": self.ids(pair_ids, image.shape[0]).clamp_min(-100),
-        }
-        self.teacher.remember(**{name: gather_rows(row, self.group) for name, row in rows.items()})
+    def queue_rows(self, taught: tuple[Tensor, Tensor], pair_ids: Tensor | None) -> dict[str, Tensor]:
+        ids = self.teacher.id_queue.new_full((len(taught[0]),), -100) if pair_ids is None else pair_ids.view(-1)
+        return {**super().queue_rows(taught, pair_ids), "id_queue": ids.clamp_min(-100)}
 
 
 class HfvlmBLIPForPreTraining(MomentumTraining):
@@ -298,7 +263,7 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         self._tied_weights_keys = {f"text_decoder.{name}": f"text_model.{name}" for name in self.shared_names()}
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Resize what captions, too, before its table is tied to the text tower's; see transformers'."""
+        """Resize the decoder, too, before its table is tied to the text tower's; see transformers'."""
         self.text_decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
@@ -307,7 +272,7 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
         return [name for name, _ in self.text_model.named_parameters() if not any(part in f".{name}" for part in own)]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As transformers', with shared weights under both of their names, so that the other heads find theirs."""
+        """Save as transformers does, with shared weights under both of their names, where other heads find theirs."""
         state = kwargs.pop("state_dict", None) or self.state_dict()
         copies = {name: tensor.clone() for name, tensor in state.items()}
         super().save_pretrained(save_directory, state_dict=copies, **kwargs)
@@ -337,10 +302,10 @@ class HfvlmBLIPForPreTraining(MomentumTraining):
             output.loss = output.loss + output.captioning_loss
         return output
 
-    def wrong_partners(
-        self, output: Any, tokens: Tensor, ids: Tensor, mask: Tensor, pair_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        size = ids.shape[0]
-        same = torch.eye(size, dtype=torch.bool, device=ids.device)
-        images, texts = self.hard_negatives(output.logits_per_text[:, :size], output.logits_per_image[:, :size], same)
-        return tokens[images], ids[texts], mask[texts]
+    def matching_logits(self, output: MomentumOutput, pairs: Pairs, pair_ids: Tensor | None) -> Tensor:
+        """Match with negatives that the teacher's embeddings of the batch are drawn by; all pairs are different."""
+        tokens, ids, mask = pairs
+        same = positives(size := ids.shape[0], None, ids.device, None)
+        per_text, per_image = (getattr(output, f"logits_per_{name}")[:, :size] for name in ("text", "image"))
+        images, texts = self.hard_negatives(per_text, per_image, same)
+        return self.match_triples(pairs, (tokens[images], ids[texts], mask[texts]))

@@ -1,4 +1,4 @@
-"""BLIP for sentences about two pictures (https://arxiv.org/abs/2201.12086, figure 5b).
+"""BLIP for sentences about two images (https://arxiv.org/abs/2201.12086, figure 5b).
 
 Source: https://github.com/salesforce/BLIP at 056a169, models/blip_nlvr.py and models/nlvr_encoder.py.
 """
@@ -14,20 +14,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig
-from hfvlm.models.blip.modeling_blip import PARTS, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
+from hfvlm.models.blip.modeling_blip import HfvlmBLIPPreTrainedModel, HfvlmBLIPTextModel, HfvlmBLIPVisionModel
 from hfvlm.modules.context import Context
 from hfvlm.modules.transformer import CrossAttention
 from hfvlm.registry import find_class
 
-# Arguments of `from_pretrained` that say which files are meant.
-PLACE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
+# Arguments of `from_pretrained` that name files.
+SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
-class PairReader(nn.Module):
-    """Cross-attention to two pictures, whose tokens follow each other, each with projections of its own."""
+class PairAttention(nn.Module):
+    """Cross-attention to two images, whose tokens follow each other, each with projections of its own."""
 
     def __init__(self, config: HfvlmBLIPTextConfig, layer_idx: int):
         super().__init__()
@@ -43,8 +42,8 @@ class PairReader(nn.Module):
         return (first + second) / 2
 
 
-class MergingPairReader(PairReader):
-    """The same, with a linear layer where the other takes the mean."""
+class MergingPairAttention(PairAttention):
+    """The same, with a linear layer in place of the mean."""
 
     def __init__(self, config: HfvlmBLIPTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -55,36 +54,33 @@ class MergingPairReader(PairReader):
 
 
 class PairTextModel(HfvlmBLIPTextModel):
-    """The image-grounded text encoder for two pictures: the first six layers average what they see in them, the
-    others learn how to merge it (paper, section 5.4)."""
+    """The image-grounded text encoder for two images: the first six layers average the attention to them, the others
+    learn how to merge it (paper, section 5.4)."""
 
     @staticmethod
     def cross_attention(config: HfvlmBLIPTextConfig, layer: int) -> nn.Module:
-        return PairReader(config, layer) if layer < 6 else MergingPairReader(config, layer)
+        return PairAttention(config, layer) if layer < 6 else MergingPairAttention(config, layer)
 
 
 def _pair_names(key: str) -> list[str]:
-    """What the parameter of a model for one image is called here: the projections of its cross-attention, twice."""
+    """Name the parameter of a model for one image as it is here: the projections of its cross-attention, twice."""
     projection = re.search(r"\.cross_attention\.(?=[qkv]_proj|out_proj)", key)
     if projection is None:
         return [key]
     return [f"{key[: projection.end()]}{place}.{key[projection.end() :]}" for place in ("first", "second")]
 
 
-class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
-    """Tells whether a sentence about two images is true (NLVR2).
+class HfvlmBLIPForVisualReasoning(HfvlmBLIPPreTrainedModel):
+    """Predicts whether a sentence about two images is true (NLVR2).
 
     `from_pretrained` also takes the folder of a BLIP with a text encoder and another head: pretraining, matching or
-    features. Its one cross-attention then begins both, and the classifier and the merging layers begin anew.
+    features. Its one cross-attention then initialises both; the classifier and the merging layers are new.
     """
 
     config: HfvlmBLIPConfig
-    pictures_per_text = 2
-    base_model_prefix = "blip"
+    images_per_text = 2
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
-    _no_split_modules = ["PreNormLayer", "GroundedLayer"]
-    _keys_to_ignore_on_load_unexpected = PARTS
 
     def __init__(self, config: HfvlmBLIPConfig):
         super().__init__(config)
@@ -99,8 +95,8 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         source = pretrained_model_name_or_path
         if source is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(source, *args, **kwargs)
-        place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        found = HfvlmBLIPConfig.get_config_dict(source, **place)[0].get("architectures") or [cls.__name__]
+        where = {name: kwargs[name] for name in SOURCE if name in kwargs}
+        found = HfvlmBLIPConfig.get_config_dict(source, **where)[0].get("architectures") or [cls.__name__]
         other: Any = find_class(found[0]) if found[0] != cls.__name__ else None
         if getattr(other, "config_class", None) is not cls.config_class:
             return super().from_pretrained(source, *args, **kwargs)
@@ -112,8 +108,8 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         """Begin with the towers of a BLIP that was trained on single images.
 
         Args:
-            other: a model with a vision tower and a text encoder; it is left as it is.
-            output_loading_info: return what `from_pretrained` tells of the parameters that begin anew, too.
+            other: a model with a vision tower and a text encoder; it is not changed.
+            output_loading_info: return what `from_pretrained` reports of the new parameters, too.
 
         Raises:
             ValueError: it has no text encoder, as a captioner has none.
@@ -147,17 +143,17 @@ class HfvlmBLIPForVisualReasoning(HfvlmPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
     ) -> SequenceClassifierOutput:
-        """Two pictures and a sentence -> logits `(B, 2)`, the second for "true".
+        """Classify sentences about two images -> logits `(B, 2)`, the second for "true".
 
         Args:
             pixel_values: `(B, 2, C, H, W)`, normalised.
             input_ids: `(B, N)`; [ENC] takes the place of their first token.
             attention_mask: `(B, N)`, 0 for padding on either side.
             labels: `(B,)`, 1 for true sentences.
-            interpolate_pos_encoding: take pictures of any size.
+            interpolate_pos_encoding: take images of any size.
         """
-        pictures = pixel_values.flatten(0, 1)
-        tokens = self.vision_model(pictures, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+        images = pixel_values.flatten(0, 1)
+        tokens = self.vision_model(images, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         context = Context(tokens.unflatten(0, (-1, 2)).flatten(1, 2))
         text = self.text_model.ground(input_ids, attention_mask, context, **kwargs)
         logits = self.classifier(text.pooler_output)

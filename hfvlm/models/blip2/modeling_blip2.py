@@ -8,9 +8,8 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -18,17 +17,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel
-from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2QFormerConfig,
     HfvlmBLIP2VisionConfig,
 )
 from hfvlm.modules.context import Context
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, text_positions
-from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, resize_grid
+from hfvlm.modules.embeddings import text_positions
+from hfvlm.modules.positions import BICUBIC_SAMPLED
 from hfvlm.modules.transformer import MLP, Attention, CrossAttention, MultiHead, PreNormLayer, Stack
 
 # One folder serves several heads; each leaves unread what it has no part for.
@@ -36,44 +34,28 @@ PARTS = [r"^(vision_model|qformer_model|image_projection|text_projection|logit_s
 STAGE_2 = [r"^(projector|language_model)\."]
 
 
-class BLIP2VisionModel(HfvlmPreTrainedModel):
-    """What both towers share."""
+class BLIP2VisionModel(ClassTokenTower):
+    """Base of both towers."""
 
-    base_model_prefix = "vision_model"
+    resize_rule = BICUBIC_SAMPLED
     _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-
-    config: Any
-    patches: PatchEmbedding
-    class_token: nn.Parameter
-    position: nn.Parameter
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.class_token, std=std)
         init.normal_(self.position, std=std)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
+    ) -> BaseModelOutputWithPooling:
+        """Encode `(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
 
-    def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
-        """`(B, C, H, W)` -> `(B, 1 + N, D)`, class token and patches with their positions."""
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
-        check_positions(x, position, pixel_values, self.config.image_size)
-        return x + position
-
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        height, width = pixel_values.shape[-2:]
-        size = self.config.patch_size
-        return resize_grid(self.position, self.config.grid, (height // size, width // size), **BICUBIC_SAMPLED)
-
-    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
-        """Change the picture size for good, as the original does when it loads a file that was trained at another."""
-        old, self.config.image_size = self.config.grid, image_size
-        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC_SAMPLED))
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to theirs.
+        """
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(x, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
 
 
 class KeysWithoutBias(Attention):
@@ -91,60 +73,28 @@ class HfvlmBLIP2VisionModel(BLIP2VisionModel):
 
     def __init__(self, config: HfvlmBLIP2VisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
         depth = config.num_hidden_layers
-        self.patches = PatchEmbedding(config)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.layers = Stack(
             PreNormLayer(config, config.drop_path_rate * i / max(depth - 1, 1), KeysWithoutBias(config))
             for i in range(depth)
         )
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
-    ) -> BaseModelOutputWithPooling:
-        """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
-
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
-        """
-        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        x = self.layers(self.patch_dropout(x), **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
-
 
 class HfvlmBLIP2CLIPVisionModel(BLIP2VisionModel):
     """CLIP's vision transformer up to the last layer but one."""
 
     config: HfvlmBLIP2CLIPVisionConfig
+    patch_bias = False
 
     def __init__(self, config: HfvlmBLIP2CLIPVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
-    ) -> BaseModelOutputWithPooling:
-        """`(B, C, H, W)` normalised pixels -> all tokens, class token first, without a last norm.
-
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
-        """
-        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        x = self.layers(self.pre_norm(self.patch_dropout(x)), **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
+    def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+        return self.pre_norm(super().embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
 
 
 class QFormerEmbedding(nn.Module):
@@ -336,50 +286,3 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         """`(B, M, C)` -> what texts are written about: the queries before each layer, `(B, layers, Q, D)`."""
         states = self(image_tokens, output_hidden_states=True).hidden_states
         return Context(torch.stack(states[:-1], dim=1))
-
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Context,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run the layers over texts that follow on the queries, each word seeing those before it.
-
-        Args:
-            input_ids: `(B * T, N)`, [DEC] first, or what follows the words in `cache`.
-            positions: `(B * T, N)`.
-            attention_mask: `(B * T, past + N)`, 0 for padding on either side.
-            context: of `read`.
-            cache: keys and values of the words before `input_ids`.
-
-        Returns:
-            Hidden states `(B * T, N, D)`.
-        """
-        x = self.embeddings(0, input_ids, positions)
-        mask = self.decoding_mask(x, attention_mask, 0 if cache is None else cache.get_seq_length())
-        for i, layer in enumerate(self.layers):
-            states = context.tokens[:, i].to(x.dtype)
-            x = layer(x, mask, 0, None, states, context.kept, cache=cache, **kwargs | {"is_causal": True})
-        return x
-
-    def decoding_mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Any:
-        """Let words attend to all queries, and to the words before them.
-
-        Args:
-            x: `(B * T, N, D)`.
-            attention_mask: `(B * T, past + N)`; or `(B * T, 1, N, length)`, over words, of a cache of fixed length.
-            past: how many words are in the cache.
-        """
-        queries = self.config.num_queries
-        if attention_mask is not None and attention_mask.ndim == 4:
-            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
-        # The queries are in no cache; the mask is that of one which holds them, too.
-        before = DynamicCache()
-        held = x.new_empty(x.shape[0], 1, queries + past, 1)
-        before.update(held, held, 0)
-        return causal_mask(self.config, x, attention_mask, before)

@@ -14,11 +14,11 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import token_losses
 from hfvlm.modeling.base import EveryModule
+from hfvlm.modeling.captioning import RankedAnswers
 from hfvlm.modeling.compat import CACHE
 from hfvlm.modeling.image_text import Features, ImageTextModel, as_outputs
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import ImageTextSeq2SeqOutput
-from hfvlm.models.blip.modeling_blip_answering import RankedAnswers
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts

@@ -1,7 +1,9 @@
-"""BLIP-2's first stage: queries that compare, match and write (https://arxiv.org/abs/2301.12597, section 3.2)."""
+"""BLIP-2's first stage: queries that are compared with texts, matched with them, and captioned
+(https://arxiv.org/abs/2301.12597, section 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -10,17 +12,17 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import AutoModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
-from hfvlm.losses.best_query import partners
-from hfvlm.losses.processes import GatherRows, gather_rows
-from hfvlm.modeling.base import DualEncoder, unit
-from hfvlm.modeling.captioning import TextDecoder
-from hfvlm.modeling.keywords import Keywords
-from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss, scored_twice
+from hfvlm.losses.processes import all_processes, positives
+from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.captioning import CaptioningModel, TextDecoder, begin_with
+from hfvlm.modeling.compat import CACHE_NAMES, causal_mask
+from hfvlm.modeling.keywords import Keywords, keywords_of
+from hfvlm.modeling.matching import MatchingModel, MatchingOutput
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel
 from hfvlm.modules.context import Context
@@ -30,18 +32,18 @@ from hfvlm.modules.similarity import FixedTemperature, Temperature, cosines
 
 
 @dataclass
-class PictureFeatures(BaseModelOutputWithPooling):
-    """What the queries made of pictures.
+class QueryFeatures(BaseModelOutputWithPooling):
+    """The queries' output for images.
 
     Args:
-        image_tokens: `(B, M, C)`, what they looked at.
+        image_tokens: `(B, M, C)`, the vision tower's tokens, which they attend to.
     """
 
     image_tokens: Tensor | None = None
 
 
-class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
-    """Compares pictures and texts by the query that fits best, and looks at the best candidates together."""
+class HfvlmBLIP2ForImageTextRetrieval(MatchingModel):
+    """Compares images and texts by the query that fits best, and matches the best candidates."""
 
     config: HfvlmBLIP2Config
     base_model_prefix = "blip2"
@@ -50,6 +52,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
     towers = {"image": "qformer_model", "text": "qformer_model"}
     pair_loss = staticmethod(best_query_loss)
     max_logit_scale = 1000.0
+    image_tokens_field = "image_tokens"
 
     def __init__(self, config: HfvlmBLIP2Config):
         super().__init__(config)
@@ -64,7 +67,7 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         self.post_init()
 
     def build_heads(self, config: HfvlmBLIP2Config) -> None:
-        """What a head has beside these."""
+        """Build what a head has next to these."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qformer_model.get_input_embeddings()
@@ -74,10 +77,10 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
 
     def encode_image(
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Any
-    ) -> PictureFeatures:
+    ) -> QueryFeatures:
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         output = self.qformer_model(tokens, **kwargs)
-        return PictureFeatures(
+        return QueryFeatures(
             last_hidden_state=output.last_hidden_state,
             pooler_output=self.image_projection(output.last_hidden_state),
             hidden_states=output.hidden_states,
@@ -97,49 +100,35 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         )
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> PictureFeatures:
-        """`(B, C, H, W)` -> an output whose `last_hidden_state`, `(B, Q, D)`, are the queries, and `pooler_output`,
-        `(B, Q, P)`, their joint embeddings, not normalised."""
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> QueryFeatures:
+        """Encode `(B, C, H, W)` -> an output whose `last_hidden_state`, `(B, Q, D)`, are the queries, and
+        `pooler_output`, `(B, Q, P)`, their joint embeddings, not normalised."""
         return self.encode_image(pixel_values, **kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
-        """Texts `(B * T, N)` read together with pictures `(B, C, H, W)`, T consecutive texts with each.
+        """Encode texts `(B * T, N)` together with images `(B, C, H, W)`, T consecutive texts for each.
 
-        `pooler_output` are the queries `(B * T, Q, D)`, `last_hidden_state` the text's tokens behind them, too.
+        `pooler_output` are the queries `(B * T, Q, D)`, `last_hidden_state` the queries and then the text's tokens.
         """
         tokens = self.vision_model(pixel_values).last_hidden_state
         return self.qformer_model(tokens, input_ids, attention_mask, **kwargs)
 
+    def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Compare `(I, Q, D)` and `(T, D)` by the query that fits best -> `(I, T)` cosines."""
+        return best_query_scores(image_embeds, text_embeds)
+
     @staticmethod
     def score(queries: Tensor, gallery: Tensor) -> Tensor:
-        """Pictures `(I, Q, D)` and texts `(T, D)`, in either order -> the cosine of the query that fits best; of
-        pictures with pictures, the mean over the queries of one of their best match in the other."""
+        """Score images `(I, Q, D)` and texts `(T, D)`, in either order, by the cosine of the query that fits best;
+        images and images by the mean over the queries of one of their best match in the other."""
         if queries.ndim > gallery.ndim:
             return best_query_scores(queries, gallery)
         if queries.ndim < gallery.ndim:
             return best_query_scores(gallery, queries).t()
         return cosines(queries, gallery) if queries.ndim == 2 else late_interaction_scores(queries, gallery)
-
-    def compare(
-        self, image: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, *, return_loss: bool | None
-    ) -> MatchingOutput:
-        image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
-        logits = self.logit_scale(best_query_scores(image_embeds, text_embeds))
-        output = MatchingOutput(
-            logits_per_image=logits,
-            logits_per_text=logits.t(),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text,
-            vision_model_output=image,
-            logit_scale=self.logit_scale.exp(),
-        )
-        if return_loss:
-            output.loss = self.contrast(output)
-        return output
 
     def contrast(
         self,
@@ -148,15 +137,17 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         group: ProcessGroup | None = None,
         **options: Any,
     ) -> Tensor:
+        """Compute the loss as every contrastive model, by default with `label_smoothing`; `options` are the loss's."""
         if pair_loss is None:
             options["label_smoothing"] = self.config.label_smoothing
-        loss = pair_loss or self.pair_loss
-        return loss(output.image_embeds, output.text_embeds, output.logit_scale, None, group=group, **options)
+        return super().contrast(output, partial(pair_loss or self.pair_loss, **options), group)
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, image_tokens: Tensor) -> Tensor:
-        """`(B * T, N)` texts, T for each of B pictures' tokens `(B, M, C)` -> `(B * T, 2)`, the second column for a
-        match: the mean of what each query says."""
+        """Match texts `(B * T, N)`, T for each of B images' tokens `(B, M, C)` -> `(B * T, 2)`, the second column for
+        a match: the mean over the queries."""
         return self.itm_head(self.qformer_model(image_tokens, input_ids, attention_mask).pooler_output).mean(dim=1)
+
+    match_tokens = match
 
     @can_return_tuple
     def forward(
@@ -167,97 +158,40 @@ class HfvlmBLIP2ForImageTextRetrieval(DualEncoder):
         pair_ids: Tensor | None = None,
         *,
         return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
     ) -> MatchingOutput:
-        """Every text against every picture by the query that fits best.
+        """Compare every text with every image by the query that fits best.
 
-        With `return_loss`, text i must belong to picture i, and the loss is the contrastive one and that of matching
-        each pair against a wrong picture and a wrong text, which are drawn among the most similar ones of all
+        With `return_loss`, text i must belong to image i, and the loss is the contrastive one and that of matching
+        each pair against a negative image and a negative text, which are drawn among the most similar ones of all
         processes.
 
         Args:
             input_ids: `(T, N)`, [CLS] first.
             pixel_values: `(I, C, H, W)`, normalised.
             attention_mask: `(T, N)`, 0 for padding on either side.
-            pair_ids: `(T,)`, equal numbers for pairs about the same picture.
+            pair_ids: `(T,)`, equal numbers for pairs about the same image.
             return_loss: also compute the losses of the batch.
-            interpolate_pos_encoding: take pictures of any size.
+            **kwargs: see `DualEncoder.forward`.
         """
-        image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.encode_text(input_ids, attention_mask)
-        output = self.compare(image, text, return_loss=False)
+        output = super().forward(input_ids, pixel_values, attention_mask, **kwargs)
         if return_loss:
             self.train_on(output, input_ids, attention_mask, pair_ids)
         return output
 
-    def train_on(
-        self, output: MatchingOutput, input_ids: Tensor, attention_mask: Tensor | None, pair_ids: Tensor | None
-    ) -> None:
+    def train_on(self, output: Any, input_ids: Tensor, attention_mask: Tensor | None, pair_ids: Tensor | None) -> None:
         """Add the losses to an output."""
-        tokens = output.vision_model_output.image_tokens  # type: ignore[union-attr]
+        group = all_processes() if self.training else None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = (as_long_as_any(part, self.group) for part in (input_ids, mask))
-        output.contrastive_loss = self.contrast(output, group=self.group, pair_ids=pair_ids)
-        wrong_images, wrong_texts = self.hard_negatives(output, pair_ids)
-        output.matching_logits = self.match(
-            torch.cat([ids, ids, gather_rows(ids, self.group)[wrong_texts]]),
-            torch.cat([mask, mask, gather_rows(mask, self.group)[wrong_texts]]),
-            torch.cat([tokens, GatherRows.apply(tokens, self.group)[wrong_images], tokens]),
-        )
-        output.matching_loss = matching_loss(output.matching_logits)
-        output.loss = output.contrastive_loss + output.matching_loss
-
-    @property
-    def group(self) -> ProcessGroup | None:
-        """All processes, in training on several."""
-        return dist.group.WORLD if self.training and dist.is_available() and dist.is_initialized() else None
-
-    @torch.no_grad()
-    def hard_negatives(self, output: Any, pair_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A wrong picture for each text and a wrong text for each picture among those of all processes, the more
-        similar the likelier."""
-        own_images, own_texts, scale = output.image_embeds, output.text_embeds, output.logit_scale
-        images, texts = (gather_rows(embeds, self.group) for embeds in (own_images, own_texts))
-        same = partners(own_texts.shape[0], pair_ids, own_texts.device, self.group)
-        if bool(same.all(dim=1).any()):
-            raise ValueError("Matching needs a wrong partner for each pair: give batches of at least two pairs.")
-        per_text, per_image = (
-            best_query_scores(images, own_texts).t() * scale,
-            best_query_scores(own_images, texts) * scale,
-        )
-        images = self.draw(per_text.masked_fill(same, -10000).softmax(dim=1))
-        return images, self.draw(per_image.masked_fill(same, -10000).softmax(dim=1))
-
-    def draw(self, weights: Tensor) -> Tensor:
-        """`(B, all)` -> `(B,)`, a column of each row."""
-        return torch.multinomial(weights, 1).squeeze(1)
-
-    @torch.no_grad()
-    def rerank(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, *, top_k: int = 128
-    ) -> RetrievalScores:
-        """Two-stage retrieval: the `top_k` by the best query's cosine are scored by it plus the logit of a match.
-
-        Args:
-            pixel_values: `(I, C, H, W)`, normalised.
-            input_ids: `(T, N)`.
-            attention_mask: `(T, N)`, 0 for padding.
-            top_k: how many candidates the second stage looks at; the paper takes 128.
-        """
-        image, text = self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
-        cosines = best_query_scores(unit(image.pooler_output), unit(text.pooler_output))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        tokens: Any = image.image_tokens
-
-        def match(images: Tensor, texts: Tensor) -> Tensor:
-            return self.match(input_ids[texts], mask[texts], tokens[images])
-
-        return scored_twice(cosines, match, top_k)
+        ids, mask = (as_long_as_any(part, group) for part in (input_ids, mask))
+        output.contrastive_loss = self.contrast(output, group=group, pair_ids=pair_ids)
+        same = positives(ids.shape[0], pair_ids, ids.device, group)
+        pairs = output.vision_model_output.image_tokens, ids, mask
+        output.add_matching(self.match_negatives(output, pairs, same, group))
 
 
 def as_long_as_any(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`(B, N)` -> the same, with zeros behind it up to the length that the longest process has."""
+    """Append zeros to `(B, N)` up to the length that the longest process has."""
     if group is None:
         return rows
     longest = torch.tensor(rows.shape[1], device=rows.device)
@@ -265,14 +199,60 @@ def as_long_as_any(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     return F.pad(rows, (0, int(longest) - rows.shape[1]))
 
 
-class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, TextDecoder):
-    """The paper's figure 2: queries that are compared with texts, matched with them, and written about."""
+class QFormerDecoder(TextDecoder, HfvlmPreTrainedModel):
+    """A model's Q-Former and output layer as a text decoder: words attend to all queries, and to the words before
+    them."""
+
+    _can_record_outputs = HfvlmBLIP2QFormerModel._can_record_outputs
+
+    def __init__(self, qformer_model: HfvlmBLIP2QFormerModel, lm_head: nn.Module):
+        super().__init__(qformer_model.config)
+        self.qformer_model, self.lm_head, self.training = qformer_model, lm_head, qformer_model.training
+
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.qformer_model.embeddings(0, input_ids, position_ids)
+
+    def mask(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
+        """Make the mask over queries and words; one of `(B * T, 1, N, length)`, of a cache of fixed length, is over
+        words already."""
+        queries = self.config.num_queries
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return F.pad(attention_mask, (queries, 0), value=attention_mask.dtype == torch.bool)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(x.shape[0], queries), attention_mask], dim=1)
+        # The queries are in no cache; the mask is that of one which holds them, too.
+        before = DynamicCache()
+        held = x.new_empty(x.shape[0], 1, queries + (0 if cache is None else cache.get_seq_length()), 1)
+        before.update(held, held, 0)
+        return causal_mask(self.config, x, attention_mask, before)
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        for i, layer in enumerate(self.qformer_model.layers):
+            queries = context.tokens[:, i].to(x.dtype)
+            x = layer(x, mask, 0, None, queries, context.kept, **kwargs | {"is_causal": True})
+        return x
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
+
+
+class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel):
+    """The paper's figure 2: queries that are compared with texts, matched with them, and captioned."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer_model.embeddings.token.weight"}
 
     def build_heads(self, config: HfvlmBLIP2Config) -> None:
         qformer: Any = config.qformer_config
         self.lm_head = BertLanguageHead(qformer)
+
+    @property
+    def text_decoder(self) -> QFormerDecoder:
+        return QFormerDecoder(self.qformer_model, self.lm_head)
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        """Return those of a text decoder's forward, too."""
+        decoding = (*keywords_of(TextDecoder), *CACHE_NAMES) if method == "forward" else ()
+        return {*super().further_keywords(method), *decoding}
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -281,100 +261,41 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, TextDecoder):
         self.lm_head.decoder = value
 
     @can_return_tuple
-    def forward(  # noqa: PLR0913 (two passes: of pairs, and of texts that are continued)
+    def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pair_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
         *,
         context: Context | None = None,
         return_loss: bool | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[Keywords],
     ) -> Any:
         """Compare as `HfvlmBLIP2ForImageTextRetrieval`; the loss is also that of captioning each image.
 
-        With `context`, what `read` returned, score the next tokens of texts about images instead: `position_ids`,
-        `cache`, `use_cache` and `logits_to_keep` are as in `TextDecoder.forward`.
+        With `context`, what `read` returned, score the next tokens of texts about images instead, as
+        `TextDecoder.forward`, whose other arguments it takes then.
         """
+        options: dict[str, Any] = dict(kwargs)
         if context is not None:
-            return self.step(
-                input_ids,
-                attention_mask,
-                context,
-                position_ids,
-                cache,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-        if not return_loss:
-            return super().forward(input_ids, pixel_values, attention_mask, **kwargs)
-        output = super().forward(
-            input_ids, pixel_values, attention_mask, pair_ids, return_loss=True, output_hidden_states=True, **kwargs
-        )
-        seen: Any = output.vision_model_output
-        ids = begin_with(self.config.qformer_config.bos_token_id, input_ids, attention_mask)
-        logits: Any = self.step(ids, attention_mask, Context(torch.stack(seen.hidden_states[:-1], dim=1))).logits
-        labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
-        smoothing = self.config.label_smoothing
-        output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
-        output.loss = output.loss + output.captioning_loss
+            return self.text_decoder(input_ids, attention_mask, context, **options)
+        options |= {"return_loss": True, "output_hidden_states": True} if return_loss else {}
+        output = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
+        if return_loss:
+            vision: Any = output.vision_model_output
+            ids, seen = self.begin(input_ids, attention_mask), torch.stack(vision.hidden_states[:-1], dim=1)
+            logits = self.text_decoder(ids, attention_mask, Context(seen)).logits
+            labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
+            smoothing = self.config.label_smoothing
+            output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
+            output.loss = output.loss + output.captioning_loss
         return output
 
-    def read(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Context:
-        """`(B, C, H, W)` -> what texts are written about."""
+    def read(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Context:  # type: ignore[override]
+        """Encode images `(B, C, H, W)` -> what texts about them attend to."""
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return self.qformer_model.read(tokens)
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | None,
-        context: Any,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        return self.qformer_model.decode(input_ids, positions, attention_mask, context, cache, **kwargs)
-
-    def logits_of(self, x: Tensor) -> Tensor:
-        return self.lm_head(x)
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        pixel_values: Any = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        context: Context | None = None,
-        interpolate_pos_encoding: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Write about pictures, each of which is read once, however many texts and beams there are about it.
-
-        Args:
-            pixel_values: `(B, C, H, W)`, normalised.
-            input_ids: `(B * T, N)`, T texts to continue for each picture; by default only [DEC]. The end token that
-                a tokenizer puts after them is taken off.
-            attention_mask: `(B * T, N)`, 0 for padding, which may be on either side.
-            context: what `read` returned, instead of pixels.
-            interpolate_pos_encoding: take pictures of any size.
-            **options: of transformers' `generate`.
-
-        Returns:
-            Token ids that begin with [DEC] and the given ones, or what `options` ask for.
-        """
-        if context is None:
-            context = self.read(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        if input_ids is not None:
-            config = self.config.qformer_config
-            input_ids = begin_with(config.bos_token_id, input_ids, attention_mask)
-            whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            attention_mask = whole * (input_ids != config.eos_token_id)
-        return super().generate(input_ids, context=context, attention_mask=attention_mask, **options)
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return begin_with(self.config.qformer_config.bos_token_id, input_ids, attention_mask)

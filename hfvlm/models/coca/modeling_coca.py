@@ -1,8 +1,8 @@
 """CoCa (https://arxiv.org/abs/2205.01917; https://github.com/mlfoundations/open_clip at 89fb801).
 
-One text decoder in two halves: the lower half reads a text alone, and its class token meets the picture in the joint
-space; the upper half looks at the picture and writes. An attentional pooler makes of the picture one token to compare
-and the others to write from.
+One text decoder in two halves: the lower half embeds a text alone, and its class token meets the image in the joint
+space; the upper half attends to the image and generates. An attentional pooler makes of the image one token to compare
+and the others to generate from.
 """
 
 from collections.abc import Collection
@@ -10,25 +10,22 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import other_towers
-from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.base import DepthScaledModel
 from hfvlm.modeling.compat import causal_mask
-from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import (
@@ -61,22 +58,14 @@ class QueryPool(nn.Module):
         return self.attention(queries, context=self.context_norm(x))[0]
 
 
-class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
+class HfvlmCoCaVisionModel(ClassTokenTower, DepthScaledModel):
     """A vision transformer whose tokens, class token included, go through the attentional pooler."""
 
     config: HfvlmCoCaVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
 
     def __init__(self, config: HfvlmCoCaVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.pool = QueryPool(config)
@@ -84,55 +73,26 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
         self.projection = Projection(config.projection_dim, config.projection_dim, bias=False)
         self.post_init()
 
-    def init_own_weights(self, std: float) -> None:
-        scale = self.config.hidden_size**-0.5
-        init.normal_(self.class_token, std=scale)
-        init.normal_(self.position, std=scale)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the pooler's tokens after the last norm, and the first of them, which is
-        the summary. The others are what is written from.
+        the pooled output. Texts are generated from the others.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to it.
         """
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **BICUBIC)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(x), **kwargs)
         x = self.post_norm(self.pool(x))
         return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
 
-    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
-        """Change the picture size for good, as open_clip does when it loads a file."""
-        old, self.config.image_size = self.config.grid, image_size
-        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
 
-
-class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
-    """The text decoder: without a context its lower half reads, with one the whole of it writes."""
+class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
+    """The text decoder: without a context its lower half embeds, with one the whole of it generates."""
 
     config: HfvlmCoCaTextConfig
-    embeds_texts_alone = True
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
-    _no_split_modules = ["PreNormLayer", "GroundingLayer"]
-    _can_record_outputs = {
-        "hidden_states": PreNormLayer,
-        "attentions": OutputRecorder(CausalAttention, index=1),
-        "cross_attentions": OutputRecorder(CrossAttention, index=1),
-    }
 
     def __init__(self, config: HfvlmCoCaTextConfig):
         super().__init__(config)
@@ -161,38 +121,37 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
     def further_keywords(self, method: str) -> Collection[str]:
         return ("visible",) if method == "forward" else ()
 
-    def decode(
+    def mask(
         self,
+        x: Tensor,
         input_ids: Tensor,
-        positions: Tensor,
         attention_mask: Tensor | None,
-        context: Context | None,
         cache: Cache | None,
         *,
         visible: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run both halves; see `TextDecoder`.
+    ) -> Any:
+        """Make the masks of the lower half and of the upper half; see `TextDecoder`.
 
         Args:
-            visible: `(B * T, past + N)`, what the lower half sees; by default made from `input_ids` by the same name's
-                method, which is right as long as what is past has no padding's id.
+            visible: `(B * T, past + N)`, what the lower half attends to; by default made from `input_ids` by the same
+                name's method, which is right as long as what is past has no padding's id.
         """
-        x = self.token(input_ids) + self.position[positions]
         if visible is None and (cache is None or not cache.get_seq_length()):
             visible = self.visible(input_ids, attention_mask)
-        lower, upper = [  # before a layer writes to the cache, whose length they ask for
+        return [
             causal_mask(self.config, x, seen, cache)
             for seen in (attention_mask if visible is None else visible, attention_mask)
         ]
-        x = self.layers(x, lower, cache=cache, **kwargs)
-        return self.decode_upper(x, upper, context, cache=cache, **kwargs)
+
+    def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
+        lower, upper = mask
+        return self.decode_upper(self.layers(x, lower, **kwargs), upper, context, **kwargs)
 
     def logits_of(self, x: Tensor) -> Tensor:
         return self.lm_head(self.multimodal_norm(x))
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
-        """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
+        """Run the lower half: `(B, N)` -> its tokens, before any norm, and the class token as the pooled output."""
         length = input_ids.shape[1]
         self.positions(input_ids, None)  # refuses texts that are too long
         x = torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1)
@@ -203,7 +162,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
         return TowerOutput(last_hidden_state=x[:, :-1], pooler_output=pooled, embeds=self.projection(pooled))
 
     def decode_upper(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
-        """Run the upper half over the lower half's tokens `(B * T, N, D)`, which no norm has seen."""
+        """Run the upper half over the lower half's tokens `(B * T, N, D)`, before any norm."""
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for layer, grounding in zip(self.multimodal_layers, self.grounding_layers, strict=True):
             x = grounding(layer(x, mask, **kwargs), tokens, context_mask, context.kept)
@@ -213,18 +172,16 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
     # after each such token, and calls that a mistake which the released weights were trained with.
 
     def visible_to_class(self, input_ids: Tensor) -> Tensor:
-        """`(B, N)` -> `(B, N + 1)`, which tokens are seen where texts are read, the class token last."""
-        real = input_ids != self.config.pad_token_id
-        always = torch.ones_like(real[:, :1])
-        return torch.cat([real, always] if self.config.correct_class_mask else [always, real], dim=1)
+        """Mask the tokens of texts that are embedded: `(B, N)` -> `(B, N + 1)`, the class token last."""
+        shift = self.config.mask_shift
+        return pad(input_ids != self.config.pad_token_id, (shift, 1 - shift), value=True)
 
     def visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`(B, N)` -> `(B, N)`, the same where they are written; the padding that a mask hides is no such token."""
+        """Mask the tokens of texts that are continued, `(B, N)`; the padding that a mask hides is no such token."""
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real | (attention_mask == 0)
-        if not self.config.correct_class_mask:
-            real = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)
+        real = pad(real, (self.config.mask_shift, 0), value=True)[:, : real.shape[1]]
         return real if attention_mask is None else real & (attention_mask != 0)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -233,7 +190,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
 
 
 class HfvlmCoCaModel(ContrastiveCaptioner):
-    """Pictures and texts in one space, and captions."""
+    """Images and texts in one space, and captions."""
 
     config: HfvlmCoCaConfig
     base_model_prefix = "coca"
@@ -243,8 +200,7 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
 
     def __init__(self, config: HfvlmCoCaConfig):
         super().__init__(config)
-        self.vision_model = HfvlmCoCaVisionModel._from_config(config.vision_config)
-        self.text_model = HfvlmCoCaTextModel._from_config(config.text_config)
+        self.build_towers(config)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
 
@@ -253,7 +209,7 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
         return Context(tokens[:, 1:])
 
     def caption(self, input_ids: Tensor, text: BaseModelOutputWithPooling, context: Context) -> Tensor:
-        """Goes on from the lower half's tokens, which are the same as with a class token after them."""
+        """Score from the lower half's tokens, which are the same as with a class token after them."""
         tokens: Any = text.last_hidden_state
         mask = causal_mask(self.text_model.config, tokens, None)
         return self.text_model.logits_of(self.text_model.decode_upper(tokens, mask, context))

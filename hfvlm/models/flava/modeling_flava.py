@@ -19,18 +19,19 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import LAYER_ATTENTIONS, DualEncoder, HfvlmPreTrainedModel
+from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVAConfig,
     HfvlmFLAVAMultimodalConfig,
     HfvlmFLAVATextConfig,
     HfvlmFLAVAVisionConfig,
 )
-from hfvlm.modules.embeddings import BertEmbedding, PatchEmbedding, padded_positions, text_positions
+from hfvlm.modules.embeddings import BertEmbedding, padded_positions, text_positions
 from hfvlm.modules.pooling import first_token
-from hfvlm.modules.positions import check_positions
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, LogitScale
 from hfvlm.modules.transformer import MLP, PreNormLayer, Stack
@@ -93,21 +94,15 @@ class HfvlmFLAVAPreTrainedModel(HfvlmPreTrainedModel):
     _can_record_outputs = {"hidden_states": DroppedLayer, "attentions": LAYER_ATTENTIONS}
 
 
-class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
-    """The image encoder: a vision transformer, some of whose patches may be hidden."""
+class HfvlmFLAVAVisionModel(ClassTokenTower, HfvlmFLAVAPreTrainedModel):
+    """The image encoder: a vision transformer, some of whose patches may be masked."""
 
     config: HfvlmFLAVAVisionConfig
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    _keys_to_ignore_on_load_unexpected = PARTS
 
     def __init__(self, config: HfvlmFLAVAVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(config.hidden_size)) if config.mask_token else None
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = Stack(DroppedLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -120,9 +115,6 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
             if parameter is not None:
                 init.normal_(parameter, std=std)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -133,20 +125,19 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
     ) -> FLAVATowerOutput:
-        """`(B, C, H, W)` normalised pixels -> all tokens after the last norm, class token first, and the summaries.
+        """Encode `(B, C, H, W)` normalised pixels -> all tokens after the last norm, class token first, and its pooled
+        outputs.
 
         Args:
-            pixel_values: of the size that `config.image_size` says.
-            bool_masked_pos: `(B, H/p, W/p)` or `(B, H/p * W/p)`, other than 0 for the patches that are hidden.
-            interpolate_pos_encoding: take pictures of any size; the position table is resized to it.
+            pixel_values: of `config.image_size`.
+            bool_masked_pos: `(B, H/p, W/p)` or `(B, H/p * W/p)`, other than 0 for the patches that are masked.
+            interpolate_pos_encoding: take images of any size; the position table is resized to theirs.
         """
         x = self.patches(pixel_values)
         if bool_masked_pos is not None:
             x = self.hide(x, bool_masked_pos)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position = self.position_for(pixel_values) if interpolate_pos_encoding else self.position
-        check_positions(x, position, pixel_values, self.config.image_size)
-        before = self.layers(self.dropout(x + position), **kwargs)
+        x = self.with_positions(x, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        before = self.layers(self.dropout(x), **kwargs)
         x = self.post_norm(before)
         embeds = self.projection(x[:, 0])
         return FLAVATowerOutput(last_hidden_state=x, pooler_output=self.summary(x), embeds=embeds, before_norm=before)
@@ -162,17 +153,17 @@ class HfvlmFLAVAVisionModel(HfvlmFLAVAPreTrainedModel):
             )
         return torch.where(hidden.flatten(1).bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
-    def position_for(self, pixel_values: Tensor) -> Tensor:
-        """The position table for pictures of another size.
+    def resized(self, grid: tuple[int, int]) -> Tensor:
+        """Resize the position table.
 
         The original asks for a tenth of a row and of a column too much, lest rounding should lose one, and samples by
         these factors.
         """
-        grid, wanted = self.config.grid, [edge // self.config.patch_size for edge in pixel_values.shape[-2:]]
-        if wanted == list(grid):
+        old = self.config.grid
+        if grid == old:
             return self.position
-        factors = [(new + 0.1) / old for new, old in zip(wanted, grid, strict=True)]
-        table = self.position[1:].float().unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)
+        factors = [(new + 0.1) / edge for new, edge in zip(grid, old, strict=True)]
+        table = self.position[1:].float().unflatten(0, old).permute(2, 0, 1).unsqueeze(0)
         resized = F.interpolate(table, scale_factor=factors, mode="bicubic", align_corners=False)[0].flatten(1).t()
         return torch.cat([self.position[:1], resized.to(self.position.dtype)])
 
@@ -274,6 +265,7 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
     base_model_prefix = "flava"
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = 100.0
+    text_inputs = ("token_type_ids",)
     lora_recipe = "vision+text"  # no loss of this class reads the multimodal encoder
 
     def __init__(self, config: HfvlmFLAVAConfig):
@@ -307,32 +299,6 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
         image = self.vision_model(pixel_values, bool_masked_pos)
         text = self.text_model(input_ids, attention_mask)
         return self.multimodal_model(image.before_norm, text.before_norm, **kwargs)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[Keywords],
-    ) -> DualEncoderOutput:
-        """Every text against every picture; with `return_loss`, text i must belong to picture i.
-
-        Args:
-            input_ids: `(T, N)`, [CLS] first, padded on the right.
-            pixel_values: `(I, C, H, W)`, normalised.
-            attention_mask: `(T, N)`, 0 for padding; by default for every `pad_token_id`.
-            token_type_ids: `(T, N)`; trained on type 0 alone, the default.
-            return_loss: also compute the contrastive loss of the batch.
-            interpolate_pos_encoding: take pictures of any size.
-        """
-        image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.encode_text(input_ids, attention_mask, token_type_ids=token_type_ids, **kwargs)
-        return self.compare(image, text, return_loss=return_loss)
 
 
 class Classifier(nn.Module):

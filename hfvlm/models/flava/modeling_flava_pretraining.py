@@ -10,7 +10,6 @@ from math import prod
 from typing import Any, Unpack, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
@@ -19,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import BertTextConfig
 from hfvlm.losses.blocks import check_negatives
-from hfvlm.losses.processes import GatherRows, check_equal_rows, rank_and_size
+from hfvlm.losses.processes import GatherRows, all_processes, check_equal_rows, rank_and_size
 from hfvlm.modeling.base import as_features, loss_without_labels
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput
@@ -91,6 +90,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
 
     _keep_in_fp32_modules_strict = ["logit_scale", "codebook_model"]
     lora_recipe = "vision+text+multimodal"
+    frozen_modules = ("codebook_model",)
 
     def build_heads(self, config: HfvlmFLAVAConfig) -> None:
         width = config.multimodal_config.hidden_size
@@ -117,17 +117,6 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         for head in (self.mlm_head, self.mmm_text_head):
             head.resize(table.weight.shape[0], std)
         return table
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """For what is trained alone: the codebook keeps nothing for a gradient."""
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        for module in self.codebook_model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                setattr(module, "gradient_checkpointing", False)  # noqa: B010  (nn.Module's own type)
-
-    @property
-    def group(self) -> ProcessGroup | None:
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     @loss_without_labels
     @can_return_tuple
@@ -185,7 +174,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
                 output.multimodal_model_output = self.multimodal_model(*tokens, **kwargs)
                 self.learn_pairs(output, itm_labels, mim_labels, mlm_labels)
             if self.config.contrastive_weight > 0:
-                output.contrastive_loss = self.config.contrastive_weight * self.contrast(output, group=self.group)
+                output.contrastive_loss = self.config.contrastive_weight * self.contrast(output, group=all_processes())
         output.loss = output.total()
         return output
 

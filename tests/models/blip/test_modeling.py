@@ -599,8 +599,8 @@ class TestRetrievalTraining(Momentum, TestRetrieval):
     def test_pairs_about_one_picture_belong_together(self, model, batch):
         ids = torch.tensor([7, 7])
         model.train()
-        assert not (model.right_partners(None, 2, 8)[:, 2:]).any()
-        with pytest.raises(ValueError, match="wrong partner"):
+        assert not (model.right_columns(None, 2, 8)[:, 2:]).any()
+        with pytest.raises(ValueError, match="a negative for each pair"):
             model(**batch, pair_ids=ids, return_loss=True)
         model(**batch, pair_ids=torch.tensor([7, 9]), return_loss=True)
         output = model(**batch, pair_ids=torch.tensor([9, 4]), return_loss=True, distillation=0.0)

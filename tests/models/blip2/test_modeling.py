@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -10,6 +11,7 @@ from transformers import (
 )
 
 import hfvlm
+from hfvlm.losses.processes import positives
 from hfvlm.modeling.compat import cache_of
 from hfvlm.models.blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
@@ -24,6 +26,7 @@ from hfvlm.models.blip2 import (
     HfvlmBLIP2VisionConfig,
     HfvlmBLIP2VisionModel,
 )
+from hfvlm.models.blip2.modeling_blip2_retrieval import QFormerDecoder
 from tests.support.generation import GenerationSuite
 from tests.support.processes import run_processes
 from tests.support.suite import ModelSuite, close, relative, same
@@ -118,15 +121,14 @@ class TestQFormer(ModelSuite):
             model(**batch)
 
     def test_words_attend_to_all_queries_and_to_words_before(self, model, batch):
-        context, positions = model.read(batch["image_tokens"]), torch.arange(batch["input_ids"].shape[1])
+        decoder, ids, mask = QFormerDecoder(model, nn.Identity()), batch["input_ids"], batch["attention_mask"]
+        context, other_context = (model.read(batch["image_tokens"][rows]) for rows in ([0, 1, 2], [2, 1, 0]))
         with torch.no_grad():
-            whole = model.decode(batch["input_ids"], positions, batch["attention_mask"], context)
-            changed = batch["input_ids"].clone()
+            whole = decoder(ids, mask, context).logits
+            changed = ids.clone()
             changed[0, 3] = 11
-            again = model.decode(changed, positions, batch["attention_mask"], context)
-            other = model.decode(
-                batch["input_ids"], positions, batch["attention_mask"], model.read(batch["image_tokens"].flip(0))
-            )
+            again = decoder(changed, mask, context).logits
+            other = decoder(ids, mask, other_context).logits
         close(again[0, :3], whole[0, :3], 1e-6, "before the change")
         assert relative(again[0, 3:], whole[0, 3:]) > 1e-3
         assert relative(other[:, 0], whole[:, 0]) > 1e-4
@@ -179,13 +181,13 @@ class Stage1(ModelSuite):
         close(shared, sum(costs) / 2, 1e-6, "shared")
         assert relative(alone, shared) > 1e-4
 
-    def test_wrong_partners_are_never_right(self, model, batch):
-        output = model(**batch)
+    def test_positives_are_never_drawn_as_negatives(self, model):
         for _ in range(5):
-            images, texts = model.hard_negatives(output, torch.tensor([4, 9, 4]))
+            scores = torch.randn(2, 3, 3)
+            images, texts = model.hard_negatives(*scores, positives(3, torch.tensor([4, 9, 4]), scores.device, None))
             assert images[[0, 2]].tolist() == texts[[0, 2]].tolist() == [1, 1]
         with pytest.raises(ValueError, match="at least two pairs"):
-            model.hard_negatives(output, torch.tensor([4, 4, 4]))
+            model.hard_negatives(*scores, positives(3, torch.tensor([4, 4, 4]), scores.device, None))
 
     def test_candidates_are_looked_at_together(self, model, batch):
         images, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
