@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -231,36 +231,6 @@ class DualEncoder(HfvlmPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             check_negatives(images.shape[0], rank_and_size(group)[1])
         return loss(images, output.text_embeds, output.logit_scale, output.logit_bias, group=group)
-
-
-class ImageClassifier(HfvlmPreTrainedModel):
-    """A linear layer on the summary of a dual encoder's vision tower; the text tower is not built."""
-
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale\.", r"^vision_model\.projection\."]
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.vision_model.projection = nn.Identity()  # the summary is read before it enters the joint space
-        self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels or 0)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[Keywords]
-    ) -> ImageClassifierOutput:
-        """`(B, C, H, W)` -> logits `(B, num_labels)` and, for `labels`, the loss that `config.problem_type` names."""
-        vision = self.vision_model(pixel_values, **kwargs)
-        logits = self.classifier(vision.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=vision.hidden_states, attentions=vision.attentions
-        )
 
 
 def unit(features: Tensor | None) -> Tensor:

@@ -12,15 +12,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, as_features, other_towers
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, as_features, other_towers
 from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid, resize_line
+from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import GroundingLayer, PreNormLayer, Stack
@@ -40,35 +40,19 @@ class HfvlmCLIPPreTrainedModel(HfvlmPreTrainedModel):
                 init.normal_(projection.weight, std=(2 * width * depth) ** -0.5)
 
 
-class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
+class HfvlmCLIPVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
     """A vision transformer that reads its class token."""
 
     config: HfvlmCLIPVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
 
     def __init__(self, config: HfvlmCLIPVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = projection(config)
         self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        scale = self.config.hidden_size**-0.5
-        init.normal_(self.class_token, std=scale)
-        init.normal_(self.position, std=scale)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -85,14 +69,9 @@ class HfvlmCLIPVisionModel(HfvlmCLIPPreTrainedModel):
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it. With `until`,
         the tokens are `hidden_states[until]`, and nothing is computed that comes after them: there is no summary.
         """
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **BICUBIC)
-        check_positions(x, position, pixel_values, self.config.image_size, self.main_input_name)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         depth = None if until is None else self.layers.depth_of(until)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), depth=depth, **kwargs)
+        x = self.layers(self.pre_norm(x), depth=depth, **kwargs)
         if until is not None:
             return TowerOutput(last_hidden_state=x)
         pooled = self.post_norm(x[:, 0])
@@ -210,9 +189,7 @@ class HfvlmCLIPModel(DualEncoder):
         if image_size is not None:
             if not isinstance(vision, HfvlmCLIPVisionModel):
                 raise ValueError("A ResNet keeps its picture size; pass interpolate_pos_encoding=True for others.")
-            old = vision.config.grid
-            vision.config.image_size = image_size
-            vision.position = nn.Parameter(resize_grid(vision.position.data, old, vision.config.grid, **BICUBIC))
+            vision.resize_positions(image_size)
         if context_length is not None:
             text.embeddings.position = nn.Parameter(resize_line(text.embeddings.position.data, context_length))
             text.config.max_position_embeddings = context_length

@@ -23,12 +23,10 @@ from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import (
@@ -61,36 +59,20 @@ class QueryPool(nn.Module):
         return self.attention(queries, context=self.context_norm(x))[0]
 
 
-class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
+class HfvlmCoCaVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
     """A vision transformer whose tokens, class token included, go through the attentional pooler."""
 
     config: HfvlmCoCaVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
 
     def __init__(self, config: HfvlmCoCaVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.pool = QueryPool(config)
         self.post_norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
         self.projection = Projection(config.projection_dim, config.projection_dim, bias=False)
         self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        scale = self.config.hidden_size**-0.5
-        init.normal_(self.class_token, std=scale)
-        init.normal_(self.position, std=scale)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -102,20 +84,10 @@ class HfvlmCoCaVisionModel(HfvlmCLIPPreTrainedModel):
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **BICUBIC)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(x), **kwargs)
         x = self.post_norm(self.pool(x))
         return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
-
-    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
-        """Change the picture size for good, as open_clip does when it loads a file."""
-        old, self.config.image_size = self.config.grid, image_size
-        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
 
 
 class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):

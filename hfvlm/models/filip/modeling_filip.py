@@ -24,16 +24,15 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling.base import DualEncoder, ImageClassifier, other_towers, unit
+from hfvlm.modeling.base import DualEncoder, other_towers, unit
 from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -75,22 +74,15 @@ class FILIPOutput(DualEncoderOutput):
     summary_scale: Tensor | None = None
 
 
-class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
+class HfvlmFILIPVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
     """CLIP's vision transformer, whose patches are the embedding."""
 
     config: HfvlmFILIPVisionConfig
-    base_model_prefix = "vision_model"
     _keys_to_ignore_on_load_unexpected = [*other_towers("vision_model"), SUMMARIES]
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
 
     def __init__(self, config: HfvlmFILIPVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.projection = projection(config, bias=True)
@@ -99,9 +91,6 @@ class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
         init.normal_(self.position, std=0.01)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -113,13 +102,8 @@ class HfvlmFILIPVisionModel(HfvlmCLIPPreTrainedModel):
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **BICUBIC)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(x), **kwargs)
         patches = x[:, 1:]
         return TowerOutput(last_hidden_state=x, pooler_output=patches.mean(dim=1), embeds=self.projection(patches))
 

@@ -28,6 +28,11 @@ class HfvlmImageBindVisionConfig(VisionConfig):
     temporal_patch_size: int = 2
     projection_dim: int = 1024
 
+    @property
+    def num_moments(self) -> int:
+        """Patches of a clip along time."""
+        return self.num_frames // self.temporal_patch_size
+
     def validate_frames(self) -> None:
         if self.num_frames < self.temporal_patch_size:
             raise ValueError(
@@ -61,6 +66,7 @@ class HfvlmImageBindAudioConfig(TowerConfig):
         num_mel_bins: rows of the spectrogram.
         num_frames: its columns, 10 ms each.
         patch_size: edge of a patch.
+        patch_dropout: share of patches that is left out in training.
         stride: from one patch to the next.
         drop_path_rate: of the last layer, in training; those before it have less.
     """
@@ -72,6 +78,7 @@ class HfvlmImageBindAudioConfig(TowerConfig):
     num_mel_bins: int = 128
     num_frames: int = 204
     patch_size: int = 16
+    patch_dropout: float | int = 0.0
     stride: int = 10
     drop_path_rate: float | int = 0.1
     projection_dim: int = 1024
@@ -127,6 +134,7 @@ class HfvlmImageBindIMUConfig(TowerConfig):
         num_channels: three of an accelerometer, three of a gyroscope.
         num_samples: of a trace; 5 s at 400 Hz.
         patch_size: samples that make a token.
+        patch_dropout: share of tokens that is left out in training.
         drop_path_rate: of the last layer, in training; those before it have less.
         projection_dropout: before the projection, in training.
     """
@@ -142,9 +150,15 @@ class HfvlmImageBindIMUConfig(TowerConfig):
     num_channels: int = 6
     num_samples: int = 2000
     patch_size: int = 8
+    patch_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.7
     projection_dropout: float | int = 0.5
     projection_dim: int = 1024
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """One row of patches."""
+        return 1, self.num_samples // self.patch_size
 
     def validate_patches(self) -> None:
         if self.num_samples < self.patch_size:

@@ -16,6 +16,7 @@ from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -25,10 +26,9 @@ from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindThermalConfig,
     HfvlmImageBindVisionConfig,
 )
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.pooling import end_of_text
-from hfvlm.modules.positions import BICUBIC_SAMPLED, check_positions, resize_grid
+from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
@@ -42,23 +42,17 @@ TEXT_SCALE = 1 / 0.07
 FIXED_SCALES = {"audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
 
 
-class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
+class HfvlmImageBindVisionModel(ClassTokenTower):
     """A vision transformer over patches that reach through time, read at its class token."""
 
     config: HfvlmImageBindVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
     input_modalities = ["image", "video"]
+    resize_rule = BICUBIC_SAMPLED
 
     def __init__(self, config: HfvlmImageBindVisionConfig):
         super().__init__(config)
         rows, columns = config.grid
-        slots = config.num_frames // config.temporal_patch_size
-        self.patches = TubeEmbedding(config)
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + slots * rows * columns, config.hidden_size))
+        self.position = nn.Parameter(torch.zeros(1 + config.num_moments * rows * columns, config.hidden_size))
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -83,23 +77,27 @@ class HfvlmImageBindVisionModel(HfvlmPreTrainedModel):
         With `interpolate_pos_encoding`, images, and clips as long as an image, may have any size; the position table
         is resized to it.
         """
-        x = self.patches(pixel_values)
-        position = self.position_for(pixel_values, x, resize=interpolate_pos_encoding)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(x), **kwargs)
         pooled = self.post_norm(x[:, 0])
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
-    def position_for(self, pixel_values: Tensor, patches: Tensor, *, resize: bool) -> Tensor:
-        """The position table; for an image, of a model whose clips are longer, the first moment's, as the original."""
-        grid, size = self.config.grid, self.config.patch_size
-        height, width = (edge // size for edge in pixel_values.shape[-2:])
-        moments, slots = patches.shape[1] // (height * width), (len(self.position) - 1) // (grid[0] * grid[1])
-        if moments > 1 or (moments == slots and (height, width) == grid):
+    def make_patches(self, config: HfvlmImageBindVisionConfig) -> nn.Module:
+        return TubeEmbedding(config)
+
+    def positions_for(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
+        """Return the position table; for an image, of a model whose clips are longer, the first moment's, as the
+        original."""
+        frames = IMAGE_FRAMES if pixel_values.ndim == 4 else max(IMAGE_FRAMES, pixel_values.shape[2])
+        if frames // self.config.temporal_patch_size > 1:
             return self.position
-        first = self.position[: 1 + grid[0] * grid[1]]
-        return resize_grid(first, grid, (height, width), **BICUBIC_SAMPLED) if resize else first
+        position = super().positions_for(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return position[: 1 + (len(position) - 1) // self.config.num_moments]
+
+    def resized(self, grid: tuple[int, int]) -> Tensor:
+        moments = self.position[1:].chunk(self.config.num_moments)
+        resized = [resize_grid(moment, self.position_grid, grid, **self.resize_rule) for moment in moments]
+        return torch.cat([self.position[:1], *resized])
 
 
 class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
@@ -137,50 +135,45 @@ class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
-class HfvlmImageBindSensorModel(HfvlmPreTrainedModel):
+class HfvlmImageBindSensorModel(ClassTokenTower):
     """What the towers of audio, depth, thermal and IMU share: normed patches, a class token, and attention with one
     learned key and value."""
 
-    def __init__(self, config: PreTrainedConfig, patches: nn.Module, num_patches: int):
+    patch_bias = False
+
+    def __init__(self, config: Any):
         super().__init__(config)
         width, depth = config.hidden_size, config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.patches = patches
         # PyTorch's default epsilon, unlike those of the layers
         self.patch_norm = nn.LayerNorm(width, eps=1e-5)
-        self.class_token = nn.Parameter(torch.zeros(width))
-        self.position = nn.Parameter(torch.zeros(1 + num_patches, width))
-        self.patch_dropout = PatchDropout(getattr(config, "patch_dropout", 0.0), prefix=1)
         self.layers = Stack(PreNormLayer(config, rate, BiasedAttention(config)) for rate in rates)
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection_dropout = nn.Dropout(getattr(config, "projection_dropout", 0.0))
         self.projection = Projection(width, config.projection_dim, bias=False)
         self.post_init()
 
-    def init_own_weights(self, std: float) -> None:
-        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
-        init.normal_(self.position, std=self.config.hidden_size**-0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
-
-    def embed(self, values: Tensor, **kwargs: Any) -> TowerOutput:
-        """Batches of what `patches` takes -> all tokens before the last norm, class token first, and the summary."""
-        x = self.patch_norm(self.patches(values))
-        if x.shape[1] + 1 != len(self.position):
+    def encode(self, values: Tensor, **kwargs: Any) -> TowerOutput:
+        """Batches of what `patches` takes -> all tokens before the last norm, class token first, and the pooled
+        output."""
+        x = self.with_prefix(self.patch_norm(self.patches(values)))
+        if x.shape[1] != len(self.position):
             raise ValueError(
-                f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1]} patches; {type(self).__name__} "
-                f"has positions for {len(self.position) - 1}, and they cannot be interpolated: use the processor."
+                f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1] - 1} patches; "
+                f"{type(self).__name__} has positions for {len(self.position) - 1}, and they cannot be interpolated: "
+                "use the processor."
             )
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1) + self.position
-        x = self.layers(self.patch_dropout(x), **kwargs)
+        x = self.layers(self.patch_dropout(x + self.position), **kwargs)
         pooled = self.post_norm(x[:, 0])
         embeds = self.projection(self.projection_dropout(pooled))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=embeds)
 
+    def resized(self, grid: tuple[int, int]) -> Tensor:
+        raise ValueError(f"The positions of {type(self).__name__} cannot be interpolated: use the processor.")
+
 
 class HfvlmImageBindAudioModel(HfvlmImageBindSensorModel):
-    """Sounds, as overlapping patches of their spectrograms."""
+    """Audio, as overlapping patches of spectrograms."""
 
     config: HfvlmImageBindAudioConfig
     base_model_prefix = "audio_model"
@@ -188,15 +181,14 @@ class HfvlmImageBindAudioModel(HfvlmImageBindSensorModel):
     main_input_name = "input_features"
     input_modalities = ["audio"]
 
-    def __init__(self, config: HfvlmImageBindAudioConfig):
-        rows, columns = config.grid
-        super().__init__(config, SpectrogramEmbedding(config), rows * columns)
+    def make_patches(self, config: HfvlmImageBindAudioConfig) -> nn.Module:
+        return SpectrogramEmbedding(config)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, input_features: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
-        """`(B, 1, bins, frames)`, normalised -> all tokens, class token first, and the summary."""
-        return self.embed(input_features, **kwargs)
+        """`(B, 1, bins, frames)`, normalised -> all tokens, class token first, and the pooled output."""
+        return self.encode(input_features, **kwargs)
 
 
 class HfvlmImageBindDepthModel(HfvlmImageBindSensorModel):
@@ -208,19 +200,15 @@ class HfvlmImageBindDepthModel(HfvlmImageBindSensorModel):
     main_input_name = "depth_values"
     input_modalities = ["image"]
 
-    def __init__(self, config: HfvlmImageBindDepthConfig):
-        rows, columns = config.grid
-        super().__init__(config, PatchEmbedding(config, bias=False), rows * columns)
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, depth_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
-        """`(B, 1, H, W)`, normalised disparity -> all tokens, class token first, and the summary."""
-        return self.embed(depth_values, **kwargs)
+        """`(B, 1, H, W)`, normalised disparity -> all tokens, class token first, and the pooled output."""
+        return self.encode(depth_values, **kwargs)
 
 
 class HfvlmImageBindThermalModel(HfvlmImageBindSensorModel):
-    """Thermal pictures."""
+    """Thermal images."""
 
     config: HfvlmImageBindThermalConfig
     base_model_prefix = "thermal_model"
@@ -228,15 +216,11 @@ class HfvlmImageBindThermalModel(HfvlmImageBindSensorModel):
     main_input_name = "thermal_values"
     input_modalities = ["image"]
 
-    def __init__(self, config: HfvlmImageBindThermalConfig):
-        rows, columns = config.grid
-        super().__init__(config, PatchEmbedding(config, bias=False), rows * columns)
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, thermal_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
-        """`(B, 1, H, W)`, cold to hot as 0 to 1 -> all tokens, class token first, and the summary."""
-        return self.embed(thermal_values, **kwargs)
+        """`(B, 1, H, W)`, cold to hot as 0 to 1 -> all tokens, class token first, and the pooled output."""
+        return self.encode(thermal_values, **kwargs)
 
 
 class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
@@ -248,14 +232,14 @@ class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
     main_input_name = "imu_values"
     input_modalities = ["time"]
 
-    def __init__(self, config: HfvlmImageBindIMUConfig):
-        super().__init__(config, TraceEmbedding(config), config.num_samples // config.patch_size)
+    def make_patches(self, config: HfvlmImageBindIMUConfig) -> nn.Module:
+        return TraceEmbedding(config)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, imu_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
-        """`(B, 6, N)`, m/s^2 and rad/s -> all tokens, class token first, and the summary."""
-        return self.embed(imu_values, **kwargs)
+        """`(B, 6, N)`, m/s^2 and rad/s -> all tokens, class token first, and the pooled output."""
+        return self.encode(imu_values, **kwargs)
 
 
 class HfvlmImageBindModel(MultiEncoder):

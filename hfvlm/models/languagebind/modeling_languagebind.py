@@ -13,6 +13,7 @@ from hfvlm.modeling.base import other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -23,9 +24,7 @@ from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindVideoConfig,
     HfvlmLanguageBindVisionConfig,
 )
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
+from hfvlm.modules.positions import BICUBIC, resize_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
@@ -93,7 +92,7 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
         self.position.copy_(table if fits else resize_grid(table, (edge, edge), self.config.grid, **BICUBIC))
 
 
-class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
+class HfvlmLanguageBindVideoModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
     """CLIP's vision transformer on each frame, whose layers begin by looking across time; the mean over the frames."""
 
     config: HfvlmLanguageBindVideoConfig
@@ -101,6 +100,7 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = other_towers("video_model")
     main_input_name = "pixel_values_videos"
     input_modalities = ["video"]
+    patch_bias = False
     _no_split_modules = ["TemporalLayer"]
     # The weights of attention within frames; those across time are left out.
     _can_record_outputs = {
@@ -110,23 +110,17 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
 
     def __init__(self, config: HfvlmLanguageBindVideoConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
         self.class_token = nn.Parameter(torch.zeros(config.num_class_tokens, config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(TemporalLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = projection(config)
         self.post_init()
 
-    def init_own_weights(self, std: float) -> None:
-        init.normal_(self.class_token, std=self.config.hidden_size**-0.5)
-        init.normal_(self.position, std=self.config.hidden_size**-0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
+    def with_prefix(self, patches: Tensor) -> Tensor:
+        frames = self.config.num_frames
+        class_token = self.class_token.expand(frames, -1).repeat(patches.shape[0] // frames, 1).unsqueeze(1)
+        return torch.cat([class_token, patches], dim=1)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -145,15 +139,8 @@ class HfvlmLanguageBindVideoModel(HfvlmCLIPPreTrainedModel):
                 "use the processor, which samples as many."
             )
         x = self.patches(pixel_values_videos.transpose(1, 2).flatten(0, 1))
-        class_token = self.class_token.expand(frames, -1).repeat(films, 1).unsqueeze(1)
-        x = torch.cat([class_token, x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values_videos, **BICUBIC)
-        check_positions(x, position, pixel_values_videos, self.config.image_size, self.main_input_name)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position, frames)), **kwargs).unflatten(
-            0, (films, frames)
-        )
+        x = self.with_positions(x, pixel_values_videos, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(self.patch_dropout(x, frames)), **kwargs).unflatten(0, (films, frames))
         pooled = self.post_norm(x[:, :, 0]).mean(dim=1)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 

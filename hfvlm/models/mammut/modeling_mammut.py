@@ -25,49 +25,31 @@ from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
     HfvlmMaMMUTTextConfig,
     HfvlmMaMMUTVisionConfig,
 )
 from hfvlm.modules.context import Context
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding
-from hfvlm.modules.positions import BICUBIC, check_positions, grid_for, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import CausalAttention, CrossAttention, GroundingLayer, PreNormLayer, Stack
 
 
-class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
+class HfvlmMaMMUTVisionModel(ClassTokenTower):
     """A vision transformer whose summary is the mean of all its tokens, class token included."""
 
     config: HfvlmMaMMUTVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
 
     def __init__(self, config: HfvlmMaMMUTVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1 + rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout, prefix=1)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = Projection(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        scale = self.config.hidden_size**-0.5
-        init.normal_(self.class_token, std=scale)
-        init.normal_(self.position, std=scale)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -78,22 +60,16 @@ class HfvlmMaMMUTVisionModel(HfvlmPreTrainedModel):
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
-        x = self.patches(pixel_values)
-        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **BICUBIC)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        if self.training and self.config.cropped_positions is not None:
-            position = cropped(position, self.config.grid, self.config.cropped_positions)
-        x = self.layers(self.pre_norm(self.patch_dropout(x + position)), **kwargs)
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.layers(self.pre_norm(x), **kwargs)
         pooled = self.post_norm(x.mean(dim=1))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
-    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
-        """Change the picture size for good, as open_clip does when it loads a file."""
-        old, self.config.image_size = self.config.grid, image_size
-        self.position = nn.Parameter(resize_grid(self.position.data, old, self.config.grid, **BICUBIC))
+    def positions_for(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool) -> Tensor:
+        position = super().positions_for(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if self.training and self.config.cropped_positions is not None:
+            return cropped(position, self.config.grid, self.config.cropped_positions)
+        return position
 
 
 class AttentionLayer(PreNormLayer):

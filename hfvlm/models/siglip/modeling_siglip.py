@@ -16,19 +16,19 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import sigmoid_loss
-from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, ImageClassifier, other_towers
+from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.vision import ImageClassifier, PatchTower
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
     HfvlmSigLIPTextConfig,
     HfvlmSigLIPVisionConfig,
 )
-from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.embeddings import PatchEmbedding, TokenEmbedding
+from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.pooling import AttentionPool, last_position
-from hfvlm.modules.positions import ALIGNED_CORNERS, check_positions, grid_for, sampled_grid
+from hfvlm.modules.positions import ALIGNED_CORNERS, sampled_grid
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import BiasedLogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -45,31 +45,18 @@ class HfvlmSigLIPPreTrainedModel(HfvlmPreTrainedModel):
             init.xavier_uniform_(module.weight)
 
 
-class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
+class HfvlmSigLIPVisionModel(PatchTower, HfvlmSigLIPPreTrainedModel):
     """A vision transformer without class token, summarised by attention."""
 
     config: HfvlmSigLIPVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    resize_rule = ALIGNED_CORNERS
 
     def __init__(self, config: HfvlmSigLIPVisionConfig):
         super().__init__(config)
-        rows, columns = config.grid
-        self.patches = PatchEmbedding(config)
-        self.position = nn.Parameter(torch.zeros(rows * columns, config.hidden_size))
-        self.patch_dropout = PatchDropout(config.patch_dropout)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pool = AttentionPool(config)
         self.post_init()
-
-    def init_own_weights(self, std: float) -> None:
-        init.normal_(self.position, std=self.config.hidden_size**-0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -80,12 +67,8 @@ class HfvlmSigLIPVisionModel(HfvlmSigLIPPreTrainedModel):
 
         With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
         """
-        x = self.patches(pixel_values)
-        position: Tensor = self.position
-        if interpolate_pos_encoding:
-            position = grid_for(position, self.config, pixel_values, **ALIGNED_CORNERS)
-        check_positions(x, position, pixel_values, self.config.image_size)
-        x = self.post_norm(self.layers(self.patch_dropout(x + position), **kwargs))
+        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        x = self.post_norm(self.layers(x, **kwargs))
         pooled = self.pool(x, **kwargs)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
 
