@@ -14,7 +14,6 @@ from torch import Tensor
 from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, transpose
 from hfvlm.conversion import UnsupportedOriginalError, count_layers, tokenizer_for
 from hfvlm.models.align.configuration_align import (
-    EFFICIENTNETS,
     STEM_CHANNELS,
     HfvlmALIGNConfig,
     HfvlmALIGNTextConfig,
@@ -26,6 +25,17 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json")
 # Fields of the vision tower that transformers calls the same: numbers of each stage, and others.
 STAGES = ("kernel_sizes", "out_channels", "strides", "num_block_repeats", "expand_ratios")
 SAME = ("num_channels", "width_coefficient", "depth_coefficient", "depth_divisor", "hidden_act", "batch_norm_eps")
+# Width and depth of EfficientNet-B0 to B7 (https://arxiv.org/abs/1905.11946), as multiples of B0's.
+EFFICIENTNETS = {
+    "efficientnet-b0": (1.0, 1.0),
+    "efficientnet-b1": (1.0, 1.1),
+    "efficientnet-b2": (1.1, 1.2),
+    "efficientnet-b3": (1.2, 1.4),
+    "efficientnet-b4": (1.4, 1.8),
+    "efficientnet-b5": (1.6, 2.2),
+    "efficientnet-b6": (1.8, 2.6),
+    "efficientnet-b7": (2.0, 3.1),
+}
 # TensorFlow's kernels are (height, width, in, out), or (height, width, channels, 1) where each channel is by itself.
 convolution, depthwise = permute(3, 2, 0, 1), permute(2, 3, 0, 1)
 # One value a channel: (C,), or (1, 1, 1, 1, C) since the original's batch norms see a batch in parts.

@@ -207,6 +207,24 @@ class HfvlmConfig(PreTrainedConfig):
 
 
 @strict
+class DualEncoderConfig(HfvlmConfig):
+    """A composite of a vision tower and a text tower whose `projection_dim` is the width of their joint space.
+
+    Args:
+        logit_scale_init_value: logarithm of the temperature's inverse before training.
+    """
+
+    vision_config: Any
+    text_config: Any
+    logit_scale_init_value: float = 2.6592
+
+    def validate_joint_space(self) -> None:
+        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
+        if image != text:
+            raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")
+
+
+@strict
 class MultiEncoderConfig(HfvlmConfig):
     """A composite of towers of which a model may have some: the configuration of each of the others is None.
 
@@ -274,6 +292,18 @@ class TowerConfig(HfvlmConfig):
             raise ValueError(
                 f"{type(self).__name__}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; each head takes an equal share of the width."
+            )
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled output that a classifier takes."""
+        return self.hidden_size
+
+    def check_layer(self, index: int) -> None:
+        """Raise a ValueError where a language model cannot attend to this hidden state: there is none."""
+        if not -self.num_hidden_layers - 1 <= index <= self.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer {index} is no hidden state of a tower of {self.num_hidden_layers} layers."
             )
 
 

@@ -1,5 +1,9 @@
 """Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from hfvlm.losses.best_query import best_query_loss, best_query_scores
 from hfvlm.losses.captioning import average_losses, captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
@@ -7,7 +11,15 @@ from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
+# Losses of pairs by the names that configurations and training arguments have for them.
+PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softmax": contrastive_loss,
+    "sigmoid": sigmoid_loss,
+    "focal": focal_contrastive_loss,
+}
+
 __all__ = [
+    "PAIR_LOSSES",
     "average_losses",
     "best_query_loss",
     "best_query_scores",

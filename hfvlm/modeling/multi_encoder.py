@@ -1,6 +1,6 @@
 """The base of models with more than two modalities."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection
 from itertools import combinations, product
 from typing import Any, Unpack
@@ -14,9 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import MultiEncoderConfig, config_of
-from hfvlm.losses.blocks import check_negatives
-from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, unit
+from hfvlm.modeling.base import as_features, unit
+from hfvlm.modeling.dual_encoder import ContrastiveModel
 from hfvlm.modeling.keywords import Keywords, tower_keywords
 from hfvlm.modeling.outputs import MultiEncoderOutput
 from hfvlm.modules.parts import in_parts
@@ -25,23 +24,18 @@ from hfvlm.modules.parts import in_parts
 DIMENSIONS = {"image": 4, "video": 5, "text": 2, "audio": 4, "depth": 4, "thermal": 4, "imu": 3}
 
 
-class MultiEncoder(HfvlmPreTrainedModel, ABC):
+class MultiEncoder(ContrastiveModel):
     """Towers whose embeddings meet in one space, one a modality or two; those that its configuration has are built.
 
     A subclass names in `anchor` the modality that every other was trained against, makes each modality's scale in
-    `make_scale`, and names its loss, one of `hfvlm.losses`, in `pair_loss`, and in `max_logit_scale` the bound of
-    learned scales in training, if there is one. Its `get_<modality>_features` are fed what the processor's
+    `make_scale`, and names its `pair_loss`. The inputs of its `get_<modality>_features` are what the processor's
     `prepare(modality, ...)` makes.
     """
 
     _keep_in_fp32_modules_strict = ["logit_scales"]
-    # The loss looks at whole batches of pairs; the Trainer must not rescale it by counted tokens.
-    accepts_loss_kwargs = False
 
     config: MultiEncoderConfig
     anchor: str
-    pair_loss: Callable[..., Tensor]
-    max_logit_scale: float | None = None
     logit_scales: Any
     one: Tensor
 
@@ -79,14 +73,14 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
 
     @abstractmethod
     def make_scale(self, modality: str) -> nn.Module | None:
-        """A new `LogitScale`, or what has its `exp`; None for embeddings that stay of unit length."""
+        """Make a `LogitScale`, or what has its `exp`; None for embeddings that stay of unit length."""
 
     def scale(self, modality: str) -> Tensor:
-        """`(1,)`, what a modality's embeddings are multiplied by."""
+        """Return what a modality's embeddings are multiplied by, `(1,)`."""
         return self.logit_scales[modality].exp() if modality in self.logit_scales else self.one
 
     def tower(self, modality: str) -> PreTrainedModel:
-        """The tower that embeds a modality.
+        """Return the tower that embeds a modality.
 
         Raises:
             ValueError: the model was loaded without it, or never had it.
@@ -152,7 +146,7 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return self.scaled("imu", self.encode("imu", imu_values, **kwargs))
 
     def encode(self, modality: str, values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The tower's output, whose `pooler_output` is `(B, D)` of unit length, or the mean over clips of such."""
+        """Embed rows, or rows of clips: `pooler_output` is `(B, D)` of unit length, or the mean of such over clips."""
         tower, clips = self.tower(modality), values.ndim > DIMENSIONS[modality]
         rows = values.flatten(0, 1) if clips else values
         frames = rows.shape[2] if modality == "video" else 1
@@ -163,7 +157,7 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return output
 
     def scaled(self, modality: str, features: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Features with their modality's scale."""
+        """Multiply features by their modality's scale."""
         embeds: Any = features.pooler_output
         features.pooler_output = embeds * self.scale(modality).to(embeds.dtype)
         return features
@@ -183,18 +177,18 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return_loss: bool | None = None,
         **kwargs: Unpack[Keywords],
     ) -> MultiEncoderOutput:
-        """Embeds whatever is given; with `return_loss`, row i of each belongs to row i of every other.
+        """Embed whatever is given; with `return_loss`, row i of each belongs to row i of every other.
 
         Args:
             input_ids: texts, `(B, N)`.
             pixel_values: images, `(B, C, H, W)`, normalised.
             attention_mask: of the texts, `(B, N)`, may be left out.
-            pixel_values_videos: films, `(B, C, T, H, W)` or `(B, clips, C, T, H, W)`, normalised.
-            input_features: sounds, `(B, C, bins, frames)` or `(B, clips, C, bins, frames)`.
+            pixel_values_videos: videos, `(B, C, T, H, W)` or `(B, clips, C, T, H, W)`, normalised.
+            input_features: audio clips, `(B, C, bins, frames)` or `(B, clips, C, bins, frames)`.
             depth_values: depth maps, `(B, C, H, W)`.
-            thermal_values: thermal pictures, `(B, C, H, W)`.
+            thermal_values: thermal images, `(B, C, H, W)`.
             imu_values: motion, `(B, 6, N)` or `(B, clips, 6, N)`.
-            return_loss: also compute `contrast`.
+            return_loss: also compute the loss, `contrast`.
         """
         given = {
             "image": pixel_values,
@@ -221,28 +215,18 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
                 output[f"logits_per_{modality}"] = output.logits(modality, other)
         return MultiEncoderOutput(loss=self.contrast(output) if return_loss else None, **output)
 
-    def contrast(
-        self,
-        output: MultiEncoderOutput,
-        pair_loss: Callable[..., Tensor] | None = None,
-        group: ProcessGroup | None = None,
-    ) -> Tensor:
-        """The loss of rows that belong together, by the model's own objective or another of `hfvlm.losses`, over one
-        or several processes: the mean over the `pairs` of what was given.
-
-        The temperature of a pair is the larger of its two scales.
+    def loss_of_pairs(self, output: Any, pair_loss: Callable[..., Tensor], group: ProcessGroup | None) -> Tensor:
+        """Average the losses of the `pairs` of what was given; the temperature of a pair is the larger of its two
+        scales.
 
         Raises:
             ValueError: fewer than two modalities were given.
         """
-        loss = pair_loss or self.pair_loss
         pairs = self.pairs(output.modalities)
         if not pairs:
             raise ValueError(f"A loss needs two modalities in different towers, not {', '.join(output.modalities)}.")
-        if self.training and torch.is_grad_enabled():
-            check_negatives(output[f"{pairs[0][0]}_embeds"].shape[0], rank_and_size(group)[1])
         losses = [
-            loss(
+            pair_loss(
                 output[f"{a}_embeds"],
                 output[f"{b}_embeds"],
                 torch.maximum(output[f"{a}_scale"], output[f"{b}_scale"]),
@@ -254,7 +238,7 @@ class MultiEncoder(HfvlmPreTrainedModel, ABC):
         return torch.stack(losses).mean()
 
     def pairs(self, given: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Which modalities are compared in training: the anchor's tower with every other, or, without it, all."""
+        """Pair the modalities that are compared: the anchor's tower with every other, or, without it, all."""
         anchors = [m for m in given if self.towers[m] == self.config.towers[self.anchor]]
         if anchors:
             return list(product(anchors, (m for m in given if m not in anchors)))

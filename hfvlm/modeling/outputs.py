@@ -1,4 +1,4 @@
-"""What towers and models return."""
+"""Outputs of towers and models."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
 
 @dataclass
 class TowerOutput(BaseModelOutputWithPooling):
-    """What one tower makes of one modality.
+    """One modality in the space of its tower.
 
     Args:
         embeds: `(B, projection_dim)`, the pooled vector in the joint space, not normalised. Equal to `pooler_output`
@@ -101,11 +101,11 @@ class MultiEncoderOutput(ModelOutput):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What was given."""
+        """Modalities that were given."""
         return tuple(name.removesuffix("_embeds") for name in self if name.endswith("_embeds"))
 
     def logits(self, a: str, b: str) -> Tensor:
-        """`(rows of a, rows of b)`: the scaled similarities of any two modalities that were given, in float32.
+        """Compare any two modalities that were given: scaled similarities `(rows of a, rows of b)`, in float32.
 
         Raises:
             ValueError: one was not given.
@@ -161,8 +161,8 @@ def media_features(output: Any, rows: Iterable[Tensor]) -> BaseModelOutputWithPo
 
 
 def contrastive_fields(output: ModelOutput) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a contrastive loss is computed from: fields with a value for each row (`*_embeds`, `*_mask`, and of texts
-    that are also written `*_losses` and `*_lengths`), and factors of all of them (`*_scale`, `*_bias`, one number
+    """Return the inputs of a contrastive loss: fields with a value for each row (`*_embeds`, `*_mask`, and of texts
+    that are also predicted `*_losses` and `*_lengths`), and factors of all of them (`*_scale`, `*_bias`, one number
     each)."""
     tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     rows = {

@@ -16,8 +16,20 @@ from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
 
+# One edge, or height and width, in pixels.
+ImageSize = int | tuple[int, int]
 
-class PatchTower(HfvlmPreTrainedModel):
+
+class VisionTower(HfvlmPreTrainedModel):
+    """Base of towers over images."""
+
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+
+
+class PatchTower(VisionTower):
     """Base of towers over patches, each with a learned position.
 
     A subclass builds its layers, norms and pooling, and calls `post_init`, in `__init__`; its forward begins with
@@ -33,10 +45,7 @@ class PatchTower(HfvlmPreTrainedModel):
     num_prefix_tokens: ClassVar[int] = 0
     resize_rule: ClassVar[Mapping[str, Any]] = BICUBIC
 
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    _input_embed_layer = "patches"
 
     config: Any
 
@@ -58,9 +67,6 @@ class PatchTower(HfvlmPreTrainedModel):
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=self.config.hidden_size**-0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
 
     def embed(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
         """Embed pixels `(B, C, H, W)` as the inputs of the layers, `(B, N, D)`.
@@ -102,7 +108,7 @@ class PatchTower(HfvlmPreTrainedModel):
         return resize_grid(self.position, self.position_grid, grid, **self.resize_rule)
 
     @torch.no_grad()
-    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+    def resize_positions(self, image_size: ImageSize) -> None:
         """Change the image size, one edge or (height, width), and with it the position table for good."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.position = nn.Parameter(self.resized(self.patch_grid(height, width)))

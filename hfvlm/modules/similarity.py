@@ -11,14 +11,14 @@ from hfvlm.losses.blocks import in_full_precision
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """`(N, D)`, `(M, D)`, of unit length -> `(N, M)`, their product in float32 or better, also where the model
-    computes in half precision, whose steps are larger than the differences that a temperature tells apart."""
+    """Multiply `(N, D)` and `(M, D)`, of unit length, to `(N, M)` in float32 or better, also where the model computes
+    in half precision, whose steps are larger than the deltas that matter at a high temperature."""
     with in_full_precision(a) as dtype:
         return a.to(dtype) @ b.to(dtype).t()
 
 
 class LogitScale(nn.Module):
-    """Multiplies by a learned temperature, kept as a logarithm: `exp(scale) * cosine`.
+    """Multiplies by a learned temperature, stored as a logarithm: `exp(scale) * cosine`.
 
     A module of its own, with a parameter of one dimension, so that PEFT's `modules_to_save=["logit_scale"]` trains
     it and FSDP2 shards it.
@@ -47,9 +47,9 @@ class LogitScale(nn.Module):
         return self.scale.exp()
 
     @torch.no_grad()
-    def clamp_(self, highest: float) -> None:
-        """Let the factor be at most `highest`."""
-        self.scale.clamp_(max=log(highest))
+    def clamp_(self, lowest: float | None, highest: float | None) -> None:
+        """Bound the factor, on one side or on both."""
+        self.scale.clamp_(*(bound and log(bound) for bound in (lowest, highest)))
 
     def forward(self, cosine: Tensor | None = None) -> Any:
         """Turn cosines into logits; without any, see `factor_and_bias`."""
@@ -60,14 +60,14 @@ class LogitScale(nn.Module):
 
 
 class Temperature(LogitScale):
-    """Divides by a learned temperature, kept as it is: `cosine / scale`."""
+    """Divides by a learned temperature, stored as it is: `cosine / scale`."""
 
     def factor(self) -> Tensor:
         return self.scale.reciprocal()
 
     @torch.no_grad()
-    def clamp_(self, highest: float) -> None:
-        self.scale.clamp_(min=1 / highest)
+    def clamp_(self, lowest: float | None, highest: float | None) -> None:
+        self.scale.clamp_(*(bound and 1 / bound for bound in (highest, lowest)))
 
 
 class FixedTemperature(Temperature):
@@ -80,7 +80,7 @@ class FixedTemperature(Temperature):
 
 
 class BiasedLogitScale(LogitScale):
-    """`exp(scale) * cosine + bias`: for losses that look at each pair alone."""
+    """`exp(scale) * cosine + bias`: for losses of each pair on its own."""
 
     bias: nn.Parameter
 

@@ -6,7 +6,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hfvlm.modules.dropout import PatchDropout
-from hfvlm.modules.similarity import LogitScale
 from hfvlm.training.lora import towers
 
 
@@ -33,13 +32,6 @@ def set_patch_dropout(model: nn.Module, rate: float) -> None:
         raise ValueError(f"patch_dropout: {type(model).__name__} has no tower that can leave patches out.")
     for part in parts:
         part.rate = rate
-
-
-def clamp_logit_scale(model: nn.Module, highest: float) -> None:
-    """Bound every temperature that is trained."""
-    for module in model.modules():
-        if isinstance(module, LogitScale) and module.scale.requires_grad:
-            module.clamp_(highest)
 
 
 def split_by_tower(optimizer: Optimizer, towers: Mapping[str, nn.Module], rates: Mapping[str, float]) -> None:

@@ -12,21 +12,15 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from transformers.utils import ModelOutput
 
 from hfvlm.evaluation.retrieval import recall_at
-from hfvlm.losses import contrastive_loss, focal_contrastive_loss, sigmoid_loss
+from hfvlm.losses import PAIR_LOSSES
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.modeling.outputs import contrastive_fields
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.data import ContrastiveCollator
 from hfvlm.training.failures import CollapseWatch, check_loss
 from hfvlm.training.gradient_cache import cached_backward
-from hfvlm.training.parameters import clamp_logit_scale, set_patch_dropout, split_by_tower, tower_modules
+from hfvlm.training.parameters import set_patch_dropout, split_by_tower, tower_modules
 from hfvlm.training.row_trainer import RowTrainer, without_bookkeeping
-
-PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "softmax": contrastive_loss,
-    "sigmoid": sigmoid_loss,
-    "focal": focal_contrastive_loss,
-}
 
 
 class ContrastiveTrainer(RowTrainer):
@@ -233,11 +227,9 @@ class _BoundTemperature(TrainerCallback):
 
     def __init__(self, trainer: ContrastiveTrainer):
         self.trainer = trainer
-        self.highest = trainer.args.max_logit_scale or getattr(trainer.bare_model, "max_logit_scale", None)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.highest is not None:
-            clamp_logit_scale(self.trainer.bare_model, self.highest)
+        self.trainer.bare_model.bound_temperatures(self.trainer.args.max_logit_scale)
 
 
 def first_of_each(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

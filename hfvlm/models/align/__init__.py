@@ -1,4 +1,4 @@
-"""ALIGN (https://arxiv.org/abs/2102.05918): pictures and texts in one space, with an EfficientNet and a BERT."""
+"""ALIGN (https://arxiv.org/abs/2102.05918): images and texts in one space, with an EfficientNet and a BERT."""
 
 from typing import Any
 

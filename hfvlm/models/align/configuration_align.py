@@ -8,17 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from hfvlm.configuration import BertTextConfig, HfvlmConfig, SubConfig
 
-# Width and depth of EfficientNet-B0 to B7 (https://arxiv.org/abs/1905.11946), as multiples of B0's.
-EFFICIENTNETS = {
-    "efficientnet-b0": (1.0, 1.0),
-    "efficientnet-b1": (1.0, 1.1),
-    "efficientnet-b2": (1.1, 1.2),
-    "efficientnet-b3": (1.2, 1.4),
-    "efficientnet-b4": (1.4, 1.8),
-    "efficientnet-b5": (1.6, 2.2),
-    "efficientnet-b6": (1.8, 2.6),
-    "efficientnet-b7": (2.0, 3.1),
-}
+# Of EfficientNet-B0 (https://arxiv.org/abs/1905.11946).
 STEM_CHANNELS = 32
 
 
@@ -34,7 +24,7 @@ class BlockSizes(NamedTuple):
 
 @strict
 class HfvlmALIGNVisionConfig(HfvlmConfig):
-    """An EfficientNet: B0's stages, scaled. It takes pictures of any size.
+    """An EfficientNet: B0's stages, scaled. It takes images of any size.
 
     Args:
         width_coefficient: multiplies the channels, which are then rounded to multiples of `depth_divisor`.
@@ -97,7 +87,7 @@ class HfvlmALIGNVisionConfig(HfvlmConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Width of the summary that a classifier reads."""
+        """Width of the pooled output that a classifier takes."""
         return self.hidden_size
 
     def validate_stages(self) -> None:
@@ -140,6 +130,6 @@ class HfvlmALIGNConfig(HfvlmConfig):
         image = self.vision_config.projection_dim or self.vision_config.hidden_size
         if image != self.text_config.projection_dim:
             raise ValueError(
-                f"Texts have {self.text_config.projection_dim} dimensions (projection_dim in text_config), pictures "
+                f"Texts have {self.text_config.projection_dim} dimensions (projection_dim in text_config), images "
                 f"have {image}: set projection_dim in vision_config."
             )

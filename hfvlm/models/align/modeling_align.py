@@ -1,27 +1,22 @@
 """ALIGN (https://arxiv.org/abs/2102.05918; https://github.com/kakaobrain/coyo-align at 8cea82e)."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import (
-    LAYER_ATTENTIONS,
-    DualEncoder,
-    HfvlmPreTrainedModel,
-    ImageClassifier,
-    other_towers,
-)
+from hfvlm.modeling.base import LAYER_ATTENTIONS
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.text import TextTower
+from hfvlm.modeling.vision import ImageClassifier, VisionTower
 from hfvlm.models.align.configuration_align import (
     BlockSizes,
     HfvlmALIGNConfig,
@@ -38,9 +33,9 @@ from hfvlm.modules.transformer import PostNormLayer, Stack
 
 
 def pad_for(x: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Zeros around `(B, C, H, W)`, so that a convolution divides its size by its stride.
+    """Put zeros around `(B, C, H, W)`, so that a convolution divides its size by its stride.
 
-    With a stride, as TensorFlow pads pictures of even size; the original does so whatever their size is.
+    With a stride, as TensorFlow pads images of even size; the original does so whatever their size is.
     """
     after = kernel_size // 2
     before = after - 1 if stride > 1 else after
@@ -50,20 +45,22 @@ def pad_for(x: Tensor, kernel_size: int, stride: int) -> Tensor:
 class ConvNorm(nn.Module):
     """A convolution without bias, and a batch norm.
 
-    The original takes a batch's statistics over 16 pictures at a time (`virtual_batch_size`), here over all.
+    The original takes a batch's statistics over 16 images at a time (`virtual_batch_size`), here over all.
     """
 
     def __init__(
-        self, config: HfvlmALIGNVisionConfig, channels: tuple[int, int], kernel_size: int = 1, stride: int = 1
+        self,
+        config: HfvlmALIGNVisionConfig,
+        channels: tuple[int, int],
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
     ):
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
-        self.conv = nn.Conv2d(*channels, kernel_size, stride=stride, groups=self.groups(channels), bias=False)
+        self.conv = nn.Conv2d(*channels, kernel_size, stride=stride, groups=groups, bias=False)
         self.norm = BatchNorm2d(channels[1], eps=config.batch_norm_eps, momentum=0.01)
         self.act = ACT2FN[config.hidden_act]
-
-    def groups(self, channels: tuple[int, int]) -> int:
-        return 1
 
     def init_own_weights(self, std: float) -> None:
         height, width = self.conv.kernel_size
@@ -72,13 +69,6 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(pad_for(x, self.kernel_size, self.stride))))
-
-
-class DepthwiseConvNorm(ConvNorm):
-    """Each channel by itself."""
-
-    def groups(self, channels: tuple[int, int]) -> int:
-        return channels[0]
 
 
 class LinearConvNorm(ConvNorm):
@@ -90,7 +80,7 @@ class LinearConvNorm(ConvNorm):
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs the channels by what the whole feature map says."""
+    """Weighs the channels by the mean of the whole feature map."""
 
     def __init__(self, config: HfvlmALIGNVisionConfig, channels: int, squeezed: int):
         super().__init__()
@@ -111,7 +101,7 @@ class MBConv(nn.Module):
         narrow, out, kernel_size, stride, ratio = sizes
         wide = narrow * ratio
         self.expand = ConvNorm(config, (narrow, wide)) if ratio > 1 else nn.Identity()
-        self.depthwise = DepthwiseConvNorm(config, (wide, wide), kernel_size, stride)
+        self.depthwise = ConvNorm(config, (wide, wide), kernel_size, stride, groups=wide)
         self.excite = SqueezeExcite(config, wide, max(1, int(narrow * config.squeeze_ratio)))
         self.project = LinearConvNorm(config, (wide, out))
         self.shortcut = stride == 1 and narrow == out
@@ -122,14 +112,11 @@ class MBConv(nn.Module):
         return x + self.drop_path(y) if self.shortcut else y
 
 
-class HfvlmALIGNVisionModel(HfvlmPreTrainedModel):
-    """An EfficientNet up to its last block, and the mean of what that says: there is no convolution on top."""
+class HfvlmALIGNVisionModel(VisionTower):
+    """An EfficientNet up to its last block, and the mean of its output: there is no convolution on top."""
 
     config: HfvlmALIGNVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    _input_embed_layer = "stem"
     # Recomputing a batch norm in training would count its batch twice in the running statistics.
     supports_gradient_checkpointing = False
     _no_split_modules = ["MBConv"]
@@ -143,9 +130,6 @@ class HfvlmALIGNVisionModel(HfvlmPreTrainedModel):
         self.projection = projection(config, bias=True)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.stem
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
@@ -158,14 +142,10 @@ class HfvlmALIGNVisionModel(HfvlmPreTrainedModel):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
-class HfvlmALIGNTextModel(HfvlmPreTrainedModel):
-    """A BERT that reads its first token."""
+class HfvlmALIGNTextModel(TextTower):
+    """A BERT that pools its first token."""
 
     config: HfvlmALIGNTextConfig
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
     _no_split_modules = ["PostNormLayer"]
     _can_record_outputs = {"hidden_states": PostNormLayer, "attentions": LAYER_ATTENTIONS}
 
@@ -201,53 +181,22 @@ class HfvlmALIGNTextModel(HfvlmPreTrainedModel):
 
 
 class HfvlmALIGNModel(DualEncoder):
-    """Pictures and texts in one space."""
+    """Images of any size and texts in one space."""
 
     config: HfvlmALIGNConfig
     base_model_prefix = "align"
+    image_inputs = ()
+    text_inputs = ("token_type_ids",)
 
     def __init__(self, config: HfvlmALIGNConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.text_model = AutoModel.from_config(config.text_config)
+        self.build_towers(config)
         self.logit_scale = Temperature(config.temperature_init_value)
         self.post_init()
 
-    def pair_loss(
-        self,
-        a: Tensor,
-        b: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        *,
-        group: ProcessGroup | None = None,
-    ) -> Tensor:
-        """The original adds the losses of both directions up, instead of averaging them as others do."""
-        return 2 * contrastive_loss(a, b, logit_scale, label_smoothing=self.config.label_smoothing, group=group)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        return_loss: bool | None = None,
-        **kwargs: Unpack[Keywords],
-    ) -> DualEncoderOutput:
-        """Every text against every picture; with `return_loss`, text i must belong to picture i.
-
-        Args:
-            input_ids: `(T, N)`, padded on the right.
-            pixel_values: `(I, C, H, W)` in -1..1, of any size.
-            attention_mask: `(T, N)` with 0 for padding; None for no padding.
-            token_type_ids: `(T, N)`; trained on type 0 alone, the default.
-            return_loss: also compute the contrastive loss of the batch.
-        """
-        image = self.encode_image(pixel_values, **kwargs)
-        text = self.encode_text(input_ids, attention_mask, token_type_ids=token_type_ids, **kwargs)
-        return self.compare(image, text, return_loss=return_loss)
+    def pair_loss(self, *pairs: Any, **options: Any) -> Tensor:
+        """Add the losses of both directions up, as the original, instead of averaging them as others do."""
+        return 2 * contrastive_loss(*pairs, label_smoothing=self.config.label_smoothing, **options)
 
 
 class HfvlmALIGNForImageClassification(ImageClassifier):

@@ -22,9 +22,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.losses import captioning_loss, contrastive_loss
-from hfvlm.modeling.base import DualEncoder, HfvlmPreTrainedModel, unit
+from hfvlm.modeling.base import HfvlmPreTrainedModel, unit
 from hfvlm.modeling.captioning import CaptioningModel, CaptioningOutput, TextDecoder
 from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.generation import WholeTextBeams
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput

@@ -17,8 +17,9 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
 from hfvlm.losses.best_query import partners
 from hfvlm.losses.processes import GatherRows, gather_rows
-from hfvlm.modeling.base import DualEncoder, unit
+from hfvlm.modeling.base import unit
 from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.blip.modeling_blip import MatchingOutput, RetrievalScores, begin_with, matching_loss, scored_twice
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config

@@ -1,4 +1,4 @@
-"""CLIP (https://arxiv.org/abs/2103.00020): pictures and texts in one space, with ViT and ResNet towers."""
+"""CLIP (https://arxiv.org/abs/2103.00020): images and texts in one space, with ViT and ResNet towers."""
 
 from typing import Any
 

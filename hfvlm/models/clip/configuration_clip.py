@@ -4,7 +4,7 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 
-from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, VisionConfig
+from hfvlm.configuration import DualEncoderConfig, HfvlmConfig, SubConfig, TextConfig, VisionConfig
 
 
 @strict
@@ -16,18 +16,6 @@ class HfvlmCLIPVisionConfig(VisionConfig):
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     projection_dim: int | None = 512
-
-    @property
-    def pooled_size(self) -> int:
-        """Width of the summary that a classifier reads."""
-        return self.hidden_size
-
-    def check_layer(self, index: int) -> None:
-        """Whether a language model can read this hidden state."""
-        if not -self.num_hidden_layers - 1 <= index <= self.num_hidden_layers:
-            raise ValueError(
-                f"vision_feature_layer {index} is no hidden state of a tower of {self.num_hidden_layers} layers."
-            )
 
 
 @strict
@@ -47,12 +35,12 @@ class HfvlmCLIPResNetConfig(HfvlmConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the last stage, which the attention pool reads."""
+        """Width of the last stage, the input of the attention pool."""
         return self.stem_size * 32
 
     @property
     def pooled_size(self) -> int:
-        """Width of the summary that a classifier reads: the attention pool ends in the joint space."""
+        """Width of the pooled output that a classifier takes: the attention pool ends in the joint space."""
         return self.projection_dim
 
     def validate_stages(self) -> None:
@@ -81,7 +69,7 @@ class HfvlmCLIPTextConfig(TextConfig):
 
 
 @strict
-class HfvlmCLIPConfig(HfvlmConfig):
+class HfvlmCLIPConfig(DualEncoderConfig):
     """CLIP. The class of `vision_config` decides which vision tower is built."""
 
     model_type = "hfvlm_clip"
@@ -91,9 +79,3 @@ class HfvlmCLIPConfig(HfvlmConfig):
         default_factory=HfvlmCLIPVisionConfig
     )
     text_config: SubConfig[HfvlmCLIPTextConfig] = field(default_factory=HfvlmCLIPTextConfig)
-    logit_scale_init_value: float = 2.6592
-
-    def validate_joint_space(self) -> None:
-        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
-        if image != text:
-            raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")

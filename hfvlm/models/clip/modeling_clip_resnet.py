@@ -1,7 +1,4 @@
-"""CLIP's modified ResNet (https://arxiv.org/abs/2103.00020, section 2.4).
-
-Source: https://github.com/openai/CLIP at d05afc4.
-"""
+"""CLIP's modified ResNet (https://arxiv.org/abs/2103.00020, part 2.4; https://github.com/openai/CLIP at d05afc4)."""
 
 from typing import Unpack
 
@@ -12,9 +9,9 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.vision import ImageSize, VisionTower
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPResNetConfig
 from hfvlm.modules.normalization import BatchNorm2d
 from hfvlm.modules.positions import BICUBIC, check_positions, resize_grid
@@ -72,14 +69,11 @@ class ResNetStage(nn.Sequential):
         super().__init__(first, *(Bottleneck(width * 4, width, 1) for _ in range(1, depth)))
 
 
-class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
-    """A ResNet whose feature map is summarised by attention from its mean."""
+class HfvlmCLIPResNetModel(VisionTower):
+    """A ResNet whose feature map is pooled by attention from its mean."""
 
     config: HfvlmCLIPResNetConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    _input_embed_layer = "stem"
     # Recomputing a batch norm in training would count its batch twice in the running statistics.
     supports_gradient_checkpointing = False
     _no_split_modules = ["Bottleneck"]
@@ -108,21 +102,22 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=self.config.hidden_size**-0.5)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.stem
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
-        """`(B, C, H, W)` normalised pixels -> the last feature map as tokens `(B, H/32 * W/32, D)`, and the summary.
+        """`(B, C, H, W)` normalised pixels -> the last feature map as tokens `(B, H/32 * W/32, D)`, and the pooled
+        output.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to it.
         """
         x = self.stem(pixel_values.to(self.position.dtype))
         x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
-        position = self.position_for(x) if interpolate_pos_encoding else self.position
+        position: Tensor = self.position
+        if interpolate_pos_encoding:
+            edge = self.config.image_size // 32
+            position = resize_grid(position, (edge, edge), (x.shape[-2], x.shape[-1]), **BICUBIC)
         x = x.flatten(2).transpose(1, 2)
         tokens = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
         check_positions(tokens, position, pixel_values, self.config.image_size)
@@ -130,7 +125,6 @@ class HfvlmCLIPResNetModel(HfvlmPreTrainedModel):
         pooled = self.pool(tokens[:, :1], context=tokens, **kwargs)[0].squeeze(1)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
 
-    def position_for(self, feature_map: Tensor) -> Tensor:
-        """The position table for pictures of another size."""
-        edge = self.config.image_size // 32
-        return resize_grid(self.position, (edge, edge), (feature_map.shape[-2], feature_map.shape[-1]), **BICUBIC)
+    def resize_positions(self, image_size: ImageSize) -> None:
+        """Raise a ValueError: open_clip never resizes these positions for good."""
+        raise ValueError("A ResNet keeps its image size; pass interpolate_pos_encoding=True for others.")

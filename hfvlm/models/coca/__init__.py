@@ -1,4 +1,4 @@
-"""CoCa (https://arxiv.org/abs/2205.01917): pictures and texts in one space, and captions, from the same weights."""
+"""CoCa (https://arxiv.org/abs/2205.01917): images and texts in one space, and captions, from the same weights."""
 
 from typing import Any
 

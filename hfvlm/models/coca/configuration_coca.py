@@ -4,7 +4,7 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 
-from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, VisionConfig
+from hfvlm.configuration import DualEncoderConfig, SubConfig, TextConfig, VisionConfig
 
 
 @strict
@@ -12,8 +12,8 @@ class HfvlmCoCaVisionConfig(VisionConfig):
     """The vision transformer and its attentional pooler.
 
     Args:
-        projection_dim: width of the joint space, of the pooler and of what is written from.
-        num_queries: tokens that the pooler makes: one for the joint space, the others to write from.
+        projection_dim: width of the joint space, of the pooler and of what texts are generated from.
+        num_queries: tokens that the pooler makes: one for the joint space, the others to generate from.
         pooler_heads: of the pooler's attention.
     """
 
@@ -31,12 +31,12 @@ class HfvlmCoCaVisionConfig(VisionConfig):
                 f"{self.pooler_heads}; each head takes an equal share of the width."
             )
         if self.num_queries < 2:
-            raise ValueError(f"{type(self).__name__}: num_queries {self.num_queries} leaves none to write from.")
+            raise ValueError(f"{type(self).__name__}: num_queries {self.num_queries} leaves none to generate from.")
 
 
 @strict
 class HfvlmCoCaTextConfig(TextConfig):
-    """The text decoder, whose upper half looks at the picture.
+    """The text decoder, whose upper half attends to the image.
 
     Args:
         num_hidden_layers: of both halves.
@@ -65,6 +65,11 @@ class HfvlmCoCaTextConfig(TextConfig):
     tie_word_embeddings: bool = False
 
     @property
+    def mask_shift(self) -> int:
+        """Tokens by which the mask of padding is shifted."""
+        return int(not self.correct_class_mask)
+
+    @property
     def unimodal_layers(self) -> int:
         """How many layers are the lower half."""
         return self.num_hidden_layers - self.multimodal_layers
@@ -83,13 +88,13 @@ class HfvlmCoCaTextConfig(TextConfig):
 
 
 @strict
-class HfvlmCoCaConfig(HfvlmConfig):
+class HfvlmCoCaConfig(DualEncoderConfig):
     """CoCa.
 
     Args:
         logit_scale_init_value: logarithm of the temperature's inverse before training.
         contrastive_weight: of the contrastive loss in the sum.
-        captioning_weight: of the loss of what is written.
+        captioning_weight: of the captioning loss.
     """
 
     model_type = "hfvlm_coca"
@@ -97,17 +102,14 @@ class HfvlmCoCaConfig(HfvlmConfig):
 
     vision_config: SubConfig[HfvlmCoCaVisionConfig] = field(default_factory=HfvlmCoCaVisionConfig)
     text_config: SubConfig[HfvlmCoCaTextConfig] = field(default_factory=HfvlmCoCaTextConfig)
-    logit_scale_init_value: float = 2.6592
     contrastive_weight: float | int = 1.0
     captioning_weight: float | int = 2.0
     tie_word_embeddings: bool = False
 
     def validate_widths(self) -> None:
-        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
-        if image != text:
-            raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")
+        image = self.vision_config.projection_dim
         if image != self.text_config.hidden_size:
             raise ValueError(
-                f"The pooler's tokens are {image} wide (vision_config.projection_dim), the text decoder that reads "
-                f"them is {self.text_config.hidden_size} wide (text_config.hidden_size)."
+                f"The pooler's tokens are {image} wide (vision_config.projection_dim), the text decoder that "
+                f"attends to them is {self.text_config.hidden_size} wide (text_config.hidden_size)."
             )

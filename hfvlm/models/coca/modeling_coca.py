@@ -1,8 +1,8 @@
 """CoCa (https://arxiv.org/abs/2205.01917; https://github.com/mlfoundations/open_clip at 89fb801).
 
-One text decoder in two halves: the lower half reads a text alone, and its class token meets the picture in the joint
-space; the upper half looks at the picture and writes. An attentional pooler makes of the picture one token to compare
-and the others to write from.
+One text decoder in two halves: the lower half embeds a text alone, and its class token meets the image in the joint
+space; the upper half attends to the image and generates. An attentional pooler makes of the image one token to compare
+and the others to generate from.
 """
 
 from collections.abc import Collection
@@ -10,21 +10,20 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import other_towers
-from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.modeling.base import DepthScaledModel
 from hfvlm.modeling.compat import causal_mask
-from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.vision import ClassTokenTower
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.projection import Projection, projection
@@ -59,7 +58,7 @@ class QueryPool(nn.Module):
         return self.attention(queries, context=self.context_norm(x))[0]
 
 
-class HfvlmCoCaVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
+class HfvlmCoCaVisionModel(ClassTokenTower, DepthScaledModel):
     """A vision transformer whose tokens, class token included, go through the attentional pooler."""
 
     config: HfvlmCoCaVisionConfig
@@ -80,9 +79,9 @@ class HfvlmCoCaVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """`(B, C, H, W)` normalised pixels -> the pooler's tokens after the last norm, and the first of them, which is
-        the summary. The others are what is written from.
+        the pooled output. Texts are generated from the others.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to it.
         """
         x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         x = self.layers(self.pre_norm(x), **kwargs)
@@ -90,21 +89,10 @@ class HfvlmCoCaVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
         return TowerOutput(last_hidden_state=x, pooler_output=x[:, 0], embeds=self.projection(x[:, 0]))
 
 
-class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
-    """The text decoder: without a context its lower half reads, with one the whole of it writes."""
+class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
+    """The text decoder: without a context its lower half embeds, with one the whole of it generates."""
 
     config: HfvlmCoCaTextConfig
-    embeds_texts_alone = True
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
-    _no_split_modules = ["PreNormLayer", "GroundingLayer"]
-    _can_record_outputs = {
-        "hidden_states": PreNormLayer,
-        "attentions": OutputRecorder(CausalAttention, index=1),
-        "cross_attentions": OutputRecorder(CrossAttention, index=1),
-    }
 
     def __init__(self, config: HfvlmCoCaTextConfig):
         super().__init__(config)
@@ -164,7 +152,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
         return self.lm_head(self.multimodal_norm(x))
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
-        """The lower half: `(B, N)` -> its tokens, before any norm, and the class token's summary."""
+        """Run the lower half: `(B, N)` -> its tokens, before any norm, and the class token as the pooled output."""
         length = input_ids.shape[1]
         self.positions(input_ids, None)  # refuses texts that are too long
         x = torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1)
@@ -175,7 +163,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
         return TowerOutput(last_hidden_state=x[:, :-1], pooler_output=pooled, embeds=self.projection(pooled))
 
     def decode_upper(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
-        """Run the upper half over the lower half's tokens `(B * T, N, D)`, which no norm has seen."""
+        """Run the upper half over the lower half's tokens `(B * T, N, D)`, before any norm."""
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
         for layer, grounding in zip(self.multimodal_layers, self.grounding_layers, strict=True):
             x = grounding(layer(x, mask, **kwargs), tokens, context_mask, context.kept)
@@ -185,18 +173,16 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
     # after each such token, and calls that a mistake which the released weights were trained with.
 
     def visible_to_class(self, input_ids: Tensor) -> Tensor:
-        """`(B, N)` -> `(B, N + 1)`, which tokens are seen where texts are read, the class token last."""
-        real = input_ids != self.config.pad_token_id
-        always = torch.ones_like(real[:, :1])
-        return torch.cat([real, always] if self.config.correct_class_mask else [always, real], dim=1)
+        """Mask the tokens of texts that are embedded: `(B, N)` -> `(B, N + 1)`, the class token last."""
+        shift = self.config.mask_shift
+        return pad(input_ids != self.config.pad_token_id, (shift, 1 - shift), value=True)
 
     def visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`(B, N)` -> `(B, N)`, the same where they are written; the padding that a mask hides is no such token."""
+        """Mask the tokens of texts that are continued, `(B, N)`; the padding that a mask hides is no such token."""
         real = input_ids != self.config.pad_token_id
         if attention_mask is not None:
             real = real | (attention_mask == 0)
-        if not self.config.correct_class_mask:
-            real = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)
+        real = pad(real, (self.config.mask_shift, 0), value=True)[:, : real.shape[1]]
         return real if attention_mask is None else real & (attention_mask != 0)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -205,7 +191,7 @@ class HfvlmCoCaTextModel(TextDecoder, HfvlmCLIPPreTrainedModel):
 
 
 class HfvlmCoCaModel(ContrastiveCaptioner):
-    """Pictures and texts in one space, and captions."""
+    """Images and texts in one space, and captions."""
 
     config: HfvlmCoCaConfig
     base_model_prefix = "coca"
@@ -215,8 +201,7 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
 
     def __init__(self, config: HfvlmCoCaConfig):
         super().__init__(config)
-        self.vision_model = HfvlmCoCaVisionModel._from_config(config.vision_config)
-        self.text_model = HfvlmCoCaTextModel._from_config(config.text_config)
+        self.build_towers(config)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
 
@@ -225,7 +210,7 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
         return Context(tokens[:, 1:])
 
     def caption(self, input_ids: Tensor, text: BaseModelOutputWithPooling, context: Context) -> Tensor:
-        """Goes on from the lower half's tokens, which are the same as with a class token after them."""
+        """Score from the lower half's tokens, which are the same as with a class token after them."""
         tokens: Any = text.last_hidden_state
         mask = causal_mask(self.text_model.config, tokens, None)
         return self.text_model.logits_of(self.text_model.decode_upper(tokens, mask, context))

@@ -4,7 +4,7 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 
-from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, VisionConfig
+from hfvlm.configuration import DualEncoderConfig, SubConfig, TextConfig, VisionConfig
 
 
 @strict
@@ -16,11 +16,6 @@ class HfvlmFILIPVisionConfig(VisionConfig):
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     projection_dim: int = 256
-
-    @property
-    def pooled_size(self) -> int:
-        """Width of the summary that a classifier reads."""
-        return self.hidden_size
 
 
 @strict
@@ -41,15 +36,15 @@ class HfvlmFILIPTextConfig(TextConfig):
 
 
 @strict
-class HfvlmFILIPConfig(HfvlmConfig):
+class HfvlmFILIPConfig(DualEncoderConfig):
     """FILIP.
 
     Args:
-        top_k: in the loss, how many tokens of a text (of a picture) those of the pictures (texts) may be matched with:
+        top_k: in the loss, how many tokens of a text (of an image) those of the images (texts) may be matched with:
             those that resemble their own pair most. None, as in most of the paper, for all.
-        summary_dim: width of the space in which whole pictures and texts are compared.
+        summary_dim: width of the space in which whole images and texts are compared.
         summary_loss_weight: of that comparison in the loss. The reproduction computes it and weighs it with zero.
-        logit_scale_init_value: of both comparisons.
+        logit_scale_init_value: logarithm of the temperatures' inverse before training, of both comparisons.
     """
 
     model_type = "hfvlm_filip"
@@ -60,12 +55,6 @@ class HfvlmFILIPConfig(HfvlmConfig):
     top_k: int | None = 16
     summary_dim: int = 768
     summary_loss_weight: float | int = 0.0
-    logit_scale_init_value: float = 2.6592
-
-    def validate_joint_space(self) -> None:
-        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
-        if image != text:
-            raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")
 
     def validate_selection(self) -> None:
         rows, columns = self.vision_config.grid

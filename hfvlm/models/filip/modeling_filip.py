@@ -1,9 +1,9 @@
 """FILIP (https://arxiv.org/abs/2111.07783), with what https://github.com/Sense-GVT/DeCLIP at 5d99a85 adds to it.
 
 The authors released no weights of the paper's English models. Theirs are the Chinese FILIP and Wukong of
-huawei-noah/Pretrained-Language-Model (Noah_WuKong), another architecture; this one reads DeCLIP's reproduction.
+huawei-noah/Pretrained-Language-Model (Noah_WuKong), another architecture; this one loads DeCLIP's reproduction.
 Where paper and reproduction differ: the paper compares the tokens of a text that are not padding, the reproduction all
-77 (here, those that `attention_mask` keeps; the embeddings of others are zero); and the reproduction's loss matches
+77 (here, those where `attention_mask` is 1; the embeddings of others are zero); and the reproduction's loss matches
 with 16 tokens of each pair (`top_k`).
 """
 
@@ -12,43 +12,37 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
-from hfvlm.losses.blocks import check_negatives
-from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling.base import DualEncoder, other_towers, unit
-from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.base import DepthScaledModel, other_towers, unit
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
+from hfvlm.modeling.text import CausalTextTower
 from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
-from hfvlm.modules.embeddings import TokenEmbedding
-from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
 
-# What is in the composite beside its towers.
+# What is in the composite next to its towers.
 SUMMARIES = r"^(image|text)_summary\.|^summary_scale\."
 
 
 @dataclass
 class FILIPFeatures(BaseModelOutputWithPooling):
-    """What is known of pictures or of texts.
+    """The features of images or of texts.
 
     Args:
         pooler_output: `(B, N, projection_dim)`, the tokens in the space where they are compared, not normalised; zero
             for tokens that do not count.
-        summary: `(B, summary_dim)`, the picture or the text as a whole, not normalised.
+        summary: `(B, summary_dim)`, the image or the text as a whole, not normalised.
     """
 
     summary: Tensor | None = None
@@ -64,7 +58,7 @@ class FILIPOutput(DualEncoderOutput):
             transpose of the other.
         image_embeds: `(images, patches, projection_dim)`, each patch of unit length.
         text_embeds: `(texts, tokens, projection_dim)`, each token of unit length, or zero if it does not count.
-        image_summary_embeds: `(images, summary_dim)`, whole pictures, of unit length.
+        image_summary_embeds: `(images, summary_dim)`, whole images, of unit length.
         text_summary_embeds: `(texts, summary_dim)`, whole texts, of unit length.
         summary_scale: `(1,)`, the inverse of the temperature for these.
     """
@@ -74,7 +68,7 @@ class FILIPOutput(DualEncoderOutput):
     summary_scale: Tensor | None = None
 
 
-class HfvlmFILIPVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
+class HfvlmFILIPVisionModel(ClassTokenTower, DepthScaledModel):
     """CLIP's vision transformer, whose patches are the embedding."""
 
     config: HfvlmFILIPVisionConfig
@@ -100,7 +94,7 @@ class HfvlmFILIPVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
         """`(B, C, H, W)` normalised pixels -> all tokens, class token first, the mean of the patches, and the patches
         in the joint space `(B, N, D)`.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to it.
         """
         x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         x = self.layers(self.pre_norm(x), **kwargs)
@@ -108,22 +102,12 @@ class HfvlmFILIPVisionModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
         return TowerOutput(last_hidden_state=x, pooler_output=patches.mean(dim=1), embeds=self.projection(patches))
 
 
-class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
+class HfvlmFILIPTextModel(CausalTextTower, DepthScaledModel):
     """CLIP's causal text transformer, whose tokens are the embedding."""
 
     config: HfvlmFILIPTextConfig
-    base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = [*other_towers("text_model"), SUMMARIES]
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
-
-    def __init__(self, config: HfvlmFILIPTextConfig):
-        super().__init__(config)
-        self.embeddings = TokenEmbedding(config)
-        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = projection(config, bias=True)
-        self.post_init()
+    projection_bias = True
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -132,16 +116,13 @@ class HfvlmFILIPTextModel(HfvlmCLIPPreTrainedModel):
     ) -> TowerOutput:
         """`(B, N)` token ids, padded on the right -> all tokens, the end-of-text token, and all in the joint space
         `(B, N, D)`."""
-        x = self.embeddings(input_ids, attention_mask)
-        mask = causal_mask(self.config, x, attention_mask)
-        x = self.post_norm(self.layers(x, mask, **kwargs | {"is_causal": True}))
-        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
+        x = self.post_norm(self.read(input_ids, attention_mask, **kwargs))
+        pooled = self.end_tokens(x, input_ids, attention_mask)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
 
 
 class ImageSummary(nn.Module):
-    """The class token as the whole picture, as in CLIP."""
+    """The class token as the whole image, as in CLIP."""
 
     def __init__(self, config: HfvlmFILIPConfig):
         super().__init__()
@@ -155,19 +136,22 @@ class ImageSummary(nn.Module):
 
 
 class HfvlmFILIPModel(DualEncoder):
-    """Pictures and texts, compared token by token."""
+    """Images and texts, compared token by token.
+
+    Tokens do not count where `attention_mask` is 0, as in the paper; without one all count, as in the reproduction.
+    """
 
     config: HfvlmFILIPConfig
     base_model_prefix = "filip"
     _keep_in_fp32_modules_strict = ["logit_scale", "summary_scale"]
+    output_class = FILIPOutput
     pair_loss = staticmethod(late_interaction_loss)
-    # As the reproduction, which also kept it above exp(3).
+    # As the reproduction, which also bounds it by exp(3) below.
     max_logit_scale = exp(6)
 
     def __init__(self, config: HfvlmFILIPConfig):
         super().__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.text_model = AutoModel.from_config(config.text_config)
+        self.build_towers(config)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.image_summary = ImageSummary(config)
         self.text_summary = Projection(config.text_config.hidden_size, config.summary_dim)
@@ -204,36 +188,20 @@ class HfvlmFILIPModel(DualEncoder):
         """`(A, N, D)`, `(B, M, D)` tokens -> `(A, B)`, means over the queries' tokens of their best match."""
         return late_interaction_scores(queries, gallery, queries.any(dim=-1), gallery.any(dim=-1))
 
-    def compare(  # type: ignore[override]
-        self, image: FILIPFeatures, text: FILIPFeatures, *, return_loss: bool | None
-    ) -> FILIPOutput:
-        image_embeds, text_embeds = unit(image.pooler_output), unit(text.pooler_output)
-        scale = self.logit_scale.exp()
-        output = FILIPOutput(
-            logits_per_image=scale * self.score(image_embeds, text_embeds),
-            logits_per_text=scale * self.score(text_embeds, image_embeds),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text,
-            vision_model_output=image,
-            logit_scale=scale,
-            image_summary_embeds=unit(image.summary),
-            text_summary_embeds=unit(text.summary),
-            summary_scale=self.summary_scale.exp(),
-        )
-        if return_loss:
-            output.loss = self.contrast(output)
-        return output
+    def both_ways(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        return self.score(image_embeds, text_embeds), self.score(text_embeds, image_embeds)
 
-    def contrast(
-        self, output: Any, pair_loss: Callable[..., Tensor] | None = None, group: ProcessGroup | None = None
-    ) -> Tensor:
-        """The loss of pairs of rows of tokens, by `late_interaction_loss` or another that takes its arguments, over
-        one or several processes."""
+    def further_fields(self, image: FILIPFeatures, text: FILIPFeatures) -> dict[str, Tensor]:
+        return {
+            "image_summary_embeds": unit(image.summary),
+            "text_summary_embeds": unit(text.summary),
+            "summary_scale": self.summary_scale.exp(),
+        }
+
+    def loss_of_pairs(self, output: Any, pair_loss: Callable[..., Tensor], group: ProcessGroup | None) -> Tensor:
+        """Apply `late_interaction_loss`, or another that takes its arguments, to rows of tokens."""
         image, text = output.image_embeds, output.text_embeds
-        if self.training and torch.is_grad_enabled():
-            check_negatives(image.shape[0], rank_and_size(group)[1])
-        loss = (pair_loss or self.pair_loss)(
+        loss = pair_loss(
             image,
             text,
             output.logit_scale,
@@ -246,34 +214,9 @@ class HfvlmFILIPModel(DualEncoder):
         whole = contrastive_loss(*summaries, output.summary_scale, group=group)
         return loss + self.config.summary_loss_weight * whole
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[Keywords],
-    ) -> FILIPOutput:
-        """Every text against every picture; with `return_loss`, text i must belong to picture i.
-
-        Args:
-            input_ids: `(T, N)`, padded on the right.
-            pixel_values: `(I, C, H, W)`, normalised.
-            attention_mask: `(T, N)`, 0 for tokens that do not count, as in the paper; None if all count, as in the
-                reproduction.
-            return_loss: also compute the contrastive loss of the batch.
-            interpolate_pos_encoding: take pictures of any size.
-        """
-        image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.encode_text(input_ids, attention_mask, **kwargs)
-        return self.compare(image, text, return_loss=return_loss)
-
 
 def features(output: TowerOutput, tokens: Tensor | None, summary: Tensor) -> FILIPFeatures:
-    """The tower's output with the joint embedding where every `get_*_features` has it."""
+    """Make features of a tower's output, with the joint embedding where every `get_*_features` has it."""
     return FILIPFeatures(
         last_hidden_state=output.last_hidden_state,
         pooler_output=tokens,

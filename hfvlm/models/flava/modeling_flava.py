@@ -19,7 +19,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import LAYER_ATTENTIONS, DualEncoder, HfvlmPreTrainedModel
+from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
+from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, TowerOutput
 from hfvlm.models.flava.configuration_flava import (

@@ -9,7 +9,7 @@ from hfvlm.configuration import MultiEncoderConfig, SubConfig, TextConfig, Tower
 
 @strict
 class HfvlmImageBindVisionConfig(VisionConfig):
-    """The tower of images and films.
+    """The tower of images and videos.
 
     Args:
         num_frames: of a clip; an image is one that stands still.
@@ -60,7 +60,7 @@ class HfvlmImageBindTextConfig(TextConfig):
 
 @strict
 class HfvlmImageBindAudioConfig(TowerConfig):
-    """The tower of sounds, over overlapping patches of a spectrogram.
+    """The tower of audio, over overlapping patches of a spectrogram.
 
     Args:
         num_mel_bins: rows of the spectrogram.
@@ -115,7 +115,7 @@ class HfvlmImageBindDepthConfig(VisionConfig):
 
 @strict
 class HfvlmImageBindThermalConfig(VisionConfig):
-    """The tower of thermal pictures. `drop_path_rate` is of the last layer, in training; those before it have less."""
+    """The tower of thermal images. `drop_path_rate` is of the last layer, in training; those before it have less."""
 
     model_type = "hfvlm_imagebind_thermal"
     base_config_key = "thermal_config"

@@ -11,11 +11,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
-from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.base import other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.text import CausalTextTower
 from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
@@ -26,24 +26,22 @@ from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindThermalConfig,
     HfvlmImageBindVisionConfig,
 )
-from hfvlm.modules.embeddings import TokenEmbedding
-from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid
 from hfvlm.modules.projection import Projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import Attention, PreNormLayer, Stack
 
-# An image is a clip of so many equal frames, however many frames a clip has.
+# An image is a clip of this many equal frames, whatever the length of clips.
 IMAGE_FRAMES = 2
 # No scale grows beyond this.
 MAX_SCALE = 100.0
-# Of each modality's embeddings; images and films have none. That of texts is learned.
+# Of each modality's embeddings; images and videos have none. That of texts is learned.
 TEXT_SCALE = 1 / 0.07
 FIXED_SCALES = {"audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}
 
 
 class HfvlmImageBindVisionModel(ClassTokenTower):
-    """A vision transformer over patches that reach through time, read at its class token."""
+    """A vision transformer over patches that reach through time, pooled at its class token."""
 
     config: HfvlmImageBindVisionConfig
     input_modalities = ["image", "video"]
@@ -72,7 +70,7 @@ class HfvlmImageBindVisionModel(ClassTokenTower):
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """Images `(B, C, H, W)` or clips `(B, C, T, H, W)`, normalised -> all tokens before the last norm, class token
-        first, and the summary.
+        first, and the pooled output.
 
         With `interpolate_pos_encoding`, images, and clips as long as an image, may have any size; the position table
         is resized to it.
@@ -100,38 +98,19 @@ class HfvlmImageBindVisionModel(ClassTokenTower):
         return torch.cat([self.position[:1], *resized])
 
 
-class HfvlmImageBindTextModel(HfvlmPreTrainedModel):
-    """A causal transformer that reads its end-of-text token."""
+class HfvlmImageBindTextModel(CausalTextTower):
+    """A causal transformer that pools its end-of-text token."""
 
     config: HfvlmImageBindTextConfig
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
-
-    def __init__(self, config: HfvlmImageBindTextConfig):
-        super().__init__(config)
-        self.embeddings = TokenEmbedding(config)
-        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = Projection(config.hidden_size, config.projection_dim, bias=False)
-        self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
-        """`(B, N)` token ids, padded on the right -> all tokens before the last norm, and the summary.
-
-        Trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
-        """
-        x = self.embeddings(input_ids, attention_mask)
-        mask = causal_mask(self.config, x, attention_mask)
-        x = self.layers(x, mask, **kwargs | {"is_causal": True})
-        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
-        pooled = self.post_norm(pooled)
+        """`(B, N)` token ids -> all tokens before the last norm, and the pooled output; see `CausalTextTower`."""
+        x = self.read(input_ids, attention_mask, **kwargs)
+        pooled = self.post_norm(self.end_tokens(x, input_ids, attention_mask))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
@@ -243,9 +222,9 @@ class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
 
 
 class HfvlmImageBindModel(MultiEncoder):
-    """Images, films, texts, sounds, depth maps, thermal pictures and motion in one space.
+    """Images, videos, texts, audio, depth maps, thermal images and motion in one space.
 
-    Embeddings of all but images and films are multiplied by a scale of their modality: that is what the original
+    Embeddings of all but images and videos are multiplied by a scale of their modality: that is what the original
     returns, and dot products of them are its logits.
     """
 
@@ -270,7 +249,7 @@ class CappedScale(LogitScale):
 
 
 class FixedScale(nn.Module):
-    """A temperature that came with the weights and is not trained, kept as a logarithm."""
+    """A temperature that came with the weights and is not trained, stored as a logarithm."""
 
     scale: Tensor
 

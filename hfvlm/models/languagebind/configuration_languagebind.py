@@ -25,10 +25,10 @@ class HfvlmLanguageBindVisionConfig(HfvlmCLIPVisionConfig):
 
 @strict
 class HfvlmLanguageBindVideoConfig(HfvlmLanguageBindVisionConfig):
-    """The tower of films.
+    """The tower of videos.
 
     Args:
-        num_frames: of a film.
+        num_frames: of a video.
         num_class_tokens: 1, which all frames share, or one for each frame, as V1.5 has.
     """
 
@@ -61,8 +61,8 @@ class HfvlmLanguageBindTextConfig(HfvlmCLIPTextConfig):
 
 @strict
 class HfvlmLanguageBindAudioConfig(HfvlmLanguageBindVisionConfig):
-    """The tower of sounds, whose spectrograms are its pictures: `image_size` is mel bins and columns of 10 ms, and the
-    channels are three pieces of a sound."""
+    """The tower of audio, whose spectrograms are its images: `image_size` is mel bins and columns of 10 ms, and the
+    channels are three pieces of an audio clip."""
 
     model_type = "hfvlm_languagebind_audio"
     base_config_key = "audio_config"
@@ -80,7 +80,7 @@ class HfvlmLanguageBindDepthConfig(HfvlmLanguageBindVisionConfig):
 
 @strict
 class HfvlmLanguageBindThermalConfig(HfvlmLanguageBindVisionConfig):
-    """The tower of thermal pictures, in three channels."""
+    """The tower of thermal images, in three channels."""
 
     model_type = "hfvlm_languagebind_thermal"
     base_config_key = "thermal_config"

@@ -9,12 +9,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import other_towers
+from hfvlm.modeling.base import DepthScaledModel, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.vision import ClassTokenTower
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPPreTrainedModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
     HfvlmLanguageBindConfig,
@@ -56,7 +56,7 @@ class HfvlmLanguageBindDepthModel(HfvlmCLIPVisionModel):
 
 
 class HfvlmLanguageBindThermalModel(HfvlmCLIPVisionModel):
-    """CLIP's vision transformer, trained on thermal pictures."""
+    """CLIP's vision transformer, trained on thermal images."""
 
     config: HfvlmLanguageBindThermalConfig
     base_model_prefix = "thermal_model"
@@ -78,12 +78,12 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
     input_modalities = ["audio"]
 
     def forward(self, input_features: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
-        """`(B, 3, bins, frames)`, normalised; a channel a piece of the sound -> as `HfvlmCLIPVisionModel`."""
+        """`(B, 3, bins, frames)`, normalised; a channel a piece of the clip -> as `HfvlmCLIPVisionModel`."""
         return super().forward(input_features, **kwargs)
 
     @torch.no_grad()
     def take_positions(self, table: Tensor) -> None:
-        """Begin with the positions of a tower of square pictures, `(1 + n * n, D)`, as the authors begin with CLIP's.
+        """Begin with the positions of a tower of square images, `(1 + n * n, D)`, as the authors begin with CLIP's.
 
         Where both have as many, they are taken as they are, though the grids differ: that is how the authors' were.
         """
@@ -92,8 +92,8 @@ class HfvlmLanguageBindAudioModel(HfvlmCLIPVisionModel):
         self.position.copy_(table if fits else resize_grid(table, (edge, edge), self.config.grid, **BICUBIC))
 
 
-class HfvlmLanguageBindVideoModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
-    """CLIP's vision transformer on each frame, whose layers begin by looking across time; the mean over the frames."""
+class HfvlmLanguageBindVideoModel(ClassTokenTower, DepthScaledModel):
+    """CLIP's vision transformer on each frame, whose layers begin with attention across time; the frames' mean."""
 
     config: HfvlmLanguageBindVideoConfig
     base_model_prefix = "video_model"
@@ -128,11 +128,11 @@ class HfvlmLanguageBindVideoModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
         self, pixel_values_videos: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """`(B, C, T, H, W)`, normalised -> all tokens before the last norm, `(B, T, N, D)`, each frame's class token
-        first, and the summary.
+        first, and the pooled output.
 
         With `interpolate_pos_encoding`, frames may have any size; the position table is resized to it.
         """
-        films, frames = pixel_values_videos.shape[0], pixel_values_videos.shape[2]
+        videos, frames = pixel_values_videos.shape[0], pixel_values_videos.shape[2]
         if frames != self.config.num_frames:
             raise ValueError(
                 f"pixel_values_videos have {frames} frames, the tower takes num_frames {self.config.num_frames}: "
@@ -140,13 +140,13 @@ class HfvlmLanguageBindVideoModel(ClassTokenTower, HfvlmCLIPPreTrainedModel):
             )
         x = self.patches(pixel_values_videos.transpose(1, 2).flatten(0, 1))
         x = self.with_positions(x, pixel_values_videos, interpolate_pos_encoding=interpolate_pos_encoding)
-        x = self.layers(self.pre_norm(self.patch_dropout(x, frames)), **kwargs).unflatten(0, (films, frames))
+        x = self.layers(self.pre_norm(self.patch_dropout(x, frames)), **kwargs).unflatten(0, (videos, frames))
         pooled = self.post_norm(x[:, :, 0]).mean(dim=1)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
 class TemporalLayer(PreNormLayer):
-    """A pre-norm layer within frames, `(B * T, N, D)`, after attention of each place to itself in the others."""
+    """A pre-norm layer within frames, `(B * T, N, D)`, after attention of each position to itself in the others."""
 
     def __init__(self, config: HfvlmLanguageBindVideoConfig):
         super().__init__(config)
@@ -158,17 +158,17 @@ class TemporalLayer(PreNormLayer):
         init.normal_(self.temporal_position, std=self.temporal_position.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        frames, places = len(self.temporal_position), x.shape[1]
+        frames, tokens = len(self.temporal_position), x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if frames > 1:  # the original has positions for one frame too, and leaves them out
             x = x + self.temporal_position
         x = x + self.temporal_attention(self.temporal_norm(x), **kwargs)[0]
-        x = x.unflatten(0, (-1, places)).transpose(1, 2).flatten(0, 1)
+        x = x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
         return super().forward(x, mask, **kwargs)
 
 
 class HfvlmLanguageBindModel(MultiEncoder):
-    """Images, films, texts, sounds, depth maps and thermal pictures in one space.
+    """Images, videos, texts, audio, depth maps and thermal images in one space.
 
     Embeddings of all but texts are multiplied by a learned scale of their modality: that is what the original returns,
     and dot products of them are its logits.

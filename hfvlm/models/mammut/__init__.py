@@ -1,4 +1,4 @@
-"""MaMMUT (https://arxiv.org/abs/2303.16839): one text decoder in two passes, one that compares and one that writes."""
+"""MaMMUT (https://arxiv.org/abs/2303.16839): one text decoder in two passes, a contrastive and a generative."""
 
 from typing import Any
 

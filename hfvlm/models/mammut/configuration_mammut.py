@@ -13,7 +13,7 @@ class HfvlmMaMMUTVisionConfig(VisionConfig):
 
     Args:
         projection_dim: width of the joint space, which is the text tower's.
-        cropped_positions: in training, take the positions from a random crop of a grid of so many rows and columns,
+        cropped_positions: in training, take the positions from a random crop of a grid of n rows and columns,
             as the paper does for detection; openMaMMUT does not, and neither does the default.
     """
 
@@ -31,7 +31,7 @@ class HfvlmMaMMUTVisionConfig(VisionConfig):
         if self.cropped_positions is not None and self.cropped_positions < max(self.grid):
             raise ValueError(
                 f"{type(self).__name__}: cropped_positions {self.cropped_positions} is a grid smaller than that of "
-                f"the pictures, {self.grid}."
+                f"the images, {self.grid}."
             )
 
 
@@ -40,7 +40,7 @@ class HfvlmMaMMUTTextConfig(TextConfig):
     """The text decoder.
 
     Args:
-        grounding_interval: cross-attention follows the first layer and every so many layers after it.
+        grounding_interval: cross-attention follows the first layer and every n-th after it.
         grounded_mlp: layers that are followed by cross-attention have an MLP of their own before it.
         token_rows: rows of the table of tokens, where they are not `vocab_size`, the number of scores.
     """
@@ -60,6 +60,12 @@ class HfvlmMaMMUTTextConfig(TextConfig):
         """The layers that are followed by cross-attention."""
         return range(0, self.num_hidden_layers, self.grounding_interval)
 
+    @property
+    def layer_kinds(self) -> list[str]:
+        """Of each layer: "full", with an MLP, or "attention", without one."""
+        bare = () if self.grounded_mlp else self.grounded
+        return ["attention" if i in bare else "full" for i in range(self.num_hidden_layers)]
+
     def validate_grounding(self) -> None:
         if self.grounding_interval < 1:
             raise ValueError(f"{type(self).__name__}: grounding_interval {self.grounding_interval} is less than 1.")
@@ -73,7 +79,7 @@ class HfvlmMaMMUTConfig(HfvlmConfig):
         pair_loss: "softmax" as openMaMMUT, or "focal" as the paper.
         logit_scale_init_value: logarithm of the temperature's inverse before training.
         contrastive_weight: of the contrastive loss in the sum.
-        captioning_weight: of the loss of what is written.
+        captioning_weight: of the captioning loss.
     """
 
     model_type = "hfvlm_mammut"

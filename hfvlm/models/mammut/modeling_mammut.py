@@ -1,28 +1,24 @@
 """MaMMUT (https://arxiv.org/abs/2303.16839; https://github.com/LAION-AI/open_clip_mammut at ed2d1f6).
 
-One text decoder in two passes. The contrastive pass reads a text alone, in both directions, and its tokens' mean meets
-the picture in the joint space; the generative pass is causal, looks at the picture and writes.
+One text decoder in two passes. The contrastive pass embeds a text alone, in both directions, and its mean token meets
+the image in the joint space; the generative pass is causal and attends to the image.
 """
 
-from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from hfvlm.losses import contrastive_loss, focal_contrastive_loss
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
-from hfvlm.modeling.captioning import TextDecoder
+from hfvlm.losses import PAIR_LOSSES
 from hfvlm.modeling.compat import causal_mask
-from hfvlm.modeling.contrastive_captioning import ContrastiveCaptioner
+from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.vision import ClassTokenTower
@@ -38,7 +34,7 @@ from hfvlm.modules.transformer import CausalAttention, CrossAttention, Grounding
 
 
 class HfvlmMaMMUTVisionModel(ClassTokenTower):
-    """A vision transformer whose summary is the mean of all its tokens, class token included."""
+    """A vision transformer whose pooled output is the mean of all its tokens, class token included."""
 
     config: HfvlmMaMMUTVisionConfig
     patch_bias = False
@@ -56,9 +52,10 @@ class HfvlmMaMMUTVisionModel(ClassTokenTower):
     def forward(
         self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
-        """`(B, C, H, W)` normalised pixels -> all tokens before any last norm, class token first, and the summary.
+        """`(B, C, H, W)` normalised pixels -> all tokens before any last norm, class token first, and their pooled
+        output.
 
-        With `interpolate_pos_encoding`, pictures may have any size; the position table is resized to it.
+        With `interpolate_pos_encoding`, images may have any size; the position table is resized to it.
         """
         x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         x = self.layers(self.pre_norm(x), **kwargs)
@@ -83,21 +80,14 @@ class AttentionLayer(PreNormLayer):
         return x + self.attention(self.attention_norm(x), mask, **kwargs)[0]
 
 
-class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
+LAYERS: dict[str, Any] = {"full": PreNormLayer, "attention": AttentionLayer}
+
+
+class HfvlmMaMMUTTextModel(CaptioningTextTower):
     """The text decoder: without a context it is the contrastive pass, with one the generative."""
 
     config: HfvlmMaMMUTTextConfig
-    embeds_texts_alone = True
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("text_model")
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
     _no_split_modules = ["PreNormLayer", "AttentionLayer", "GroundingLayer"]
-    _can_record_outputs = {
-        "hidden_states": PreNormLayer,
-        "attentions": OutputRecorder(CausalAttention, index=1),
-        "cross_attentions": OutputRecorder(CrossAttention, index=1),
-    }
 
     def __init__(self, config: HfvlmMaMMUTTextConfig):
         super().__init__(config)
@@ -105,10 +95,7 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
         self.token = nn.Embedding(config.token_rows or config.vocab_size, width)
         self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, width))
         self.layers = nn.ModuleList(
-            (AttentionLayer if i in config.grounded and not config.grounded_mlp else PreNormLayer)(
-                config, attention=CausalAttention(config, i)
-            )
-            for i in range(config.num_hidden_layers)
+            LAYERS[kind](config, attention=CausalAttention(config, i)) for i, kind in enumerate(config.layer_kinds)
         )
         self.grounding_layers = nn.ModuleList(
             GroundingLayer(config, CrossAttention(config, i)) for i in config.grounded
@@ -150,7 +137,7 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
         return self.lm_head(self.post_norm(x))
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
-        """The contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""
+        """Run the contrastive pass: `(B, N)` -> all tokens after the last norm, and their mean."""
         x = self.token(input_ids) + self.position[self.positions(input_ids, None)]
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=None)
         for layer in self.layers:
@@ -161,7 +148,7 @@ class HfvlmMaMMUTTextModel(HfvlmPreTrainedModel, TextDecoder):
 
 
 class HfvlmMaMMUTModel(ContrastiveCaptioner):
-    """Pictures and texts in one space, and captions."""
+    """Images and texts in one space, and captions."""
 
     config: HfvlmMaMMUTConfig
     base_model_prefix = "mammut"
@@ -170,8 +157,7 @@ class HfvlmMaMMUTModel(ContrastiveCaptioner):
 
     def __init__(self, config: HfvlmMaMMUTConfig):
         super().__init__(config)
-        self.vision_model = HfvlmMaMMUTVisionModel._from_config(config.vision_config)
-        self.text_model = HfvlmMaMMUTTextModel._from_config(config.text_config)
+        self.build_towers(config)
         self.projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=False)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
@@ -183,19 +169,16 @@ class HfvlmMaMMUTModel(ContrastiveCaptioner):
     def context(self, image: BaseModelOutputWithPooling) -> Context:
         return Context(self.projector(image.last_hidden_state))
 
-    def contrast(
-        self, output: Any, pair_loss: Callable[..., Tensor] | None = None, group: ProcessGroup | None = None
-    ) -> Tensor:
-        return super().contrast(output, pair_loss or PAIR_LOSSES[self.config.pair_loss], group)
-
-
-PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {"softmax": contrastive_loss, "focal": focal_contrastive_loss}
+    def pair_loss(self, *pairs: Any, **options: Any) -> Tensor:
+        return PAIR_LOSSES[self.config.pair_loss](*pairs, **options)
 
 
 def cropped(table: Tensor, grid: tuple[int, int], size: int) -> Tensor:
-    """The positions of a random part of a larger picture (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.1): the
-    grid of a table `(1 + rows * columns, D)` is enlarged to `size` x `size`, and a part of it, of a tenth of its area
-    at least, is resized to the grid again. One draw for a batch."""
+    """Draw the positions of a random part of a larger image (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.1).
+
+    The grid of a table `(1 + rows * columns, D)` is enlarged to `size` x `size`, and a part of it, of a tenth of its
+    area at least, is resized to the grid again. One draw for a batch.
+    """
     rows, columns = grid
     image = table[1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
     image = interpolate(image, size=(size, size), mode="bilinear", align_corners=False)

@@ -10,24 +10,19 @@ from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, TowerConfig,
 
 @strict
 class HfvlmSigLIPVisionConfig(VisionConfig):
-    """The vision transformer for pictures of one size."""
+    """The vision transformer for images of one size."""
 
     model_type = "hfvlm_siglip_vision"
 
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
 
-    @property
-    def pooled_size(self) -> int:
-        """Width of the summary, which is the embedding."""
-        return self.hidden_size
-
 
 @strict
 class HfvlmSigLIPNaFlexVisionConfig(TowerConfig):
-    """The vision transformer for pictures of any size and aspect ratio (SigLIP 2 NaFlex).
+    """The vision transformer for images of any size and aspect ratio (SigLIP 2 NaFlex).
 
-    `num_patches` is the size of the square position table, which is resized to each picture's grid.
+    `num_patches` is the size of the square position table, which is resized to each image's grid.
     """
 
     model_type = "hfvlm_siglip_naflex_vision"
@@ -38,11 +33,6 @@ class HfvlmSigLIPNaFlexVisionConfig(TowerConfig):
     patch_size: int = 16
     num_channels: int = 3
     num_patches: int = 256
-
-    @property
-    def pooled_size(self) -> int:
-        """Width of the summary, which is the embedding."""
-        return self.hidden_size
 
     def validate_table(self) -> None:
         if isqrt(self.num_patches) ** 2 != self.num_patches:

@@ -26,7 +26,7 @@ import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import restore_keys
 from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.align import config_from_original, config_to_transformers, keys_for
+from hfvlm.conversion.align import EFFICIENTNETS, config_from_original, config_to_transformers, keys_for
 from hfvlm.models.align import (
     HfvlmALIGNConfig,
     HfvlmALIGNForImageClassification,
@@ -38,7 +38,6 @@ from hfvlm.models.align import (
     HfvlmALIGNVisionConfig,
     HfvlmALIGNVisionModel,
 )
-from hfvlm.models.align.configuration_align import EFFICIENTNETS
 from hfvlm.presets import load_preset
 from hfvlm.release.converter import empty_model
 from tests.conftest import SHIPPED
