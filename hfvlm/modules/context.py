@@ -1,4 +1,4 @@
-"""What a text is grounded in."""
+"""What a text attends to next to its own tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from transformers.masking_utils import create_bidirectional_mask
 
 @dataclass(eq=False)
 class Context:
-    """The tokens that a text attends to beside its own: those of a picture, or of a question about one.
+    """The tokens that a text attends to next to its own: those of an image, or of a question about one.
 
     A row serves as many consecutive texts as there are texts a row. transformers' `generate` repeats tensors for every
-    beam; a context it hands on as it is, so a picture's keys and values are computed once for all beams and tokens.
+    beam; it passes a context on as it is, so an image's keys and values are computed once for all beams and tokens.
 
     Args:
         tokens: `(B, M, C)`.
         mask: `(B, M)`, 1 for tokens and 0 for padding; None for no padding.
-        kept: keys and values of each cross-attention, by layer; None, as in training, keeps none.
+        kept: keys and values of each cross-attention, by layer; None, as in training, caches none.
     """
 
     tokens: Tensor
@@ -27,11 +27,11 @@ class Context:
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def for_reuse(self) -> "Context":
-        """The same, whose keys and values are kept once they are computed."""
+        """Return the same context, whose keys and values are cached once they are computed."""
         return Context(self.tokens, self.mask, {})
 
     def mask_for(self, x: Tensor, config: PreTrainedConfig) -> Any:
-        """The attention mask of texts `(B * T, N, D)` in the form that `config`'s attention takes."""
+        """Make the attention mask of texts `(B * T, N, D)` in the form that `config`'s attention takes."""
         if self.mask is None:
             return None
         return create_bidirectional_mask(

@@ -19,7 +19,7 @@ class DropPath(nn.Module):
 
 
 class PatchDropout(nn.Module):
-    """In training, a share `rate` of the patches of each picture is not read at all
+    """In training, a share `rate` of the patches of each image is left out
     (FLIP, https://arxiv.org/abs/2212.00794).
 
     It comes after the positions were added, so the order of the patches that stay means nothing.
@@ -35,7 +35,7 @@ class PatchDropout(nn.Module):
         self.prefix = prefix
 
     def forward(self, x: Tensor, frames: int = 1) -> Tensor:
-        """`(B * frames, prefix + N, D)` -> `(B * frames, prefix + kept, D)`; frames of a film keep equal patches."""
+        """`(B * frames, prefix + N, D)` -> `(B * frames, prefix + kept, D)`; frames of a video keep equal patches."""
         if not self.training or self.rate == 0:
             return x
         patches = x.shape[1] - self.prefix

@@ -67,26 +67,26 @@ class BertEmbedding(nn.Module):
 
 
 def text_starts(attention_mask: Tensor) -> Tensor:
-    """`(B, N)` with 0 for padding -> `(B, 1)`, the place of each text's first token."""
+    """Find the position of each text's first token: `(B, N)` with 0 for padding -> `(B, 1)`."""
     return attention_mask.long().argmax(dim=1, keepdim=True)
 
 
 def padded_positions(attention_mask: Tensor) -> Tensor:
-    """`(B, N)` with 0 for padding -> `(B, N)`, positions counted from each text's first token; padding before it goes
-    on counting from the text's end, as if it stood there."""
+    """Count positions from each text's first token: `(B, N)` with 0 for padding -> `(B, N)`; padding before it goes on
+    counting from the text's end, as if it stood there."""
     length = attention_mask.shape[1]
     return (torch.arange(length, device=attention_mask.device) - text_starts(attention_mask)) % length
 
 
 def right_padded(attention_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Rows `(B, N, ...)`, in which padding before a text is put behind it; see `as_padded`."""
+    """Put padding before a text behind it, in rows `(B, N, ...)`; see `as_padded`."""
     length = attention_mask.shape[1]
     order = (torch.arange(length, device=attention_mask.device) + text_starts(attention_mask)) % length
     return [_ordered(tensor, order) for tensor in tensors]
 
 
 def as_padded(attention_mask: Tensor, rows: Tensor) -> Tensor:
-    """What `right_padded` gave, or was computed of it, with padding on the side where it was."""
+    """Undo `right_padded`, of its rows or what was computed of them: padding is on the side where it was."""
     return _ordered(rows, padded_positions(attention_mask))
 
 
@@ -96,7 +96,7 @@ def _ordered(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def text_positions(input_ids: Tensor, attention_mask: Tensor | None, longest: int, past: int = 0) -> Tensor:
-    """Positions of ids `(B, N)` that follow `past` others, counted from each text's first token.
+    """Count positions of ids `(B, N)` that follow `past` others, counted from each text's first token.
 
     Padding on the left has no positions of its own; on the right it goes on counting.
 

@@ -8,7 +8,7 @@ from hfvlm.configuration import BertTextConfig
 
 
 def last_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
-    """Of `(B, N, D)` so many last tokens, or those at these positions; 0 keeps all."""
+    """Take the last n tokens of `(B, N, D)`, or those at these positions; 0 takes all."""
     return x[:, -keep:] if isinstance(keep, int) else x[:, keep]
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation that a frozen tower keeps."""
+"""Batch normalisation that a frozen tower does not change."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics move only where its own weights train.
 
-    Beside a frozen weight they would change a tower that no adapter stores.
+    With a frozen weight they would change a tower that no adapter stores.
     """
 
     def forward(self, x: Tensor) -> Tensor:

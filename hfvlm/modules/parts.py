@@ -12,7 +12,7 @@ FRAMES = 32
 
 
 def in_parts(tower: Callable[..., Any], values: Tensor, frames: int = 1, **kwargs: Any) -> Any:
-    """The output of a tower over a batch, `FRAMES` frames at a time where nothing is trained.
+    """Run a tower over a batch, `FRAMES` frames at a time where nothing is trained.
 
     Rows of a batch do not influence each other, so the parts' outputs, joined, are those of the whole.
 
@@ -31,7 +31,7 @@ def in_parts(tower: Callable[..., Any], values: Tensor, frames: int = 1, **kwarg
 
 
 def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
-    """Outputs of parts of a batch as the output of all of it."""
+    """Join the outputs of parts of a batch to the output of all of it."""
     first = outputs[0]
     return type(first)(**{name: _joined([output[name] for output in outputs]) for name in first})
 

@@ -31,14 +31,14 @@ class AttentionPool(nn.Module):
 
 
 def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`(B, N, D)` -> `(B, D)`, each text's first token; `attention_mask`, `(B, N)`, is 0 for padding before it."""
+    """Take each text's first token, `(B, N, D)` -> `(B, D)`; `attention_mask`, `(B, N)`, is 0 for padding."""
     if attention_mask is None:
         return x[:, 0]
     return x.gather(1, text_starts(attention_mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
 
 
 def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`(B, N, D)` -> `(B, D)`, the token at the last position, which stands before the text where padding does."""
+    """Take the token at the last position, `(B, N, D)` -> `(B, D)`; with padding before a text, that before it."""
     if attention_mask is None:
         return x[:, -1]
     last = (text_starts(attention_mask) - 1) % x.shape[1]
@@ -46,8 +46,8 @@ def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
-    """`(B, N)` -> `(B,)`, where CLIP pools: the first end-of-text token, or the first largest id in a row without one.
-    Padding, where `attention_mask` is 0, is no such token.
+    """Find where CLIP pools, `(B, N)` -> `(B,)`: the first end-of-text token, or the first largest id in a row without
+    one. Padding, where `attention_mask` is 0, is no such token.
 
     In the original vocabulary end-of-text is the largest id and the original's rule is the argmax alone; tokens that
     a user adds have larger ids and must not attract the pooling.

@@ -19,24 +19,24 @@ ALIGNED_CORNERS = {"mode": "bilinear", "align_corners": True}
 def check_positions(
     tokens: Tensor, position: Tensor, pixel_values: Tensor, image_size: Any, name: str = "pixel_values"
 ) -> None:
-    """A position for every token of (B, N, D), or an error about the pictures' size, which calls them `name`."""
+    """Raise a ValueError about the size of images, called `name`, unless each token of (B, N, D) has a position."""
     if tokens.shape[1] != position.shape[0]:
         raise ValueError(
             f"{name} are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
-            "resize the pictures, or pass interpolate_pos_encoding=True."
+            "resize the images, or pass interpolate_pos_encoding=True."
         )
 
 
 def grid_for(table: Tensor, config: VisionConfig, pixel_values: Tensor, **rule: Any) -> Tensor:
-    """A tower's position table for pictures `(..., H, W)` of another size; see `resize_grid`."""
+    """Resize a tower's position table to images `(..., H, W)` of another size; see `resize_grid`."""
     height, width = (edge // config.patch_size for edge in pixel_values.shape[-2:])
     return resize_grid(table, config.grid, (height, width), **rule)
 
 
 def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rule: Any) -> Tensor:
-    """(extra + rows * columns, D) -> the same with the `new` rows and columns; extra leading rows are kept.
+    """Resize (extra + rows * columns, D) to the `new` rows and columns; extra leading rows stay.
 
-    `rule` is one of this module's constants, handed to `torch.nn.functional.interpolate`.
+    `rule` is one of this module's constants, passed to `torch.nn.functional.interpolate`.
     """
     extra = table.shape[0] - old[0] * old[1]
     image = table[extra:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -45,7 +45,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rul
 
 
 def sine_grid(edge: int, size: int) -> Tensor:
-    """(edge * edge, size): sines and cosines of the column, then of the row, by the frequencies of the Transformer."""
+    """Make sines and cosines of the column, then of the row, (edge * edge, size), by the Transformer's frequencies."""
     frequencies = 10000 ** (-torch.arange(size // 4).float() / (size // 4))
     waves = torch.outer(torch.arange(edge).float(), frequencies)
     line = torch.cat([waves.sin(), waves.cos()], dim=1)
@@ -53,17 +53,17 @@ def sine_grid(edge: int, size: int) -> Tensor:
 
 
 def resize_line(table: Tensor, length: int) -> Tensor:
-    """(N, D) -> (length, D), linear: open_clip's text towers."""
+    """Resize (N, D) to (length, D), linear: open_clip's text towers."""
     resized = interpolate(table.float().t()[None], size=length, mode="linear", align_corners=False)
     return resized[0].t().to(table.dtype)
 
 
 def sampled_grid(table: Tensor, y: Tensor, x: Tensor, shapes: Tensor) -> Tensor:
-    """Positions of patches of pictures that all have grids of their own.
+    """Sample the positions of patches of images that all have grids of their own.
 
-    The square `table` (S, S, D) is resized to each picture's grid `shapes` (B, 2) as rows and columns, bilinear with
-    antialiasing, and read at `y`, `x` (B, N): (B, N, D). Resizing is linear, so it is one product with the weights
-    that a resize would use, without a loop over pictures.
+    The square `table` (S, S, D) is resized to each image's grid `shapes` (B, 2) as rows and columns, bilinear with
+    antialiasing, and sampled at `y`, `x` (B, N): (B, N, D). Resizing is linear, so it is one product with the weights
+    that a resize would use, without a loop over images.
     """
     rows = _triangle_weights(y, shapes[:, :1], table.shape[0])
     columns = _triangle_weights(x, shapes[:, 1:], table.shape[1])
@@ -72,7 +72,7 @@ def sampled_grid(table: Tensor, y: Tensor, x: Tensor, shapes: Tensor) -> Tensor:
 
 
 def _triangle_weights(index: Tensor, size: Tensor, source: int) -> Tensor:
-    """(B, N) target indices on axes of `size` (B, 1) -> (B, N, source), the share of each source cell."""
+    """Weigh each source cell: (B, N) target indices on axes of `size` (B, 1) -> (B, N, source)."""
     scale = source / size.float()
     centre = (index.float() + 0.5) * scale
     cells = torch.arange(source, device=index.device) + 0.5

@@ -14,7 +14,7 @@ class Projection(nn.Linear):
 
 
 def projection(config: PreTrainedConfig, *, bias: bool = False) -> nn.Module:
-    """For a tower whose config says a `projection_dim`; without one the pooled vector is the embedding."""
+    """Make a tower's projection to its `projection_dim`; without one the pooled vector is the embedding."""
     if config.projection_dim is None:
         return nn.Identity()
     return Projection(config.hidden_size, config.projection_dim, bias=bias)
@@ -25,7 +25,7 @@ class Bridge(nn.Module):
 
 
 class Projector(Bridge):
-    """A picture's features at the width of the language model: `depth` linear layers with GELU between them.
+    """An image's features at the width of the language model: `depth` linear layers with GELU between them.
 
     One layer is LLaVA's, two are LLaVA-1.5's; without any the features stay as they are.
     """

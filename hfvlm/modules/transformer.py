@@ -23,7 +23,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of attention that every other implementation is checked against; also returns the weights."""
+    """Compute attention by its definition, for other implementations to be checked against, and the weights."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -33,9 +33,9 @@ def eager_attention_forward(
 
 
 class MultiHead(nn.Module):
-    """The projections and the arithmetic that every kind of attention shares; the kinds differ in what they read.
-    Without a `width` and `heads` of its own, one has its tower's; what goes in and out has the same width, unless
-    `in_size` and `out_size` say another."""
+    """The projections and the arithmetic that every kind of attention shares; the kinds differ in their keys and
+    values. Without a `width` and `heads` of its own, one has its tower's; inputs and outputs have the same width,
+    unless `in_size` and `out_size` are another."""
 
     is_causal = False
 
@@ -108,7 +108,7 @@ class CausalAttention(MultiHead):
 
 
 class CrossAttention(MultiHead):
-    """Attention over a context, which several rows may share: the texts of one picture, the beams of one caption.
+    """Attention over a context, which several rows may share: the texts of one image, the beams of one caption.
 
     `x` has `T` consecutive rows for each row of the context. They are laid side by side as the queries of one row, so
     that the context's keys and values are computed once and never copied.
