@@ -217,7 +217,7 @@ class TestALIGN(EfficientNetSuite):
         close(output.logits_per_image, output.image_embeds @ output.text_embeds.t() / 0.05, 1e-6, "logits")
 
     def test_widths_must_agree(self):
-        with pytest.raises(StrictDataclassClassValidationError, match="24 dimensions.*pictures have 20"):
+        with pytest.raises(StrictDataclassClassValidationError, match="24 dimensions.*images have 20"):
             HfvlmALIGNConfig(vision_config=VISION | {"projection_dim": 20}, text_config=TEXT)
 
 
