@@ -111,19 +111,18 @@ class Chat:
         content = [*({"type": self.processor.modality} for _ in images), {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
         messages = [*self.messages, message]
-        counts, features = self.see(images, message)
-        counts, features = [*self.counts, *counts], [*self.features, *features]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        ids = self.processor.expand(self.processor.encode(prompt), counts)
-        run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | dict(options))
+        (row,) = self.processor.assemble([messages], [list(images)], encoded=self.counts)
+        features = [*self.features, *self.encode(row.media, message)]
+        inputs = self.inputs(row.ids, row.counts, features)
+        run = _Generation(self.model, self.processor, inputs, self.options | dict(options))
         try:
             yield from _until(run, self.processor.stop_strings)
         finally:
             sequence = run.finish()
             self.cached = sequence[: self.cache.get_seq_length()]
-        self.counts, self.features = counts, features
+        self.counts, self.features = row.counts, features
         # Bytes that are no text only in their whole are streamed as if they were.
-        new = sequence if self.model.config.is_encoder_decoder else sequence[len(ids) :]
+        new = sequence if self.model.config.is_encoder_decoder else sequence[len(row.ids) :]
         answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
         answer = "".join(_until(iter([answer]), self.processor.stop_strings)).strip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
@@ -136,14 +135,13 @@ class Chat:
         return known
 
     @torch.no_grad()
-    def see(self, images: Sequence[Any], message: dict[str, Any]) -> tuple[list[int], list[Tensor]]:
-        """Pictures of a message -> how many tokens they have, and their features."""
-        if not len(images):
-            return [], []
+    def encode(self, media: Sequence[Any], message: dict[str, Any]) -> list[Tensor]:
+        """Images or videos of a message to their features, `(tokens, hidden_size)` each."""
+        if not media:
+            return []
         modality = self.processor.modality
-        inputs = self.processor.media_inputs(images, [[message]]).to(self.model.device).to(self.model.dtype)
-        features = list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
-        return [self.model.count_places(rows) for rows in features], features
+        inputs = self.processor.media_inputs(media, [[message]]).to(self.model.device).to(self.model.dtype)
+        return list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
 
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
         """Of `generate`: the keys and values of all that stands in the cache already are used again."""

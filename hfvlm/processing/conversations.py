@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from transformers.utils import logging
 
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 
 logger = logging.get_logger(__name__)
 

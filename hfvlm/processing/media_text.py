@@ -4,6 +4,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,13 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import read_images
 from hfvlm.media.video import read_videos
+from hfvlm.processing.assembly import IGNORE, Row, cut, expand
 from hfvlm.processing.base import HfvlmProcessor, call_keywords
 from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
 from hfvlm.processing.protection import Protected, Protector
 from hfvlm.processing.settings import check_keywords, flag, whole
 
-# The label that no loss is computed of.
-IGNORE = -100
-# As many places as the texts of a data set spell out.
+# As many placeholders as the texts of a data set spell out.
 EVERY = 2**31
 # Options of texts.
 TEXT_OPTIONS = frozenset(
@@ -188,20 +188,71 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         options, words = self.call_options(kwargs)
         return_tensors = words.pop("return_tensors", return_tensors)
         texts = texts_of(text)
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [self.encode(item, add_special_tokens=words.get("add_special_tokens", True)) for item in texts]
-        pictures = self.pictures_of(rows, media, allow_urls=options.pop("allow_urls", False))
-        expanded, kept = self.expanded(rows, pictures, options, words)
-        padding = words.get("padding", len(expanded) > 1)
+        rows = self.assemble(
+            [texts] if isinstance(texts, str) else texts,
+            media,
+            add_special_tokens=words.get("add_special_tokens", True),
+            allow_urls=options.pop("allow_urls", False),
+            **options,
+        )
+        truncation, limit = words.get("truncation", False), words.get("max_length")
+        if truncation and truncation != "do_not_truncate" and limit:
+            drop = truncation == "pictures"
+            rows = [cut(row, self.media_token_id, limit, drop=drop, name=f"text {i}") for i, row in enumerate(rows)]
+        padding = words.get("padding", len(rows) > 1)
         padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
-        limit = words.get("max_length") if padding == "max_length" else None
-        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
+        ids = [row.ids for row in rows]
+        limit = limit if padding == "max_length" else None
+        data = dict(self.tokenizer.pad({"input_ids": ids}, padding=padding, max_length=limit, **padded))
         if words.get("return_mm_token_type_ids"):
             kind = {"image": 1, "video": 2}[self.modality]
             data["mm_token_type_ids"] = [[kind * (i == self.media_token_id) for i in row] for row in data["input_ids"]]
-        if kept:
-            data |= self.media_processor(kept, **{"return_tensors": return_tensors} | options)
+        if read := [each for row in rows for each in row.media]:
+            data |= self.media_processor(read, **{"return_tensors": return_tensors} | options)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def assemble(
+        self,
+        texts: Sequence[Any],
+        media: Any = None,
+        *,
+        train: bool = False,
+        encoded: Sequence[int] = (),
+        add_special_tokens: bool = True,
+        allow_urls: Any = False,
+        **options: Any,
+    ) -> list[Row]:
+        """Put texts, or conversations, and their media together: ids with placeholders, labels, and the media read.
+
+        Args:
+            texts: of each row a text, or the messages of a conversation.
+            media: images or videos, or a list of them for each row.
+            train: label messages as the authors train on them. Otherwise they are a prompt, to be answered.
+            encoded: tokens of each input that the model has encoded already; their placeholders are the first ones.
+            add_special_tokens: those that the tokenizer puts around a text.
+            allow_urls: read media from the web.
+            **options: of the media processor.
+
+        Raises:
+            ValueError: the texts have not as many placeholders as there are media.
+        """
+        rows = [self.row(text, train=train, add_special_tokens=add_special_tokens) for text in texts]
+        token, before = self.media_token_id, [list(encoded), *([] for _ in rows[1:])]
+        wanted = [ids.count(token) - len(known) for (ids, _), known in zip(rows, before, strict=True)]
+        assembled = []
+        for (ids, labels), known, own in zip(rows, before, self.read_media(media, wanted, allow_urls), strict=True):
+            counts = [*known, *self.count_each(own, **options)]
+            assembled.append(Row(self.expand(ids, counts), expand(labels, ids, token, counts), own, counts))
+        return assembled
+
+    def row(self, text: Any, *, train: bool = False, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """A text, or the messages of a conversation, to ids and labels, with one placeholder for each input."""
+        if train:
+            return self.training_row(text)
+        if not isinstance(text, str):
+            text = self.apply_chat_template(text, add_generation_prompt=True)
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        return ids, [IGNORE] * len(ids)
 
     def call_options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keywords of a call: options of the media processor, and of the texts.
@@ -231,25 +282,6 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             raise ValueError(f"{name}: truncation must be True, False or 'pictures', not {words['truncation']!r}.")
         return options[group], words
 
-    def expanded(
-        self,
-        rows: Sequence[list[int]],
-        pictures: Sequence[list[Any]],
-        options: Mapping[str, Any],
-        words: Mapping[str, Any],
-    ) -> tuple[list[list[int]], list[Any]]:
-        """Ids with their placeholders, cut to `max_length`, and the images that are left."""
-        truncation, length = words.get("truncation", False), words.get("max_length")
-        expanded, kept = [], []
-        for i, (row, own) in enumerate(zip(rows, pictures, strict=True)):
-            counts = self.count_each(own, **options)
-            whole = self.expand(row, counts)
-            if truncation and truncation != "do_not_truncate" and length:
-                whole, counts = self.cut(whole, counts, length, drop=truncation == "pictures", name=f"text {i}")
-            expanded.append(whole)
-            kept += own[: len(counts)]
-        return expanded, kept
-
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> Any:
         """As transformers'. With `generate`'s inputs as `new_tokens_only`, of the answers alone, and without special
         tokens."""
@@ -267,48 +299,31 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         return ids
 
     def expand(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """Ids with `counts` placeholders for each picture."""
-        remaining = iter(counts)
-        return [same for item in row for same in [item] * (next(remaining) if item == self.media_token_id else 1)]
+        """Ids with `counts` placeholders for each input."""
+        return expand(row, row, self.media_token_id, counts)
 
-    def cut(
-        self, row: list[int], counts: list[int], length: int, *, drop: bool, name: str
-    ) -> tuple[list[int], list[int]]:
-        """The first `length` ids of an expanded row, without a picture that is not whole, and its pictures' counts."""
-        if len(row) <= length:
-            return row, counts
-        ends, place, kept = [], 0, 0
-        for count in counts:
-            place = row.index(self.media_token_id, place) + count
-            ends.append(place)
-        kept = sum(end <= length for end in ends)
-        if kept < len(counts) and not drop:
-            raise ValueError(
-                f"{name} has {len(row)} tokens with its pictures, of {counts} tokens, and max_length {length} leaves "
-                f"room for {kept} of them: raise max_length, or pass truncation='pictures' to drop the others."
-            )
-        start = ends[kept] - counts[kept] if kept < len(counts) else length
-        return row[: min(start, length)], counts[:kept]
+    def read_media(self, media: Any, wanted: Sequence[int], allow_urls: Any) -> list[list[Any]]:
+        """Read the inputs of each row, which has `wanted` placeholders for them.
 
-    def pictures_of(self, rows: Sequence[Sequence[int]], media: Any, *, allow_urls: Any = False) -> list[list[Any]]:
-        """The pictures of each row, read; as many as it has places for them."""
-        wanted = [sum(item == self.media_token_id for item in row) for row in rows]
+        Raises:
+            ValueError: there are not as many.
+        """
         media = self.batched(media)
         if is_empty(media):
-            groups: list[Any] = [[] for _ in rows]
+            groups: list[Any] = [[] for _ in wanted]
         elif self.are_by_text(media, wanted):
             groups = [self.batched(own) for own in media]
         else:
             remaining = iter(self.read(media, allow_urls=allow_urls))
-            groups = [[picture for _, picture in zip(range(count), remaining, strict=False)] for count in wanted]
+            groups = [list(islice(remaining, count)) for count in wanted]
             groups[-1] += list(remaining)
         given = [len(own) for own in groups]
-        if given != wanted:
+        if given != list(wanted):
             raise ValueError(
                 f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
                 f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
             )
-        every = [picture for own in groups for picture in own]
+        every = [each for own in groups for each in own]
         read = iter(self.read(every, allow_urls=allow_urls) if every else ())
         return [[next(read) for _ in own] for own in groups]
 
@@ -322,9 +337,12 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         return lists and len(media) == len(wanted) and all(isinstance(listed(own), list | tuple) for own in media)
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels, each with one `media_token_id` for each picture. Answers are trained on, with
-        what ends them; -100 elsewhere."""
-        messages = self.protected(messages, places=EVERY)
+        """Messages to ids and labels as the authors train on them, with one placeholder for each input."""
+        ids, labels = self.labelled(self.protected(messages, places=EVERY))
+        return ids, [IGNORE if i == self.media_token_id else label for i, label in zip(ids, labels, strict=True)]
+
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        """Messages to ids and labels, those of answers with what ends them, -100 elsewhere."""
         ids = self.encode(self.render(messages))
         labels = [IGNORE] * len(ids)
         for i, message in enumerate(messages):

@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hfvlm.checks.ranges import check_integer
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE, Row, cut, padded
 from hfvlm.training.row_trainer import GuardedTrainer
 
 # More words than any conversation has.
@@ -58,47 +58,32 @@ class ChatCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows, pictures, conversations = [], [], []
-        for i, example in enumerate(examples):
-            ids, labels, own, messages = self.row(example, f"example {i}")
-            rows.append((ids, labels))
-            pictures += own
-            conversations += [messages] if own else []
+        assembled = [self.row(example, f"example {i}") for i, example in enumerate(examples)]
+        rows = [row for row, _ in assembled]
         batch: dict[str, Any] = dict(
             self.processor.tokenizer.pad(
-                {"input_ids": [ids for ids, _ in rows]},
+                {"input_ids": [row.ids for row in rows]},
                 padding_side="right",
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 return_tensors="pt",
             )
         )
-        length = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
-        if pictures:
-            batch |= self.processor.media_inputs(pictures, conversations)
+        batch["labels"] = torch.tensor(padded([row.labels for row in rows], batch["input_ids"].shape[1]))
+        if media := [each for row in rows for each in row.media]:
+            conversations = [messages for row, messages in assembled if row.media]
+            batch |= self.processor.media_inputs(media, conversations)
         return batch
 
-    def row(
-        self, example: Mapping[str, Any], name: str = "example"
-    ) -> tuple[list[int], list[int], list[Any], list[Message]]:
-        """One example -> ids, labels, pictures and messages."""
+    def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[Row, list[Message]]:
+        """Assemble one example; return its messages, too."""
         modality = self.processor.modality
-        said, images = read_example(example, self.processor.media_token, modality)
-        messages = self.processor.protected(said, places(said, images, modality))
-        ids, labels = self.processor.training_row(messages)
-        (pictures,) = self.processor.pictures_of([ids], images or None)
-        counts = self.processor.count_each(pictures)
-        remaining = iter(counts)
-        labels = [
-            same
-            for i, label in zip(ids, labels, strict=True)
-            for same in [label] * (next(remaining) if i == self.processor.media_token_id else 1)
-        ]
-        ids = self.processor.expand(ids, counts)
+        messages, media = read_example(example, self.processor.media_token, modality)
+        messages = self.processor.protected(messages, places(messages, media, modality))
+        (row,) = self.processor.assemble([messages], media, train=True)
         if self.max_length is not None:
             drop = self.truncation == "pictures"
-            ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
-        return ids, labels[: len(ids)], pictures[: len(counts)], messages
+            row = cut(row, self.processor.media_token_id, self.max_length, drop=drop, name=name)
+        return row, messages
 
 
 class PreferenceCollator:

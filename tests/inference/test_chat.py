@@ -339,7 +339,8 @@ def test_labels_where_no_authors_have_their_own_way(processor):
     """The base's: an answer with what ends it, of several."""
     answers = [{"role": "assistant", "content": text} for text in ("A cat.", "It is small.")]
     asked = [{"role": "user", "content": content} for content in (ASK, "And its size?")]
-    ids, labels = ImageTextProcessor.training_row(processor, [asked[0], answers[0], asked[1], answers[1]])
+    messages = processor.protected([asked[0], answers[0], asked[1], answers[1]])
+    ids, labels = ImageTextProcessor.labelled(processor, messages)
     trained = "".join(processor.decode([label]) if label >= 0 else "|" for label in labels)
     assert [part for part in trained.split("|") if part] == ["Acat.</s>", "Itissmall.</s>"]
     assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
@@ -373,7 +374,7 @@ def test_long_examples_are_cut_but_not_in_a_picture(processor):
     cut = ChatCollator(processor, max_length=length - 2)(EXAMPLES[:1])
     assert torch.equal(cut["labels"], whole["labels"][:, : length - 2])
     short = 60
-    with pytest.raises(ValueError, match="example 0 has .* tokens with its pictures"):
+    with pytest.raises(ValueError, match="example 0 has .* tokens with its media"):
         ChatCollator(processor, max_length=5)(EXAMPLES[:1])
     assert "pixel_values" not in ChatCollator(processor, max_length=5, truncation="pictures")(EXAMPLES[:1])
     assert ChatCollator(processor, pad_to_multiple_of=short)(EXAMPLES)["input_ids"].shape[1] % short == 0

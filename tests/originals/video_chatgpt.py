@@ -24,7 +24,7 @@ from hfvlm.models.video_chatgpt import (
 )
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from hfvlm.presets import Preset
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, parts_of, read_key_list, stem_of

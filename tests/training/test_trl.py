@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.training.chat import ChatCollator, PreferenceCollator
 from tests.inference.test_chat import picture
 from tests.models.llava.tiny import converted

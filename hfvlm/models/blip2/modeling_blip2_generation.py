@@ -23,7 +23,7 @@ from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 
 # What the first stage has and the second does not.
 STAGE_1 = [

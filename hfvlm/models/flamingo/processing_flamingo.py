@@ -10,7 +10,8 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.processing.media_text import IGNORE, ImageTextProcessor
+from hfvlm.processing.assembly import IGNORE
+from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"

@@ -15,7 +15,8 @@ from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.base import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import edge as length
 from hfvlm.processing.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
@@ -212,11 +213,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         place = f"{self.image_start}{self.image_token}{self.image_end}"
         return super().encode(text.replace(self.image_token, place), add_special_tokens=add_special_tokens)
 
-    def training_row(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        turns = [
-            (message["role"], self.said(message["content"])) for message in self.protected(messages, places=EVERY)
-        ]
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        turns = [(message["role"], self.said(message["content"])) for message in messages]
         system = [turn for turn in turns if turn[0] == "system"]
         turns = turns[len(system) :]
         if turns and turns[0][0] == "assistant" and self.style.skips_first_answer:
@@ -224,8 +222,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         text = self.style.text(turns, lambda turns: self.render(_messages([*system, *turns])))
         encode = self.encode if self.style.marks_pictures else super().encode
         ids = encode(text)
-        labels = self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
 
     def said(self, content: Any) -> str:
         """A message's text, its picture first, where the authors put it."""

@@ -12,10 +12,11 @@ from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.base import FixedSizeImageProcessor
 from hfvlm.processing.grounding import Grounding, Place
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
-from hfvlm.processing.protection import unprotected
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer, tiktoken_bpe
 
@@ -171,14 +172,10 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     def token_id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`.
-
-        Trained on are the answers, and where turns begin and end, of whoever speaks.
-        """
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        """As trained: the answers, and where turns begin and end, whoever speaks."""
         if self.conversation != "chatml":
-            return super().training_row(messages)
-        messages = self.protected(messages, places=EVERY)
+            return super().labelled(messages)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if turns and turns[0]["role"] != "user":
@@ -192,7 +189,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
             kept = range(head, len(row)) if answers else range(len(row) - 2, len(row))
             labels += [label if i == 0 or i in kept else IGNORE for i, label in enumerate(row)]
             ids += row
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, labels
 
     # Places
 

@@ -19,7 +19,8 @@ from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.base import HfvlmImageProcessor
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.grounding import Grounding, Place
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
@@ -157,13 +158,10 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         text = re.sub(rf"\s*{re.escape(self.image_token)}\s*", place, text)
         return super().encode(text, add_special_tokens=add_special_tokens)
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        messages = self.protected(messages, places=EVERY)
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         text = self.render(messages, add_generation_prompt=messages[-1]["role"] == "user")
         ids = self.encode(text)
-        labels = CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
 
     # Places
 

@@ -17,7 +17,8 @@ from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing.base import HfvlmFeatureExtractor
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.media_text import EVERY, IGNORE, VideoTextProcessor
+from hfvlm.processing.media_text import VideoTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
@@ -175,15 +176,12 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         """As the authors train, whose other tokenizer drops the blanks around a film."""
         return self.encode(re.sub(rf"\s*({re.escape(self.video_token)})\s*", r"\1", text))
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         style = self.conversations[self.training_conversation]
-        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if turns and turns[0]["role"] == "assistant":  # an answer to nothing
             turns = turns[1:]
         text = self.render([*system, *turns], chat_template=style.chat_template())
         ids = self.encode_trained(text)
-        labels = style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.video_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))
