@@ -1,10 +1,12 @@
 """Language models that read pictures and films: the base of LLaVA and its relatives."""
 
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,6 +17,7 @@ from hfvlm.modeling.compat import CACHE_NAMES, cache_of, rename_cache, with_cach
 from hfvlm.modeling.generation import Generation, WithinVocabulary, Without
 from hfvlm.modeling.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling.outputs import ImageTextOutput
+from hfvlm.modules.projection import Projector
 
 Features = BaseModelOutputWithPooling
 
@@ -228,7 +231,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
         """As many placeholders as features, or an error that names both."""
-        counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
+        counts = [] if features is None else [self.count_placeholders(rows) for rows in each(features)]
         if (found := int(place.sum())) == sum(counts):
             return
         token = f"{modality}_token_id {self.placeholder(modality)}"
@@ -236,17 +239,12 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         raise ValueError(
             f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
             f"each of its tokens, as {type(self).__name__}'s processor writes them; it must agree with "
-            f"{self.token_count_fields()}."
+            f"{', '.join(f'{name} {attrgetter(name)(self.config)}' for name in self.config.token_count_fields)}."
         )
 
-    def count_places(self, rows: Tensor) -> int:
-        """How many placeholders stand for a picture of these features, `(tokens, hidden_size)`."""
+    def count_placeholders(self, rows: Tensor) -> int:
+        """Count the placeholders of an image with these features, `(tokens, hidden_size)`."""
         return len(rows)
-
-    def token_count_fields(self) -> str:
-        """The fields of the configuration that decide how many tokens a picture has, with their values."""
-        vision = self.config.vision_config
-        return ", ".join(f"vision_config.{name} {getattr(vision, name)}" for name in ("image_size", "patch_size"))
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """How many of the first `known` tokens in a cache are the same in a prompt of `length` tokens."""
@@ -300,7 +298,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         mask = self.placeholder_mask(modality, None if embeds is not None else rows["input_ids"], embeds)
         for count in mask.sum(dim=1).tolist():
             row: list[Tensor] = []
-            while sum(map(self.count_places, row)) < count:
+            while sum(map(self.count_placeholders, row)) < count:
                 row.append(next(remaining))
             repeated += row * times
         return repeated
@@ -312,6 +310,31 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     def placeholder(self, modality: str) -> int:
         """Return the id of the token that stands for a token of an image, or of another modality."""
         return getattr(self.config, f"{modality}_token_id")
+
+
+class ProjectedModel(ImageTextModel):
+    """A language model that attends to the patches of CLIP's tower through a projector.
+
+    The tower's hidden state `config.vision_feature_layer` is projected; nothing after it is computed.
+    """
+
+    vision_model: Any
+    projector: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.projector = self.build_projector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+        self.freeze_unread()
+
+    def build_projector(self, config: Any) -> Projector:
+        return Projector(config.vision_config.hidden_size, config.text_config.hidden_size, config.projector_depth)
+
+    @property
+    def unread_modules(self) -> list[str]:
+        return [f"vision_model.{name}" for name in self.vision_model.unread(self.config.vision_feature_layer)]
 
 
 class _Backbone:

@@ -158,9 +158,6 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
         return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
 
-    def token_count_fields(self) -> str:
-        return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
-
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class HfvlmFlamingoConfig(HfvlmConfig):
     """
 
     model_type = "hfvlm_flamingo"
+    token_count_fields = ("image_token_id",)
     sub_configs = {
         "vision_config": HfvlmCLIPVisionConfig,
         "resampler_config": HfvlmFlamingoResamplerConfig,
@@ -96,6 +97,10 @@ class HfvlmFlamingoConfig(HfvlmConfig):
         """Indices of the language model's layers before which there is a look at the pictures."""
         interval = self.cross_attention_interval
         return list(range(interval - 1, self.text_config.num_hidden_layers, interval))
+
+    def count_tokens(self) -> int:
+        """Count the placeholders of an image: one, whatever it shows, since its tokens are no part of the text."""
+        return 1
 
     def validate_widths(self) -> None:
         patches, latents = self.vision_config.hidden_size, self.resampler_config.hidden_size

@@ -250,12 +250,8 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         patches = patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
         return media_features(vision, self.resampler(patches, **kwargs).last_hidden_state)
 
-    def count_places(self, rows: Tensor) -> int:
-        """A picture has one place in a text, whatever it shows."""
-        return 1
-
-    def token_count_fields(self) -> str:
-        return f"image_token_id {self.config.image_token_id}"
+    def count_placeholders(self, rows: Tensor) -> int:
+        return self.config.count_tokens()
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> Cache:
         """`(B, N)` token ids and their pictures -> a cache without a token, for texts that come after the pictures.

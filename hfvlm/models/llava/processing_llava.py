@@ -11,7 +11,7 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
 from hfvlm.media.sources import parallel
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
+from hfvlm.models.llava.anyres import COUNTS, Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.base import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.conversations import Conversation, Encoder
@@ -170,7 +170,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         "image_end": string,
         "patch_size": whole(1, 2**10),
         "keep_class_token": flag,
-        "patch_merge": one_of("flat", "spatial", "spatial_unpad"),
+        "patch_merge": one_of(*COUNTS),
     }
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)

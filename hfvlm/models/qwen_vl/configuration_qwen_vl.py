@@ -126,6 +126,7 @@ class HfvlmQwenVLConfig(HfvlmConfig):
     """
 
     model_type = "hfvlm_qwen_vl"
+    token_count_fields = ("projector_config.num_queries",)
     sub_configs = {
         "vision_config": HfvlmQwenVLVisionConfig,
         "projector_config": HfvlmQwenVLResamplerConfig,
@@ -136,6 +137,10 @@ class HfvlmQwenVLConfig(HfvlmConfig):
     projector_config: SubConfig[HfvlmQwenVLResamplerConfig] = field(default_factory=HfvlmQwenVLResamplerConfig)
     text_config: SubConfig[HfvlmQwenVLTextConfig] = field(default_factory=HfvlmQwenVLTextConfig)
     image_token_id: int = 151859
+
+    def count_tokens(self) -> int:
+        """Count the placeholders of an image."""
+        return self.projector_config.num_queries
 
     def validate_widths(self) -> None:
         vision, projector, text = self.vision_config, self.projector_config, self.text_config

@@ -144,6 +144,3 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""
         return known if self.language_model.model.stretch_of(length) == getattr(cache, "stretch", 1) else 0
-
-    def token_count_fields(self) -> str:
-        return f"projector_config.num_queries {self.config.projector_config.num_queries}"

@@ -15,6 +15,7 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
+from hfvlm.models.shikra.configuration_shikra import count_patches
 from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.base import HfvlmImageProcessor
 from hfvlm.processing.conversations import Conversation, Encoder
@@ -149,7 +150,8 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         return self.tokenizer.convert_tokens_to_ids(self.image_patch)
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        return [(self.image_processor.size["height"] // self.patch_size) ** 2] * len(image_sizes)
+        edge = self.image_processor.size["height"] // self.patch_size
+        return [count_patches((edge, edge))] * len(image_sizes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A text to ids, with one `image_token_id` for each picture. The authors' tokenizer drops the blanks around

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.models.video_chatgpt.configuration_video_chatgpt import count_tokens
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing.base import HfvlmFeatureExtractor
 from hfvlm.processing.conversations import Conversation, Encoder
@@ -165,8 +166,8 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         return self.tokenizer.convert_tokens_to_ids(self.video_patch)
 
     def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
-        patches = (self.media_processor.size["height"] // self.patch_size) ** 2
-        return [max(count, self.temporal_tokens) + patches for count in num_frames]
+        edge = self.media_processor.size["height"] // self.patch_size
+        return [count_tokens(count, (edge, edge), self.temporal_tokens) for count in num_frames]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         place = f"{self.video_start}{self.video_token}{self.video_end}"

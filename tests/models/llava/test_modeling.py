@@ -100,7 +100,7 @@ class TestTiles(GenerationSuite, ModelSuite):
                 close(left, right, 1e-6, "views")
 
     def test_views_that_do_not_fit_the_sizes_are_an_error(self, model, batch):
-        with pytest.raises(ValueError, match="pixel_values hold 2 views, but pictures of the sizes.*grid_pinpoints"):
+        with pytest.raises(ValueError, match="pixel_values hold 2 views, but images of the sizes.*grid_pinpoints"):
             model.get_image_features(batch["pixel_values"].flatten(0, 1)[:2], batch["image_sizes"])
 
 
