@@ -4,23 +4,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoModelForImageTextToText
 
 from hfvlm.checks.ranges import check_generation
 from hfvlm.inference.adapters import load_model, processor_of
-from hfvlm.modeling.compat import with_cache
+from hfvlm.modeling.compat import new_cache, with_cache
 from hfvlm.modeling.image_text import Features
+from hfvlm.modeling.streaming import Stream, until
 
 
 class Chat:
@@ -81,7 +76,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         self.counts: list[int] = []  # placeholders of each picture
         self.features: list[Tensor] = []
-        self.cache, self.cached = DynamicCache(config=self.model.config.get_text_config(decoder=True)), list[int]()
+        self.cache, self.cached = new_cache(self.model), list[int]()
 
     def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
         """Answer; images stand where the model was trained to have them, beside the text. Options are of
@@ -114,17 +109,18 @@ class Chat:
         (row,) = self.processor.assemble([messages], [list(images)], encoded=self.counts)
         features = [*self.features, *self.encode(row.media, message)]
         inputs = self.inputs(row.ids, row.counts, features)
-        run = _Generation(self.model, self.processor, inputs, self.options | dict(options))
+        tokenizer, stops = self.processor.tokenizer, self.processor.stop_strings
+        run = Stream(self.model, tokenizer, stops, {**inputs, **self.options, **options})
         try:
-            yield from _until(run, self.processor.stop_strings)
+            yield from until(run, stops)
         finally:
             sequence = run.finish()
             self.cached = sequence[: self.cache.get_seq_length()]
         self.counts, self.features = row.counts, features
         # Bytes that are no text only in their whole are streamed as if they were.
         new = sequence if self.model.config.is_encoder_decoder else sequence[len(row.ids) :]
-        answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
-        answer = "".join(_until(iter([answer]), self.processor.stop_strings)).strip()
+        answer = tokenizer.decode(new, skip_special_tokens=True)
+        answer = "".join(until(iter([answer]), stops)).strip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def media(self, images: Sequence[Any], videos: Sequence[Any]) -> Sequence[Any]:
@@ -160,60 +156,3 @@ class Chat:
         inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), **with_cache(self.cache)}
         seen = {self.processor.modality: Features(pooler_output=new)}  # type: ignore[arg-type]
         return inputs | ({"mm_encoder_outputs": seen} if new else {})
-
-
-class _Generation(TextIteratorStreamer):
-    """`generate` on a thread, as an iterator over the pieces of its text."""
-
-    def __init__(self, model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]):
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stopped, self.result = Event(), list[int]()
-        self.error: BaseException | None = None
-        stops = processor.stop_strings
-        options = dict(options) | ({"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {})
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), _Stop(self.stopped)])
-        arguments = {**inputs, **options, "streamer": self, "stopping_criteria": criteria}
-        self.thread = Thread(target=self._run, args=(model, arguments), daemon=True)
-        self.thread.start()
-
-    def _run(self, model: Any, arguments: Mapping[str, Any]) -> None:
-        try:
-            self.result = model.generate(**arguments)[0].tolist()
-        except BaseException as error:
-            self.error = error
-            self.end()
-
-    def finish(self) -> list[int]:
-        """All ids, once the thread has ended; or its error."""
-        self.stopped.set()
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, stopped: Event):
-        self.stopped = stopped
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-def _until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text up to the first of `stops`, which may be spread over several."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [place for stop in stops if (place := held.find(stop)) >= 0]
-        if ends:
-            held = held[: min(ends)]
-            break
-        sure = len(held) - max(
-            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
-        )
-        if sure:
-            yield held[:sure]
-            held = held[sure:]
-    if held:
-        yield held

@@ -44,6 +44,11 @@ def cache_of(output: Any) -> Any:
     return output.get(CACHE)
 
 
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache for the layers of a model's decoder."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
 def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool | None) -> Cache | None:
     """Return the cache that a decoder's step writes to, made where one is wanted and none is given.
 
@@ -55,7 +60,7 @@ def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool 
             raise ValueError("Under gradient checkpointing layers run twice, and would write to a cache twice.")
         return None
     if use_cache and cache is None:
-        return DynamicCache(config=model.config.get_text_config(decoder=True))
+        return new_cache(model)
     return cache
 
 

@@ -39,10 +39,23 @@ class Generation(StrictKeywords, GenerationMixin):
         """Return how many ids texts may hold, given those of the vocabulary: placeholders may lie beyond it."""
         return vocab_size
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return inputs of a step that transformers does not make.
+
+        Args:
+            step: `(B, n)`, the ids that are new in this step; None for embeddings.
+            input_ids: `(B, N)`, all ids so far.
+            attention_mask: `(B, N)`, 0 for padding.
+        """
+        return {}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepare a step's inputs, without the tokenizers, which transformers hands on to the step."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        return inputs | self.step_inputs(inputs.get("input_ids"), input_ids, attention_mask)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]

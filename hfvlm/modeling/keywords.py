@@ -70,8 +70,9 @@ class StrictKeywords:
 
 
 def keywords_of(module: Any) -> frozenset[str]:
-    """Return the names of the arguments that a module's forward has in its signature."""
-    return _own_keywords(inspect.signature(module.forward))
+    """Return the names of the arguments that a module's forward has in its signature, or knows beside them."""
+    further = module.further_keywords("forward") if isinstance(module, StrictKeywords) else ()
+    return _own_keywords(inspect.signature(module.forward)).union(further)
 
 
 def tower_keywords(model: Any, method: str) -> frozenset[str]:

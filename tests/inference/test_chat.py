@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.inference.chat import _until
+from hfvlm.modeling.streaming import until
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.training.chat import MANY, ChatCollator, ChatTrainer, length_of
@@ -282,10 +282,10 @@ def test_a_system_text_of_ones_own(model, processor):
 
 
 def test_texts_end_at_stop_strings():
-    assert "".join(_until(iter(["a #", "# b ##", "# c"]), ["###"])) == "a ## b "
-    assert list(_until(iter(["a#", "b", "#", "##x"]), ["###"])) == ["a", "#b"]
-    assert "".join(_until(iter(["a", "##"]), ["###"])) == "a##"
-    assert "".join(_until(iter(["plain ", "text"]), [])) == "plain text"
+    assert "".join(until(iter(["a #", "# b ##", "# c"]), ["###"])) == "a ## b "
+    assert list(until(iter(["a#", "b", "#", "##x"]), ["###"])) == ["a", "#b"]
+    assert "".join(until(iter(["a", "##"]), ["###"])) == "a##"
+    assert "".join(until(iter(["plain ", "text"]), [])) == "plain text"
 
 
 def test_old_checkpoints_stop_at_their_separator(model, processor, tmp_path):

@@ -158,16 +158,12 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
         return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """With positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
-        if inputs.get("input_ids") is not None:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            positions = (real.cumsum(dim=1) - 1).clamp_min(0)
-            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
-        return inputs
+    def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
+        if step is None:
+            return {}
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return {"position_ids": (real.cumsum(dim=1) - 1).clamp_min(0)[:, -step.shape[1] :]}
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
         """Hide the prompt: the original generates from embeddings alone, and penalties know one start token."""

@@ -98,6 +98,11 @@ class HfvlmQwenVLTextConfig(TextConfig):
     )
 
     @property
+    def mlp_bias(self) -> bool:
+        """As LLaMA's MLP, which is Qwen's too, calls it."""
+        return self.linear_bias
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 

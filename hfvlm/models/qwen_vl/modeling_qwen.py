@@ -3,27 +3,26 @@
 Parameters have the names of transformers' Qwen2. Source: the code released with Qwen/Qwen-VL-Chat.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
-from hfvlm.modeling.compat import begin_cache, cache_of, causal_mask, with_cache
-from hfvlm.modeling.generation import Generation
+from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.language import CausalLanguageModel
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
-from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.transformer import eager_attention_forward
 
 
@@ -66,20 +65,6 @@ class QwenAttention(nn.Module):
         return self.o_proj(out.flatten(2)), weights
 
 
-class QwenMLP(nn.Module):
-    """Widen twice, one gates the other, narrow."""
-
-    def __init__(self, config: HfvlmQwenVLTextConfig):
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class QwenLayer(GradientCheckpointingLayer):
     """x + f(norm(x)), for attention and MLP."""
 
@@ -89,7 +74,7 @@ class QwenLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = QwenAttention(config, layer_idx)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = QwenMLP(config)
+        self.mlp = LlamaMLP(config)
 
     def init_own_weights(self, std: float) -> None:
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):
@@ -196,7 +181,7 @@ def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> 
     return turn
 
 
-class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, Generation):
+class HfvlmQwenVLForCausalLM(CausalLanguageModel, HfvlmQwenVLTextPreTrainedModel):
     """Qwen-7B."""
 
     base_model_prefix = "language_model"
@@ -213,39 +198,5 @@ class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, Generation):
         """Without the output layer."""
         return self.model
 
-    @can_return_tuple
-    def forward(  # noqa: PLR0913 (transformers reads these names)
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
-        logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
-        **kwargs: Unpack[Keywords],
-    ) -> CausalLMOutputWithPast:
-        """Score the next token after each of `(B, N)` token ids and, for `labels` or, shifted already, `shift_labels`,
-        compute the loss, which leaves out -100."""
-        output = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(last_tokens(output.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            options = {"vocab_size": self.config.vocab_size, "shift_labels": shift_labels, **kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, **options)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **with_cache(cache_of(output)),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+    def further_keywords(self, method: str) -> Collection[str]:
+        return ("position_ids",) if method == "forward" else ()
