@@ -224,12 +224,12 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         """Put features in the rows of embeddings `(B, N, D)` where the mask `(B, N)` has placeholders."""
         # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
         if mask.shape[1] > 1 and not torch.compiler.is_compiling():
-            self.check_places(modality, mask, features)
+            self.check_placeholders(modality, mask, features)
         if features is None:
             return embeds
         return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(each(features)).to(embeds))
 
-    def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
+    def check_placeholders(self, modality: str, place: Tensor, features: Features | None) -> None:
         """As many placeholders as features, or an error that names both."""
         counts = [] if features is None else [self.count_placeholders(rows) for rows in each(features)]
         if (found := int(place.sum())) == sum(counts):
