@@ -461,7 +461,7 @@ def test_recipes_adapt_what_they_say(model):
 def test_what_nothing_reads_is_not_trained():
     """A tower that was taken from a CLIP has its projection still."""
     model = tiny_model(vision_config=VISION | {"projection_dim": 16})
-    assert "vision_model.projection" in model.unread_modules
+    assert "vision_model.projection" in model.unused_modules
     tuned = hfvlm.lora(model, "language+projection", quiet=True)
     parts = {name.split(".")[2] for name, p in tuned.named_parameters() if p.requires_grad}
     assert parts == {"language_model", "projector"}

@@ -219,10 +219,10 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         wrap_layers(self.language_model)
         self.post_init()
-        self.freeze_unread()
+        self.freeze_unused()
 
     @property
-    def unread_modules(self) -> list[str]:
+    def unused_modules(self) -> list[str]:
         return [f"vision_model.{name}" for name in self.vision_model.unread(-1)]
 
     def freeze_pretrained(self) -> None:

@@ -26,7 +26,7 @@ class NormalisedAttention(MptAttention):
         self.k_norm = nn.LayerNorm(width, eps=eps, bias=False)
 
     def Wqkv(self, x: Tensor) -> Tensor:  # type: ignore[override]  # noqa: N802 (MPT's attention calls it so)
-        """(B, N, D) -> (B, N, 3 * D), queries, keys and values side by side."""
+        """Project (B, N, D) to (B, N, 3 * D), queries, keys and values side by side."""
         return torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
 
 
@@ -44,5 +44,5 @@ class HfvlmFlamingoMPTForCausalLM(CausalLanguageModel, EveryModule, MptForCausal
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """As transformers finds of MPT, whose attention is its own; of this file alone it could not tell."""
+        """Answer as for transformers' MPT, whose attention is its own; of this file alone it would err."""
         return False

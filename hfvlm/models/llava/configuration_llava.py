@@ -12,7 +12,7 @@ from hfvlm.models.llava.anyres import Tiling
 
 
 def openai_vision_config(image_size: int = 336) -> HfvlmCLIPVisionConfig:
-    """CLIP's ViT-L/14, without its projection."""
+    """Return CLIP's ViT-L/14, without its projection."""
     return HfvlmCLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -99,7 +99,7 @@ class HfvlmLLaVAConfig(ProjectedConfig):
     def validate_grid(self) -> None:
         tile = self.vision_config.image_size
         if not isinstance(tile, int):
-            raise ValueError(f"vision_config.image_size {tile}: LLaVA reads squares, give one edge.")
+            raise ValueError(f"vision_config.image_size {tile}: LLaVA takes squares, give one edge.")
         if self.keep_class_token and self.patch_merge != "flat":
             raise ValueError(f"patch_merge {self.patch_merge!r} arranges patches; keep_class_token needs 'flat'.")
         if any(edge % tile for size in self.grid_pinpoints or () for edge in size):

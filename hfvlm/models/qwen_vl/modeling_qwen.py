@@ -49,7 +49,7 @@ class QwenAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
+        """Attend (B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -86,7 +86,7 @@ class QwenLayer(GradientCheckpointingLayer):
 
 
 class HfvlmQwenVLTextPreTrainedModel(HfvlmPreTrainedModel):
-    """What the language model has with its output layer and without."""
+    """Base of the language model with its output layer and without."""
 
     config: HfvlmQwenVLTextConfig
     _no_split_modules = ["QwenLayer"]
@@ -121,9 +121,9 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPast:
-        """`(B, N)` token ids, or `(B, N, D)` embeddings -> the hidden states after the last norm.
+        """Run `(B, N)` token ids, or `(B, N, D)` embeddings, through all layers and the last norm.
 
-        `position_ids` are not read: as trained, a position is the place in the row, padding included. Up to
+        `position_ids` are ignored: as trained, a position is the column of the row, padding included. Up to
         `config.trained_length` tokens padding changes nothing but the numbers of the padding itself.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -139,7 +139,7 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def stretch(self, length: int, past: Any, cache: Cache | None) -> int:
-        """How far the rotary frequencies are lowered. The prompt decides, and what follows it keeps to that."""
+        """Return how far the rotary frequencies are lowered, which the length of the prompt decides."""
         if cache is None:
             return self.stretch_of(length)
         # A static cache counts in a tensor; steps need not wait for it.
@@ -148,7 +148,7 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         return getattr(cache, "stretch", 1)
 
     def stretch_of(self, length: int) -> int:
-        """1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
+        """Return 1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
         stretch, reach = 1, self.config.trained_length
         if self.config.dynamic_ntk and not self.training:
             while length > reach:
@@ -156,16 +156,16 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         return stretch
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
-        """(N,) -> (N, 1), by which queries are multiplied beyond the trained length, so that attention stays sharp."""
+        """Return factors (N, 1) of queries at positions (N,) beyond the trained length, to keep attention sharp."""
         if self.training or not self.config.logn_attention:
             return None
-        places = (positions + 1).float() / self.config.trained_length
+        lengths = (positions + 1).float() / self.config.trained_length
         growth = torch.log(torch.tensor(float(self.config.trained_length), device=positions.device))
-        return (1 + places.clamp_min(1).log() / growth).unsqueeze(-1)
+        return (1 + lengths.clamp_min(1).log() / growth).unsqueeze(-1)
 
 
 def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> Callable[[Tensor], Tensor]:
-    """Rotary position embedding, in float32, of heads `(B, heads, N, head_dim)` at `positions` `(N,)`."""
+    """Make the rotary position embedding, in float32, of heads `(B, heads, N, head_dim)` at `positions` `(N,)`."""
     size = config.rotary_size
     base = config.rope_theta * stretch ** (size / (size - 2))
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
@@ -195,7 +195,7 @@ class HfvlmQwenVLForCausalLM(CausalLanguageModel, HfvlmQwenVLTextPreTrainedModel
 
     @property
     def base_model(self) -> nn.Module:
-        """Without the output layer."""
+        """The model without its output layer."""
         return self.model
 
     def further_keywords(self, method: str) -> Collection[str]:

@@ -30,7 +30,7 @@ TRAINED_GRID = (16, 16)
 
 
 class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
-    """A vision transformer whose patches are read before any last norm."""
+    """A vision transformer without a last norm."""
 
     config: HfvlmQwenVLVisionConfig
     base_model_prefix = "vision_model"
@@ -68,15 +68,15 @@ class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
 
 
 class ResamplerAttention(MultiHead):
-    """Attention to keys and values that differ: positions say where to look and are no part of what is seen."""
+    """Attention to keys and values that differ: positions are part of the keys alone."""
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D), (B, M, D), (B, M, D) -> (B, N, D) and, where the implementation has them, weights."""
+        """Attend (B, N, D) to (B, M, D), (B, M, D) -> (B, N, D) and, where the implementation has them, weights."""
         return self.attend(x, self.heads(self.k_proj(keys)), self.heads(self.v_proj(values)), None, **kwargs)
 
 
 class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
-    """Learned queries, each with its place in the picture, gather what the patches show: 1,024 become 256."""
+    """Learned queries, each with its position in the image, gather what the patches show: 1,024 become 256."""
 
     config: HfvlmQwenVLResamplerConfig
     base_model_prefix = "projector"
@@ -110,17 +110,17 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
 
     @can_return_tuple
     def forward(self, patches: Tensor, grid: Size, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
-        """`(B, rows * columns, C)` and `grid`, its rows and columns -> `(B, num_queries, D)`."""
+        """Resample `(B, rows * columns, C)` of `grid`, rows and columns, to `(B, num_queries, D)`."""
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
-        places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
+        positions = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
         query = (self.query_norm(self.query) + self.position).expand(patches.shape[0], -1, -1)
-        x, _ = self.attention(query, context + places, context, **kwargs)
+        x, _ = self.attention(query, context + positions, context, **kwargs)
         return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
 
 
 class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
-    """A language model that reads pictures through a resampler, and answers with words and with places."""
+    """A language model that attends to images through a resampler, and answers with words and regions."""
 
     config: HfvlmQwenVLConfig
     # The authors adapt the language model alone.
@@ -135,12 +135,12 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
-        """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
-        picture."""
+        """Resample images `(images, 3, H, W)` to an output whose `pooler_output` has one `(num_queries, hidden_size)`
+        tensor an image."""
         vision = self.vision_model(pixel_values, **kwargs)
         grid = self.vision_model.grid(pixel_values)
         return media_features(vision, self.projector(vision.last_hidden_state, grid, **kwargs).last_hidden_state)
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
-        """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""
+        """Count no token for a prompt so long that its rotary frequencies differ from the cache's."""
         return known if self.language_model.model.stretch_of(length) == getattr(cache, "stretch", 1) else 0

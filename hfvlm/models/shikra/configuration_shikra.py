@@ -46,5 +46,5 @@ class HfvlmShikraConfig(ProjectedConfig):
 
 
 def count_patches(grid: tuple[int, int]) -> int:
-    """Count the tokens of an image with so many rows and columns of patches."""
+    """Count the tokens of an image with a grid of patches, (rows, columns)."""
     return grid[0] * grid[1]

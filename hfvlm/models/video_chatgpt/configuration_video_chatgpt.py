@@ -54,5 +54,5 @@ class HfvlmVideoChatGPTConfig(ProjectedConfig):
 
 
 def count_tokens(num_frames: int, grid: tuple[int, int], temporal_tokens: int) -> int:
-    """Count the tokens of a video whose frames have so many rows and columns of patches."""
+    """Count the tokens of a video whose frames have a grid of patches, (rows, columns)."""
     return max(num_frames, temporal_tokens) + grid[0] * grid[1]

@@ -44,7 +44,7 @@ class TestLLaVA(GenerationSuite, ModelSuite):
         model(**batch)
         assert seen == [0, 1]
         assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
-        assert model.unread_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
+        assert model.unused_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
 
     def test_the_class_token_may_be_read(self, batch):
         config = self.config()

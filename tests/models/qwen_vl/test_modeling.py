@@ -262,7 +262,7 @@ class TestChatBeyondTheTrainedLength:
     ("changes", "message"),
     [
         ({"projector_config": PROJECTOR | {"num_queries": 5}}, "num_queries 5 is no square number"),
-        ({"projector_config": PROJECTOR | {"context_size": 16}}, "reads 16 and writes 48"),
+        ({"projector_config": PROJECTOR | {"context_size": 16}}, "takes 16 and makes 48"),
         ({"projector_config": PROJECTOR | {"num_attention_heads": 5}}, "multiple of num_attention_heads"),
         ({"text_config": TEXT | {"rotary_share": 0.1}}, "rotary_share 0.1 of a head of 12 is 1"),
     ],

@@ -85,8 +85,8 @@ class TestPrompts:
     def test_what_begins_with_lines_is_cut_apart_from_the_role(self, processor):
         ids = processor.encode(processor.apply_chat_template([{"role": "user", "content": "\n\nhi"}]))
         start = len(ids) - ids[::-1].index(processor.token_id("<|im_start|>"))
-        role = processor.said("user")
-        assert ids[start:-2] == [*role, *processor.said("\n"), *processor.said("\n\nhi")]
+        role = processor.text_ids("user")
+        assert ids[start:-2] == [*role, *processor.text_ids("\n"), *processor.text_ids("\n\nhi")]
 
     def test_without_turns(self, processor):
         raw = processor_for(load_preset("qwen_vl/tiny").make_config(), {"conversation": "raw"}, VOCABULARY)
@@ -94,7 +94,7 @@ class TestPrompts:
         expected = f"Picture 1: {raw.image_token}\nGenerate the caption in English with grounding:"
         assert raw.apply_chat_template(content, add_generation_prompt=True) == expected
         ids, labels = raw.training_row([*content, {"role": "assistant", "content": " A dog."}])
-        answer = [*raw.said(" A dog."), raw.token_id("<|endoftext|>")]
+        answer = [*raw.text_ids(" A dog."), raw.token_id("<|endoftext|>")]
         assert ids == [*raw.encode(expected), *answer]
         assert labels == [-100] * (len(ids) - len(answer)) + answer
         with pytest.raises(ValueError, match="conversation must be one of chatml, raw, not 'v1'"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import hfvlm
 from hfvlm.conversion.shikra import processor_for
 from hfvlm.models.shikra import HfvlmShikraForConditionalGeneration, HfvlmShikraImageProcessor
-from hfvlm.models.shikra.places import Bins, Square
+from hfvlm.models.shikra.regions import Bins, Square
 from hfvlm.presets import load_preset
 from hfvlm.processing.protection import PROTECTED
 from hfvlm.training.chat import ChatCollator
