@@ -127,7 +127,7 @@ def formatting(golden: Golden) -> None:
         for name in set(stated) - {given}:
             assert notations[name].format(stated[given]) == stated[name], (kind, name)
         if kind == "format_box" and "token101" in stated and "token_extract" in facts:
-            assert [written.places for written in bins.find(stated["token101"])] == facts["token_extract"]
+            assert [match.regions for match in bins.find(stated["token101"])] == facts["token_extract"]
     squares(facts)
 
 
