@@ -321,8 +321,8 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         given = [len(own) for own in groups]
         if given != list(wanted):
             raise ValueError(
-                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
-                f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
+                f"The texts have placeholders ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were "
+                f"given. Each has one in the text; a chat template puts it for each {{'type': {self.modality!r}}}."
             )
         every = [each for own in groups for each in own]
         read = iter(self.read(every, allow_urls=allow_urls) if every else ())
