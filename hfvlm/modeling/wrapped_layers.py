@@ -1,5 +1,4 @@
-"""Layers of transformers' language models whose inputs are changed on their way, which the models have no way to ask
-for."""
+"""Layers of transformers' language models whose inputs are changed before them: the models have no argument for it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
 
 
 class WrappedLayer(nn.Module):
-    """A layer that is what it was, but within `before_layers`."""
+    """A layer that is unchanged, but within `before_layers`."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -26,7 +25,7 @@ class WrappedLayer(nn.Module):
 
 @contextmanager
 def before_layers(model: PreTrainedModel, functions: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Within it, apply functions to the inputs of wrapped layers, by the layers' indices."""
+    """Apply functions to the inputs of wrapped layers, by the layers' indices, within this context."""
     layers: Any = decoder_layers(model)
     try:
         for i, function in functions.items():
@@ -45,7 +44,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def wrap_layers(model: PreTrainedModel) -> None:
-    """Wrap each layer of a language model, and name what is in them so in its plans for several devices."""
+    """Wrap each layer of a language model, and rename the modules inside in its plans for several devices."""
     layers = decoder_layers(model)
     for i, layer in enumerate(layers):
         layers[i] = WrappedLayer(layer)

@@ -333,13 +333,13 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         return listed(media)
 
     def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
-        """Whether `media` is a list of lists, one for each text, which have `wanted` placeholders."""
+        """Check whether `media` is a list of lists, one for each text, which have `wanted` placeholders."""
         lists = isinstance(media, list | tuple) and all(isinstance(own, list | tuple | np.ndarray) for own in media)
         return lists and len(media) == len(wanted) and all(isinstance(listed(own), list | tuple) for own in media)
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Encode messages, with labels as the authors train, and one placeholder for each input."""
-        ids, labels = self.labelled(self.protected(messages, places=EVERY))
+        ids, labels = self.labelled(self.protected(messages, placeholders=EVERY))
         return ids, [IGNORE if i == self.media_token_id else label for i, label in zip(ids, labels, strict=True)]
 
     def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:

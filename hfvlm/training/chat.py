@@ -75,7 +75,7 @@ class ChatCollator:
         return batch
 
     def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[Row, list[Message]]:
-        """Assemble one example; return its messages, too."""
+        """Assemble one example, and return its messages with it."""
         modality = self.processor.modality
         messages, media = read_example(example, self.processor.media_token, modality)
         messages = self.processor.protected(messages, count_placeholders(messages, media, modality))

@@ -56,7 +56,7 @@ class ResamplerLayer(GradientCheckpointingLayer):
         self.mlp = FeedForward(size, config.intermediate_size)
 
     def forward(self, x: Tensor, patches: Tensor, **kwargs: Any) -> Tensor:
-        """(B, L, D), (B, N, D) -> (B, L, D)."""
+        """Update the latents (B, L, D) by patches (B, N, D)."""
         latents = self.attention_norm(x)
         context = torch.cat([self.context_norm(patches), latents], dim=1)
         x = x + self.attention(latents, context=context, **kwargs)[0]

@@ -39,7 +39,7 @@ class Tiling(NamedTuple):
         return self.edge**2 + self.class_token
 
     def tiles(self, image_size: Size) -> Size:
-        """Rows and columns of the tiles of an image."""
+        """Count rows and columns of the tiles of an image."""
         if self.pinpoints is None:
             return 0, 0
         height, width = best_resolution(image_size, self.pinpoints)

@@ -77,7 +77,7 @@ class Newline(nn.Module):
         init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(..., N, D) -> (..., N + 1, D)."""
+        """Append the vector to each row, (..., N, D) -> (..., N + 1, D)."""
         return torch.cat([rows, self.weight.to(rows).expand(*rows.shape[:-2], 1, -1)], dim=-2)
 
 

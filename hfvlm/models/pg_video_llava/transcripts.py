@@ -21,13 +21,13 @@ Tags = Sequence[tuple[str, float]]
 
 
 def is_speech(label: str) -> bool:
-    """Whether one of AudioSet's names is speech."""
+    """Check whether one of AudioSet's names is speech."""
     label = label.lower()
     return "speech" in label or label.startswith(("conversation", "narration"))
 
 
 def is_spoken(tags: Tags) -> bool:
-    """Whether somebody talks in a segment: speech is among its three likeliest tags, and music not much likelier.
+    """Check whether somebody talks: speech is among a segment's three likeliest tags, and music not much likelier.
 
     Args:
         tags: AudioSet's names with the logarithms of their probabilities, the likeliest first.

@@ -99,7 +99,7 @@ class HfvlmQwenVLTextConfig(TextConfig):
 
     @property
     def mlp_bias(self) -> bool:
-        """As LLaMA's MLP, which is Qwen's too, calls it."""
+        """`linear_bias`, by the name that LLaMA's MLP has for it."""
         return self.linear_bias
 
     @property

@@ -26,7 +26,7 @@ class Square:
 
     @property
     def start(self) -> tuple[int, int]:
-        """Where the image's left and top are."""
+        """Left and top of the image in the square."""
         return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def share(self, region: Coordinates) -> list[float]:
