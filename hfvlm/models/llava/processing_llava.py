@@ -21,7 +21,6 @@ from hfvlm.processing.settings import edge as length
 from hfvlm.processing.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
-MODES = ("crop", "pad", "tiles")
 # Padding to a square makes a long image's area grow with the square of its length; longer ones are resized first.
 LONGEST_PADDED_EDGE = 8192
 
@@ -35,74 +34,6 @@ def pinpoints(value: Any) -> list[list[int]]:
     if not points or any(len(point) != 2 for point in points):
         raise ValueError("must be a list of [height, width] in pixels")
     return points
-
-
-class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
-    """Images at the size of CLIP's tower.
-
-    Args:
-        size: the tower's `{"height", "width"}` in pixels, or one edge.
-        resize_mode: "crop" covers the size and crops the centre (v1), "pad" makes a square with CLIP's mean colour
-            around the image (v1.5), "tiles" adds to the squashed image tiles of it at a higher resolution (v1.6).
-        grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each image.
-    """
-
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
-    CHECKS = {"size": square, "resize_mode": one_of(*MODES), "grid_pinpoints": or_none(pinpoints)}
-
-    image_mean = HfvlmCLIPImageProcessor.image_mean
-    image_std = HfvlmCLIPImageProcessor.image_std
-    size: dict[str, int] = {"height": 336, "width": 336}
-    resize_mode: str = "pad"
-    grid_pinpoints: list[list[int]] | None = None
-
-    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        settings = super().checked(settings)
-        if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
-            raise ValueError(f"{type(self).__name__}: grid_pinpoints and resize_mode 'tiles' go together.")
-        edge = settings["size"]["height"]
-        if any(length % edge for point in settings["grid_pinpoints"] or () for length in point):
-            raise ValueError(f"{type(self).__name__}: grid_pinpoints must be multiples of size, {edge}.")
-        return settings
-
-    @property
-    def model_input_names(self) -> list[str]:  # type: ignore[override]
-        """`image_sizes` are the model's inputs only where images are cut into tiles."""
-        return ["pixel_values", *(["image_sizes"] if self.resize_mode == "tiles" else [])]
-
-    def preprocess(
-        self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
-    ) -> BatchFeature:
-        """Prepare images as `pixel_values` `(B, 3, H, W)`; or, with tiles, `(views, 3, H, W)`, each whole image first,
-        and `image_sizes` `(B, 2)`, their heights and widths in pixels."""
-        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        if settings["resize_mode"] != "tiles":
-            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
-        named = list(enumerate(self.sources(images, kwargs)))
-        read = parallel(lambda item: self.read(item, settings, allow_urls), named)
-        inputs = super().preprocess(read, return_tensors, **kwargs | {"input_data_format": None})
-        inputs["image_sizes"] = [[image.height, image.width] for image in read]
-        return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
-
-    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
-        """Prepare the views of one image, (V, 3, H, W), float32."""
-        image = to_8_bits(image, name).convert("RGB")
-        views = self.views(image, settings) if settings["do_resize"] else [image]
-        ready = dict(settings) | {"do_resize": False}
-        return np.stack([super(HfvlmLLaVAImageProcessor, self).pixels(view, ready, name) for view in views])
-
-    def views(self, image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
-        edge, resample = settings["size"]["height"], settings["resample"]
-        if settings["resize_mode"] == "tiles":
-            return [squash(image, (edge, edge), resample), *tiles(image, settings["grid_pinpoints"], edge, resample)]
-        if settings["resize_mode"] == "pad":
-            # Cut, not rounded: the border of the image is not exactly zero once it is normalised.
-            color = tuple(int(value * 255) for value in settings["image_mean"])
-            return [pad_to_square(image, edge, resample, color)]
-        return [crop_centre(image, edge, resample)]
-
-    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
-        return super().batch([view for views in arrays for view in views], settings, return_tensors)
 
 
 def tiles(image: Image.Image, pinpoints: Sequence[Sequence[int]], edge: int, resample: int) -> list[Image.Image]:
@@ -136,6 +67,83 @@ def crop_centre(image: Image.Image, edge: int, resample: int) -> Image.Image:
         box = (left * across, top * down, (left + edge) * across, (top + edge) * down)
         return image.resize((edge, edge), resample, box=box)
     return squash(image, (height, width), resample).crop((left, top, left + edge, top + edge))
+
+
+def centre_view(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    return [crop_centre(image, settings["size"]["height"], settings["resample"])]
+
+
+def padded_view(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    # Cut, not rounded: the border of the image is not exactly zero once it is normalised.
+    color = tuple(int(value * 255) for value in settings["image_mean"])
+    return [pad_to_square(image, settings["size"]["height"], settings["resample"], color)]
+
+
+def tiled_views(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    edge, resample = settings["size"]["height"], settings["resample"]
+    return [squash(image, (edge, edge), resample), *tiles(image, settings["grid_pinpoints"], edge, resample)]
+
+
+# The views of an image, by `resize_mode`.
+VIEWS = {"crop": centre_view, "pad": padded_view, "tiles": tiled_views}
+
+
+class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
+    """Images at the size of CLIP's tower.
+
+    Args:
+        size: the tower's `{"height", "width"}` in pixels, or one edge.
+        resize_mode: "crop" covers the size and crops the centre (v1), "pad" makes a square with CLIP's mean colour
+            around the image (v1.5), "tiles" adds to the squashed image tiles of it at a higher resolution (v1.6).
+        grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each image.
+    """
+
+    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
+    CHECKS = {"size": square, "resize_mode": one_of(*VIEWS), "grid_pinpoints": or_none(pinpoints)}
+
+    image_mean = HfvlmCLIPImageProcessor.image_mean
+    image_std = HfvlmCLIPImageProcessor.image_std
+    size: dict[str, int] = {"height": 336, "width": 336}
+    resize_mode: str = "pad"
+    grid_pinpoints: list[list[int]] | None = None
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints and resize_mode 'tiles' go together.")
+        edge = settings["size"]["height"]
+        if any(length % edge for point in settings["grid_pinpoints"] or () for length in point):
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints must be multiples of size, {edge}.")
+        return settings
+
+    @property
+    def model_input_names(self) -> list[str]:  # type: ignore[override]
+        """`image_sizes` are the model's inputs only where images are cut into tiles."""
+        return ["pixel_values", *(["image_sizes"] if self.grid_pinpoints else [])]
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare images as `pixel_values` `(B, 3, H, W)`; or, with tiles, `(views, 3, H, W)`, each whole image first,
+        and `image_sizes` `(B, 2)`, their heights and widths in pixels."""
+        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
+        if not settings["grid_pinpoints"]:
+            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
+        named = list(enumerate(self.sources(images, kwargs)))
+        read = parallel(lambda item: self.read(item, settings, allow_urls), named)
+        inputs = super().preprocess(read, return_tensors, **kwargs | {"input_data_format": None})
+        inputs["image_sizes"] = [[image.height, image.width] for image in read]
+        return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
+
+    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
+        """Prepare the views of one image, (V, 3, H, W), float32."""
+        image = to_8_bits(image, name).convert("RGB")
+        views = VIEWS[settings["resize_mode"]](image, settings) if settings["do_resize"] else [image]
+        ready = dict(settings) | {"do_resize": False}
+        return np.stack([super(HfvlmLLaVAImageProcessor, self).pixels(view, ready, name) for view in views])
+
+    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
+        return super().batch([view for views in arrays for view in views], settings, return_tensors)
 
 
 class HfvlmLLaVATokenizer(PieceTokenizer):

@@ -149,10 +149,9 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
 
     def stretch_of(self, length: int) -> int:
         """Return 1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
-        stretch, reach = 1, self.config.trained_length
-        if self.config.dynamic_ntk and not self.training:
-            while length > reach:
-                stretch, reach = 2 * stretch + 1, 2 * reach
+        stretch, reach = 1, self.config.trained_length if self.config.dynamic_ntk else length
+        while length > reach and not self.training:
+            stretch, reach = 2 * stretch + 1, 2 * reach
         return stretch
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
