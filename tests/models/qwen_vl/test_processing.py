@@ -249,7 +249,7 @@ class TestWhole:
 
     def test_the_example_script_draws_boxes(self, folder, image, tmp_path, monkeypatch):
         image.save(tmp_path / "a.png")
-        find = runpy.run_path(str(EXAMPLES / "find_in_images.py"))["main"]
+        find = runpy.run_path(str(EXAMPLES / "find_in_pictures.py"))["main"]
         monkeypatch.setattr(hfvlm.Chat, "ask", lambda self, text, **_: DOG if "dog" in text else "None.")
         out = tmp_path / "found"
         find([str(folder), str(tmp_path / "a.png"), "--name", "the dog", "--name", "a cat", "-o", str(out)])

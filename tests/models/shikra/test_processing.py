@@ -270,7 +270,7 @@ class TestWhole:
 
     def test_the_example_script_draws_boxes(self, folder, image, tmp_path, monkeypatch):
         image.save(tmp_path / "a.png")
-        find = runpy.run_path(str(EXAMPLES / "find_in_images.py"))["main"]
+        find = runpy.run_path(str(EXAMPLES / "find_in_pictures.py"))["main"]
         seen = []
 
         def ask(self, words, images, **_):

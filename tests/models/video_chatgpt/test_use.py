@@ -295,7 +295,7 @@ def test_answers_are_those_to_the_whole_conversation(chat):
 
 
 def test_images_are_refused(chat):
-    with pytest.raises(ValueError, match="reads videos alone"):
+    with pytest.raises(ValueError, match="takes videos alone"):
         chat.ask("What?", images=[video()[0]])
 
 
