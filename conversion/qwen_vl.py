@@ -17,7 +17,7 @@ from hfvlm.models.qwen_vl.configuration_qwen_vl import (
 )
 from hfvlm.models.qwen_vl.processing_qwen_vl import (
     CONTROLS,
-    PLACES,
+    REGION_MARKS,
     HfvlmQwenVLImageProcessor,
     HfvlmQwenVLProcessor,
     HfvlmQwenVLTokenizer,
@@ -126,7 +126,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
             f"{own['num_attention_heads']} must be hidden_size {own['hidden_size']}."
         )
     visual = own["visual"]
-    first = visual["image_start_id"] - len(CONTROLS) - len(PLACES)  # the end of a text; the others follow it
+    first = visual["image_start_id"] - len(CONTROLS) - len(REGION_MARKS)  # the end of a text; the others follow it
     controls = {"pad_token_id": first, "eos_token_id": [first, first + 2, first + 1]} if first > 0 else {}
     return HfvlmQwenVLConfig(
         vision_config=HfvlmQwenVLVisionConfig(

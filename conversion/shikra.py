@@ -16,12 +16,12 @@ from hfvlm.conversion import llava as llava_conversion
 from hfvlm.conversion.language_models import llama_rows
 from hfvlm.conversion.llava import EMBEDDING, VOCABULARIES
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
-from hfvlm.models.shikra.places import Bins
 from hfvlm.models.shikra.processing_shikra import (
     HfvlmShikraImageProcessor,
     HfvlmShikraProcessor,
     HfvlmShikraTokenizer,
 )
+from hfvlm.models.shikra.regions import Bins
 
 __all__ = ["VOCABULARIES"]
 

@@ -1,40 +1,35 @@
-"""Conversations with models that answer about pictures."""
+"""Conversations with models that answer about images and videos."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoModelForImageTextToText
 
 from hfvlm.checks.ranges import check_generation
 from hfvlm.inference.adapters import load_model, processor_of
-from hfvlm.modeling.compat import with_cache
+from hfvlm.modeling.compat import new_cache, with_cache
 from hfvlm.modeling.image_text import Features
+from hfvlm.modeling.streaming import Stream, until
 
 
 class Chat:
-    """A conversation. Each picture is encoded once, and what was said before is not computed again.
+    """A conversation. Each image is encoded once, and earlier messages are not computed again.
 
-    `chat.ask("What is this?", images=["cat.jpg"])`, or `videos=["walk.mp4"]` of a model of films, answers;
-    `chat.stream(...)` yields the answer as it is written. An
-    answer is what the model gives to the whole conversation afresh; what is kept changes nothing but the time.
+    `chat.ask("What is this?", images=["cat.jpg"])`, or `videos=["walk.mp4"]` of a model of videos, answers;
+    `chat.stream(...)` yields the answer while it is generated. An answer is the model's to the whole conversation;
+    the cache changes nothing but the time.
 
     Args:
         model: an `hfvlm.modeling.image_text.ImageTextModel`.
         processor: its processor.
-        system: what the conversation begins with, in place of the checkpoint's own.
-        **options: of `model.generate`, for all answers; by default the likeliest tokens, 512 of them at most.
+        system: the first message, in place of the checkpoint's own.
+        **options: of `model.generate`, for all answers; by default the likeliest tokens, at most 512.
     """
 
     def __init__(self, model: Any, processor: Any, *, system: str | None = None, **options: Any):
@@ -62,10 +57,10 @@ class Chat:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the conversation, which one answer at a time goes on with.
+        """Lock the conversation for one answer.
 
         Raises:
-            RuntimeError: another one holds it.
+            RuntimeError: it is locked.
         """
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(
@@ -78,14 +73,15 @@ class Chat:
             self.lock.release()
 
     def forget(self) -> None:
+        """Drop all messages, features and the cache."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
-        self.counts: list[int] = []  # placeholders of each picture
+        self.counts: list[int] = []  # placeholders of each image or video
         self.features: list[Tensor] = []
-        self.cache, self.cached = DynamicCache(config=self.model.config.get_text_config(decoder=True)), list[int]()
+        self.cache, self.cached = new_cache(self.model), list[int]()
 
     def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any) -> str:
-        """Answer; images stand where the model was trained to have them, beside the text. Options are of
-        `model.generate`, for this answer."""
+        """Answer; images stand where the model was trained to have them. Options are of `model.generate`, for this
+        answer."""
         check_generation(options)
         with self.alone():
             deque(self.answered(text, images, videos, options), maxlen=0)
@@ -94,7 +90,7 @@ class Chat:
     def stream(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
     ) -> Iterator[str]:
-        """The answer in pieces. If the iteration ends early, so does the answer, and the turn is forgotten.
+        """Yield the answer in pieces. If the iteration ends early, so does the answer, and the turn is dropped.
 
         Raises:
             RuntimeError: another answer is being generated, as in another thread.
@@ -107,115 +103,58 @@ class Chat:
     def answered(
         self, text: str, images: Sequence[Any], videos: Sequence[Any], options: Mapping[str, Any]
     ) -> Iterator[str]:
+        """Yield the answer in pieces, and remember it."""
         images = self.media(images, videos)
         content = [*({"type": self.processor.modality} for _ in images), {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
         messages = [*self.messages, message]
-        counts, features = self.see(images, message)
-        counts, features = [*self.counts, *counts], [*self.features, *features]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        ids = self.processor.expand(self.processor.encode(prompt), counts)
-        run = _Generation(self.model, self.processor, self.inputs(ids, counts, features), self.options | dict(options))
+        (row,) = self.processor.assemble([messages], [list(images)], encoded=self.counts)
+        features = [*self.features, *self.encode(row.media, message)]
+        inputs = self.inputs(row.ids, row.counts, features)
+        tokenizer, stops = self.processor.tokenizer, self.processor.stop_strings
+        run = Stream(self.model, tokenizer, stops, {**inputs, **self.options, **options})
         try:
-            yield from _until(run, self.processor.stop_strings)
+            yield from until(run, stops)
         finally:
             sequence = run.finish()
             self.cached = sequence[: self.cache.get_seq_length()]
-        self.counts, self.features = counts, features
-        # Bytes that are no text only in their whole are streamed as if they were.
-        new = sequence if self.model.config.is_encoder_decoder else sequence[len(ids) :]
-        answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
-        answer = "".join(_until(iter([answer]), self.processor.stop_strings)).strip()
+        self.counts, self.features = row.counts, features
+        # Bytes that form a character only together are streamed apart.
+        new = sequence if self.model.config.is_encoder_decoder else sequence[len(row.ids) :]
+        answer = tokenizer.decode(new, skip_special_tokens=True)
+        answer = "".join(until(iter([answer]), stops)).strip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def media(self, images: Sequence[Any], videos: Sequence[Any]) -> Sequence[Any]:
-        """Whichever of them the model reads."""
+        """Return those of the model's modality, and refuse others."""
         known, foreign = (images, videos) if self.processor.modality == "image" else (videos, images)
         if len(foreign):
-            raise ValueError(f"{type(self.model).__name__} reads {self.processor.modality}s alone.")
+            raise ValueError(f"{type(self.model).__name__} takes {self.processor.modality}s alone.")
         return known
 
     @torch.no_grad()
-    def see(self, images: Sequence[Any], message: dict[str, Any]) -> tuple[list[int], list[Tensor]]:
-        """Pictures of a message -> how many tokens they have, and their features."""
-        if not len(images):
-            return [], []
+    def encode(self, media: Sequence[Any], message: dict[str, Any]) -> list[Tensor]:
+        """Encode images or videos of a message to features, `(tokens, hidden_size)` each."""
+        if not media:
+            return []
         modality = self.processor.modality
-        inputs = self.processor.media_inputs(images, [[message]]).to(self.model.device).to(self.model.dtype)
-        features = list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
-        return [self.model.count_places(rows) for rows in features], features
+        inputs = self.processor.media_inputs(media, [[message]]).to(self.model.device).to(self.model.dtype)
+        return list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
 
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
-        """Of `generate`: the keys and values of all that stands in the cache already are used again."""
+        """Prepare inputs of `generate`, which uses the keys and values of the cache again."""
         known = next((i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b), len(self.cached))
         known = self.model.reusable(self.cache, min(known, len(ids) - 1), len(ids))
-        place, new = 0, []
+        end, new = 0, []
         for count, rows in zip(counts, features, strict=True):
-            place = ids.index(self.processor.media_token_id, place)
-            if known < place + count:
-                known = min(known, place)
+            start = ids.index(self.processor.media_token_id, end)
+            end = start + count
+            if known < end:
+                known = min(known, start)
                 new.append(rows)
-            place += count
         if (surplus := self.cache.get_seq_length() - known) > 0:
             self.cache.crop(-surplus)
         table = torch.tensor([ids], device=self.model.device)
         inputs = {"input_ids": table, "attention_mask": torch.ones_like(table), **with_cache(self.cache)}
-        seen = {self.processor.modality: Features(pooler_output=new)}  # type: ignore[arg-type]
-        return inputs | ({"mm_encoder_outputs": seen} if new else {})
-
-
-class _Generation(TextIteratorStreamer):
-    """`generate` on a thread, as an iterator over the pieces of its text."""
-
-    def __init__(self, model: Any, processor: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]):
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stopped, self.result = Event(), list[int]()
-        self.error: BaseException | None = None
-        stops = processor.stop_strings
-        options = dict(options) | ({"stop_strings": stops, "tokenizer": processor.tokenizer} if stops else {})
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), _Stop(self.stopped)])
-        arguments = {**inputs, **options, "streamer": self, "stopping_criteria": criteria}
-        self.thread = Thread(target=self._run, args=(model, arguments), daemon=True)
-        self.thread.start()
-
-    def _run(self, model: Any, arguments: Mapping[str, Any]) -> None:
-        try:
-            self.result = model.generate(**arguments)[0].tolist()
-        except BaseException as error:
-            self.error = error
-            self.end()
-
-    def finish(self) -> list[int]:
-        """All ids, once the thread has ended; or its error."""
-        self.stopped.set()
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, stopped: Event):
-        self.stopped = stopped
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-def _until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text up to the first of `stops`, which may be spread over several."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [place for stop in stops if (place := held.find(stop)) >= 0]
-        if ends:
-            held = held[: min(ends)]
-            break
-        sure = len(held) - max(
-            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
-        )
-        if sure:
-            yield held[:sure]
-            held = held[sure:]
-    if held:
-        yield held
+        features_of = {self.processor.modality: Features(pooler_output=new)}  # type: ignore[arg-type]
+        return inputs | ({"mm_encoder_outputs": features_of} if new else {})

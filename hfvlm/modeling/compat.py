@@ -1,7 +1,7 @@
-"""What differs between the versions of transformers that hfvlm runs on.
+"""Differences between the versions of transformers that hfvlm runs on.
 
 transformers 5.24 renamed the cache of keys and values that models take and return from `past_key_values` to `cache`.
-In hfvlm it is `cache` everywhere, and this module knows how transformers calls it.
+In hfvlm it is `cache` everywhere, and this module has transformers' name of it.
 """
 
 import inspect
@@ -44,18 +44,23 @@ def cache_of(output: Any) -> Any:
     return output.get(CACHE)
 
 
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache for the layers of a model's decoder."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
 def begin_cache(model: PreTrainedModel, cache: Cache | None, *, use_cache: bool | None) -> Cache | None:
-    """Return the cache that a decoder's step writes to, made where one is wanted and none is given.
+    """Return the cache that a decoder's step updates, made where one is wanted and none is given.
 
     Raises:
         ValueError: one is given in training under gradient checkpointing.
     """
     if model.training and torch.is_grad_enabled() and is_checkpointing(model):
         if cache is not None:
-            raise ValueError("Under gradient checkpointing layers run twice, and would write to a cache twice.")
+            raise ValueError("Under gradient checkpointing layers run twice, and would update a cache twice.")
         return None
     if use_cache and cache is None:
-        return DynamicCache(config=model.config.get_text_config(decoder=True))
+        return new_cache(model)
     return cache
 
 

@@ -1,4 +1,4 @@
-"""What hfvlm changes in transformers' `generate`: whatever it overrides there that is private, it overrides here."""
+"""hfvlm's changes of transformers' `generate`: all of its private methods that are overridden are overridden here."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from hfvlm.modeling.keywords import StrictKeywords
 
 
 class Generation(StrictKeywords, GenerationMixin):
-    """Base of models that generate. A subclass changes what the public methods return."""
+    """Base of models that generate. A subclass overrides the public methods."""
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -27,7 +27,7 @@ class Generation(StrictKeywords, GenerationMixin):
         return None
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
-        """Return the processors of logits that generation is to use, given those that its options ask for."""
+        """Return the processors of logits that generation uses, given those of its options."""
         return processors
 
     def repeated(self, features: Mapping[str, Any], rows: Mapping[str, Tensor], times: int) -> dict[str, Any]:
@@ -39,10 +39,23 @@ class Generation(StrictKeywords, GenerationMixin):
         """Return how many ids texts may hold, given those of the vocabulary: placeholders may lie beyond it."""
         return vocab_size
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return inputs of a step that transformers does not make.
+
+        Args:
+            step: `(B, n)`, the ids that are new in this step; None for embeddings.
+            input_ids: `(B, N)`, all ids so far.
+            attention_mask: `(B, N)`, 0 for padding.
+        """
+        return {}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepare a step's inputs, without the tokenizers, which transformers hands on to the step."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        return inputs | self.step_inputs(inputs.get("input_ids"), input_ids, attention_mask)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
@@ -109,7 +122,7 @@ class WholeTextBeams(GenerationMixin):
 
 
 class WithinVocabulary(LogitsProcessorList):
-    """Shows each processor a prompt without ids that have no logit: a penalty for repetition would look them up."""
+    """Processors of logits that get no ids without a logit, which a penalty for repetition would index."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         last = scores.shape[-1] - 1
@@ -118,7 +131,7 @@ class WithinVocabulary(LogitsProcessorList):
 
 
 class Without(LogitsProcessor):
-    """Never generates some tokens, on whatever device their scores are; transformers' own must be given one."""
+    """A processor that suppresses tokens, on whatever device their scores are; transformers' own must be given one."""
 
     def __init__(self, tokens: Iterable[int]):
         self.tokens = tuple(tokens)

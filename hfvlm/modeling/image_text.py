@@ -1,10 +1,12 @@
-"""Language models that read pictures and films: the base of LLaVA and its relatives."""
+"""Language models that attend to images and videos: the base of LLaVA and its relatives."""
 
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,22 +17,23 @@ from hfvlm.modeling.compat import CACHE_NAMES, cache_of, rename_cache, with_cach
 from hfvlm.modeling.generation import Generation, WithinVocabulary, Without
 from hfvlm.modeling.keywords import Keywords, check_keywords, keywords_of
 from hfvlm.modeling.outputs import ImageTextOutput
+from hfvlm.modules.projection import Projector
 
 Features = BaseModelOutputWithPooling
 
 
 class ImageTextModel(HfvlmPreTrainedModel, Generation):
-    """A language model in whose input the features of pictures take the places of placeholder tokens.
+    """A language model in whose input the features of images replace placeholder tokens.
 
-    A subclass builds its towers and `language_model`, one of transformers', and says in `get_image_features` (and
-    `get_video_features`) what becomes of its pictures: an output whose `pooler_output` is a list with one `(tokens,
-    hidden_size)` tensor a picture, in the order of the batch. The placeholders are `config.image_token_id` (and
-    `config.video_token_id`), repeated as often as a picture has tokens. They need no row in the embedding table.
+    A subclass builds its towers and `language_model`, one of transformers', and encodes images in
+    `get_image_features` (videos in `get_video_features`): an output whose `pooler_output` is a list with one `(tokens,
+    hidden_size)` tensor an image, in the order of the batch. The placeholders are `config.image_token_id` (and
+    `config.video_token_id`), repeated as often as an image has tokens. They need no row in the embedding table.
     """
 
     base_model_prefix = "image_text"
     input_modalities = ["image", "text"]
-    # What `get_<modality>_features` takes; without the first of them there is nothing to encode.
+    # The arguments of `get_<modality>_features`; without the first of them there is nothing to encode.
     media_inputs: Mapping[str, tuple[str, ...]] = {"image": ("pixel_values",)}
     # Loading in 4 or 8 bits leaves these as they are: they are small, and every later token depends on them.
     full_precision_modules: tuple[str, ...] = ("vision_model", "projector", "lm_head")
@@ -39,8 +42,8 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     language_model: Any
 
     def post_init(self) -> None:
-        """Finish as transformers does. What encodes images stays on one device: some of its parameters belong to no
-        layer. The language model comes first: PEFT puts soft prompts before what the first model inside embeds."""
+        """Finish as transformers does. Modules that encode images stay on one device: some of their parameters are in
+        no layer. The language model comes first: PEFT puts soft prompts before the inputs of the first model."""
         others = {name: child for name, child in self._modules.items() if name != "language_model"}
         self._modules = {"language_model": self.language_model, **others}
         super().post_init()
@@ -48,19 +51,19 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         self._no_split_modules = [*(self._no_split_modules or ()), *(type(part).__name__ for part in parts)]
 
     @property
-    def unread_modules(self) -> list[str]:
-        """Names of the modules whose weights no output depends on; they are frozen, and LoRA leaves them out."""
+    def unused_modules(self) -> list[str]:
+        """Names of the modules that no output depends on; they are frozen, and LoRA leaves them out."""
         return []
 
-    def freeze_unread(self) -> None:
-        """Data-parallel training waits for the gradient of every parameter that asks for one."""
-        for name in self.unread_modules:
+    def freeze_unused(self) -> None:
+        """Freeze unused modules: data-parallel training waits for the gradient of every parameter that requires it."""
+        for name in self.unused_modules:
             self.get_submodule(name).requires_grad_(requires_grad=False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As transformers'. In 4 or 8 bits, the vision tower, the projector and the output layer keep their precision
-        unless `quantization_config` says otherwise in `llm_int8_skip_modules`."""
+        """Load as transformers does. In 4 or 8 bits, the vision tower, the projector and the output layer keep their
+        precision unless `quantization_config` lists others in `llm_int8_skip_modules`."""
         if getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
             quantization_config.llm_int8_skip_modules = list(cls.full_precision_modules)
         if quantization_config is not None:
@@ -68,7 +71,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         return super().from_pretrained(*args, **kwargs)
 
     def further_keywords(self, method: str) -> Collection[str]:
-        """Return what the language model and the media's inputs know, or what the vision tower knows."""
+        """Return the names of the media's inputs and of the language model's, or those of the vision tower's."""
         if method != "forward":
             return keywords_of(self.vision_model)
         media = {name for names in self.media_inputs.values() for name in names}
@@ -87,7 +90,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         self.language_model.set_output_embeddings(value)
 
     @can_return_tuple
-    def forward(  # noqa: PLR0913 (the host reads these names: Trainer, generate and the pipelines)
+    def forward(  # noqa: PLR0913 (transformers reads these names: Trainer, generate and the pipelines)
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -101,24 +104,24 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[Keywords],
     ) -> ImageTextOutput:
-        """Texts with pictures in them -> the logits of each next token.
+        """Score the next token after each of the tokens of texts with media.
 
         Args:
-            input_ids: `(B, N)`, with a placeholder for each token of each picture.
-            pixel_values: all pictures of the batch, in the order of their placeholders; see `get_image_features`.
+            input_ids: `(B, N)`, with a placeholder for each token of each image.
+            pixel_values: all images of the batch, in the order of their placeholders; see `get_image_features`.
             attention_mask: `(B, N)`, 0 where a row is padded.
-            inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media are
-                to be put, or with media among them already; see `embed`.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`, with the placeholders' row of the table where media
+                belong, or with media among them already; see `embed`.
             labels: `(B, N)`; the loss leaves out -100. Also as `shift_labels`, shifted already.
-            image_sizes: `(pictures, 2)`, height and width in pixels, for models that need them.
-            pixel_values_videos: likewise, all films.
-            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
-            cache: keys and values of what stands before `input_ids`, also as `past_key_values`.
-            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
-            **kwargs: what else `media_inputs` names, and of the language model.
+            image_sizes: `(images, 2)`, height and width in pixels, for models that need them.
+            pixel_values_videos: likewise, all videos.
+            mm_encoder_outputs: outputs of `get_image_features`, as {"image": ...}, in place of images.
+            cache: keys and values of the tokens before `input_ids`, also as `past_key_values`.
+            logits_to_keep: compute the logits of the last n positions alone; 0 means all.
+            **kwargs: other inputs that `media_inputs` names, and those of the language model.
 
         Raises:
-            ValueError: the pictures do not fit their placeholders; the message says how.
+            ValueError: the images do not fit their placeholders; the message counts both.
         """
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         rest: dict[str, Any] = dict(kwargs)
@@ -153,7 +156,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     @property
     def base_model(self) -> Any:
-        """The model without its output layer; trainers ask it for the hidden states that a loss is computed from."""
+        """The model without its output layer, from whose hidden states trainers compute a loss."""
         return _Backbone(self)
 
     def merged(
@@ -186,7 +189,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         if token >= table.weight.shape[0]:
             raise ValueError(
                 f"{modality}_token_id {token} has no row in the table of {table.weight.shape[0]} embeddings, so that "
-                f"inputs_embeds cannot say where a placeholder is: give input_ids, or resize_token_embeddings first."
+                f"inputs_embeds hold no placeholder: give input_ids, or resize_token_embeddings first."
             )
         row = table(torch.tensor(token, device=table.weight.device))
         return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
@@ -194,14 +197,14 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     def encode_media(
         self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
     ) -> dict[str, Features]:
-        """Inputs by their names -> features by modality, beside those that are `given`."""
+        """Encode inputs, by their names, to features by modality, next to those that are `given`."""
         features = dict(given or {})
         for modality, names in self.media_inputs.items():
             inputs = {name: media[name] for name in names if media.get(name) is not None}
             if names[0] not in inputs:
                 continue
             if modality in features:
-                raise ValueError(f"{names[0]} and mm_encoder_outputs[{modality!r}] are the same pictures: give one.")
+                raise ValueError(f"{names[0]} and mm_encoder_outputs[{modality!r}] are the same images: give one.")
             features[modality] = getattr(self, f"get_{modality}_features")(**inputs)
         return features
 
@@ -219,44 +222,43 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def filled(self, modality: str, embeds: Tensor, mask: Tensor, features: Features | None) -> Tensor:
         """Put features in the rows of embeddings `(B, N, D)` where the mask `(B, N)` has placeholders."""
-        # Single tokens are steps of a generation: nothing is looked for in them, which would wait for the device.
+        # Single tokens are steps of a generation: counting in them would wait for the device.
         if mask.shape[1] > 1 and not torch.compiler.is_compiling():
-            self.check_places(modality, mask, features)
+            self.check_placeholders(modality, mask, features)
         if features is None:
             return embeds
         return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(each(features)).to(embeds))
 
-    def check_places(self, modality: str, place: Tensor, features: Features | None) -> None:
-        """As many placeholders as features, or an error that names both."""
-        counts = [] if features is None else [self.count_places(rows) for rows in each(features)]
-        if (found := int(place.sum())) == sum(counts):
+    def check_placeholders(self, modality: str, mask: Tensor, features: Features | None) -> None:
+        """Check that there are as many placeholders, `mask`, as features.
+
+        Raises:
+            ValueError: the counts differ; the message names both.
+        """
+        counts = [] if features is None else [self.count_placeholders(rows) for rows in each(features)]
+        if (found := int(mask.sum())) == sum(counts):
             return
         token = f"{modality}_token_id {self.placeholder(modality)}"
         given = f"the {modality}s make {sum(counts)} ({_some(counts)})" if counts else f"no {modality} was given"
         raise ValueError(
             f"input_ids hold {found} {modality} placeholders ({token}), but {given}. Each {modality} needs one for "
-            f"each of its tokens, as {type(self).__name__}'s processor writes them; it must agree with "
-            f"{self.token_count_fields()}."
+            f"each of its tokens, as {type(self).__name__}'s processor puts them; it must agree with "
+            f"{', '.join(f'{name} {attrgetter(name)(self.config)}' for name in self.config.token_count_fields)}."
         )
 
-    def count_places(self, rows: Tensor) -> int:
-        """How many placeholders stand for a picture of these features, `(tokens, hidden_size)`."""
+    def count_placeholders(self, rows: Tensor) -> int:
+        """Count the placeholders of an image with these features, `(tokens, hidden_size)`."""
         return len(rows)
 
-    def token_count_fields(self) -> str:
-        """The fields of the configuration that decide how many tokens a picture has, with their values."""
-        vision = self.config.vision_config
-        return ", ".join(f"vision_config.{name} {getattr(vision, name)}" for name in ("image_size", "patch_size"))
-
     def reusable(self, cache: Any, known: int, length: int) -> int:
-        """How many of the first `known` tokens in a cache are the same in a prompt of `length` tokens."""
+        """Count those of the first `known` tokens in a cache that are the same in a prompt of `length` tokens."""
         return known
 
-    # Generation: transformers' own, with pictures encoded once and placeholders kept apart from the vocabulary.
+    # Generation: transformers' own, with images encoded once and placeholders apart from the vocabulary.
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Each picture is encoded once, whatever the number of steps, beams and sequences."""
+        """Generate as transformers does. Each image is encoded once, for all steps, beams and sequences."""
         names = [name for names in self.media_inputs.values() for name in names]
         media = {name: kwargs.pop(name) for name in names if name in kwargs}
         if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
@@ -300,13 +302,13 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         mask = self.placeholder_mask(modality, None if embeds is not None else rows["input_ids"], embeds)
         for count in mask.sum(dim=1).tolist():
             row: list[Tensor] = []
-            while sum(map(self.count_places, row)) < count:
+            while sum(map(self.count_placeholders, row)) < count:
                 row.append(next(remaining))
             repeated += row * times
         return repeated
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
-        """Never generate a placeholder, for which there would be no image, and look up none."""
+        """Never generate a placeholder, for which there would be no image, and score none."""
         return WithinVocabulary([*processors, Without(self.placeholder(modality) for modality in self.media_inputs)])
 
     def placeholder(self, modality: str) -> int:
@@ -314,8 +316,33 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         return getattr(self.config, f"{modality}_token_id")
 
 
+class ProjectedModel(ImageTextModel):
+    """A language model that attends to the patches of CLIP's tower through a projector.
+
+    The tower's hidden state `config.vision_feature_layer` is projected; nothing after it is computed.
+    """
+
+    vision_model: Any
+    projector: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.projector = self.build_projector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+        self.freeze_unused()
+
+    def build_projector(self, config: Any) -> Projector:
+        return Projector(config.vision_config.hidden_size, config.text_config.hidden_size, config.projector_depth)
+
+    @property
+    def unused_modules(self) -> list[str]:
+        return [f"vision_model.{name}" for name in self.vision_model.unread(self.config.vision_feature_layer)]
+
+
 class _Backbone:
-    """Stands for the model without its output layer where the host looks for one; the modules are the model's."""
+    """The model without its output layer, where transformers needs one; the modules are the model's."""
 
     def __init__(self, model: ImageTextModel):
         self.model = model
@@ -327,7 +354,7 @@ class _Backbone:
         mm_encoder_outputs: Mapping[str, Features] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the model's forward, to the last hidden states."""
+        """Do what the model's forward does, up to the last hidden states."""
         owner, known = f"{type(self.model).__name__}.base_model()", self.model.further_keywords("forward")
         rename_cache(owner, kwargs)
         check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
@@ -336,7 +363,7 @@ class _Backbone:
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # `get_encoder` and `get_decoder` are the model's own, which would ask here again.
+        # `get_encoder` and `get_decoder` are the model's own, which would come back here.
         if name.startswith("__") or name in ("get_encoder", "get_decoder", "set_encoder", "set_decoder"):
             raise AttributeError(name)
         return getattr(self.model, name)
@@ -348,7 +375,7 @@ def as_outputs(features: Mapping[str, Features]) -> dict[str, Features]:
 
 
 def each(features: Features) -> list[Tensor]:
-    """Of each picture its tokens' features, `(tokens, hidden_size)`."""
+    """List the features of each image, `(tokens, hidden_size)`."""
     rows: Any = features.pooler_output
     return list(rows)
 

@@ -1,6 +1,6 @@
-"""Keyword arguments that no one understands are errors: a model never swallows one.
+"""Unknown keyword arguments are errors: a model never swallows one.
 
-A method says by `**kwargs: Unpack[Keywords]` what it takes beside its own arguments and passes on.
+A method declares by `**kwargs: Unpack[Keywords]` those that it takes next to its own, and passes on.
 """
 
 import functools
@@ -65,13 +65,14 @@ class StrictKeywords:
                 setattr(cls, name, strict_generate(method))
 
     def further_keywords(self, method: str) -> Collection[str]:
-        """Return the names that a method knows beside those in its signature and hands on to another module."""
+        """Return the names that a method takes next to those in its signature, and hands on to another module."""
         return ()
 
 
 def keywords_of(module: Any) -> frozenset[str]:
-    """Return the names of the arguments that a module's forward has in its signature."""
-    return _own_keywords(inspect.signature(module.forward))
+    """Return the names of the arguments that a module's forward has in its signature, or takes next to them."""
+    further = module.further_keywords("forward") if isinstance(module, StrictKeywords) else ()
+    return _own_keywords(inspect.signature(module.forward)).union(further)
 
 
 def tower_keywords(model: Any, method: str) -> frozenset[str]:
@@ -107,7 +108,7 @@ def strict(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def strict_generate(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a `generate` refuse what neither transformers' `generate` nor the model's forward knows."""
+    """Make a `generate` refuse keywords that neither transformers' `generate` nor the model's forward takes."""
     own = _own_keywords(inspect.signature(method)) | _GENERATE
 
     @functools.wraps(method)

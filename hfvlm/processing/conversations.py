@@ -1,4 +1,4 @@
-"""How the conversations of the LLaVA family are written out as one text, for prompts and for training.
+"""The conversations of the LLaVA family as one text, for prompts and for training.
 
 Source: llava/conversation.py and llava/train/train.py of https://github.com/haotian-liu/LLaVA at c121f04, which
 follow FastChat.
@@ -12,35 +12,35 @@ from typing import ClassVar
 
 from transformers.utils import logging
 
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 
 logger = logging.get_logger(__name__)
 
 Labels = list[int]
 Turns = Sequence[tuple[str, str]]
 
-# Pictures go to the front of their message, as LLaVA's authors train and ask; `said` is what a message says.
-PICTURES_FIRST = (
-    "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- set pictures = content | selectattr('type', 'equalto', 'image') | list -%}"
+# Images go to the front of their message, as LLaVA's authors train and evaluate.
+IMAGES_FIRST = (
+    "{%- macro text_of(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}"
     "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
-    "{%- if pictures -%}{{- ('<image>\n' * (pictures | length) ~ (texts | trim)) | trim -}}"
+    "{%- if images -%}{{- ('<image>\n' * (images | length) ~ (texts | trim)) | trim -}}"
     "{%- else -%}{{- texts -}}{%- endif -%}{%- endif -%}{%- endmacro -%}"
 )
 _SYSTEM = (
     "{%- if messages and messages[0]['role'] == 'system' -%}"
-    "{%- set system = said(messages[0]['content']) -%}{%- set messages = messages[1:] -%}"
+    "{%- set system = text_of(messages[0]['content']) -%}{%- set messages = messages[1:] -%}"
     "{%- else -%}{%- set system = SYSTEM -%}{%- endif -%}"
 )
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text to ids: the start token first, one id for each picture.
+    """A tokenizer: the start token first, one id for each image.
 
     Args:
-        encode: the tokenizer.
-        legacy: it writes a space at the start of a text and after each special token, as LLaMA's first one does.
+        encode: of a text, its ids.
+        legacy: it puts a space at the start of a text and after each special token, as LLaMA's first one does.
     """
 
     encode: Callable[[str], list[int]]
@@ -55,14 +55,14 @@ class Conversation(ABC):
     """Turns of two roles, each with its name, and a separator after each.
 
     Args:
-        system: what the text begins with; a message of the role "system" takes its place.
+        system: the beginning of the text; a message of the role "system" replaces it.
         roles: names of the user and of the assistant.
         separators: after the system text and each user's turn, and after each assistant's.
-        colon: between a name and what is said.
+        colon: between a name and a message.
         examples: turns that every conversation begins with.
         stop: texts that end an answer, where it is not the end token.
-        tagged: a picture in the first message is a turn of its own, between tags.
-        said: the Jinja macro `said(content)` that puts a message's pictures among its text.
+        tagged: an image in the first message is a turn of its own, between tags.
+        content: the Jinja macro `text_of(content)`, a message's text with its images.
     """
 
     system: str
@@ -72,28 +72,28 @@ class Conversation(ABC):
     examples: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     tagged: bool = False
-    said: str = PICTURES_FIRST
-    # An answer to nothing is left out of what is trained on.
+    content: str = IMAGES_FIRST
+    # An answer to nothing is left out in training.
     skips_first_answer: ClassVar[bool] = True
-    # Whether tokens that a checkpoint has around pictures are trained with.
-    marks_pictures: ClassVar[bool] = True
+    # Whether there are tokens that a checkpoint has around images in training.
+    marks_images: ClassVar[bool] = True
 
     def chat_template(self) -> str:
-        """The Jinja template that writes messages out exactly as the authors do."""
+        """Make the Jinja template that renders messages exactly as the authors do."""
         users, assistants = self.separators
         names = [name + self.colon for name in self.roles]
         shown = "".join(names[i % 2] + text + self.separators[i % 2] for i, text in enumerate(self.examples))
-        picture = names[0] + "<Image><image></Image>" + users + names[1] + "Received." + assistants
+        image = names[0] + "<Image><image></Image>" + users + names[1] + "Received." + assistants
         tag = (
             "{%- if loop.first and message['content'] is not string and message['content']"
             " | selectattr('type', 'equalto', 'image') | list -%}"
-            f"{{{{- {_quoted(picture)} -}}}}"
+            f"{{{{- {_quoted(image)} -}}}}"
             "{{- NAME ~ message['content'] | selectattr('type', 'equalto', 'text')"
             " | map(attribute='text') | join('') | trim ~ END -}}{%- else -%}"
         )
-        turn = "{{- NAME ~ said(message['content']) ~ END -}}"
+        turn = "{{- NAME ~ text_of(message['content']) ~ END -}}"
         return (
-            self.said
+            self.content
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + f"{{{{- system ~ {_quoted(users + shown)} -}}}}{{%- for message in messages -%}}"
             + "{%- if message['role'] == 'assistant' -%}"
@@ -108,38 +108,38 @@ class Conversation(ABC):
 
     @property
     def marks(self) -> set[str]:
-        """Texts that turns are told apart by in what is trained on; no message can say them."""
+        """Texts that separate turns in training; no message can contain them."""
         return set()
 
     def text(self, turns: Turns, render: Callable[[Turns], str]) -> str:
-        """What is trained on, of `turns` of "user" and "assistant"; `render` applies the chat template."""
+        """Render the text of training, of `turns` of "user" and "assistant"; `render` applies the chat template."""
         return render(turns)
 
     @abstractmethod
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
-        """The ids of `text` where the authors train on them, -100 elsewhere.
+        """Label the ids of `text` that the authors train on, -100 elsewhere.
 
-        They count the tokens of each round of the text alone; where the counts do not add up, because a text breaks
-        differently there, the whole of it is left out.
+        The authors count the tokens of each round of the text apart; where the counts do not add up, because a text is
+        split differently there, all of it is left out.
         """
 
     def _by_rounds(
         self, rounds: list[str], mark: str, ids: list[int], encode: Encoder, *, start: int, spare: int, later: int
     ) -> Labels:
-        """Of each round, what follows `mark`. A round starts at `start`, its question is `spare` tokens shorter than
-        alone, and after the first both are longer by `later`."""
-        labels, place = [IGNORE] * start + ids[start:], start
+        """Label what follows `mark` in each round. A round starts at `start`, its question is `spare` tokens shorter
+        than alone, and after the first both are longer by `later`."""
+        labels, end = [IGNORE] * start + ids[start:], start
         for i, part in enumerate(rounds):
-            asked, found, answer = part.partition(mark)
+            question, found, answer = part.partition(mark)
             if not found or mark in answer:
                 break
             shift = later if i else 0
-            question = encode.count(asked + mark) - spare + shift
-            labels[place : place + question] = [IGNORE] * min(question, max(len(ids) - place, 0))
-            place += encode.count(part) + shift
-        if place != len(ids):
+            length = encode.count(question + mark) - spare + shift
+            labels[end : end + length] = [IGNORE] * min(length, max(len(ids) - end, 0))
+            end += encode.count(part) + shift
+        if end != len(ids):
             logger.warning(
-                f"Not trained on: its rounds have {place} tokens, the whole {len(ids)}: {''.join(rounds)[-60:]!r}"
+                f"Not trained on: its rounds have {end} tokens, the whole {len(ids)}: {''.join(rounds)[-60:]!r}"
             )
             return [IGNORE] * len(ids)
         return labels
@@ -157,7 +157,7 @@ class Vicuna(Conversation):
         users, assistants = self.separators
         rounds = [part for part in text.split(assistants) if part]
         mark = f"{users}{self.roles[1]}: "
-        # Alone, a later round begins with a space that a tokenizer without the "legacy" behaviour does not write.
+        # Alone, a later round begins with a space that a tokenizer without the "legacy" behaviour does not put.
         return self._by_rounds(rounds, mark, ids, encode, start=1, spare=2, later=0 if encode.legacy else -1)
 
 
@@ -190,18 +190,18 @@ class Human(Conversation):
     def text(self, turns: Turns, render: Callable[[Turns], str]) -> str:
         return f"{self.system}\n\n" + "".join(self._line(*turn) for turn in turns) + "### "
 
-    def _line(self, role: str, said: str) -> str:
-        return f"### {self.roles[role == 'assistant']}: {said}\n"
+    def _line(self, role: str, text: str) -> str:
+        return f"### {self.roles[role == 'assistant']}: {text}\n"
 
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
-        place = encode.count(f"{self.system}\n\n")
-        labels = [IGNORE] * place + ids[place:]
+        start = encode.count(f"{self.system}\n\n")
+        labels = [IGNORE] * start + ids[start:]
         for turn in turns:
             length = encode.count(self._line(*turn))
             if turn[0] == "user":
                 # The first two tokens of a user's turn end the answer before it.
-                labels[place + 2 : place + length] = [IGNORE] * (length - 2)
-            place += length
+                labels[start + 2 : start + length] = [IGNORE] * (length - 2)
+            start += length
         return labels[: len(ids)]
 
 
@@ -217,13 +217,13 @@ class Llama2(Conversation):
         before, after = self.separators
         wrapped = "('<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n' if system else '')"
         return (
-            self.said
+            self.content
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
-            + f"{{{{- ' ' ~ said(message['content']) ~ {_quoted(' ' + after)} -}}}}{{%- else -%}}"
+            + f"{{{{- ' ' ~ text_of(message['content']) ~ {_quoted(' ' + after)} -}}}}{{%- else -%}}"
             # The first start token is the tokenizer's.
             + f"{{{{- ('' if loop.first else {_quoted(before)}) ~ '[INST] ' ~ ({wrapped} if loop.first else '')"
-            + " ~ said(message['content']) ~ ' [/INST]' -}}{%- endif -%}{%- endfor -%}"
+            + " ~ text_of(message['content']) ~ ' [/INST]' -}}{%- endif -%}{%- endfor -%}"
         )
 
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
@@ -233,28 +233,28 @@ class Llama2(Conversation):
 
 @dataclass(frozen=True)
 class Plain(Conversation):
-    """A picture and its caption, for training the projector alone: what is asked is thrown away."""
+    """An image and its caption, for training the projector alone: the question is dropped."""
 
     skips_first_answer = False
-    marks_pictures = False
+    marks_images = False
 
     def chat_template(self) -> str:
         return (
-            self.said
-            + "{%- for message in messages -%}{{- said(message['content']) ~ "
+            self.content
+            + "{%- for message in messages -%}{{- text_of(message['content']) ~ "
             + f"{_quoted(self.separators[0])} -}}}}{{%- endfor -%}}"
         )
 
     def text(self, turns: Turns, render: Callable[[Turns], str]) -> str:
         if [role for role, _ in turns] != ["user", "assistant"] or "<image>" not in turns[0][1]:
-            raise ValueError("A 'plain' conversation is one picture and one caption.")
+            raise ValueError("A 'plain' conversation is one image and one caption.")
         return "<image>" + turns[1][1] + self.separators[0]
 
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
-        asked = encode.count("<image>")
-        return [IGNORE] * asked + ids[asked:]
+        question = encode.count("<image>")
+        return [IGNORE] * question + ids[question:]
 
 
 def _quoted(text: str) -> str:
-    """A Jinja string."""
+    """Quote a text for Jinja."""
     return json.dumps(text, ensure_ascii=False)

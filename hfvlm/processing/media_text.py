@@ -4,6 +4,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,13 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import read_images
 from hfvlm.media.video import read_videos
+from hfvlm.processing.assembly import IGNORE, Row, cut, expand
 from hfvlm.processing.base import HfvlmProcessor, call_keywords
 from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
 from hfvlm.processing.protection import Protected, Protector
 from hfvlm.processing.settings import check_keywords, flag, whole
 
-# The label that no loss is computed of.
-IGNORE = -100
-# As many places as the texts of a data set spell out.
+# As many placeholders as the texts of a data set contain.
 EVERY = 2**31
 # Options of texts.
 TEXT_OPTIONS = frozenset(
@@ -36,7 +36,7 @@ TEXT_OPTIONS = frozenset(
         "verbose",
     }
 )
-# Others of transformers', with the values that ask for what is done anyway.
+# Others of transformers', with the values that change nothing.
 FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "is_split_into_words": (None, False),
     "return_attention_mask": (None, True),
@@ -55,22 +55,22 @@ OTHER_MEDIA = ("images", "videos", "audio", "audios")
 
 
 class MediaTextProcessor(HfvlmProcessor, ABC):
-    """Texts with pictures or films in them, for models built on `hfvlm.modeling.image_text.ImageTextModel`.
+    """Base of processors for models built on `hfvlm.modeling.image_text.ImageTextModel`.
 
-    In a text, `media_token` stands for a picture, and becomes as many placeholders as the picture has tokens. The
-    texts between pictures are encoded one by one, as the originals do. Films are pictures of another modality.
+    In a text, `media_token` stands for an image or a video, and becomes as many placeholders as that has tokens. The
+    texts between inputs are encoded one by one, as the originals do.
     """
 
-    modality: str  # of what stands in the texts
+    modality: str  # of the inputs in the texts
 
     @property
     def stop_strings(self) -> list[str]:
-        """Texts that end an answer beside the end token."""
+        """Texts that end an answer, next to the end token."""
         return []
 
     @property
     def media_token(self) -> str:
-        """What stands for a picture in a text."""
+        """The text that stands for an image or a video."""
         return getattr(self, f"{self.modality}_token")
 
     @property
@@ -80,26 +80,27 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
 
     @property
     def media_processor(self) -> Any:
-        """The part that prepares pictures."""
+        """The part that prepares images or videos."""
         return getattr(self, self.parts[self.modality])
 
     @abstractmethod
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
-        """Pictures as `hfvlm.media` reads them."""
+        """Read images or videos as `hfvlm.media` does."""
 
     @abstractmethod
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
-        """Placeholders of each picture; `options` are those that the media processor will be called with."""
+        """Count the placeholders of each input; `options` are those of the media processor's call."""
 
     def asked(self, question: str) -> str:
         content: Any = [{"type": self.modality}, {"type": "text", "text": question}]
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    # What messages say
+    # Messages
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Special tokens and places of images that a message's text spells out are words: they are
-        marked in the rendered text (see `hfvlm.processing.protection`), and a call of this processor reads them so.
+        """Render messages as transformers does. Special tokens and `media_token` in a message's text are words: they
+        are marked in the rendered text (see `hfvlm.processing.protection`), and a call of this processor encodes them
+        as words.
 
         Args:
             conversation: messages, or a list of conversations.
@@ -107,7 +108,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             **kwargs: likewise; with `sanitize_control_tokens=False` texts are trusted, and their tokens are tokens.
 
         Raises:
-            TypeError: a keyword that neither transformers, nor the template, nor this processor's call knows.
+            TypeError: a keyword that neither transformers, nor the template, nor this processor's call takes.
         """
         self.check_template_keywords(args[0] if args else kwargs.get("chat_template"), kwargs)
         if kwargs.pop("sanitize_control_tokens", True) is not False:
@@ -129,39 +130,39 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         check_keywords(self, set(kwargs) - words, known - {"self", "kwargs"})
 
     def render(self, messages: Sequence[Any], **options: Any) -> str:
-        """The text of messages that are protected already."""
+        """Render messages that are protected already."""
         return self.apply_chat_template(list(messages), sanitize_control_tokens=False, **options)
 
     def protected_all(self, conversation: Any) -> Any:
-        """One conversation or several, protected."""
+        """Protect one conversation or several."""
         first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
         if isinstance(first, list | tuple) or hasattr(first, "messages"):
             return [self.protected(getattr(own, "messages", own)) for own in conversation]
         return self.protected(getattr(conversation, "messages", conversation))
 
-    def protected(self, messages: Sequence[Any], places: int = 0) -> Protected:
-        """Messages whose texts can say no special token.
+    def protected(self, messages: Sequence[Any], placeholders: int = 0) -> Protected:
+        """Mark special tokens in the texts of messages, so that they are encoded as words.
 
         Args:
-            messages: of one conversation; what is protected already stays as it is.
-            places: how many `media_token` in contents that are plain strings are meant as places, the first ones.
+            messages: of one conversation; protected ones stay as they are.
+            placeholders: how many `media_token` in contents that are plain strings stand for inputs, the first ones.
         """
         if isinstance(messages, Protected):
             return messages
-        protector, safe, of_data = self.protector(), Protected(), places == EVERY
+        protector, safe, of_data = self.protector(), Protected(), placeholders == EVERY
         for message in messages:
             content = message.get("content") if isinstance(message, Mapping) else None
-            meant = min(places, content.count(self.media_token)) if isinstance(content, str) else 0
-            places -= meant
+            meant = min(placeholders, content.count(self.media_token)) if isinstance(content, str) else 0
+            placeholders -= meant
             safe.append(protector.message(message, self.media_token, meant or self.meant(content, of_data=of_data)))
         return safe
 
     def meant(self, content: Any, *, of_data: bool = False) -> int:
-        """How many `media_token` in the parts of a content are places; here an image has a part of its own."""
+        """Count the `media_token` in a content's texts that stand for inputs; here an input has a part of its own."""
         return 0
 
     def protector(self) -> Protector:
-        """Marks what no message can say: every special token, `media_token`, and what turns are told apart by."""
+        """Mark what no message can contain: every special token, `media_token`, and the marks of turns."""
         template = str(self.chat_template or "")
         tokens = {self.media_token, *self.turn_marks}
         for name in self.get_attributes():
@@ -172,15 +173,15 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
 
     @property
     def turn_marks(self) -> set[str]:
-        """Texts, beside special tokens, that turns are told apart by in training."""
+        """Texts, next to special tokens, that separate turns in training."""
         return set()
 
     def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
-        """Pictures, and the messages that they stand in -> what the model encodes them from."""
+        """Prepare images or videos of conversations as inputs of the model."""
         return self.prepare(self.modality, list(media))
 
     def inputs_for(self, media: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """Texts and their images -> the model's inputs; see `__call__`."""
+        """Prepare texts and their media as inputs of the model; see `__call__`."""
         if text is None:
             raise ValueError(
                 f"{type(self).__name__} needs text; of the {self.modality} alone it is {self.media_token!r}."
@@ -188,27 +189,78 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         options, words = self.call_options(kwargs)
         return_tensors = words.pop("return_tensors", return_tensors)
         texts = texts_of(text)
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [self.encode(item, add_special_tokens=words.get("add_special_tokens", True)) for item in texts]
-        pictures = self.pictures_of(rows, media, allow_urls=options.pop("allow_urls", False))
-        expanded, kept = self.expanded(rows, pictures, options, words)
-        padding = words.get("padding", len(expanded) > 1)
+        rows = self.assemble(
+            [texts] if isinstance(texts, str) else texts,
+            media,
+            add_special_tokens=words.get("add_special_tokens", True),
+            allow_urls=options.pop("allow_urls", False),
+            **options,
+        )
+        truncation, limit = words.get("truncation", False), words.get("max_length")
+        if truncation and truncation != "do_not_truncate" and limit:
+            drop = truncation == "pictures"
+            rows = [cut(row, self.media_token_id, limit, drop=drop, name=f"text {i}") for i, row in enumerate(rows)]
+        padding = words.get("padding", len(rows) > 1)
         padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
-        limit = words.get("max_length") if padding == "max_length" else None
-        data = dict(self.tokenizer.pad({"input_ids": expanded}, padding=padding, max_length=limit, **padded))
+        ids = [row.ids for row in rows]
+        limit = limit if padding == "max_length" else None
+        data = dict(self.tokenizer.pad({"input_ids": ids}, padding=padding, max_length=limit, **padded))
         if words.get("return_mm_token_type_ids"):
             kind = {"image": 1, "video": 2}[self.modality]
             data["mm_token_type_ids"] = [[kind * (i == self.media_token_id) for i in row] for row in data["input_ids"]]
-        if kept:
-            data |= self.media_processor(kept, **{"return_tensors": return_tensors} | options)
+        if inputs := [each for row in rows for each in row.media]:
+            data |= self.media_processor(inputs, **{"return_tensors": return_tensors} | options)
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def assemble(
+        self,
+        texts: Sequence[Any],
+        media: Any = None,
+        *,
+        train: bool = False,
+        encoded: Sequence[int] = (),
+        add_special_tokens: bool = True,
+        allow_urls: Any = False,
+        **options: Any,
+    ) -> list[Row]:
+        """Put texts, or conversations, and their media together: ids with placeholders, labels, and the media read.
+
+        Args:
+            texts: of each row a text, or the messages of a conversation.
+            media: images or videos, or a list of them for each row.
+            train: label messages as the authors train on them. Otherwise they are a prompt, to be answered.
+            encoded: tokens of each input that the model has encoded already; their placeholders are the first ones.
+            add_special_tokens: those that the tokenizer puts around a text.
+            allow_urls: read media from the web.
+            **options: of the media processor.
+
+        Raises:
+            ValueError: the texts have not as many placeholders as there are media.
+        """
+        rows = [self.row(text, train=train, add_special_tokens=add_special_tokens) for text in texts]
+        token, before = self.media_token_id, [list(encoded), *([] for _ in rows[1:])]
+        wanted = [ids.count(token) - len(known) for (ids, _), known in zip(rows, before, strict=True)]
+        assembled = []
+        for (ids, labels), known, own in zip(rows, before, self.read_media(media, wanted, allow_urls), strict=True):
+            counts = [*known, *self.count_each(own, **options)]
+            assembled.append(Row(self.expand(ids, counts), expand(labels, ids, token, counts), own, counts))
+        return assembled
+
+    def row(self, text: Any, *, train: bool = False, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Encode a text, or the messages of a conversation, with labels, and one placeholder for each input."""
+        if train:
+            return self.training_row(text)
+        if not isinstance(text, str):
+            text = self.apply_chat_template(text, add_generation_prompt=True)
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        return ids, [IGNORE] * len(ids)
+
     def call_options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keywords of a call: options of the media processor, and of the texts.
+        """Divide the keywords of a call into options of the media processor, and of the texts.
 
         Raises:
             TypeError: an unknown keyword, naming the nearest one.
-            ValueError: a value that a keyword cannot have, or media that the model does not read.
+            ValueError: a value that a keyword cannot have, or media that the model does not take.
         """
         name, group = type(self).__name__, f"{self.modality}s"
         others = {other: kwargs[other] for other in OTHER_MEDIA if other in kwargs}
@@ -231,35 +283,16 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             raise ValueError(f"{name}: truncation must be True, False or 'pictures', not {words['truncation']!r}.")
         return options[group], words
 
-    def expanded(
-        self,
-        rows: Sequence[list[int]],
-        pictures: Sequence[list[Any]],
-        options: Mapping[str, Any],
-        words: Mapping[str, Any],
-    ) -> tuple[list[list[int]], list[Any]]:
-        """Ids with their placeholders, cut to `max_length`, and the images that are left."""
-        truncation, length = words.get("truncation", False), words.get("max_length")
-        expanded, kept = [], []
-        for i, (row, own) in enumerate(zip(rows, pictures, strict=True)):
-            counts = self.count_each(own, **options)
-            whole = self.expand(row, counts)
-            if truncation and truncation != "do_not_truncate" and length:
-                whole, counts = self.cut(whole, counts, length, drop=truncation == "pictures", name=f"text {i}")
-            expanded.append(whole)
-            kept += own[: len(counts)]
-        return expanded, kept
-
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> Any:
-        """As transformers'. With `generate`'s inputs as `new_tokens_only`, of the answers alone, and without special
-        tokens."""
+        """Decode as transformers does. With `generate`'s inputs as `new_tokens_only`, decode the answers alone, and
+        without special tokens."""
         if new_tokens_only is not None:
             prompt = new_tokens_only["input_ids"].shape[1]
             sequences, kwargs = [row[prompt:] for row in sequences], {"skip_special_tokens": True} | kwargs
         return super().batch_decode(sequences, *args, **kwargs)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A text to ids, with one `media_token_id` for each picture."""
+        """Encode a text, with one `media_token_id` for each input."""
         first, *others = text.split(self.media_token)
         ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
         for piece in others:
@@ -267,64 +300,50 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         return ids
 
     def expand(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """Ids with `counts` placeholders for each picture."""
-        remaining = iter(counts)
-        return [same for item in row for same in [item] * (next(remaining) if item == self.media_token_id else 1)]
+        """Repeat placeholders, by the count of each input."""
+        return expand(row, row, self.media_token_id, counts)
 
-    def cut(
-        self, row: list[int], counts: list[int], length: int, *, drop: bool, name: str
-    ) -> tuple[list[int], list[int]]:
-        """The first `length` ids of an expanded row, without a picture that is not whole, and its pictures' counts."""
-        if len(row) <= length:
-            return row, counts
-        ends, place, kept = [], 0, 0
-        for count in counts:
-            place = row.index(self.media_token_id, place) + count
-            ends.append(place)
-        kept = sum(end <= length for end in ends)
-        if kept < len(counts) and not drop:
-            raise ValueError(
-                f"{name} has {len(row)} tokens with its pictures, of {counts} tokens, and max_length {length} leaves "
-                f"room for {kept} of them: raise max_length, or pass truncation='pictures' to drop the others."
-            )
-        start = ends[kept] - counts[kept] if kept < len(counts) else length
-        return row[: min(start, length)], counts[:kept]
+    def read_media(self, media: Any, wanted: Sequence[int], allow_urls: Any) -> list[list[Any]]:
+        """Read the inputs of each row, which has `wanted` placeholders for them.
 
-    def pictures_of(self, rows: Sequence[Sequence[int]], media: Any, *, allow_urls: Any = False) -> list[list[Any]]:
-        """The pictures of each row, read; as many as it has places for them."""
-        wanted = [sum(item == self.media_token_id for item in row) for row in rows]
+        Raises:
+            ValueError: there are not as many.
+        """
         media = self.batched(media)
         if is_empty(media):
-            groups: list[Any] = [[] for _ in rows]
+            groups: list[Any] = [[] for _ in wanted]
         elif self.are_by_text(media, wanted):
             groups = [self.batched(own) for own in media]
         else:
             remaining = iter(self.read(media, allow_urls=allow_urls))
-            groups = [[picture for _, picture in zip(range(count), remaining, strict=False)] for count in wanted]
+            groups = [list(islice(remaining, count)) for count in wanted]
             groups[-1] += list(remaining)
         given = [len(own) for own in groups]
-        if given != wanted:
+        if given != list(wanted):
             raise ValueError(
-                f"The texts have places ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were given. "
-                f"Each has one place in the text; a chat template writes it for each {{'type': {self.modality!r}}}."
+                f"The texts have placeholders ({self.media_token!r}) for {wanted} {self.modality}s, but {given} were "
+                f"given. Each has one in the text; a chat template puts it for each {{'type': {self.modality!r}}}."
             )
-        every = [picture for own in groups for picture in own]
+        every = [each for own in groups for each in own]
         read = iter(self.read(every, allow_urls=allow_urls) if every else ())
         return [[next(read) for _ in own] for own in groups]
 
     def batched(self, media: Any) -> Any:
-        """A batch in another container, such as a Series or a generator, as a list."""
+        """Turn a batch in another container, such as a Series or a generator, into a list."""
         return listed(media)
 
     def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
-        """Whether `media` is a list of lists, one for each text, which have so many places."""
+        """Check whether `media` is a list of lists, one for each text, which have `wanted` placeholders."""
         lists = isinstance(media, list | tuple) and all(isinstance(own, list | tuple | np.ndarray) for own in media)
         return lists and len(media) == len(wanted) and all(isinstance(listed(own), list | tuple) for own in media)
 
     def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels, each with one `media_token_id` for each picture. Answers are trained on, with
-        what ends them; -100 elsewhere."""
-        messages = self.protected(messages, places=EVERY)
+        """Encode messages, with labels as the authors train, and one placeholder for each input."""
+        ids, labels = self.labelled(self.protected(messages, placeholders=EVERY))
+        return ids, [IGNORE if i == self.media_token_id else label for i, label in zip(ids, labels, strict=True)]
+
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        """Encode messages, with the ids of answers and of their ends as labels, -100 elsewhere."""
         ids = self.encode(self.render(messages))
         labels = [IGNORE] * len(ids)
         for i, message in enumerate(messages):
@@ -336,7 +355,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
 
 
 class ImageTextProcessor(MediaTextProcessor):
-    """Texts with pictures in them. A subclass says in `count_tokens` how many tokens pictures have."""
+    """Base of processors of texts with images. A subclass counts the tokens of images in `count_tokens`."""
 
     modality = "image"
     image_token = "<image>"
@@ -350,10 +369,10 @@ class ImageTextProcessor(MediaTextProcessor):
 
     @abstractmethod
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Placeholders of pictures of these heights and widths in pixels."""
+        """Count the placeholders of images of these heights and widths in pixels."""
 
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
-        return self.count_tokens([(picture.height, picture.width) for picture in media])
+        return self.count_tokens([(image.height, image.width) for image in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
         upright = self.media_processor.upright
@@ -362,24 +381,24 @@ class ImageTextProcessor(MediaTextProcessor):
     def __call__(
         self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any
     ) -> BatchFeature:
-        """Texts and their pictures -> the model's inputs, padded where there are several.
+        """Prepare texts and their images as inputs of the model, padded where there are several.
 
         Args:
-            images: one picture, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
-            text: one text or a list, with `image_token` where each picture is.
+            images: one image, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
+            text: one text or a list, with `image_token` where each image is.
             return_tensors: "pt", "np", or None for lists.
-            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a picture:
+            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in an image:
                 "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
                 `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the image processor.
 
         Raises:
-            ValueError: texts and pictures do not fit each other, or a row does not fit `max_length`.
+            ValueError: texts and images do not fit each other, or a row does not fit `max_length`.
         """
         return self.inputs_for(images, text, return_tensors, **kwargs)
 
 
 class VideoTextProcessor(MediaTextProcessor):
-    """Texts with films in them. A subclass says in `count_tokens` how many tokens they have."""
+    """Base of processors of texts with videos. A subclass counts the tokens of videos in `count_tokens`."""
 
     modality = "video"
     parts = {"video": "video_feature_extractor", "text": "tokenizer"}
@@ -396,18 +415,18 @@ class VideoTextProcessor(MediaTextProcessor):
 
     @abstractmethod
     def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
-        """Placeholders of films of which so many frames are taken."""
+        """Count the placeholders of videos of which these numbers of frames are taken."""
 
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
         part = self.media_processor
         settings = part.settings_for(options, call_keywords(part))
-        return self.count_tokens([len(self.media_processor.places(film, settings)) for film in media])
+        return self.count_tokens([len(part.frame_indices(video, settings)) for video in media])
 
     def read(self, sources: Any, *, allow_urls: Any = False) -> list[Any]:
         return read_videos(sources, allow_urls=allow_urls)
 
     def are_by_text(self, media: Any, wanted: Sequence[int]) -> bool:
-        """A list inside a list may be one film's frames, too."""
+        """Take a list of lists for a list a text only where the counts fit: it may be one video's frames, too."""
         return super().are_by_text(media, wanted) and [len(own) for own in media] == list(wanted)
 
     def __call__(
@@ -418,20 +437,20 @@ class VideoTextProcessor(MediaTextProcessor):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Texts and their films -> the model's inputs, padded where there are several.
+        """Prepare texts and their videos as inputs of the model, padded where there are several.
 
         Args:
-            images: none; the host's order of arguments.
-            text: one text or a list, with `video_token` where each film is.
-            videos: one film, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
+            images: none; transformers' order of arguments.
+            text: one text or a list, with `video_token` where each video is.
+            videos: one video, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
             return_tensors: "pt", "np", or None for lists.
-            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a film:
+            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a video:
                 "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
                 `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the feature extractor.
 
         Raises:
-            ValueError: texts and films do not fit each other, or a row does not fit `max_length`; or pictures are
-                given: they are films of one frame, `videos=[[picture]]`.
+            ValueError: texts and videos do not fit each other, or a row does not fit `max_length`; or images are
+                given: they are videos of one frame, `videos=[[image]]`.
         """
         if not is_empty(images):
             raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")

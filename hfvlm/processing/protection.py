@@ -1,7 +1,8 @@
-"""Special tokens that somebody typed are words: they are marked in what a message says, before a template renders it.
+"""Special tokens that somebody typed are words: they are marked in a message's text, before a template renders it.
 
-A mark is a character of Unicode's private use after a token's first letter, so that nothing that looks for the token
-finds it: no template, no tokenizer, no separator of turns. `HfvlmTokenizer` takes the marks out as it encodes.
+A mark is a character of Unicode's private use after a token's first letter, so that no
+search for the token finds it: no template, no tokenizer, no separator of turns. `HfvlmTokenizer` removes the marks as
+it encodes.
 """
 
 import re
@@ -11,16 +12,16 @@ from typing import Any
 
 # Plane 15, private use.
 PROTECTED = "\U000ffffd"
-# Parts of a message that hold no text: a template renders a place for them.
+# Parts of a message without a text: a template renders a placeholder for them.
 MEDIA = frozenset({"image", "image_url", "video", "audio"})
 
 
 class Protected(list[Any]):
-    """Messages in which no text holds a special token that is not meant."""
+    """Messages in whose texts every special token stands for itself."""
 
 
 def unprotected(text: str) -> str:
-    """The text as it was written."""
+    """Remove the marks from a text."""
     return text.replace(PROTECTED, "")
 
 
@@ -28,20 +29,20 @@ class Protector:
     """Marks special tokens in texts.
 
     Args:
-        tokens: that a text cannot say.
+        tokens: that a text cannot contain.
     """
 
     def __init__(self, tokens: Iterable[str]):
         known = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
-        # All places, overlapping ones too.
+        # Overlapping matches too.
         self.pattern = re.compile(f"(?=({'|'.join(map(re.escape, known))}))" if known else r"(?!)")
 
     def text(self, text: str, skip: str = "", count: int = 0) -> str:
-        """One text, in which the first `count` of `skip` are meant."""
+        """Mark tokens in one text, but for the first `count` of `skip`."""
         return self.texts([text], skip, count)[0]
 
     def texts(self, texts: list[str], skip: str = "", count: int = 0) -> list[str]:
-        """Texts that may be joined: a token may be spread over several."""
+        """Mark tokens in texts that may be joined: a token may be spread over several."""
         texts = [unprotected(text) for text in texts]
         whole = "".join(texts)
         meant = [match.span() for match in re.finditer(re.escape(skip), whole)][:count] if skip else []
@@ -50,18 +51,18 @@ class Protector:
             for match in self.pattern.finditer(whole)
             if not any(start <= match.start() < end for start, end in meant)
         ]
-        marked, place = [], 0
+        marked, start = [], 0
         for text in texts:
-            own = [end - place for end in ends if place < end <= place + len(text)]
+            own = [end - start for end in ends if start < end <= start + len(text)]
             for end in reversed(own):
                 text = text[:end] + PROTECTED + text[end:]
             marked.append(text)
-            place += len(unprotected(text))
+            start += len(unprotected(text))
         return marked
 
     def message(self, message: Any, skip: str = "", count: int = 0) -> Any:
-        """A message whose texts hold no special tokens but the first `count` of `skip` in its content; media, their
-        paths included, are as they are."""
+        """Mark tokens in a message's texts, but for the first `count` of `skip` in its content; media, their paths
+        included, stay as they are."""
         if not isinstance(message, Mapping):
             if hasattr(message, "model_dump"):
                 message = message.model_dump()
@@ -73,20 +74,20 @@ class Protector:
         return {key: self.nested(value) for key, value in message.items() if key not in meant} | meant
 
     def content(self, content: Any, skip: str = "", count: int = 0) -> Any:
-        """A message's content: a text, or parts."""
+        """Mark tokens in a message's content: a text, or parts."""
         if not isinstance(content, list | tuple):
             return self.text(content, skip, count) if isinstance(content, str) else self.nested(content)
         parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
-        said = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        texts = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
         for part in parts:
             if isinstance(part, dict) and part.get("type") not in MEDIA:
                 part |= {key: self.nested(value) for key, value in part.items() if key != "text"}
-        for part, text in zip(said, self.texts([part["text"] for part in said], skip, count), strict=True):
+        for part, text in zip(texts, self.texts([part["text"] for part in texts], skip, count), strict=True):
             part["text"] = text
         return [self.text(part) if isinstance(part, str) else part for part in parts]
 
     def nested(self, value: Any) -> Any:
-        """Texts inside of anything: tools, documents, template variables."""
+        """Mark tokens in texts inside of anything: tools, documents, template variables."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):

@@ -147,7 +147,7 @@ class Chat:
         frames = (2, 4) if self.modality == "video" else (2,)
         self.media = {model.media_inputs[self.modality][0]: torch.randn(*frames, 3, size, size)}
         features = getattr(model, f"get_{self.modality}_features")(**self.media).pooler_output
-        count = model.count_places(features[0])
+        count = model.count_placeholders(features[0])
         words = torch.randint(5, 50, (2, 6))
         places = torch.full((2, count), getattr(model.config, f"{self.modality}_token_id"))
         self.ids = torch.cat([words[:, :2], places, words[:, 2:]], dim=1)

@@ -1,4 +1,4 @@
-"""Fine-tuning of models that answer about pictures: conversations to batches with labels."""
+"""Fine-tuning of models that answer about images and videos: conversations to batches with labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hfvlm.checks.ranges import check_integer
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE, Row, cut, padded
 from hfvlm.training.row_trainer import GuardedTrainer
 
 # More words than any conversation has.
@@ -19,24 +19,24 @@ Message = dict[str, Any]
 
 
 class ChatCollator:
-    """Examples -> `input_ids`, `attention_mask`, `labels`, and the pictures' inputs, padded on the right.
+    """Collates examples to `input_ids`, `attention_mask`, `labels`, and the images' inputs, padded on the right.
 
     Answers alone are trained on, and of LLaVA's checkpoints exactly those tokens that its authors train on. An example
-    is a mapping in one of two forms, of which the pictures may be whatever `hfvlm.media.read_image` takes; for models
-    of films, "videos", "video" and `<video>` stand in their place, and `hfvlm.media.read_video` reads them:
+    is a mapping in one of two forms, with images as `hfvlm.media.read_image` takes them; for models of videos, with
+    "videos", "video" and `<video>` instead, as `hfvlm.media.read_video` takes them:
 
     - `{"messages": [{"role": "user", "content": ...}, ...], "images": [...]}`, as in TRL. The content is a text, or a
-      list of `{"type": "image"}` (which may hold its "image") and `{"type": "text", "text": ...}`. Pictures that no
-      message has a place for stand before the first question.
+      list of `{"type": "image"}` (which may hold its "image") and `{"type": "text", "text": ...}`. Images without a
+      placeholder in a message come before the first question.
     - `{"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image": ...}`, as in LLaVA's own files.
 
     For `ChatTrainer`, transformers' `Trainer`, or TRL's `SFTTrainer`; all need `remove_unused_columns=False`, and
-    TRL's, for films, `dataset_kwargs={"skip_prepare_dataset": True}`.
+    TRL's, for videos, `dataset_kwargs={"skip_prepare_dataset": True}`.
 
     Args:
         processor: an `hfvlm.processing.media_text.MediaTextProcessor`.
-        max_length: longer examples are cut, never in a picture.
-        truncation: "pictures" leaves out pictures that do not fit, and what follows them; True refuses.
+        max_length: longer examples are cut, never in an image.
+        truncation: "pictures" leaves out images that do not fit, and what follows them; True refuses.
         pad_to_multiple_of: of the batch's length.
     """
 
@@ -58,55 +58,40 @@ class ChatCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows, pictures, conversations = [], [], []
-        for i, example in enumerate(examples):
-            ids, labels, own, messages = self.row(example, f"example {i}")
-            rows.append((ids, labels))
-            pictures += own
-            conversations += [messages] if own else []
+        assembled = [self.row(example, f"example {i}") for i, example in enumerate(examples)]
+        rows = [row for row, _ in assembled]
         batch: dict[str, Any] = dict(
             self.processor.tokenizer.pad(
-                {"input_ids": [ids for ids, _ in rows]},
+                {"input_ids": [row.ids for row in rows]},
                 padding_side="right",
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 return_tensors="pt",
             )
         )
-        length = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
-        if pictures:
-            batch |= self.processor.media_inputs(pictures, conversations)
+        batch["labels"] = torch.tensor(padded([row.labels for row in rows], batch["input_ids"].shape[1]))
+        if media := [each for row in rows for each in row.media]:
+            conversations = [messages for row, messages in assembled if row.media]
+            batch |= self.processor.media_inputs(media, conversations)
         return batch
 
-    def row(
-        self, example: Mapping[str, Any], name: str = "example"
-    ) -> tuple[list[int], list[int], list[Any], list[Message]]:
-        """One example -> ids, labels, pictures and messages."""
+    def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[Row, list[Message]]:
+        """Assemble one example, and return its messages with it."""
         modality = self.processor.modality
-        said, images = read_example(example, self.processor.media_token, modality)
-        messages = self.processor.protected(said, places(said, images, modality))
-        ids, labels = self.processor.training_row(messages)
-        (pictures,) = self.processor.pictures_of([ids], images or None)
-        counts = self.processor.count_each(pictures)
-        remaining = iter(counts)
-        labels = [
-            same
-            for i, label in zip(ids, labels, strict=True)
-            for same in [label] * (next(remaining) if i == self.processor.media_token_id else 1)
-        ]
-        ids = self.processor.expand(ids, counts)
+        messages, media = read_example(example, self.processor.media_token, modality)
+        messages = self.processor.protected(messages, count_placeholders(messages, media, modality))
+        (row,) = self.processor.assemble([messages], media, train=True)
         if self.max_length is not None:
             drop = self.truncation == "pictures"
-            ids, counts = self.processor.cut(ids, counts, self.max_length, drop=drop, name=name)
-        return ids, labels[: len(ids)], pictures[: len(counts)], messages
+            row = cut(row, self.processor.media_token_id, self.max_length, drop=drop, name=name)
+        return row, messages
 
 
 class PreferenceCollator:
-    """Pairs of answers -> the inputs of TRL's `DPOTrainer`: conversations with the answers that are preferred, then
-    with the others, as `ChatCollator` writes them, and `completion_mask`, 1 where a last answer is.
+    """Collates pairs of answers to the inputs of TRL's `DPOTrainer`: conversations with the preferred answers, then
+    with the others, as of `ChatCollator`, and `completion_mask`, 1 where a last answer is.
 
     An example is `{"prompt": ..., "chosen": ..., "rejected": ..., "images": [...]}`, each a text or a list of
-    messages. Nothing is cut. TRL's own collator would leave out the token that texts begin with.
+    messages. Nothing is cut. TRL's own collator would leave out the start token.
 
     Args:
         processor: an `hfvlm.processing.media_text.MediaTextProcessor`.
@@ -119,7 +104,8 @@ class PreferenceCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate(
             [
-                dict(example) | {"messages": [*_said("user", example["prompt"]), *_said("assistant", example[answer])]}
+                dict(example)
+                | {"messages": [*_turns("user", example["prompt"]), *_turns("assistant", example[answer])]}
                 for answer in ("chosen", "rejected")
                 for example in examples
             ]
@@ -135,7 +121,7 @@ class ChatTrainer(GuardedTrainer):
     """`Trainer` over conversations that are rows of a list or a data set.
 
     With `train_sampling_strategy="group_by_length"` conversations of about the same length make a batch, those with
-    pictures and those without apart, as LLaVA's authors do (`group_by_modality_length`).
+    images and those without apart, as LLaVA's authors do (`group_by_modality_length`).
     """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -147,7 +133,7 @@ class ChatTrainer(GuardedTrainer):
 
 
 def length_of(example: Mapping[str, Any]) -> int:
-    """How long a conversation is beside others: its words, and MANY for pictures or films.
+    """Return the length of a conversation for grouping: its words, and MANY for images or videos.
 
     TRL's and transformers' own trainers group data sets that have it as a column, `length`.
     """
@@ -163,7 +149,7 @@ def length_of(example: Mapping[str, Any]) -> int:
 
 
 def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str, Any]]:
-    """Examples of a file of JSON or JSON lines, whose pictures and films are paths in the folder `pictures`.
+    """Read examples of a file of JSON or JSON lines, whose images and videos are paths in the folder `pictures`.
 
     Raises:
         ValueError: the file is no JSON.
@@ -182,10 +168,10 @@ def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str
 
 
 def read_example(example: Mapping[str, Any], token: str, modality: str = "image") -> tuple[list[Message], list[Any]]:
-    """Either form -> messages, with a place for each image, and the images in their order.
+    """Turn either form into messages, with a placeholder for each image, and the images in their order.
 
-    In a content that is a string, `token` (or `<image>`) is a place as long as there are images without a part of
-    their own; whatever else spells it is text.
+    In a content that is a string, `token` (or `<image>`) is a placeholder as long as there are images without a part
+    of their own; others are text.
     """
     one, several = modality, f"{modality}s"
     if "conversations" in example:
@@ -206,20 +192,20 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
     ]
     images = inside or images
     left = len(images) - _parts(messages, modality)
-    if token != f"<{modality}>":  # the place in every file; models that call it otherwise number their images, too
-        messages = [_with_places(message, modality, left) for message in messages]
+    if token != f"<{modality}>":  # the placeholder of every file; models with another number their images, too
+        messages = [_with_parts(message, modality, left) for message in messages]
         left = len(images) - _parts(messages, modality)
     left -= sum(message["content"].count(token) for message in messages if isinstance(message["content"], str))
     first = next((message for message in messages if message["role"] == "user"), None)
     if left > 0 and first is not None:
-        content = _with_places(first, modality, len(images))["content"]
+        content = _with_parts(first, modality, len(images))["content"]
         texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         first["content"] = [{"type": modality}] * left + texts
     return messages, images
 
 
-def _with_places(message: Message, modality: str, count: int) -> Message:
-    """A message whose text spells out places, at most `count`, with a part for each."""
+def _with_parts(message: Message, modality: str, count: int) -> Message:
+    """Give each placeholder in a message's text, at most `count`, a part of its own."""
     if not isinstance(message["content"], str) or count < 1:
         return message
     first, *others = message["content"].split(f"<{modality}>", count)
@@ -234,10 +220,10 @@ def _parts(messages: Sequence[Message], modality: str) -> int:
     return sum(part["type"] == modality for content in contents for part in content)
 
 
-def places(messages: Sequence[Message], images: Sequence[Any], modality: str) -> int:
-    """How many places the contents that are strings spell out: of the images that have no part of their own."""
+def count_placeholders(messages: Sequence[Message], images: Sequence[Any], modality: str) -> int:
+    """Count the images that have no part of their own, whose placeholders are in contents that are strings."""
     return max(len(images) - _parts(messages, modality), 0)
 
 
-def _said(role: str, content: Any) -> list[Message]:
+def _turns(role: str, content: Any) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)

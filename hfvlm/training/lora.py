@@ -90,7 +90,7 @@ def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[
         raise ValueError(f"Recipe {recipe!r} adapts no tower; name at least one of {', '.join(known)}.")
     prefixes = "|".join(re.escape(f"{known[part]}.") if known[part] else "" for part in chosen)
     # An adapter of a layer that no output depends on would never learn.
-    unread = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unread_modules", ()))
+    unread = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unused_modules", ()))
     return rf"{unread}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
 
 
@@ -112,7 +112,7 @@ def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
 
 def _instances(model: PreTrainedModel, part: str) -> list[str]:
     kind = WHOLE_PARTS.get(part)
-    unread = tuple(getattr(model, "unread_modules", ()))
+    unread = tuple(getattr(model, "unused_modules", ()))
     read = (pair for pair in model.named_modules() if pair[0] not in unread)
     return [] if kind is None else [name for name, module in read if isinstance(module, kind)]
 

@@ -1,4 +1,4 @@
-"""Conversations: processors, answers, and what is trained on."""
+"""Conversations: processors, answers, and training."""
 
 import io
 import time
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.inference.chat import _until
+from hfvlm.modeling.streaming import until
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.training.chat import MANY, ChatCollator, ChatTrainer, length_of
@@ -44,32 +44,32 @@ def model(folder):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-def picture(seed=0, size=(40, 30)):
+def image(seed=0, size=(40, 30)):
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 # Processor
 
 
-def test_texts_and_pictures_become_the_models_inputs(processor, model):
+def test_texts_and_images_become_the_models_inputs(processor, model):
     texts = ["USER: <image>\nWhat? ASSISTANT:", "Hello", "<image><image> two"]
-    inputs = processor(images=[picture(0), picture(1), picture(2)], text=texts)
+    inputs = processor(images=[image(0), image(1), image(2)], text=texts)
     assert inputs["pixel_values"].shape == (3, 3, 28, 28)
     assert (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [4, 0, 8]
     assert inputs["attention_mask"][0].tolist()[-1] == 1  # padded on the left, to be answered together
-    nested = processor(images=[[picture(0)], [], [picture(1), picture(2)]], text=texts)
+    nested = processor(images=[[image(0)], [], [image(1), image(2)]], text=texts)
     assert torch.equal(nested["pixel_values"], inputs["pixel_values"])
     output = model(**inputs)
     assert torch.isfinite(output.logits).all()
 
 
-def test_texts_and_pictures_must_fit(processor):
-    with pytest.raises(ValueError, match=r"places \('<image>'\) for \[1\] images, but \[0\] were given"):
+def test_a_wrong_number_of_images_is_refused(processor):
+    with pytest.raises(ValueError, match=r"placeholders \('<image>'\) for \[1\] images, but \[0\] were given"):
         processor(text="<image> what?")
     with pytest.raises(ValueError, match=r"for \[1, 0\] images, but \[1, 1\] were given"):
-        processor(images=[picture(), picture()], text=["<image>", "none"])
+        processor(images=[image(), image()], text=["<image>", "none"])
     with pytest.raises(ValueError, match="needs text"):
-        processor(images=picture())
+        processor(images=image())
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         processor(text="a", colour="red")
 
@@ -79,20 +79,20 @@ def test_a_path_in_a_text_is_nothing_but_text(processor):
     assert set(inputs) == {"input_ids", "attention_mask"}
 
 
-def test_truncation_never_cuts_a_picture(processor):
-    text, pictures = "one <image> two <image> three", [picture(0), picture(1)]
-    whole = processor(images=pictures, text=text)["input_ids"][0].tolist()
+def test_truncation_never_cuts_an_image(processor):
+    text, images = "one <image> two <image> three", [image(0), image(1)]
+    whole = processor(images=images, text=text)["input_ids"][0].tolist()
     first, last = whole.index(480), len(whole) - 1 - whole[::-1].index(480)
-    inside = processor(images=pictures, text=text, max_length=last + 1, truncation=True)
+    inside = processor(images=images, text=text, max_length=last + 1, truncation=True)
     assert inside["input_ids"][0].tolist() == whole[: last + 1]
     assert len(inside["pixel_values"]) == 2
     for length in (last, first + 2):
         with pytest.raises(ValueError, match=f"text 0 has {len(whole)} tokens.*max_length {length} leaves room for"):
-            processor(images=pictures, text=text, max_length=length, truncation=True)
-        dropped = processor(images=pictures, text=text, max_length=length, truncation="pictures")
-        kept = 1 if length == last else 0
-        assert len(dropped.get("pixel_values", ())) == kept
-        assert (dropped["input_ids"] == 480).sum() == 4 * kept
+            processor(images=images, text=text, max_length=length, truncation=True)
+        dropped = processor(images=images, text=text, max_length=length, truncation="pictures")
+        fitting = 1 if length == last else 0
+        assert len(dropped.get("pixel_values", ())) == fitting
+        assert (dropped["input_ids"] == 480).sum() == 4 * fitting
         assert dropped["input_ids"][0].tolist() == whole[: dropped["input_ids"].shape[1]]
 
 
@@ -122,13 +122,13 @@ def test_tokenizer_survives_a_round_trip(legacy, tmp_path):
 def test_tokens_of_tiles_are_counted_as_the_model_makes_them(tiled_folder):
     processor = AutoProcessor.from_pretrained(tiled_folder)
     model = AutoModelForImageTextToText.from_pretrained(tiled_folder)
-    pictures = [picture(i, size) for i, size in enumerate([(90, 30), (30, 90), (50, 51), (300, 20)])]
-    inputs = processor(images=pictures, text=["<image>"] * 4)
+    images = [image(i, size) for i, size in enumerate([(90, 30), (30, 90), (50, 51), (300, 20)])]
+    inputs = processor(images=images, text=["<image>"] * 4)
     features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     assert [len(rows) for rows in features] == (inputs["input_ids"] == 480).sum(dim=1).tolist()
     new = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     for i in range(4):
-        alone = processor(images=pictures[i], text="<image>")
+        alone = processor(images=images[i], text="<image>")
         expected = model.generate(**alone, max_new_tokens=3, do_sample=False)[0, alone["input_ids"].shape[1] :]
         assert torch.equal(new[i, inputs["input_ids"].shape[1] :], expected)
 
@@ -144,7 +144,7 @@ def test_unknown_settings_are_named(processor):
         HfvlmLLaVAImageProcessor(resize_mode="squash")
 
 
-def test_thin_pictures_stay_small(processor):
+def test_thin_images_stay_small(processor):
     inputs = processor.image_processor(Image.new("RGB", (60000, 1)), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 28, 28)
     cropped = processor.image_processor(Image.new("RGB", (1, 3_000_000)), resize_mode="crop", return_tensors="pt")
@@ -156,11 +156,11 @@ def test_thin_pictures_stay_small(processor):
 
 def test_image_text_to_text_pipeline(folder, processor, model):
     answer = pipeline("image-text-to-text", model=str(folder), device="cpu")
-    message = {"role": "user", "content": [{"type": "image", "image": picture()}, ASK[1]]}
+    message = {"role": "user", "content": [{"type": "image", "image": image()}, ASK[1]]}
     options = {"max_new_tokens": 4, "do_sample": False}
     result = answer([message], return_full_text=False, generate_kwargs=options)[0]["generated_text"]
     text = processor.apply_chat_template([{"role": "user", "content": ASK}], add_generation_prompt=True)
-    inputs = processor(images=picture(), text=text)
+    inputs = processor(images=image(), text=text)
     ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     assert result.strip() == processor.decode(ids, skip_special_tokens=True).strip()
 
@@ -173,20 +173,20 @@ def chat(model, processor):
     return hfvlm.Chat(model, processor, max_new_tokens=6, eos_token_id=None)
 
 
-def afresh(chat, pictures):
-    """The last answer, computed without anything kept."""
+def without_cache(chat, images):
+    """The last answer, computed without a cache."""
     text = chat.processor.apply_chat_template(chat.messages[:-1], add_generation_prompt=True)
-    inputs = chat.processor(images=pictures or None, text=text)
+    inputs = chat.processor(images=images or None, text=text)
     new = chat.model.generate(**inputs, **chat.options)[0, inputs["input_ids"].shape[1] :]
     return chat.processor.decode(new, skip_special_tokens=True).strip()
 
 
 def test_answers_are_those_to_the_whole_conversation(chat):
-    pictures = []
-    for text, shown in (("What is it?", [picture(0)]), ("And now?", []), ("And these?", [picture(1), picture(2)])):
-        pictures += shown
+    images = []
+    for text, shown in (("What is it?", [image(0)]), ("And now?", []), ("And these?", [image(1), image(2)])):
+        images += shown
         answer = chat.ask(text, shown)
-        assert answer == afresh(chat, pictures)
+        assert answer == without_cache(chat, images)
         assert chat.messages[-1] == {"role": "assistant", "content": answer}
 
 
@@ -195,45 +195,45 @@ def test_nothing_is_computed_twice(chat):
     chat.model.vision_model.register_forward_hook(lambda m, a, o: encoded.append(len(o.last_hidden_state)))
     embedding = chat.model.language_model.get_input_embeddings()
     embedding.register_forward_hook(lambda m, a, o: read.append(o.shape[1]))
-    chat.ask("What is it?", [picture(0)])
+    chat.ask("What is it?", [image(0)])
     first = read[0]
     read.clear()
     chat.ask("And what is on the left of it?")
     assert encoded == [1]
-    assert 5 < read[0] < first, "the second question is read alone"
-    chat.ask("And this?", [picture(1)])
+    assert 5 < read[0] < first, "the second question runs alone"
+    chat.ask("And this?", [image(1)])
     assert encoded == [1, 1]
 
 
 def test_an_answer_comes_in_pieces(chat):
-    pieces = list(chat.stream("What is it?", [picture(0)]))
+    pieces = list(chat.stream("What is it?", [image(0)]))
     assert len(pieces) > 1
     answer = "".join(pieces).strip()
     chat.reset()
-    assert chat.ask("What is it?", [picture(0)]) == answer
+    assert chat.ask("What is it?", [image(0)]) == answer
 
 
-def test_an_answer_that_is_not_read_to_its_end_is_forgotten(chat):
-    expected = chat.ask("What is it?", [picture(0)])
+def test_an_unfinished_answer_is_dropped(chat):
+    expected = chat.ask("What is it?", [image(0)])
     before = list(chat.messages)
-    stream = chat.stream("And now?", [picture(1)], max_new_tokens=200)
+    stream = chat.stream("And now?", [image(1)], max_new_tokens=200)
     next(stream)
     stream.close()
     assert chat.messages == before
-    assert chat.ask("And?") == afresh(chat, [picture(0)])
+    assert chat.ask("And?") == without_cache(chat, [image(0)])
     chat.reset()
-    assert chat.ask("What is it?", [picture(0)]) == expected
+    assert chat.ask("What is it?", [image(0)]) == expected
 
 
-def test_a_conversation_is_of_one_thread_at_a_time(chat, monkeypatch):
-    """Another answer is refused while one is being read, and what was said stays whole."""
+def test_a_conversation_takes_one_thread_at_a_time(chat, monkeypatch):
+    """Another answer is refused while one is generated, and the messages stay whole."""
 
     def answered(self, text, images, videos, options):
         for piece in ["four", "words", "of", "answer"]:
             time.sleep(0.01)
             yield piece
-        said = ("user", text), ("assistant", "answer")
-        self.messages = [*self.messages, *({"role": role, "content": content} for role, content in said)]
+        turns = ("user", text), ("assistant", "answer")
+        self.messages = [*self.messages, *({"role": role, "content": content} for role, content in turns)]
 
     monkeypatch.setattr(hfvlm.Chat, "answered", answered)
     chat.reset()
@@ -275,17 +275,17 @@ def test_errors_of_the_thread_are_raised(chat):
     assert chat.messages == []
 
 
-def test_a_system_text_of_ones_own(model, processor):
+def test_a_system_message_replaces_the_checkpoints(model, processor):
     chat = hfvlm.Chat(model, processor, system="Answer in French.", max_new_tokens=2)
     chat.ask("What?")
     assert processor.apply_chat_template(chat.messages).startswith("Answer in French. USER: What?")
 
 
 def test_texts_end_at_stop_strings():
-    assert "".join(_until(iter(["a #", "# b ##", "# c"]), ["###"])) == "a ## b "
-    assert list(_until(iter(["a#", "b", "#", "##x"]), ["###"])) == ["a", "#b"]
-    assert "".join(_until(iter(["a", "##"]), ["###"])) == "a##"
-    assert "".join(_until(iter(["plain ", "text"]), [])) == "plain text"
+    assert "".join(until(iter(["a #", "# b ##", "# c"]), ["###"])) == "a ## b "
+    assert list(until(iter(["a#", "b", "#", "##x"]), ["###"])) == ["a", "#b"]
+    assert "".join(until(iter(["a", "##"]), ["###"])) == "a##"
+    assert "".join(until(iter(["plain ", "text"]), [])) == "plain text"
 
 
 def test_old_checkpoints_stop_at_their_separator(model, processor, tmp_path):
@@ -296,11 +296,11 @@ def test_old_checkpoints_stop_at_their_separator(model, processor, tmp_path):
 
 
 def test_command_line(folder, tmp_path):
-    picture().save(tmp_path / "a.png")
+    image().save(tmp_path / "a.png")
     arguments = ["chat", str(folder), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "4"]
     result = CliRunner().invoke(app, [*arguments, "--ask", "What is it?"])
     assert result.exit_code == 0, result.output
-    expected = hfvlm.Chat.from_pretrained(folder).ask("What is it?", [picture()], max_new_tokens=4)
+    expected = hfvlm.Chat.from_pretrained(folder).ask("What is it?", [image()], max_new_tokens=4)
     assert result.output.strip() == expected
     talk = CliRunner().invoke(app, arguments, input=f"What is it?\n/image {tmp_path / 'a.png'}\nAnd this?\n/reset\n")
     assert talk.exit_code == 0, talk.output
@@ -312,14 +312,14 @@ def test_command_line(folder, tmp_path):
 EXAMPLES = [
     {
         "messages": [{"role": "user", "content": ASK}, {"role": "assistant", "content": "A cat."}],
-        "images": [picture(0)],
+        "images": [image(0)],
     },
     {
         "conversations": [
             {"from": "human", "value": "Which?\n<image>"},
             {"from": "gpt", "value": "It is a small dog."},
         ],
-        "image": picture(1),
+        "image": image(1),
     },
     {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]},
 ]
@@ -329,17 +329,18 @@ def test_answers_alone_are_trained_on(processor):
     batch = ChatCollator(processor)(EXAMPLES)
     assert batch["pixel_values"].shape[0] == 2
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    told = [processor.decode([i for i in row if i >= 0]) for row in batch["labels"].tolist()]
-    assert told == ["A cat.</s>", "It is a small dog.</s>", "Hi!</s>"]
+    learned = [processor.decode([i for i in row if i >= 0]) for row in batch["labels"].tolist()]
+    assert learned == ["A cat.</s>", "It is a small dog.</s>", "Hi!</s>"]
     assert (batch["labels"][batch["input_ids"] == 480] == -100).all()
     assert (batch["input_ids"] == 480).sum(dim=1).tolist() == [4, 4, 0]
 
 
-def test_labels_where_no_authors_have_their_own_way(processor):
-    """The base's: an answer with what ends it, of several."""
+def test_labels_by_default_are_answers_with_their_end_tokens(processor):
+    """Several answers, each with its end token."""
     answers = [{"role": "assistant", "content": text} for text in ("A cat.", "It is small.")]
-    asked = [{"role": "user", "content": content} for content in (ASK, "And its size?")]
-    ids, labels = ImageTextProcessor.training_row(processor, [asked[0], answers[0], asked[1], answers[1]])
+    questions = [{"role": "user", "content": content} for content in (ASK, "And its size?")]
+    messages = processor.protected([questions[0], answers[0], questions[1], answers[1]])
+    ids, labels = ImageTextProcessor.labelled(processor, messages)
     trained = "".join(processor.decode([label]) if label >= 0 else "|" for label in labels)
     assert [part for part in trained.split("|") if part] == ["Acat.</s>", "Itissmall.</s>"]
     assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
@@ -348,15 +349,15 @@ def test_labels_where_no_authors_have_their_own_way(processor):
 def test_the_forms_of_an_example_mean_the_same(processor):
     answer = {"role": "assistant", "content": "A cat."}
     forms = [
-        {"messages": [{"role": "user", "content": ASK}, answer], "images": [picture()]},
-        {"messages": [{"role": "user", "content": "What is it?"}, answer], "images": [picture()]},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": picture()}, ASK[1]]}, answer]},
+        {"messages": [{"role": "user", "content": ASK}, answer], "images": [image()]},
+        {"messages": [{"role": "user", "content": "What is it?"}, answer], "images": [image()]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": image()}, ASK[1]]}, answer]},
         {
             "conversations": [
                 {"from": "human", "value": "<image>\nWhat is it?"},
                 {"from": "gpt", "value": "A cat."},
             ],
-            "image": picture(),
+            "image": image(),
         },
     ]
     collate = ChatCollator(processor)
@@ -367,20 +368,20 @@ def test_the_forms_of_an_example_mean_the_same(processor):
         assert all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
-def test_long_examples_are_cut_but_not_in_a_picture(processor):
+def test_long_examples_are_cut_but_not_in_an_image(processor):
     whole = ChatCollator(processor)(EXAMPLES[:1])
     length = whole["input_ids"].shape[1]
     cut = ChatCollator(processor, max_length=length - 2)(EXAMPLES[:1])
     assert torch.equal(cut["labels"], whole["labels"][:, : length - 2])
     short = 60
-    with pytest.raises(ValueError, match="example 0 has .* tokens with its pictures"):
+    with pytest.raises(ValueError, match="example 0 has .* tokens with its media"):
         ChatCollator(processor, max_length=5)(EXAMPLES[:1])
     assert "pixel_values" not in ChatCollator(processor, max_length=5, truncation="pictures")(EXAMPLES[:1])
     assert ChatCollator(processor, pad_to_multiple_of=short)(EXAMPLES)["input_ids"].shape[1] % short == 0
 
 
 def test_batches_of_one_length(processor, tmp_path):
-    """Of conversations about pictures, or of others, alone."""
+    """Of conversations about images, or of others, alone."""
     texts = [" ".join(["word"] * (1 + i * 7 % 20)) for i in range(400)]
     rows = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
@@ -446,7 +447,7 @@ def test_a_converted_folder_is_verified(folder, tiled_folder):
         assert all(check.passed for check in checks.values()), checks
 
 
-def test_recipes_adapt_what_they_say(model):
+def test_recipes_adapt_the_parts_in_their_names(model):
     def adapted(recipe):
         tuned = hfvlm.lora(AutoModelForImageTextToText.from_pretrained(model.name_or_path), recipe, quiet=True)
         return {name.removeprefix("base_model.model.") for name, p in tuned.named_parameters() if p.requires_grad}
@@ -454,13 +455,13 @@ def test_recipes_adapt_what_they_say(model):
     assert all(name.startswith("language_model.") and "lora_" in name for name in adapted("language"))
     both = adapted("vision+language")
     seen = {name.split(".")[2] for name in both if name.startswith("vision_model.layers")}
-    assert seen == {"0", "1"}, "the last layer of the tower is not read, and not adapted"
+    assert seen == {"0", "1"}, "the last layer of the tower is unused, and not adapted"
 
 
-def test_what_nothing_reads_is_not_trained():
-    """A tower that was taken from a CLIP has its projection still."""
+def test_unused_modules_are_not_trained():
+    """A tower of a CLIP may have its projection."""
     model = tiny_model(vision_config=VISION | {"projection_dim": 16})
-    assert "vision_model.projection" in model.unread_modules
+    assert "vision_model.projection" in model.unused_modules
     tuned = hfvlm.lora(model, "language+projection", quiet=True)
     parts = {name.split(".")[2] for name, p in tuned.named_parameters() if p.requires_grad}
     assert parts == {"language_model", "projector"}
@@ -482,7 +483,7 @@ def test_quantised_loading_keeps_the_projector(folder, processor, bits, kind):
         assert kinds[name] == "Linear", name
         assert model.get_submodule(name).weight.dtype == torch.float32
     whole = AutoModelForImageTextToText.from_pretrained(folder)
-    inputs = processor(images=picture(), text="<image> What?")
+    inputs = processor(images=image(), text="<image> What?")
     with torch.no_grad():
         pixels = inputs["pixel_values"]
         (seen,), (expected,) = (m.get_image_features(pixels).pooler_output for m in (model, whole))

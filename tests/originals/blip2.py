@@ -36,7 +36,7 @@ from hfvlm.models.blip2 import (
     HfvlmInstructBLIPProcessor,
 )
 from hfvlm.presets import Preset
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import bert_vocabulary, fitting, made_of
 from tests.support.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of

@@ -178,7 +178,7 @@ def batch_of(golden: Golden, model: HfvlmFlamingoForConditionalGeneration, prefi
 def model_outputs(golden: Golden) -> None:
     config = config_from_original(golden.case, golden.state_dict)
     model: HfvlmFlamingoForConditionalGeneration = converted("flamingo", golden.state_dict, config, "original")
-    layers, first = f"language_model.{kind_of(config)[0]}", config.looking_layers[0]
+    layers, first = f"language_model.{kind_of(config)[0]}", config.gated_layers[0]
     last = config.text_config.num_hidden_layers - 1
     latents = config.resampler_config.num_latents
     paths = {

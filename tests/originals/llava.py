@@ -20,7 +20,7 @@ from hfvlm.models.llava import (
 )
 from hfvlm.models.llava.processing_llava import HfvlmLLaVATokenizer
 from hfvlm.presets import Preset
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, UnknownOptionError, companions, notes_of, read_key_list, stem_of

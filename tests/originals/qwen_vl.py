@@ -15,7 +15,7 @@ from hfvlm.models.qwen_vl import (
     HfvlmQwenVLProcessor,
     HfvlmQwenVLTokenizer,
 )
-from hfvlm.models.qwen_vl.processing_qwen_vl import SAID
+from hfvlm.models.qwen_vl.processing_qwen_vl import JOINER
 from hfvlm.release.converter import Source, empty_model
 from tests.support.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
 
@@ -132,7 +132,7 @@ def contexts(stated: list[dict], processor: HfvlmQwenVLProcessor) -> None:
         turns.append(("user", context["query"]))
         messages = [{"role": role, "content": PATH.sub(PLACE, text)} for role, text in turns]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=False)
-        assert text.replace(SAID, "") == PATH.sub(PLACE, context["raw_text"])
+        assert text.replace(JOINER, "") == PATH.sub(PLACE, context["raw_text"])
         assert expanded(processor, processor.encode(text)) == pathless(unrolled(context["ids"]), processor)
 
 

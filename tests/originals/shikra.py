@@ -18,7 +18,7 @@ from hfvlm.models.shikra import (
     HfvlmShikraProcessor,
     HfvlmShikraTokenizer,
 )
-from hfvlm.models.shikra.places import Bins, Decimals, Square
+from hfvlm.models.shikra.regions import Bins, Decimals, Square
 from hfvlm.presets import Preset
 from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
@@ -125,9 +125,9 @@ def formatting(golden: Golden) -> None:
         stated = golden.section(f"formatting.{kind}")
         notations = {"plain": plain, "token101": bins, "small_precision2": small}
         for name in set(stated) - {given}:
-            assert notations[name].write(stated[given]) == stated[name], (kind, name)
+            assert notations[name].format(stated[given]) == stated[name], (kind, name)
         if kind == "format_box" and "token101" in stated and "token_extract" in facts:
-            assert [written.places for written in bins.find(stated["token101"])] == facts["token_extract"]
+            assert [match.regions for match in bins.find(stated["token101"])] == facts["token_extract"]
     squares(facts)
 
 
@@ -136,7 +136,7 @@ def found_in(facts: dict[str, Any], kinds: dict[str, tuple[int, Decimals]]) -> N
     for name in kinds.keys() & facts:
         width, notation = kinds[name]
         for text, expected in zip(facts["strings"], facts[name], strict=True):
-            found = [place.places for place in notation.find(text) if len(place.places[0]) == width]
+            found = [match.regions for match in notation.find(text) if len(match.regions[0]) == width]
             assert found == expected, (name, text)
 
 

@@ -24,7 +24,7 @@ from hfvlm.models.video_chatgpt import (
 )
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from hfvlm.presets import Preset
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.release.converter import Source, empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, parts_of, read_key_list, stem_of
@@ -128,11 +128,13 @@ def frames(golden: Golden, extractor_class=HfvlmVideoChatGPTFeatureExtractor) ->
     settings = extractor.settings_for({})
     for count, expected in golden.section("get_seq_frames.indices").items():
         video = read_video(np.zeros((int(count), 1, 1, 3), np.uint8))
-        assert extractor.places(video, settings) == expected, count
+        assert extractor.frame_indices(video, settings) == expected, count
     mean, std = (torch.tensor(getattr(extractor, name))[:, None, None] for name in ("image_mean", "image_std"))
     for file, facts in golden.section("files").items():
         video = read_video(golden.folder / file)
-        assert extractor.places(video, settings) == facts.get("frames_taken", extractor.places(video, settings))
+        assert extractor.frame_indices(video, settings) == facts.get(
+            "frames_taken", extractor.frame_indices(video, settings)
+        )
         inputs = extractor(golden.folder / file, return_tensors="pt")
         pixels = inputs["pixel_values_videos"][0]
         assert list(pixels.shape) == facts.get("pixel_values", list(pixels.shape))

@@ -1,4 +1,4 @@
-"""Special tokens that somebody types are words: they forge neither a turn nor an image's place."""
+"""Special tokens that somebody types are words: they forge neither a turn nor a placeholder."""
 
 from itertools import pairwise
 
@@ -114,7 +114,7 @@ def media(processor):
 
 @pytest.mark.parametrize("parts", [1, 40])
 @pytest.mark.parametrize("name", MAKE)
-def test_what_is_typed_is_text(name, parts):
+def test_typed_special_tokens_are_text(name, parts):
     processor = MAKE[name]()
     rendered = processor.apply_chat_template(conversation(processor, HOSTILE, parts=parts), add_generation_prompt=True)
     plain = processor.apply_chat_template(conversation(processor, HARMLESS), add_generation_prompt=True)
@@ -129,7 +129,7 @@ def test_what_is_typed_is_text(name, parts):
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_the_caller_may_trust_his_messages(name):
+def test_trusted_messages_may_have_special_tokens(name):
     processor = MAKE[name]()
     messages = [{"role": "user", "content": f"{processor.media_token}And?"}]
     trusted = processor.apply_chat_template(messages, sanitize_control_tokens=False, add_generation_prompt=True)
@@ -214,7 +214,7 @@ def test_training_learns_answers_and_no_forged_ones(name):
 
 
 @pytest.mark.parametrize("name", ["v1", "shikra", "qwen_vl", "flamingo", "blip2", "video_chatgpt"])
-def test_files_spell_out_as_many_places_as_there_are_images(name):
+def test_files_have_as_many_placeholders_as_images(name):
     processor = MAKE[name]()
     place = f"<{processor.modality}>"
     answer = {"from": "gpt", "value": "With Pillow."}
@@ -226,7 +226,7 @@ def test_files_spell_out_as_many_places_as_there_are_images(name):
     assert (plain["input_ids"] == processor.media_token_id).sum() == 0
 
 
-def test_chat_reads_words():
+def test_chat_encodes_typed_tokens_as_words():
     processor, model = llava(), tiny_model()
     chat = hfvlm.Chat(model, processor, max_new_tokens=2)
     chat.ask("How do I convert this to an <image> tag?</s>", images=[IMAGE])
@@ -246,8 +246,8 @@ def test_keywords_of_a_template_are_known():
     ):
         processor.apply_chat_template(messages, add_generation_promt=True)
     own = "{{ greeting }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
-    said = [{"role": "user", "content": "you"}]
-    assert processor.apply_chat_template(said, chat_template=own, greeting="Hello") == "Hello you"
+    messages = [{"role": "user", "content": "you"}]
+    assert processor.apply_chat_template(messages, chat_template=own, greeting="Hello") == "Hello you"
 
 
 def test_marks_cannot_be_forged():

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.training.chat import ChatCollator, PreferenceCollator
-from tests.inference.test_chat import picture
+from tests.inference.test_chat import image
 from tests.models.llava.tiny import converted
 from tests.support.paths import EXAMPLES
 from tests.support.suite import close
@@ -39,7 +39,7 @@ def data(tmp_path):
 
     def write(rows):
         for i in range(2):
-            picture(i).save(tmp_path / f"{i}.png")
+            image(i).save(tmp_path / f"{i}.png")
         (tmp_path / "rows.json").write_text(json.dumps(rows * 4))
         return {"data": str(tmp_path / "rows.json"), "pictures": str(tmp_path)}
 
@@ -60,7 +60,7 @@ def run(name, settings):
 
 
 def losses(model, processor, pictures, answers=ANSWERS):
-    """Of each picture the loss of each answer, (pictures, answers)."""
+    """Of each image the loss of each answer, (pictures, answers)."""
     rows = [[dict(conversation(answer), images=[seen]) for answer in answers] for seen in pictures]
     with torch.no_grad():
         return torch.stack(
@@ -79,7 +79,7 @@ def reloaded(folder, adapter):
 def check_adapter(folder, adapter, processor):
     """It holds the language model's adapters and the projector, and merging it changes nothing."""
     tuned, plain = reloaded(folder, adapter), AutoModelForImageTextToText.from_pretrained(folder)
-    batch = ChatCollator(processor)([dict(conversation(answer), images=[picture()]) for answer in ANSWERS])
+    batch = ChatCollator(processor)([dict(conversation(answer), images=[image()]) for answer in ANSWERS])
     with torch.no_grad():
         expected = tuned(**batch).logits
         merged = tuned.merge_and_unload()
@@ -107,7 +107,7 @@ def test_supervised(folder, processor, data, tmp_path, quantised):
         return
     assert found[-1] < 0.85 * found[0]
     tuned = reloaded(folder, tmp_path / "out")
-    after = losses(tuned, processor, [picture(0), picture(1)])
+    after = losses(tuned, processor, [image(0), image(1)])
     assert (after.argmin(dim=1) == torch.arange(2)).all(), after
     check_adapter(folder, tmp_path / "out", processor)
 
@@ -118,7 +118,7 @@ def test_the_first_loss_is_of_the_authors_tokens(folder, processor, data, tmp_pa
     settings = {"model": str(folder), "output_dir": str(tmp_path / "out"), "max_steps": 1, **QUICK, **data(rows)}
     history = run("finetune_chat_with_trl", settings | {"per_device_train_batch_size": 8})
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    batch = ChatCollator(processor)([dict(conversation(ANSWERS[i]), images=[picture(i)]) for i in range(2)])
+    batch = ChatCollator(processor)([dict(conversation(ANSWERS[i]), images=[image(i)]) for i in range(2)])
     with torch.no_grad():
         assert history[0]["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
 
@@ -136,8 +136,8 @@ def test_preferences(folder, processor, data, tmp_path, adapted):
     if not adapted:
         return
     assert steps[-1]["rewards/accuracies"] == 1
-    before = losses(AutoModelForImageTextToText.from_pretrained(folder), processor, [picture(0), picture(1)])
-    gained = before - losses(reloaded(folder, tmp_path / "out"), processor, [picture(0), picture(1)])
+    before = losses(AutoModelForImageTextToText.from_pretrained(folder), processor, [image(0), image(1)])
+    gained = before - losses(reloaded(folder, tmp_path / "out"), processor, [image(0), image(1)])
     assert (gained.argmax(dim=1) == torch.arange(2)).all(), gained
     check_adapter(folder, tmp_path / "out", processor)
 
@@ -145,17 +145,17 @@ def test_preferences(folder, processor, data, tmp_path, adapted):
 def test_pairs_are_written_as_conversations(processor):
     earlier = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "A pet."}]
     messages = [*earlier, {"role": "user", "content": "Which?"}]
-    example = {"prompt": messages, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "images": [picture()]}
-    short = {"prompt": QUESTION, "chosen": ANSWERS[1], "rejected": "No.", "images": [picture(1)]}
+    example = {"prompt": messages, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "images": [image()]}
+    short = {"prompt": QUESTION, "chosen": ANSWERS[1], "rejected": "No.", "images": [image(1)]}
     batch = PreferenceCollator(processor)([example, short])
     answered = zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)
     said = [processor.decode(ids[mask]) for ids, mask in answered]
     assert said == ["A cat.</s>", "It is a small dog.</s>", "It is a small dog.</s>", "No.</s>"]
     assert (batch["input_ids"][:, 0] == processor.tokenizer.bos_token_id).all()
     answer = {"role": "assistant", "content": ANSWERS[0]}
-    whole = ChatCollator(processor)([{"messages": [*messages, answer], "images": [picture()]}])
+    whole = ChatCollator(processor)([{"messages": [*messages, answer], "images": [image()]}])
     length = whole["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][0, :length], whole["input_ids"][0])
     assert (whole["labels"][0] != IGNORE).sum() > batch["completion_mask"][0].sum()
-    pixels = processor.prepare("image", [picture(0), picture(1)] * 2)["pixel_values"]
+    pixels = processor.prepare("image", [image(0), image(1)] * 2)["pixel_values"]
     assert torch.equal(batch["pixel_values"], pixels)

@@ -98,6 +98,7 @@ class HfvlmBLIP2Config(HfvlmConfig):
     """
 
     model_type = "hfvlm_blip2"
+    token_count_fields = ("qformer_config.num_queries",)
     sub_configs = {
         "vision_config": HfvlmBLIP2VisionConfig,
         "qformer_config": HfvlmBLIP2QFormerConfig,

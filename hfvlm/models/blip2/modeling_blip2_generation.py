@@ -23,7 +23,7 @@ from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts
 from hfvlm.modules.projection import Projector
-from hfvlm.processing.media_text import IGNORE
+from hfvlm.processing.assembly import IGNORE
 
 # What the first stage has and the second does not.
 STAGE_1 = [
@@ -158,19 +158,12 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
         return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
 
-    def token_count_fields(self) -> str:
-        return f"qformer_config.num_queries {self.config.qformer_config.num_queries}"
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """With positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
-        if inputs.get("input_ids") is not None:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            positions = (real.cumsum(dim=1) - 1).clamp_min(0)
-            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
-        return inputs
+    def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
+        if step is None:
+            return {}
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return {"position_ids": (real.cumsum(dim=1) - 1).clamp_min(0)[:, -step.shape[1] :]}
 
     def adapted(self, processors: LogitsProcessorList, prompt_length: int) -> LogitsProcessorList:
         """Hide the prompt: the original generates from embeddings alone, and penalties know one start token."""

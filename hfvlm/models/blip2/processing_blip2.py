@@ -13,9 +13,11 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import read_images
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
+from hfvlm.processing.assembly import IGNORE, padded
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import is_empty, listed, texts_of
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, byte_pairs, sentencepiece, template
 
@@ -261,11 +263,13 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             {"input_ids": [queries + ids for ids in encoded]}, padding_side="right", return_tensors="pt"
         )
         before = 0 if self.kind == "t5" else count
-        return BatchFeature({**batch, "labels": padded([[IGNORE] * before + row for row in labels]), **pictures})
+        return BatchFeature(
+            {**batch, "labels": torch.tensor(padded([[IGNORE] * before + row for row in labels])), **pictures}
+        )
 
     def answers(self, text: Sequence[str]) -> Tensor:
         """Answers -> `(A, M)` ids with -100 behind their end, for the model's `rank`."""
-        return padded([self.answer_ids(answer) for answer in text])
+        return torch.tensor(padded([self.answer_ids(answer) for answer in text]))
 
     def answer_ids(self, answer: str) -> list[int]:
         """What is written after a text, with its end."""
@@ -286,15 +290,15 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         written = self.answer_ids(answer)
         return given + written, [IGNORE] * len(given) + written
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels, pictures first; the last message's answer is trained on.
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        """Put images first; the last message's answer is trained on.
 
         Raises:
             ValueError: the language model is a T5.
         """
         if self.kind == "t5":
             raise ValueError("A T5 writes beside what it reads: train it on `processor.examples(...)`.")
-        *before, last = self.protected(messages, places=EVERY)
+        *before, last = messages
         given, answer = self.render(before, add_generation_prompt=True), last["content"]
         if not isinstance(answer, str):
             answer = "".join(part["text"] for part in answer if part["type"] == "text")
@@ -308,12 +312,6 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             new_tokens_only, kwargs = None, {"skip_special_tokens": True} | kwargs
         written = super().batch_decode(sequences, *args, new_tokens_only=new_tokens_only, **kwargs)
         return [text.strip() for text in written]
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Labels, with -100 behind the end of each row."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[IGNORE] * (longest - len(row))] for row in rows])
 
 
 class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):

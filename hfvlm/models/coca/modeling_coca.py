@@ -184,9 +184,8 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
         real = pad(real, (self.config.mask_shift, 0), value=True)[:, : real.shape[1]]
         return real if attention_mask is None else real & (attention_mask != 0)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return inputs | {"visible": self.visible(input_ids, kwargs.get("attention_mask"))}
+    def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        return {"visible": self.visible(input_ids, attention_mask)}
 
 
 class HfvlmCoCaModel(ContrastiveCaptioner):

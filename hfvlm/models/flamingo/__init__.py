@@ -1,4 +1,4 @@
-"""Flamingo (https://arxiv.org/abs/2204.14198), by OpenFlamingo: a language model that looks at pictures between its
+"""Flamingo (https://arxiv.org/abs/2204.14198), by OpenFlamingo: a language model that attends to images between its
 layers."""
 
 from typing import Any

@@ -13,12 +13,12 @@ from hfvlm.models.llava.configuration_llava import openai_vision_config
 
 @strict
 class HfvlmFlamingoResamplerConfig(HfvlmConfig):
-    """What makes a fixed number of tokens of a picture's patches.
+    """Sizes of the resampler, which makes a fixed number of tokens of an image's patches.
 
     Args:
-        hidden_size: width of the patches, and of what becomes of them.
+        hidden_size: width of the patches and of the tokens.
         head_dim: of each attention head; all heads together need not be as wide as the tokens.
-        num_latents: tokens of a picture, whatever its size and the number of its frames.
+        num_latents: tokens of an image, whatever its size and the number of its frames.
     """
 
     model_type = "hfvlm_flamingo_resampler"
@@ -42,7 +42,7 @@ class HfvlmFlamingoMPTConfig(MptConfig):
 
 
 def mpt_1b_config() -> HfvlmFlamingoMPTConfig:
-    """MPT-1B with the tokens of pictures, of ends, and of padding."""
+    """Return MPT-1B with the tokens of images, of ends, and of padding."""
     attention = {"qk_ln": True, "alibi": True}
     return HfvlmFlamingoMPTConfig(vocab_size=50280, learned_pos_emb=False, attn_config=attention, use_cache=True)
 
@@ -52,20 +52,21 @@ class HfvlmFlamingoConfig(HfvlmConfig):
     """Flamingo on any language model of transformers.
 
     Args:
-        vision_config: of the CLIP tower, whose patches are read before its last norm.
-        resampler_config: of what makes few tokens of many patches.
+        vision_config: of the CLIP tower, whose patches are taken before its last norm.
+        resampler_config: of the resampler.
         text_config: of the language model. Its class selects the model: `MptConfig` is MPT, `HfvlmFlamingoMPTConfig`
             the MPT-1B that transformers does not have.
-        image_token_id: stands in a text for a picture; it has a row in the embedding table.
-        eos_token_id: ends what was said of a picture.
+        image_token_id: stands in a text for an image; it has a row in the embedding table.
+        eos_token_id: ends the text about an image.
         pad_token_id: fills rows.
-        cross_attention_interval: every so many layers of the language model, one looks at the pictures first.
-        cross_attention_heads: of each such look.
+        cross_attention_interval: every nth layer of the language model has a gated layer before it.
+        cross_attention_heads: of each gated layer.
         cross_attention_head_dim: width of each head.
-        attention_dropout: of these.
+        attention_dropout: of the gated layers.
     """
 
     model_type = "hfvlm_flamingo"
+    token_count_fields = ("image_token_id",)
     sub_configs = {
         "vision_config": HfvlmCLIPVisionConfig,
         "resampler_config": HfvlmFlamingoResamplerConfig,
@@ -86,23 +87,27 @@ class HfvlmFlamingoConfig(HfvlmConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         text = self.text_config
         if isinstance(text, dict) and text.get("model_type") == "gpt_neox":
-            # transformers 5.4 forgets the share of a saved GPT-NeoX's heads that is rotated, but under its old name.
+            # transformers 5.4 loses the share of a saved GPT-NeoX's heads that is rotated, but for its old name.
             share = (text.get("rope_parameters") or {}).get("partial_rotary_factor")
             self.text_config = text if share is None else {"rotary_pct": share, **text}
         super().__post_init__(**kwargs)
 
     @property
-    def looking_layers(self) -> list[int]:
-        """Indices of the language model's layers before which there is a look at the pictures."""
+    def gated_layers(self) -> list[int]:
+        """Indices of the language model's layers before which there is a gated layer."""
         interval = self.cross_attention_interval
         return list(range(interval - 1, self.text_config.num_hidden_layers, interval))
+
+    def count_tokens(self) -> int:
+        """Count the placeholders of an image: one, whatever it shows, since its tokens are no part of the text."""
+        return 1
 
     def validate_widths(self) -> None:
         patches, latents = self.vision_config.hidden_size, self.resampler_config.hidden_size
         if patches != latents:
             raise ValueError(
-                f"resampler_config.hidden_size {latents} is not vision_config.hidden_size {patches}: the resampler "
-                "reads the patches as they are."
+                f"resampler_config.hidden_size {latents} is not vision_config.hidden_size {patches}: the patches "
+                "are the inputs of the resampler as they are."
             )
 
     def validate_interval(self) -> None:

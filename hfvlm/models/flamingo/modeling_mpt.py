@@ -1,17 +1,14 @@
 """MPT-1B (https://huggingface.co/mosaicml/mpt-1b-redpajama-200b; MosaicGPT in github.com/mosaicml/examples v0.0.4)."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MptForCausalLM
-from transformers.cache_utils import Cache
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 from hfvlm.modeling.base import EveryModule
-from hfvlm.modeling.compat import with_cache
-from hfvlm.modeling.generation import Generation
-from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.language import CausalLanguageModel
 from hfvlm.models.flamingo.configuration_flamingo import HfvlmFlamingoMPTConfig
 
 
@@ -29,11 +26,11 @@ class NormalisedAttention(MptAttention):
         self.k_norm = nn.LayerNorm(width, eps=eps, bias=False)
 
     def Wqkv(self, x: Tensor) -> Tensor:  # type: ignore[override]  # noqa: N802 (MPT's attention calls it so)
-        """(B, N, D) -> (B, N, 3 * D), queries, keys and values side by side."""
+        """Project (B, N, D) to (B, N, 3 * D), queries, keys and values side by side."""
         return torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
 
 
-class HfvlmFlamingoMPTForCausalLM(Generation, EveryModule, MptForCausalLM):
+class HfvlmFlamingoMPTForCausalLM(CausalLanguageModel, EveryModule, MptForCausalLM):
     """transformers' MPT, with normalised queries and keys."""
 
     config: HfvlmFlamingoMPTConfig
@@ -45,32 +42,7 @@ class HfvlmFlamingoMPTForCausalLM(Generation, EveryModule, MptForCausalLM):
             block.attn = NormalisedAttention(config, i)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
-        logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
-        **kwargs: Unpack[Keywords],
-    ) -> Any:
-        """Score the next token after each of `(B, N)` token ids; see `MptForCausalLM`.
-
-        Args:
-            labels: `(B, N)`, the ids themselves; the loss leaves out -100.
-            shift_labels: `(B, N)`, labels that are shifted already, in place of `labels`.
-        """
-        labels = shift_labels if labels is None else labels
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **with_cache(cache)}
-        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}
-        if shift_labels is not None:
-            inputs["shift_labels"] = shift_labels
-        return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
-
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """As transformers finds of MPT, whose attention is its own; of this file alone it could not tell."""
+        """Answer as for transformers' MPT, whose attention is its own; of this file alone it would err."""
         return False

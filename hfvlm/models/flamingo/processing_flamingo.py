@@ -1,4 +1,4 @@
-"""What Flamingo is fed (https://github.com/mlfoundations/open_flamingo at 655f693: src/factory.py,
+"""Inputs of Flamingo (https://github.com/mlfoundations/open_flamingo at 655f693: src/factory.py,
 train/train_utils.py, eval/models/open_flamingo.py)."""
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,19 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.processing.media_text import IGNORE, ImageTextProcessor
+from hfvlm.processing.assembly import IGNORE
+from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"
-# What the authors evaluate with: the text of a picture up to where the answer begins.
+# The authors' prompts in evaluation: the text of an image up to the answer.
 TASKS = {
     "caption": f"{IMAGE}Output:",
     "vqa": f"{IMAGE}Question:{{question}} Short answer:",
     "classify": f"{IMAGE}Output:",
     "hateful_memes": f"{IMAGE}is an image with: '{{text}}' written on it. Is it hateful? Answer:",
 }
-# A picture's text and what is answered, as often as there are examples.
+# An image's text and the answer, for each example.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -36,11 +37,11 @@ TEMPLATE = (
 
 
 class HfvlmFlamingoImageProcessor(HfvlmCLIPImageProcessor):
-    """Pictures as the CLIP inside was trained on them."""
+    """Images as the CLIP inside was trained on them."""
 
 
 class HfvlmFlamingoTokenizer(HfvlmTokenizer):
-    """The language model's own, with tokens for the places of pictures, the ends of their texts, and padding."""
+    """The language model's own, with tokens for images, the ends of their texts, and padding."""
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
@@ -52,13 +53,13 @@ class HfvlmFlamingoTokenizer(HfvlmTokenizer):
     def __call__(
         self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
     ) -> Any:
-        """As every tokenizer: nothing is padded or cut unless asked for."""
+        """Encode texts, padded or cut only on demand."""
         return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmFlamingoTokenizer":
-        """From the language model's tokenizer.json, or LLaMA's tokenizer.model; what a vocabulary lacks of the three
-        tokens gets the next ids.
+        """Build it from the language model's tokenizer.json, or LLaMA's tokenizer.model; those of the three
+        tokens that a vocabulary lacks get the next ids.
 
         Raises:
             ImportError: sentencepiece or protobuf is not installed.
@@ -76,35 +77,35 @@ class HfvlmFlamingoTokenizer(HfvlmTokenizer):
 
 
 class HfvlmFlamingoProcessor(ImageTextProcessor):
-    """Texts with pictures among them. In a text, `<image>` stands for a picture, and what follows it up to
-    `<|endofchunk|>` is about that picture."""
+    """Texts with images among them. In a text, `<image>` stands for an image, and the text up to `<|endofchunk|>` is
+    about that image."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATE, **kwargs)
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """One: what a picture shows does not stand in the text."""
+        """Count one placeholder for each image, whose tokens are no part of the text."""
         return [1] * len(image_sizes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A text to ids, in one piece."""
+        """Encode a text in one piece."""
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def few_shot(self, task: str, shots: Sequence[Mapping[str, str]] = (), **query: str) -> str:
-        """A prompt as the authors evaluate with: some examples, and what is asked.
+        """Return a prompt of the authors' evaluation: some examples, and a query.
 
         `processor.few_shot("vqa", [{"question": "What is it?", "answer": "a cat"}], question="How many?")`; each
-        example and the query have a picture, in this order.
+        example and the query have an image, in this order.
 
         Args:
             task: "caption", "vqa", "classify" or "hateful_memes"; or a text of one's own with `<image>` and, in
-                braces, names of what differs.
-            shots: of each example what the task names ("question", "text"), and its "answer". Special tokens in these
+                braces, names of its variables.
+            shots: of each example the task's variables ("question", "text"), and its "answer". Special tokens in these
                 are words, as in messages.
-            **query: what the task names.
+            **query: the task's variables.
 
         Raises:
-            ValueError: something that the task names is missing.
+            ValueError: a variable of the task is missing.
         """
         form = TASKS.get(task, task)
         if IMAGE not in form:
@@ -120,24 +121,23 @@ class HfvlmFlamingoProcessor(ImageTextProcessor):
             ) from error
 
     def labels(self, input_ids: Tensor, *, interleaved: bool = True) -> Tensor:
-        """`(B, N)` token ids -> what the authors train on, -100 elsewhere: never padding or a picture's place.
+        """Label the ids `(B, N)` that the authors train on, -100 elsewhere: never padding or an image token.
 
         Args:
-            interleaved: of pages with pictures among their texts, only what is about a picture: from its place up to
-                `<|endofchunk|>`. False takes all of it, as with one caption a picture.
+            interleaved: of pages with images among their texts, label only texts about an image: from its token up to
+                `<|endofchunk|>`. False labels all, as with one caption an image.
         """
-        place = input_ids == self.image_token_id
-        left_out = place | (input_ids == self.tokenizer.pad_token_id)
+        left_out = (input_ids == self.image_token_id) | (input_ids == self.tokenizer.pad_token_id)
         if interleaved:
-            left_out |= ~self.about_pictures(input_ids)
+            left_out |= ~self.about_images(input_ids)
         return input_ids.masked_fill(left_out, IGNORE)
 
-    def about_pictures(self, input_ids: Tensor) -> Tensor:
-        """`(B, N)` -> True from a picture's place up to the end of what is said of it, which counts."""
+    def about_images(self, input_ids: Tensor) -> Tensor:
+        """Mask ids `(B, N)`, True from an image token through the end of its text."""
         numbers = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         ends = input_ids == self.tokenizer.convert_tokens_to_ids(ENDOFCHUNK)
-        last_place = ((input_ids == self.image_token_id) * numbers).cummax(dim=1).values
+        last_image = ((input_ids == self.image_token_id) * numbers).cummax(dim=1).values
         # Of the ends that stand before a token.
         last_end = (ends * numbers).cummax(dim=1).values.roll(1, dims=1)
         last_end[:, 0] = 0
-        return last_place > last_end
+        return last_image > last_end

@@ -1,4 +1,4 @@
-"""LLaVA (https://arxiv.org/abs/2304.08485): a language model that reads CLIP's patches; v1, v1.5 and v1.6 (NeXT)."""
+"""LLaVA (https://arxiv.org/abs/2304.08485): a language model on CLIP's patches; v1, v1.5 and v1.6 (NeXT)."""
 
 from typing import Any
 

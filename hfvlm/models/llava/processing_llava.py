@@ -1,4 +1,4 @@
-"""What LLaVA is fed (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
+"""Inputs of LLaVA (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,22 +11,22 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
 from hfvlm.media.sources import parallel
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
-from hfvlm.models.llava.anyres import Tiling, best_resolution, fitted
+from hfvlm.models.llava.anyres import COUNTS, Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.base import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import edge as length
 from hfvlm.processing.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
-MODES = ("crop", "pad", "tiles")
-# Padding to a square makes a long picture's area grow with the square of its length; longer ones are resized first.
+# Padding to a square makes a long image's area grow with the square of its length; longer ones are resized first.
 LONGEST_PADDED_EDGE = 8192
 
 
 def pinpoints(value: Any) -> list[list[int]]:
-    """Heights and widths in pixels."""
+    """Check heights and widths in pixels."""
     try:
         points = [[length(edge) for edge in point] for point in value]
     except (TypeError, ValueError):
@@ -36,76 +36,8 @@ def pinpoints(value: Any) -> list[list[int]]:
     return points
 
 
-class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
-    """Pictures at the size of CLIP's tower.
-
-    Args:
-        size: the tower's `{"height", "width"}` in pixels, or one edge.
-        resize_mode: "crop" covers the size and crops the centre (v1), "pad" makes a square with CLIP's mean colour
-            around the picture (v1.5), "tiles" adds to the squashed picture tiles of it at a higher resolution (v1.6).
-        grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each picture.
-    """
-
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
-    CHECKS = {"size": square, "resize_mode": one_of(*MODES), "grid_pinpoints": or_none(pinpoints)}
-
-    image_mean = HfvlmCLIPImageProcessor.image_mean
-    image_std = HfvlmCLIPImageProcessor.image_std
-    size: dict[str, int] = {"height": 336, "width": 336}
-    resize_mode: str = "pad"
-    grid_pinpoints: list[list[int]] | None = None
-
-    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        settings = super().checked(settings)
-        if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
-            raise ValueError(f"{type(self).__name__}: grid_pinpoints and resize_mode 'tiles' go together.")
-        edge = settings["size"]["height"]
-        if any(length % edge for point in settings["grid_pinpoints"] or () for length in point):
-            raise ValueError(f"{type(self).__name__}: grid_pinpoints must be multiples of size, {edge}.")
-        return settings
-
-    @property
-    def model_input_names(self) -> list[str]:  # type: ignore[override]
-        """`image_sizes` are the model's inputs only where images are cut into tiles."""
-        return ["pixel_values", *(["image_sizes"] if self.resize_mode == "tiles" else [])]
-
-    def preprocess(
-        self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
-    ) -> BatchFeature:
-        """Pictures -> `pixel_values` `(B, 3, H, W)`; or, of tiles, `(views, 3, H, W)`, each picture's whole first, and
-        `image_sizes` `(B, 2)`, their heights and widths in pixels."""
-        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
-        if settings["resize_mode"] != "tiles":
-            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
-        named = list(enumerate(self.sources(images, kwargs)))
-        pictures = parallel(lambda item: self.read(item, settings, allow_urls), named)
-        inputs = super().preprocess(pictures, return_tensors, **kwargs | {"input_data_format": None})
-        inputs["image_sizes"] = [[picture.height, picture.width] for picture in pictures]
-        return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
-
-    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
-        """One picture -> its views, (V, 3, H, W), float32."""
-        image = to_8_bits(image, name).convert("RGB")
-        views = self.views(image, settings) if settings["do_resize"] else [image]
-        ready = dict(settings) | {"do_resize": False}
-        return np.stack([super(HfvlmLLaVAImageProcessor, self).pixels(view, ready, name) for view in views])
-
-    def views(self, image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
-        edge, resample = settings["size"]["height"], settings["resample"]
-        if settings["resize_mode"] == "tiles":
-            return [squash(image, (edge, edge), resample), *tiles(image, settings["grid_pinpoints"], edge, resample)]
-        if settings["resize_mode"] == "pad":
-            # Cut, not rounded: what surrounds the picture is not exactly zero once it is normalised.
-            color = tuple(int(value * 255) for value in settings["image_mean"])
-            return [pad_to_square(image, edge, resample, color)]
-        return [crop_centre(image, edge, resample)]
-
-    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
-        return super().batch([view for views in arrays for view in views], settings, return_tensors)
-
-
 def tiles(image: Image.Image, pinpoints: Sequence[Sequence[int]], edge: int, resample: int) -> list[Image.Image]:
-    """The picture in the middle of its best pinpoint, black around it, in tiles, row by row."""
+    """Cut the image, in the middle of its best pinpoint with black around it, into tiles, row by row."""
     size = (image.height, image.width)
     height, width = best_resolution(size, pinpoints)
     inner = squash(image, fitted(size, (height, width)), resample)
@@ -125,32 +57,109 @@ def pad_to_square(image: Image.Image, edge: int, resample: int, color: tuple[int
 
 
 def crop_centre(image: Image.Image, edge: int, resample: int) -> Image.Image:
-    """As transformers' CLIPImageProcessor, whose crop of an odd margin lies one pixel off torchvision's."""
+    """Crop as transformers' CLIPImageProcessor, whose crop of an odd margin lies one pixel off torchvision's."""
     short, long = sorted(image.size)
     stretched = int(edge * long / short)
     width, height = (edge, stretched) if image.width <= image.height else (stretched, edge)
     left, top = (width - edge) // 2, (height - edge) // 2
     across, down = image.width / width, image.height / height
-    if width * height > 2**26:  # only what is kept is computed
+    if width * height > 2**26:  # only what the crop leaves is computed
         box = (left * across, top * down, (left + edge) * across, (top + edge) * down)
         return image.resize((edge, edge), resample, box=box)
     return squash(image, (height, width), resample).crop((left, top, left + edge, top + edge))
 
 
+def centre_view(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    return [crop_centre(image, settings["size"]["height"], settings["resample"])]
+
+
+def padded_view(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    # Cut, not rounded: the border of the image is not exactly zero once it is normalised.
+    color = tuple(int(value * 255) for value in settings["image_mean"])
+    return [pad_to_square(image, settings["size"]["height"], settings["resample"], color)]
+
+
+def tiled_views(image: Image.Image, settings: Mapping[str, Any]) -> list[Image.Image]:
+    edge, resample = settings["size"]["height"], settings["resample"]
+    return [squash(image, (edge, edge), resample), *tiles(image, settings["grid_pinpoints"], edge, resample)]
+
+
+# The views of an image, by `resize_mode`.
+VIEWS = {"crop": centre_view, "pad": padded_view, "tiles": tiled_views}
+
+
+class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
+    """Images at the size of CLIP's tower.
+
+    Args:
+        size: the tower's `{"height", "width"}` in pixels, or one edge.
+        resize_mode: "crop" covers the size and crops the centre (v1), "pad" makes a square with CLIP's mean colour
+            around the image (v1.5), "tiles" adds to the squashed image tiles of it at a higher resolution (v1.6).
+        grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each image.
+    """
+
+    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
+    CHECKS = {"size": square, "resize_mode": one_of(*VIEWS), "grid_pinpoints": or_none(pinpoints)}
+
+    image_mean = HfvlmCLIPImageProcessor.image_mean
+    image_std = HfvlmCLIPImageProcessor.image_std
+    size: dict[str, int] = {"height": 336, "width": 336}
+    resize_mode: str = "pad"
+    grid_pinpoints: list[list[int]] | None = None
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if (settings["resize_mode"] == "tiles") != bool(settings["grid_pinpoints"]):
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints and resize_mode 'tiles' go together.")
+        edge = settings["size"]["height"]
+        if any(length % edge for point in settings["grid_pinpoints"] or () for length in point):
+            raise ValueError(f"{type(self).__name__}: grid_pinpoints must be multiples of size, {edge}.")
+        return settings
+
+    @property
+    def model_input_names(self) -> list[str]:  # type: ignore[override]
+        """`image_sizes` are the model's inputs only where images are cut into tiles."""
+        return ["pixel_values", *(["image_sizes"] if self.grid_pinpoints else [])]
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, *, allow_urls: Any = False, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare images as `pixel_values` `(B, 3, H, W)`; or, with tiles, `(views, 3, H, W)`, each whole image first,
+        and `image_sizes` `(B, 2)`, their heights and widths in pixels."""
+        settings = self.settings_for(kwargs, FOREIGN_OPTIONS)
+        if not settings["grid_pinpoints"]:
+            return super().preprocess(images, return_tensors, allow_urls=allow_urls, **kwargs)
+        named = list(enumerate(self.sources(images, kwargs)))
+        read = parallel(lambda item: self.read(item, settings, allow_urls), named)
+        inputs = super().preprocess(read, return_tensors, **kwargs | {"input_data_format": None})
+        inputs["image_sizes"] = [[image.height, image.width] for image in read]
+        return on_device(BatchFeature(inputs.data, tensor_type=return_tensors), kwargs.get("device"))
+
+    def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
+        """Prepare the views of one image, (V, 3, H, W), float32."""
+        image = to_8_bits(image, name).convert("RGB")
+        views = VIEWS[settings["resize_mode"]](image, settings) if settings["do_resize"] else [image]
+        ready = dict(settings) | {"do_resize": False}
+        return np.stack([super(HfvlmLLaVAImageProcessor, self).pixels(view, ready, name) for view in views])
+
+    def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
+        return super().batch([view for views in arrays for view in views], settings, return_tensors)
+
+
 class HfvlmLLaVATokenizer(PieceTokenizer):
-    """The language model's own, with a token for the places of pictures."""
+    """The language model's own, with a placeholder for images."""
 
 
 class HfvlmLLaVAProcessor(ImageTextProcessor):
-    """Conversations with pictures as LLaVA reads them.
+    """Conversations with images in LLaVA's format.
 
     Args:
-        image_processor: of the pictures.
+        image_processor: of the images.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
         conversation: the authors' name of the conversation that the checkpoint was trained in; `labels` follow it.
-        image_start: token before each picture, of checkpoints trained with `mm_use_im_start_end`.
-        image_end: token after each picture.
+        image_start: token before each image, of checkpoints trained with `mm_use_im_start_end`.
+        image_end: token after each image.
         patch_size: of the vision tower, in pixels.
         keep_class_token: as in the model's configuration.
         patch_merge: likewise.
@@ -169,7 +178,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         "image_end": string,
         "patch_size": whole(1, 2**10),
         "keep_class_token": flag,
-        "patch_merge": one_of("flat", "spatial", "spatial_unpad"),
+        "patch_merge": one_of(*COUNTS),
     }
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
@@ -209,37 +218,33 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         return [tiling.count_tokens(size) for size in image_sizes]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        place = f"{self.image_start}{self.image_token}{self.image_end}"
-        return super().encode(text.replace(self.image_token, place), add_special_tokens=add_special_tokens)
+        marked = f"{self.image_start}{self.image_token}{self.image_end}"
+        return super().encode(text.replace(self.image_token, marked), add_special_tokens=add_special_tokens)
 
-    def training_row(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        turns = [
-            (message["role"], self.said(message["content"])) for message in self.protected(messages, places=EVERY)
-        ]
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        turns = [(message["role"], self.text_of(message["content"])) for message in messages]
         system = [turn for turn in turns if turn[0] == "system"]
         turns = turns[len(system) :]
         if turns and turns[0][0] == "assistant" and self.style.skips_first_answer:
             turns = turns[1:]
         text = self.style.text(turns, lambda turns: self.render(_messages([*system, *turns])))
-        encode = self.encode if self.style.marks_pictures else super().encode
+        encode = self.encode if self.style.marks_images else super().encode
         ids = encode(text)
-        labels = self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
 
-    def said(self, content: Any) -> str:
-        """A message's text, its picture first, where the authors put it."""
+    def text_of(self, content: Any) -> str:
+        """Return a message's text, its image first, where the authors put it."""
         if isinstance(content, str):
             if self.image_token not in content:
                 return content
-            pictures, text = content.count(self.image_token), content.replace(self.image_token, "")
+            images, text = content.count(self.image_token), content.replace(self.image_token, "")
         else:
-            pictures = sum(part["type"] == "image" for part in content)
+            images = sum(part["type"] == "image" for part in content)
             text = "".join(part["text"] for part in content if part["type"] == "text")
-            if not pictures:
+            if not images:
                 return text
-        place = f"<Image>{self.image_token}</Image>" if self.style.tagged else self.image_token
-        return (f"{place}\n" * pictures + text.strip()).strip()
+        token = f"<Image>{self.image_token}</Image>" if self.style.tagged else self.image_token
+        return (f"{token}\n" * images + text.strip()).strip()
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

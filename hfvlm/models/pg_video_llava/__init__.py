@@ -1,4 +1,4 @@
-"""PG-Video-LLaVA (https://arxiv.org/abs/2311.13435): Video-ChatGPT on LLaVA-1.5, which also reads what is said."""
+"""PG-Video-LLaVA (https://arxiv.org/abs/2311.13435): Video-ChatGPT on LLaVA-1.5, which also takes transcripts."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoCha
 
 
 def vicuna_config() -> LlamaConfig:
-    """Vicuna 7B v1.5, and the three tokens around films."""
+    """Return Vicuna 7B v1.5 with the three tokens of videos."""
     return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0)
 
 

@@ -1,7 +1,7 @@
-"""Which things that were seen in a film are named in an answer, so that a detector can be asked for them.
+"""The objects of a video that an answer names, as queries of a detector.
 
-Source: the grounding modules of https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f. A tagger names what is in each
-frame; a language model is asked which words of the answer mean which of these tags; its reply is read here.
+Source: the grounding modules of https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f. A tagger names the objects of
+each frame; a language model matches words of the answer with these tags; its reply is parsed here.
 """
 
 from collections import Counter
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 
 
 def common_tags(tags_of_frames: Iterable[Iterable[str]], most: int = 10) -> list[str]:
-    """The tags that most frames have, the most common first. The authors' counts also hold those of earlier films."""
+    """Return the tags that most frames have, the most common first. The authors' counts include earlier videos."""
     return [tag for tag, _ in Counter(tag for tags in tags_of_frames for tag in tags).most_common(most)]
 
 
 def name_entities(text: str, ask: Callable[[str], str], tags: Sequence[str] = ()) -> list["Entity"]:
-    """The things that a text names, by what a language model says.
+    """Find the objects that a text names, with a language model.
 
     Example:
         >>> answer = chat.ask("What happens?", videos=["clip.mp4"])
         >>> entities = name_entities(answer, hfvlm.Chat(chat.model, chat.processor).ask)
 
     Args:
-        text: an answer about a film.
-        ask: a question to its reply. The authors ask GPT-3.5; any model that follows instructions can be asked.
-        tags: what was seen in the film; without them, whatever can be seen is asked for.
+        text: an answer about a video.
+        ask: a prompt to its reply. The authors use GPT-3.5; any model that follows instructions will do.
+        tags: objects of the video; without them, the prompt is about whatever is visible.
     """
     return read_reply(text, tags, ask(question(text, tags)))
 
 
 def question(text: str, tags: Sequence[str] = ()) -> str:
-    """What a language model is asked, so that `read_reply` understands it."""
+    """Return the prompt whose reply `read_reply` parses."""
     known = f"one of these things: {', '.join(tags)}" if tags else "a thing, an animal or a person that can be seen"
     return (
         f"Which words of the text mean {known}?\n\nText: {text}\n\n"
@@ -49,11 +49,11 @@ class Entity:
 
 
 def read_reply(text: str, tags: Sequence[str], reply: str) -> list[Entity]:
-    """The lines "words - tag" of a reply, where the text has the words and the tag is known, in the text's order.
-    Without `tags` every tag is.
+    """Parse the lines "words - tag" of a reply, where the text has the words and the tag is known, in the text's
+    order. Without `tags` every tag is known.
 
-    Words are found at their first place that no other has taken. The authors also ask the detector for tags whose
-    words the text lacks.
+    Words are found where they first stand and are no part of another. The authors' detector also gets tags whose words
+    the text lacks.
     """
     found: list[Entity] = []
     lower = text.lower()
@@ -68,10 +68,10 @@ def read_reply(text: str, tags: Sequence[str], reply: str) -> list[Entity]:
 
 
 def marked(text: str, entities: Sequence[Entity]) -> list[tuple[str, int | None]]:
-    """The text in pieces, entities with their numbers from 1."""
+    """Split the text into pieces, entities with their numbers from 1."""
     pieces: list[tuple[str, int | None]] = []
-    place = 0
+    end = 0
     for number, entity in enumerate(entities, 1):
-        pieces += [(text[place : entity.start], None), (text[entity.start : entity.end], number)]
-        place = entity.end
-    return [(piece, number) for piece, number in [*pieces, (text[place:], None)] if piece]
+        pieces += [(text[end : entity.start], None), (text[entity.start : entity.end], number)]
+        end = entity.end
+    return [(piece, number) for piece, number in [*pieces, (text[end:], None)] if piece]

@@ -5,6 +5,6 @@ from hfvlm.models.video_chatgpt.modeling_video_chatgpt import HfvlmVideoChatGPTF
 
 
 class HfvlmPGVideoLLaVAForConditionalGeneration(HfvlmVideoChatGPTForConditionalGeneration):
-    """Video-ChatGPT at other sizes; what is said in a film is read as text."""
+    """Video-ChatGPT at other sizes; speech in a video is part of the text."""
 
     config: HfvlmPGVideoLLaVAConfig

@@ -1,4 +1,4 @@
-"""What is said in a film, by models of transformers that hear: one writes it down, one tells speech from music.
+"""Speech in a video, by audio models of transformers: one transcribes it, one distinguishes it from music.
 
 Source: the speech modules of https://github.com/mbzuai-oryx/Video-LLaVA at 0c8810f, which use WhisperX and Whisper-AT.
 """
@@ -13,39 +13,39 @@ from hfvlm.media import read_audio
 from hfvlm.media.recordings import resample
 
 RATE = 16_000
-# Samples of the tagger's window, 25 milliseconds. Whisper writes segments of no length, too.
+# Samples of the tagger's window, 25 milliseconds. Whisper predicts segments of no length, too.
 SHORTEST = 400
-# How much louder music may be than speech, in logarithms, and among how many of a segment's sounds speech must be.
+# How much likelier music may be than speech, in logarithms, and among how many of a segment's tags speech must be.
 LOUDER, AMONG = 1.1, 3
 Tags = Sequence[tuple[str, float]]
 
 
 def is_speech(label: str) -> bool:
-    """Of AudioSet's names."""
+    """Check whether one of AudioSet's names is speech."""
     label = label.lower()
     return "speech" in label or label.startswith(("conversation", "narration"))
 
 
 def is_spoken(tags: Tags) -> bool:
-    """Whether somebody talks in a segment: speech is among its three clearest sounds, and music does not drown it.
+    """Check whether somebody talks: speech is among a segment's three likeliest tags, and music not much likelier.
 
     Args:
-        tags: names of sounds with the logarithms of their probabilities, the clearest first.
+        tags: AudioSet's names with the logarithms of their probabilities, the likeliest first.
     """
-    heard = list(tags)[:AMONG]
-    speech = next((value for label, value in heard if is_speech(label)), None)
-    music = max((value for label, value in heard if label == "Music"), default=float("-inf"))
+    likeliest = list(tags)[:AMONG]
+    speech = next((value for label, value in likeliest if is_speech(label)), None)
+    music = max((value for label, value in likeliest if label == "Music"), default=float("-inf"))
     return speech is not None and music - speech <= LOUDER
 
 
 def spoken_text(segments: Iterable[Mapping[str, Any]], tags: Iterable[Tags]) -> str:
-    """The segments in which somebody talks, as one text."""
+    """Join the segments in which somebody talks."""
     pairs = zip(segments, tags, strict=True)
-    return " ".join(segment["text"].strip() for segment, heard in pairs if is_spoken(heard))
+    return " ".join(segment["text"].strip() for segment, own in pairs if is_spoken(own))
 
 
-def transcribe(sound: Any, recognizer: Any, tagger: Any) -> str:
-    """A transcript for `{"type": "transcript", "text": ...}`; empty where nobody talks.
+def transcribe(audio: Any, recognizer: Any, tagger: Any) -> str:
+    """Make a transcript for `{"type": "transcript", "text": ...}`; empty where nobody talks.
 
     Example:
         >>> recognizer = pipeline("automatic-speech-recognition", "openai/whisper-small")
@@ -53,11 +53,11 @@ def transcribe(sound: Any, recognizer: Any, tagger: Any) -> str:
         >>> transcribe("clip.mp4", recognizer, tagger)
 
     Args:
-        sound: a film or a recording, as `hfvlm.media.read_audio` reads them, arrays with their rate.
-        recognizer: transformers' pipeline that writes down what is said, with the time of each segment.
-        tagger: transformers' pipeline that names sounds, with AudioSet's names.
+        audio: a video or a recording, as `hfvlm.media.read_audio` takes them, arrays with their rate.
+        recognizer: transformers' pipeline that recognises speech, with the time of each segment.
+        tagger: transformers' pipeline that classifies audio, with AudioSet's names.
     """
-    recording = read_audio(sound)
+    recording = read_audio(audio)
     samples = resample(torch.from_numpy(recording.samples), recording.sampling_rate, RATE)
     wave = samples.mean(dim=0).numpy()
     chunks = recognizer({"raw": wave, "sampling_rate": RATE}, return_timestamps=True)["chunks"]

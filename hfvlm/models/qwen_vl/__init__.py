@@ -1,4 +1,4 @@
-"""Qwen-VL (https://arxiv.org/abs/2308.12966): a language model that reads pictures and points at what it names."""
+"""Qwen-VL (https://arxiv.org/abs/2308.12966): a language model that predicts regions of what it names in images."""
 
 from typing import Any
 

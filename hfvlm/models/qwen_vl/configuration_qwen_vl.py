@@ -24,11 +24,11 @@ class HfvlmQwenVLVisionConfig(VisionConfig):
 
 @strict
 class HfvlmQwenVLResamplerConfig(HfvlmConfig):
-    """What makes a few tokens of a picture's many patches.
+    """Sizes of the resampler, which makes a few tokens of an image's many patches.
 
     Args:
         context_size: width of the patches.
-        num_queries: tokens of a picture, a square number.
+        num_queries: tokens of an image, a square number.
     """
 
     model_type = "hfvlm_qwen_vl_resampler"
@@ -43,12 +43,12 @@ class HfvlmQwenVLResamplerConfig(HfvlmConfig):
 
     @property
     def edge(self) -> int:
-        """Queries along an edge of a picture."""
+        """Queries along an edge of an image."""
         return round(self.num_queries**0.5)
 
     def validate_square(self) -> None:
         if self.edge**2 != self.num_queries:
-            raise ValueError(f"num_queries {self.num_queries} is no square number; queries have places in a grid.")
+            raise ValueError(f"num_queries {self.num_queries} is no square number; queries form a grid.")
 
     def validate_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
@@ -64,8 +64,8 @@ class HfvlmQwenVLTextConfig(TextConfig):
 
     Args:
         trained_length: tokens of the longest text in training; for longer ones the next two matter.
-        dynamic_ntk: rotary frequencies are lowered with the length of the prompt.
-        logn_attention: queries grow with the logarithm of their position.
+        dynamic_ntk: lower rotary frequencies with the length of the prompt.
+        logn_attention: scale queries with the logarithm of their position.
         linear_bias: of every linear layer; queries, keys and values have one in any case.
         rope_theta: base of the rotary frequencies.
         rotary_share: of each head, that is rotated.
@@ -98,6 +98,11 @@ class HfvlmQwenVLTextConfig(TextConfig):
     )
 
     @property
+    def mlp_bias(self) -> bool:
+        """`linear_bias`, by the name that LLaMA's MLP has for it."""
+        return self.linear_bias
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -126,6 +131,7 @@ class HfvlmQwenVLConfig(HfvlmConfig):
     """
 
     model_type = "hfvlm_qwen_vl"
+    token_count_fields = ("projector_config.num_queries",)
     sub_configs = {
         "vision_config": HfvlmQwenVLVisionConfig,
         "projector_config": HfvlmQwenVLResamplerConfig,
@@ -137,11 +143,15 @@ class HfvlmQwenVLConfig(HfvlmConfig):
     text_config: SubConfig[HfvlmQwenVLTextConfig] = field(default_factory=HfvlmQwenVLTextConfig)
     image_token_id: int = 151859
 
+    def count_tokens(self) -> int:
+        """Count the placeholders of an image."""
+        return self.projector_config.num_queries
+
     def validate_widths(self) -> None:
         vision, projector, text = self.vision_config, self.projector_config, self.text_config
         if (projector.context_size, projector.hidden_size) != (vision.hidden_size, text.hidden_size):
             raise ValueError(
-                f"projector_config reads {projector.context_size} and writes {projector.hidden_size} "
+                f"projector_config takes {projector.context_size} and makes {projector.hidden_size} "
                 f"(context_size, hidden_size), but vision_config.hidden_size is {vision.hidden_size} and "
                 f"text_config.hidden_size {text.hidden_size}."
             )

@@ -3,27 +3,26 @@
 Parameters have the names of transformers' Qwen2. Source: the code released with Qwen/Qwen-VL-Chat.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
-from hfvlm.modeling.compat import begin_cache, cache_of, causal_mask, with_cache
-from hfvlm.modeling.generation import Generation
+from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.language import CausalLanguageModel
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
-from hfvlm.modules.language_head import last_tokens
 from hfvlm.modules.transformer import eager_attention_forward
 
 
@@ -50,7 +49,7 @@ class QwenAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
+        """Attend (B, N, D) -> (B, N, D) and, where the implementation has them, weights."""
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -66,20 +65,6 @@ class QwenAttention(nn.Module):
         return self.o_proj(out.flatten(2)), weights
 
 
-class QwenMLP(nn.Module):
-    """Widen twice, one gates the other, narrow."""
-
-    def __init__(self, config: HfvlmQwenVLTextConfig):
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class QwenLayer(GradientCheckpointingLayer):
     """x + f(norm(x)), for attention and MLP."""
 
@@ -89,7 +74,7 @@ class QwenLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = QwenAttention(config, layer_idx)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = QwenMLP(config)
+        self.mlp = LlamaMLP(config)
 
     def init_own_weights(self, std: float) -> None:
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):
@@ -101,7 +86,7 @@ class QwenLayer(GradientCheckpointingLayer):
 
 
 class HfvlmQwenVLTextPreTrainedModel(HfvlmPreTrainedModel):
-    """What the language model has with its output layer and without."""
+    """Base of the language model with its output layer and without."""
 
     config: HfvlmQwenVLTextConfig
     _no_split_modules = ["QwenLayer"]
@@ -136,9 +121,9 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPast:
-        """`(B, N)` token ids, or `(B, N, D)` embeddings -> the hidden states after the last norm.
+        """Run `(B, N)` token ids, or `(B, N, D)` embeddings, through all layers and the last norm.
 
-        `position_ids` are not read: as trained, a position is the place in the row, padding included. Up to
+        `position_ids` are ignored: as trained, a position is the column of the row, padding included. Up to
         `config.trained_length` tokens padding changes nothing but the numbers of the padding itself.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -154,7 +139,7 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def stretch(self, length: int, past: Any, cache: Cache | None) -> int:
-        """How far the rotary frequencies are lowered. The prompt decides, and what follows it keeps to that."""
+        """Return how far the rotary frequencies are lowered, which the length of the prompt decides."""
         if cache is None:
             return self.stretch_of(length)
         # A static cache counts in a tensor; steps need not wait for it.
@@ -163,24 +148,23 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         return getattr(cache, "stretch", 1)
 
     def stretch_of(self, length: int) -> int:
-        """1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
-        stretch, reach = 1, self.config.trained_length
-        if self.config.dynamic_ntk and not self.training:
-            while length > reach:
-                stretch, reach = 2 * stretch + 1, 2 * reach
+        """Return 1 for a prompt of the trained length, 3 for one up to twice as long, 7 for four times."""
+        stretch, reach = 1, self.config.trained_length if self.config.dynamic_ntk else length
+        while length > reach and not self.training:
+            stretch, reach = 2 * stretch + 1, 2 * reach
         return stretch
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
-        """(N,) -> (N, 1), by which queries are multiplied beyond the trained length, so that attention stays sharp."""
+        """Return factors (N, 1) of queries at positions (N,) beyond the trained length, to keep attention sharp."""
         if self.training or not self.config.logn_attention:
             return None
-        places = (positions + 1).float() / self.config.trained_length
+        lengths = (positions + 1).float() / self.config.trained_length
         growth = torch.log(torch.tensor(float(self.config.trained_length), device=positions.device))
-        return (1 + places.clamp_min(1).log() / growth).unsqueeze(-1)
+        return (1 + lengths.clamp_min(1).log() / growth).unsqueeze(-1)
 
 
 def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> Callable[[Tensor], Tensor]:
-    """Rotary position embedding, in float32, of heads `(B, heads, N, head_dim)` at `positions` `(N,)`."""
+    """Make the rotary position embedding, in float32, of heads `(B, heads, N, head_dim)` at `positions` `(N,)`."""
     size = config.rotary_size
     base = config.rope_theta * stretch ** (size / (size - 2))
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
@@ -196,7 +180,7 @@ def rotation(config: HfvlmQwenVLTextConfig, positions: Tensor, stretch: int) -> 
     return turn
 
 
-class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, Generation):
+class HfvlmQwenVLForCausalLM(CausalLanguageModel, HfvlmQwenVLTextPreTrainedModel):
     """Qwen-7B."""
 
     base_model_prefix = "language_model"
@@ -210,42 +194,8 @@ class HfvlmQwenVLForCausalLM(HfvlmQwenVLTextPreTrainedModel, Generation):
 
     @property
     def base_model(self) -> nn.Module:
-        """Without the output layer."""
+        """The model without its output layer."""
         return self.model
 
-    @can_return_tuple
-    def forward(  # noqa: PLR0913 (transformers reads these names)
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,  # noqa: FBT001 (transformers' signature)
-        logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
-        **kwargs: Unpack[Keywords],
-    ) -> CausalLMOutputWithPast:
-        """Score the next token after each of `(B, N)` token ids and, for `labels` or, shifted already, `shift_labels`,
-        compute the loss, which leaves out -100."""
-        output = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(last_tokens(output.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            options = {"vocab_size": self.config.vocab_size, "shift_labels": shift_labels, **kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, **options)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **with_cache(cache_of(output)),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+    def further_keywords(self, method: str) -> Collection[str]:
+        return ("position_ids",) if method == "forward" else ()

@@ -13,70 +13,57 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.image_text import ImageTextModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
+from hfvlm.modeling.vision import PatchTower
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
     HfvlmQwenVLVisionConfig,
 )
 from hfvlm.models.qwen_vl.modeling_qwen import HfvlmQwenVLForCausalLM
-from hfvlm.modules.embeddings import PatchEmbedding
 from hfvlm.modules.positions import BICUBIC_SAMPLED, resize_grid, sine_grid
 from hfvlm.modules.projection import Bridge
 from hfvlm.modules.transformer import MultiHead, PreNormLayer, Stack
 
 Size = tuple[int, int]
-# Rows and columns of the position table, that of the 224 pixels ViT-bigG was trained at, whatever the image size.
-TRAINED_GRID = (16, 16)
 
 
-class HfvlmQwenVLVisionModel(HfvlmPreTrainedModel):
-    """A vision transformer whose patches are read before any last norm."""
+class HfvlmQwenVLVisionModel(PatchTower):
+    """A vision transformer without a last norm."""
 
     config: HfvlmQwenVLVisionConfig
-    base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = other_towers("vision_model")
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    patch_bias = False
+    resize_rule = BICUBIC_SAMPLED
+    # That of the 224 pixels ViT-bigG was trained at, whatever the image size.
+    position_grid = (16, 16)
 
     def __init__(self, config: HfvlmQwenVLVisionConfig):
         super().__init__(config)
-        rows, columns = TRAINED_GRID
-        self.patches = PatchEmbedding(config, bias=False)
-        self.position = nn.Parameter(torch.zeros(rows * columns, config.hidden_size))
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_init()
 
-    def init_own_weights(self, std: float) -> None:
-        init.normal_(self.position, std=self.config.hidden_size**-0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patches
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
-        """`(B, 3, H, W)` normalised pixels, of any size -> the patches after the last layer, `(B, N, D)`."""
-        x = self.patches(pixel_values)
-        x = x + resize_grid(self.position, TRAINED_GRID, self.grid(pixel_values), **BICUBIC_SAMPLED)
+        """Encode `(B, 3, H, W)` normalised pixels, of any size, to the patches after the last layer, `(B, N, D)`."""
+        x = self.embed(pixel_values, interpolate_pos_encoding=True)
         return BaseModelOutput(last_hidden_state=self.layers(self.pre_norm(x), **kwargs))
 
-    def grid(self, pixel_values: Tensor) -> Size:
-        """Rows and columns of the patches of pictures."""
-        height, width = pixel_values.shape[-2:]
-        return height // self.config.patch_size, width // self.config.patch_size
+    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+        """Change the image size alone: the table is resized in every forward."""
+        self.config.image_size = image_size
 
 
 class ResamplerAttention(MultiHead):
-    """Attention to keys and values that differ: positions say where to look and are no part of what is seen."""
+    """Attention to keys and values that differ: positions are part of the keys alone."""
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D), (B, M, D), (B, M, D) -> (B, N, D) and, where the implementation has them, weights."""
+        """Attend (B, N, D) to (B, M, D), (B, M, D) -> (B, N, D) and, where the implementation has them, weights."""
         return self.attend(x, self.heads(self.k_proj(keys)), self.heads(self.v_proj(values)), None, **kwargs)
 
 
 class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
-    """Learned queries, each with its place in the picture, gather what the patches show: 1,024 become 256."""
+    """Learned queries, each with its position in the image, gather what the patches show: 1,024 become 256."""
 
     config: HfvlmQwenVLResamplerConfig
     base_model_prefix = "projector"
@@ -110,17 +97,17 @@ class HfvlmQwenVLResampler(HfvlmPreTrainedModel, Bridge):
 
     @can_return_tuple
     def forward(self, patches: Tensor, grid: Size, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
-        """`(B, rows * columns, C)` and `grid`, its rows and columns -> `(B, num_queries, D)`."""
+        """Resample `(B, rows * columns, C)` of `grid`, rows and columns, to `(B, num_queries, D)`."""
         edge = (self.config.edge, self.config.edge)
         context = self.context_norm(self.kv_proj(patches.to(self.query.dtype)))
-        places = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
+        positions = resize_grid(self.position, edge, grid, **BICUBIC_SAMPLED)
         query = (self.query_norm(self.query) + self.position).expand(patches.shape[0], -1, -1)
-        x, _ = self.attention(query, context + places, context, **kwargs)
+        x, _ = self.attention(query, context + positions, context, **kwargs)
         return BaseModelOutput(last_hidden_state=self.projection(self.post_norm(x)))
 
 
 class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
-    """A language model that reads pictures through a resampler, and answers with words and with places."""
+    """A language model that attends to images through a resampler, and answers with words and regions."""
 
     config: HfvlmQwenVLConfig
     # The authors adapt the language model alone.
@@ -135,15 +122,12 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
-        """`(pictures, 3, H, W)` -> an output whose `pooler_output` has one `(num_queries, hidden_size)` tensor a
-        picture."""
+        """Resample images `(images, 3, H, W)` to an output whose `pooler_output` has one `(num_queries, hidden_size)`
+        tensor an image."""
         vision = self.vision_model(pixel_values, **kwargs)
-        grid = self.vision_model.grid(pixel_values)
+        grid = self.vision_model.patch_grid(*pixel_values.shape[-2:])
         return media_features(vision, self.projector(vision.last_hidden_state, grid, **kwargs).last_hidden_state)
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
-        """A prompt so long that its rotary frequencies are others finds nothing of use in the cache."""
+        """Count no token for a prompt so long that its rotary frequencies differ from the cache's."""
         return known if self.language_model.model.stretch_of(length) == getattr(cache, "stretch", 1) else 0
-
-    def token_count_fields(self) -> str:
-        return f"projector_config.num_queries {self.config.projector_config.num_queries}"

@@ -1,4 +1,4 @@
-"""What Qwen-VL is fed, and what it says of places (the code released with Qwen/Qwen-VL-Chat; finetune.py of
+"""Inputs of Qwen-VL, and regions in its answers (the code released with Qwen/Qwen-VL-Chat; finetune.py of
 https://github.com/QwenLM/Qwen-VL at aa00ed0)."""
 
 import re
@@ -12,22 +12,23 @@ from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.base import FixedSizeImageProcessor
-from hfvlm.processing.grounding import Grounding, Place
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
-from hfvlm.processing.protection import unprotected
+from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer, tiktoken_bpe
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROLS = (END, TURN_START, TURN_END, *(f"<|extra_{i}|>" for i in range(205)))
-PLACES = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-PICTURE = ("<img>", "<imgpad>", "</img>")
-# Coordinates are in thousandths of the picture's width and height.
+REGION_MARKS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+IMAGE = ("<img>", "<imgpad>", "</img>")
+# Coordinates are in thousandths of the image's width and height.
 SCALE = 1000
 
-# Written into "<|" of what somebody says, so that no token that controls the conversation can be said.
-SAID = "\N{WORD JOINER}"
+# Put into each "<|" of a message, so that it contains no token that controls the conversation.
+JOINER = "\N{WORD JOINER}"
 CHAT_TEMPLATES = {
     "chatml": (
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
@@ -41,18 +42,18 @@ CHAT_TEMPLATES = {
         "{%- if message['role'] == 'assistant' -%}{{- '<|endoftext|>' -}}{%- endif -%}{%- endfor -%}"
     ),
 }
-# Parts in the order they are given; pictures are counted through the conversation, as in the authors' demonstration.
+# Parts in their order; images are counted through the conversation, as in the authors' demonstration.
 CONTENT = (
     "{%- if message['content'] is string -%}{{- message['content'] | replace('<|', MARKED) -}}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
-    "{%- set seen.pictures = seen.pictures + 1 -%}{{- 'Picture ' ~ seen.pictures ~ COLON ~ PLACE ~ '\n' -}}"
+    "{%- set count.images = count.images + 1 -%}{{- 'Picture ' ~ count.images ~ COLON ~ IMAGE ~ '\n' -}}"
     "{%- elif part['type'] == 'text' -%}{{- part['text'] | replace('<|', MARKED) -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
 )
 
 
 class HfvlmQwenVLImageProcessor(FixedSizeImageProcessor):
-    """Pictures squashed to a square, after they became RGB."""
+    """Images squashed to a square, after they became RGB."""
 
     image_mean = HfvlmCLIPImageProcessor.image_mean
     image_std = HfvlmCLIPImageProcessor.image_std
@@ -64,9 +65,9 @@ class HfvlmQwenVLImageProcessor(FixedSizeImageProcessor):
 
 
 class HfvlmQwenVLTokenizer(HfvlmTokenizer):
-    """Byte pairs, and tokens that begin and end turns, names, places and pictures.
+    """Byte pairs, and tokens that begin and end turns, names, regions and images.
 
-    Decoding with `skip_special_tokens=True` keeps names and places.
+    Decoding with `skip_special_tokens=True` leaves names and regions in.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
@@ -79,36 +80,36 @@ class HfvlmQwenVLTokenizer(HfvlmTokenizer):
     def __call__(
         self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
     ) -> Any:
-        """As every tokenizer: nothing is padded or cut unless asked for."""
+        """Encode texts, padded or cut only on demand."""
         return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> Any:
-        """From the authors' `qwen.tiktoken`; the other tokens follow its last.
+        """Build it from the authors' `qwen.tiktoken`; the other tokens follow its last.
 
         Raises:
             ValueError: the file is not such a list.
         """
         engine = tiktoken_bpe(path)
-        special = {*CONTROLS, *PICTURE}
-        tokens = (*CONTROLS, *PLACES, PICTURE[0], PICTURE[2], PICTURE[1])
+        special = {*CONTROLS, *IMAGE}
+        tokens = (*CONTROLS, *REGION_MARKS, IMAGE[0], IMAGE[2], IMAGE[1])
         engine.add_tokens([AddedToken(token, normalized=False, special=token in special) for token in tokens])
         return cls(tokenizer_object=engine, **kwargs)
 
 
 class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
-    """Conversations with pictures as Qwen-VL reads them, and the places in its answers.
+    """Conversations with images in Qwen-VL's format, and the regions in its answers.
 
-    A path or an address in a text is text: pictures are given beside it. `<ref>`, `<box>` and `<quad>` in a text are
-    the model's tokens; those that control the conversation are so in prompts, not in what a message says.
+    A path or an address in a text is text: images are inputs of their own. `<ref>`, `<box>` and `<quad>` in a text are
+    the model's tokens; those that control the conversation are so in prompts, not in messages.
 
     Args:
-        image_processor: of the pictures.
+        image_processor: of the images.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
-        conversation: "chatml" of Qwen-VL-Chat, or "raw" of Qwen-VL, which goes on with a text.
-        picture_colon: what stands between a picture's number and the picture. The revision of October 2023 has ":".
-        num_queries: tokens of a picture.
+        conversation: "chatml" of Qwen-VL-Chat, or "raw" of Qwen-VL, which continues a text.
+        picture_colon: text between an image's number and the image. The revision of October 2023 has ":".
+        num_queries: tokens of an image.
     """
 
     image_token = "<img><imgpad></img>"
@@ -132,53 +133,49 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or self.template(), **kwargs)
 
     def template(self) -> str:
-        """The Jinja template of the conversation."""
-        names = {"COLON": self.picture_colon, "PLACE": self.image_token, "MARKED": f"<{SAID}|"}
+        """Make the Jinja template of the conversation."""
+        names = {"COLON": self.picture_colon, "IMAGE": self.image_token, "MARKED": f"<{JOINER}|"}
         content = re.sub("|".join(names), lambda name: f"'{names[name[0]]}'", CONTENT)
-        return "{%- set seen = namespace(pictures=0) -%}" + CHAT_TEMPLATES[self.conversation].replace(
+        return "{%- set count = namespace(images=0) -%}" + CHAT_TEMPLATES[self.conversation].replace(
             "CONTENT", content
         )
 
     @property
     def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(PICTURE[1])
+        return self.tokenizer.convert_tokens_to_ids(IMAGE[1])
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         return [self.num_queries] * len(image_sizes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A text to ids, with one `image_token_id` for each picture.
+        """Encode a text, with one `image_token_id` for each image.
 
-        As trained, the name of a turn's role and the line break after it are encoded apart from what is said.
+        As trained, the name of a turn's role and the line break after it are encoded apart from the message.
         """
         ids: list[int] = []
         for piece in re.split(r"(<\|im_start\|>\w+\n|<\|\w+\|>|<img><imgpad></img>)", text):
             role = re.fullmatch(r"<\|im_start\|>(\w+)\n", piece)
             if role:
-                ids += [self.token_id(TURN_START), *self.said(role[1]), *self.said("\n")]
+                ids += [self.token_id(TURN_START), *self.text_ids(role[1]), *self.text_ids("\n")]
             elif piece == self.image_token:
-                ids += map(self.token_id, PICTURE)
+                ids += map(self.token_id, IMAGE)
             elif piece in CONTROLS:
                 ids.append(self.token_id(piece))
             elif piece:
-                ids += self.said(piece.replace(f"<{SAID}|", "<|"))
+                ids += self.text_ids(piece.replace(f"<{JOINER}|", "<|"))
         return ids
 
-    def said(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is special but names and places."""
+    def text_ids(self, text: str) -> list[int]:
+        """Encode a text in which nothing is special but names and regions."""
         return list(self.tokenizer(unprotected(text), split_special_tokens=True)["input_ids"])
 
     def token_id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`.
-
-        Trained on are the answers, and where turns begin and end, of whoever speaks.
-        """
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
+        """Label as in training: the answers, and where turns begin and end, whoever speaks."""
         if self.conversation != "chatml":
-            return super().training_row(messages)
-        messages = self.protected(messages, places=EVERY)
+            return super().labelled(messages)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if turns and turns[0]["role"] != "user":
@@ -189,14 +186,14 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
             row = self.encode(turn)
             head = len(self.encode(turn.partition("\n")[0] + "\n"))
             answers = turn.startswith(f"{TURN_START}assistant\n")
-            kept = range(head, len(row)) if answers else range(len(row) - 2, len(row))
-            labels += [label if i == 0 or i in kept else IGNORE for i, label in enumerate(row)]
+            learned = range(head, len(row)) if answers else range(len(row) - 2, len(row))
+            labels += [label if i == 0 or i in learned else IGNORE for i, label in enumerate(row)]
             ids += row
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, labels
 
-    # Places
+    # Regions
 
-    def places(self, text: str, size: tuple[int, int]) -> list[Place]:
+    def regions(self, text: str, size: tuple[int, int]) -> list[Region]:
         width, height = size
         found = []
         pattern = re.compile(r"(?:<ref>(?P<label>[^<]*)</ref>)?<(?P<kind>box|quad)>(?P<points>[^<]*)</(?P=kind)>")
@@ -215,11 +212,11 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     def grounding_text(
         self, label: str | None, boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = None
     ) -> str:
-        """See `Grounding`; the model's own measure is thousandths of the picture's width and height."""
+        """Format boxes, see `Grounding`; the model's own unit is thousandths of the image's width and height."""
         width, height = (SCALE, SCALE) if size is None else size
-        written = (
+        corners = (
             [min(int(value * SCALE / side), SCALE - 1) for value, side in zip(box, (width, height) * 2, strict=True)]
             for box in boxes
         )
         name = f"<ref>{label}</ref>" if label else ""
-        return name + "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in written)
+        return name + "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in corners)

@@ -1,4 +1,4 @@
-"""Shikra (https://arxiv.org/abs/2306.15195): a language model that reads pictures and speaks of places in numbers."""
+"""Shikra (https://arxiv.org/abs/2306.15195): a language model that predicts regions of images as numbers."""
 
 from typing import Any
 

@@ -6,44 +6,45 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from hfvlm.configuration import HfvlmConfig, SubConfig
+from hfvlm.configuration import SubConfig
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
-from hfvlm.models.llava.configuration_llava import openai_vision_config
+from hfvlm.models.llava.configuration_llava import ProjectedConfig, openai_vision_config
 
 
 def small_vision_config() -> HfvlmCLIPVisionConfig:
-    """CLIP's ViT-L/14 at 224 pixels."""
+    """Return CLIP's ViT-L/14 at 224 pixels."""
     return openai_vision_config(224)
 
 
 def llama_config() -> LlamaConfig:
-    """LLaMA 7B, and the three tokens of pictures."""
+    """Return LLaMA 7B with the three tokens of images."""
     return LlamaConfig(vocab_size=32003, rms_norm_eps=1e-6, pad_token_id=0)
 
 
 @strict
-class HfvlmShikraConfig(HfvlmConfig):
+class HfvlmShikraConfig(ProjectedConfig):
     """Shikra.
 
     Args:
         vision_config: of the CLIP tower.
         text_config: of any language model of transformers.
-        image_token_id: the placeholder, of which each picture takes as many as it has patches.
-        vision_feature_layer: which of the tower's hidden states is read; -2 is the output of the last layer but one.
+        image_token_id: the placeholder, of which each image takes as many as it has patches.
+        vision_feature_layer: which of the tower's hidden states is projected; -2 is the output of the last layer but
+            one.
     """
 
     model_type = "hfvlm_shikra"
-    sub_configs = {"vision_config": HfvlmCLIPVisionConfig, "text_config": LlamaConfig}
+    token_count_fields = ("vision_config.image_size", "vision_config.patch_size")
 
     vision_config: SubConfig[HfvlmCLIPVisionConfig] = field(default_factory=small_vision_config)
     text_config: SubConfig[Any] = field(default_factory=llama_config)
     image_token_id: int = 32000
-    vision_feature_layer: int = -2
 
     def count_tokens(self) -> int:
-        """Placeholders of a picture."""
-        rows, columns = self.vision_config.grid
-        return rows * columns
+        """Count the placeholders of an image."""
+        return count_patches(self.vision_config.grid)
 
-    def validate_layer(self) -> None:
-        self.vision_config.check_layer(self.vision_feature_layer)
+
+def count_patches(grid: tuple[int, int]) -> int:
+    """Count the tokens of an image with a grid of patches, (rows, columns)."""
+    return grid[0] * grid[1]

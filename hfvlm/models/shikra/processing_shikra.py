@@ -1,4 +1,4 @@
-"""What Shikra is fed, and what it says of places.
+"""Inputs of Shikra, and regions in its answers.
 
 Source: mllm/dataset of https://github.com/shikras/shikra at ff79a4c.
 """
@@ -15,34 +15,36 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
-from hfvlm.models.shikra.places import Bins, Coordinates, Decimals, Square
+from hfvlm.models.shikra.configuration_shikra import count_patches
+from hfvlm.models.shikra.regions import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.base import HfvlmImageProcessor
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.grounding import Grounding, Place
-from hfvlm.processing.media_text import EVERY, IGNORE, ImageTextProcessor
+from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
 WHITE = (255, 255, 255)
-PLACE = {"boxes": "<boxes>", "points": "<points>"}
+MARKS = {"boxes": "<boxes>", "points": "<points>"}
 
-# Pictures stand where their message says `<image>`, or at its front; a message without pictures says it in vain.
-SAID = (
-    "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- set pictures = content | selectattr('type', 'equalto', 'image') | list -%}"
+# Images stand where their message has `<image>`, or at its front; in a message without images it has no effect.
+CONTENT = (
+    "{%- macro text_of(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}"
     "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
-    "{%- if not pictures -%}{{- texts | replace('<image>', '') -}}"
+    "{%- if not images -%}{{- texts | replace('<image>', '') -}}"
     "{%- elif '<image>' in texts -%}{{- texts -}}"
     "{%- else -%}{%- for part in content -%}"
     "{%- if part['type'] == 'image' -%}{{- '<image> ' if loop.first and not loop.last else '<image>' -}}"
     "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}{%- endif -%}{%- endmacro -%}"
 )
-CONVERSATION: Conversation = replace(LLAVA["v1"], said=SAID)
+CONVERSATION: Conversation = replace(LLAVA["v1"], content=CONTENT)
 
 
 class HfvlmShikraImageProcessor(HfvlmImageProcessor):
-    """Pictures in the middle of a white square.
+    """Images in the middle of a white square.
 
     Args:
         size: the tower's `{"height", "width"}` in pixels, or one edge.
@@ -63,30 +65,30 @@ class HfvlmShikraImageProcessor(HfvlmImageProcessor):
 
 
 class HfvlmShikraTokenizer(PieceTokenizer):
-    """LLaMA's, with tokens for the places of pictures and around them."""
+    """LLaMA's, with a placeholder for images and tokens around them."""
 
 
 def brackets_around(value: Any) -> str:
-    """The opening and the closing one."""
+    """Check an opening and a closing bracket."""
     if len(string(value)) != 2:
         raise ValueError("must be two characters")
     return value
 
 
 class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
-    """Conversations about a picture as Shikra reads them, and the places in them.
+    """Conversations about an image in Shikra's format, and the regions in them.
 
     Args:
-        image_processor: of the pictures.
+        image_processor: of the images.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
         image_patch: token that is the placeholder.
-        image_start: token before each picture, of checkpoints trained with `mm_use_im_start_end`.
-        image_end: token after each picture.
+        image_start: token before each image, of checkpoints trained with `mm_use_im_start_end`.
+        image_end: token after each image.
         patch_size: of the vision tower, in pixels.
         digits: of each coordinate, after the point.
-        brackets: the two around places.
-        num_bins: of a model that writes places in tokens of their own, how many steps they have.
+        brackets: the two around regions.
+        num_bins: of a model that predicts regions in tokens of their own, how many steps they have.
     """
 
     brackets: str
@@ -134,8 +136,8 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         return CONVERSATION.marks
 
     def meant(self, content: Any, *, of_data: bool = False) -> int:
-        """A message with images may spell out where they stand, as in training: `Where in <image> is it?`. In a data
-        set, a message without images may, too, and the authors drop it."""
+        """Count the `<image>` of a message with images that are not at its front, as in training: `Where in <image> is
+        it?`. In a data set, a message without images may have one, too, and the authors drop it."""
         if not isinstance(content, list | tuple):
             return 0
         parts = [part for part in content if isinstance(part, Mapping)]
@@ -148,47 +150,45 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         return self.tokenizer.convert_tokens_to_ids(self.image_patch)
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        return [(self.image_processor.size["height"] // self.patch_size) ** 2] * len(image_sizes)
+        edge = self.image_processor.size["height"] // self.patch_size
+        return [count_patches((edge, edge))] * len(image_sizes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A text to ids, with one `image_token_id` for each picture. The authors' tokenizer drops the blanks around
-        pictures."""
-        place = f"{self.image_start}{self.image_token}{self.image_end}"
-        text = re.sub(rf"\s*{re.escape(self.image_token)}\s*", place, text)
+        """Encode a text, with one `image_token_id` for each image. The authors' tokenizer drops the blanks around
+        images."""
+        marked = f"{self.image_start}{self.image_token}{self.image_end}"
+        text = re.sub(rf"\s*{re.escape(self.image_token)}\s*", marked, text)
         return super().encode(text, add_special_tokens=add_special_tokens)
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each picture is one `image_token_id`."""
-        messages = self.protected(messages, places=EVERY)
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         text = self.render(messages, add_generation_prompt=messages[-1]["role"] == "user")
         ids = self.encode(text)
-        labels = CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, CONVERSATION.labels(text, (), ids, Encoder(self.encode, self.tokenizer.legacy))
 
-    # Places
+    # Regions
 
     @property
     def notation(self) -> Decimals | Bins:
-        """How places are written."""
+        """The format of regions."""
         return Bins(self.num_bins) if self.num_bins else Decimals(self.digits, self.brackets)
 
-    def places(self, text: str, size: tuple[int, int]) -> list[Place]:
-        square, found, before = Square(*size), list[Place](), 0
-        for start, end, written in self.notation.find(text):
-            # No mark says where a name begins: it is what was said since the last place or the last stop.
+    def regions(self, text: str, size: tuple[int, int]) -> list[Region]:
+        square, found, before = Square(*size), list[Region](), 0
+        for start, end, regions in self.notation.find(text):
+            # Nothing marks the beginning of a name: it is the text since the last region or the last stop.
             label = re.split(r"[.,:;?!()\"\n]", text[before:start])[-1].strip() or None
-            for place in written:
-                found.append({"label": label, "box_xyxy" if len(place) == 4 else "point_xy": square.pixels(place)})
+            for region in regions:
+                found.append({"label": label, "box_xyxy" if len(region) == 4 else "point_xy": square.pixels(region)})
             before = end
         return found
 
     def grounding_text(
         self, label: str | None, boxes: Sequence[Coordinates], size: tuple[int, int] | None = None
     ) -> str:
-        """See `Grounding`; the model's own measure is the share of the side of the square around the picture. Points,
-        `[x, y]`, may stand in the place of boxes."""
-        places = boxes if size is None else [Square(*size).share(box) for box in boxes]
-        return f"{label} {self.notation.write(places)}" if label else self.notation.write(places)
+        """Format boxes, see `Grounding`; the model's own unit is the side of the square around the image. Points, `[x,
+        y]`, may replace boxes."""
+        regions = boxes if size is None else [Square(*size).share(box) for box in boxes]
+        return f"{label} {self.notation.format(regions)}" if label else self.notation.format(regions)
 
     def refer(
         self,
@@ -200,31 +200,31 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         boxes_seq: Sequence[Sequence[int]] | None = None,
         points_seq: Sequence[Sequence[int]] | None = None,
     ) -> str:
-        """A text with places of a picture written into it, for questions and for what is trained on.
+        """Put regions of an image into a text, for questions and for training.
 
         Example:
             >>> processor.refer("What is the person <boxes> scared of?", (97, 61), boxes=[[10, 5, 60, 40]])
             'What is the person [0.103,0.237,0.619,0.598] scared of?'
 
         Args:
-            text: with `<boxes>` and `<points>` where places belong.
-            size: width and height of the picture, as PIL says them.
-            boxes: left, top, right and bottom in pixels of the picture.
+            text: with `<boxes>` and `<points>` where regions belong.
+            size: width and height of the image, in PIL's order.
+            boxes: left, top, right and bottom in pixels of the image.
             points: x and y likewise.
-            boxes_seq: of each `<boxes>` which of the boxes; by default one each, in their order.
+            boxes_seq: for each `<boxes>` which of the boxes; by default one each, in their order.
             points_seq: likewise.
 
         Raises:
-            ValueError: there are not as many places in the text as are given.
+            ValueError: the text has not as many marks as there are regions.
         """
         square = Square(*size)
         for kind, known, chosen in (("boxes", boxes, boxes_seq), ("points", points, points_seq)):
             groups = [[i] for i in range(len(known))] if chosen is None else chosen
-            first, *rest = text.split(PLACE[kind])
+            first, *rest = text.split(MARKS[kind])
             if len(rest) != len(groups) or any(not 0 <= i < len(known) for group in groups for i in group):
                 raise ValueError(
-                    f"{text!r} has {len(rest)} {PLACE[kind]} for {kind}_seq {groups} of {len(known)} {kind}."
+                    f"{text!r} has {len(rest)} {MARKS[kind]} for {kind}_seq {groups} of {len(known)} {kind}."
                 )
-            written = [self.notation.write([square.share(known[i]) for i in group]) for group in groups]
-            text = first + "".join(place + piece for place, piece in zip(written, rest, strict=True))
+            formatted = [self.notation.format([square.share(known[i]) for i in group]) for group in groups]
+            text = first + "".join(region + piece for region, piece in zip(formatted, rest, strict=True))
         return text

@@ -1,4 +1,4 @@
-"""Video-ChatGPT (https://arxiv.org/abs/2306.05424): a language model that reads averages of a film's patches."""
+"""Video-ChatGPT (https://arxiv.org/abs/2306.05424): a language model that attends to averages of a video's patches."""
 
 from typing import Any
 

@@ -3,9 +3,9 @@
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.processing.conversations import Conversation, Human, Vicuna
 
-# Films stand after the text of their message.
-SAID = (
-    "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+# Videos stand after the text of their message.
+CONTENT = (
+    "{%- macro text_of(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
     "{{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -}}"
     "{{- '\n<video>' * (content | selectattr('type', 'equalto', 'video') | list | length) -}}"
     "{%- endif -%}{%- endmacro -%}"
@@ -18,7 +18,7 @@ _VIDEO = (
 _OLD, _VICUNA = LLAVA["llava_v0"], LLAVA["v1"]
 
 CONVERSATIONS: dict[str, Conversation] = {
-    "video-chatgpt_v1": Vicuna(_VIDEO, _VICUNA.roles, _VICUNA.separators, said=SAID),
-    "vicuna_v1_1": Vicuna(_VICUNA.system, _VICUNA.roles, _VICUNA.separators, said=SAID),
-    "default": Human(_OLD.system, _OLD.roles, _OLD.separators, stop=_OLD.stop, said=SAID),
+    "video-chatgpt_v1": Vicuna(_VIDEO, _VICUNA.roles, _VICUNA.separators, content=CONTENT),
+    "vicuna_v1_1": Vicuna(_VICUNA.system, _VICUNA.roles, _VICUNA.separators, content=CONTENT),
+    "default": Human(_OLD.system, _OLD.roles, _OLD.separators, stop=_OLD.stop, content=CONTENT),
 }

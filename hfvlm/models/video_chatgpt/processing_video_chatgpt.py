@@ -1,4 +1,4 @@
-"""What Video-ChatGPT is fed.
+"""Inputs of Video-ChatGPT.
 
 Source: https://github.com/mbzuai-oryx/Video-ChatGPT at 659e04b: eval/model_utils.py, inference.py, train/train.py.
 """
@@ -14,20 +14,22 @@ from torch.nn import functional as F
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
+from hfvlm.models.video_chatgpt.configuration_video_chatgpt import count_tokens
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing.base import HfvlmFeatureExtractor
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.media_text import EVERY, IGNORE, VideoTextProcessor
+from hfvlm.processing.media_text import VideoTextProcessor
+from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
 
 class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
-    """Films, as `hfvlm.media.read_video` reads them -> `pixel_values_videos`, `(B, T, 3, H, W)`, and how many of the T
-    frames each has, `num_frames`, `(B,)`.
+    """Prepares videos, as `hfvlm.media.read_video` takes them, as `pixel_values_videos`, `(B, T, 3, H, W)`, and how
+    many of the T frames each has, `num_frames`, `(B,)`.
 
-    A film is cut into as many parts as frames are taken, and of each the middle frame is. Frames are squashed to the
-    tower's square, each pixel the nearest of the frame's. Shorter films are padded at their end.
+    A video is cut into as many parts as frames are taken, the middle one of each. Frames are squashed to the tower's
+    square, each pixel the nearest of the frame's. Shorter videos are padded at their end.
 
     Example:
         >>> extractor("birds.mp4", return_tensors="pt")["pixel_values_videos"].shape
@@ -35,7 +37,7 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
 
     Args:
         size: the tower's `{"height", "width"}` in pixels, or one edge.
-        num_frames: taken of a film; of a shorter one as many as it has.
+        num_frames: taken of a video; of a shorter one as many as it has.
         do_sample_frames: False takes the frames as they are.
         image_mean: of each colour.
         image_std: of each colour.
@@ -56,21 +58,21 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
     def read(self, source: Any, **options: Any) -> Video:
         return read_video(source, **options)
 
-    def places(self, film: Video, settings: Mapping[str, Any]) -> list[int]:
-        """The frames that are taken."""
+    def frame_indices(self, video: Video, settings: Mapping[str, Any]) -> list[int]:
+        """Choose the frames that are taken."""
         if not settings["do_sample_frames"]:
-            return list(range(len(film)))
-        count = min(len(film), settings["num_frames"])
-        part = (len(film) - 1) / count
-        # Halves are rounded to even, and the last frame of a film is taken where it is the only one.
+            return list(range(len(video)))
+        count = min(len(video), settings["num_frames"])
+        part = (len(video) - 1) / count
+        # Halves are rounded to even, and the last frame of a video is taken where it is the only one.
         return [(round(part * i) + round(part * (i + 1))) // 2 for i in range(count)]
 
     def features(self, medium: Video, settings: Mapping[str, Any]) -> np.ndarray:
-        """(T, 3, H, W), float32."""
-        places = self.places(medium, settings)
-        distinct = sorted(set(places))
+        """Prepare frames (T, 3, H, W), float32."""
+        indices = self.frame_indices(medium, settings)
+        distinct = sorted(set(indices))
         size = (settings["size"]["height"], settings["size"]["width"])
-        # One at a time: what is wanted of a large frame is small.
+        # One at a time: large frames become small ones.
         frames = torch.stack(
             [
                 frame if frame.shape[1:] == size else F.interpolate(frame[None], size=size, mode="nearest")[0]
@@ -78,8 +80,8 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
             ]
         )
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
-        index = {place: i for i, place in enumerate(distinct)}
-        return ((frames / 255 - mean) / std)[[index[place] for place in places]].numpy()
+        row_of = {index: i for i, index in enumerate(distinct)}
+        return ((frames / 255 - mean) / std)[[row_of[index] for index in indices]].numpy()
 
     def batch(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         counts = [len(array) for array in arrays]
@@ -88,21 +90,21 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
 
 
 class HfvlmVideoChatGPTTokenizer(PieceTokenizer):
-    """The language model's own, with tokens for the places of films and around them."""
+    """The language model's own, with a placeholder for videos and tokens around them."""
 
 
 class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
-    """Conversations about films as Video-ChatGPT reads them.
+    """Conversations about videos in Video-ChatGPT's format.
 
     Args:
-        video_feature_extractor: of the films.
+        video_feature_extractor: of the videos.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
-        conversation: the authors' name of the conversation in which they ask; by default that of the release.
+        conversation: the authors' name of the conversation of prompts; by default that of the release.
         training_conversation: of the one in which they train; `labels` follow it.
         video_patch: token that is the placeholder.
-        video_start: token before each film, of checkpoints trained with `mm_use_vid_start_end`.
-        video_end: token after each film.
+        video_start: token before each video, of checkpoints trained with `mm_use_vid_start_end`.
+        video_end: token after each video.
         patch_size: of the vision tower, in pixels.
         temporal_tokens: as in the model's configuration.
     """
@@ -164,26 +166,23 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         return self.tokenizer.convert_tokens_to_ids(self.video_patch)
 
     def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
-        patches = (self.media_processor.size["height"] // self.patch_size) ** 2
-        return [max(count, self.temporal_tokens) + patches for count in num_frames]
+        edge = self.media_processor.size["height"] // self.patch_size
+        return [count_tokens(count, (edge, edge), self.temporal_tokens) for count in num_frames]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        place = f"{self.video_start}{self.video_token}{self.video_end}"
-        return super().encode(text.replace(self.video_token, place), add_special_tokens=add_special_tokens)
+        marked = f"{self.video_start}{self.video_token}{self.video_end}"
+        return super().encode(text.replace(self.video_token, marked), add_special_tokens=add_special_tokens)
 
     def encode_trained(self, text: str) -> list[int]:
-        """As the authors train, whose other tokenizer drops the blanks around a film."""
+        """Encode a text as in training, where the authors' other tokenizer drops the blanks around a video."""
         return self.encode(re.sub(rf"\s*({re.escape(self.video_token)})\s*", r"\1", text))
 
-    def training_row(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        """Messages -> ids and labels as the authors train on them; each film is one `video_token_id`."""
+    def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         style = self.conversations[self.training_conversation]
-        messages = self.protected(messages, places=EVERY)
         system = [message for message in messages if message["role"] == "system"]
         turns = messages[len(system) :]
         if turns and turns[0]["role"] == "assistant":  # an answer to nothing
             turns = turns[1:]
         text = self.render([*system, *turns], chat_template=style.chat_template())
         ids = self.encode_trained(text)
-        labels = style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))
-        return ids, [IGNORE if i == self.video_token_id else label for i, label in zip(ids, labels, strict=True)]
+        return ids, style.labels(text, (), ids, Encoder(self.encode_trained, self.tokenizer.legacy))

@@ -31,8 +31,8 @@ MPT |= {"learned_pos_emb": False, "use_cache": True}
 MPT_1B = MPT | {"model_type": "hfvlm_flamingo_mpt", "attn_config": {"qk_ln": True}}
 LLAMA = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-PICTURE, END, PADDING = 58, 57, 59
-SIZES = {"image_token_id": PICTURE, "eos_token_id": END, "pad_token_id": PADDING, "cross_attention_interval": 2}
+IMAGE, END, PADDING = 58, 57, 59
+SIZES = {"image_token_id": IMAGE, "eos_token_id": END, "pad_token_id": PADDING, "cross_attention_interval": 2}
 SIZES |= {"cross_attention_heads": 2, "cross_attention_head_dim": 8, "initializer_range": 0.1}
 
 
@@ -68,7 +68,7 @@ class TestFlamingo(GenerationSuite, ModelSuite):
         return config_on(self.text)
 
     def inputs(self):
-        ids = torch.tensor([[5, PICTURE, 7, 8, 9], [PICTURE, 6, 3, 2, 4], [9, PICTURE, 9, 8, 7]])
+        ids = torch.tensor([[5, IMAGE, 7, 8, 9], [IMAGE, 6, 3, 2, 4], [9, IMAGE, 9, 8, 7]])
         return {
             "input_ids": ids,
             "pixel_values": torch.randn(3, 3, 28, 28),
@@ -77,7 +77,7 @@ class TestFlamingo(GenerationSuite, ModelSuite):
 
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
-        return {"labels": ids.masked_fill(ids == PICTURE, -100)}
+        return {"labels": ids.masked_fill(ids == IMAGE, -100)}
 
 
 class TestOnMPT(TestFlamingo):
@@ -135,40 +135,40 @@ def changed(left, right):
     return ((left - right).abs().amax(dim=(0, 2)) > 1e-6).nonzero().flatten().tolist()
 
 
-def test_a_token_looks_at_the_last_picture_before_it(model):
-    """Through the language model, later tokens know of earlier pictures all the same."""
-    ids, pixels = [[3, 4, PICTURE, 5, 6, END, PICTURE, 7, 8]], torch.randn(2, 3, 28, 28)
+def test_a_token_attends_to_the_last_image_before_it(model):
+    """Through the language model, earlier images change later tokens, too."""
+    ids, pixels = [[3, 4, IMAGE, 5, 6, END, IMAGE, 7, 8]], torch.randn(2, 3, 28, 28)
     before = logits(model, ids, pixels)
     assert changed(before, logits(model, ids, torch.stack([pixels[0], pixels[1] + 1]))) == [6, 7, 8]
     assert changed(before, logits(model, ids, torch.stack([pixels[0] + 1, pixels[1]]))) == [2, 3, 4, 5, 6, 7, 8]
-    looks = []
-    handle = model.gates["1"].attention.register_forward_hook(lambda _, args, out: looks.append(args[2][0, 0]))
+    masks = []
+    handle = model.gates["1"].attention.register_forward_hook(lambda _, args, out: masks.append(args[2][0, 0]))
     logits(model, ids, pixels)
     handle.remove()
-    seen = (looks[0] == 0).unflatten(1, (2, 5))
+    seen = (masks[0] == 0).unflatten(1, (2, 5))
     assert seen.all(dim=2)[2:].tolist() == [[True, False]] * 4 + [[False, True]] * 3
 
 
-def test_before_any_picture_only_the_feed_forward_runs(model):
-    ids = [[3, 4, 5, PICTURE, 6]]
+def test_before_any_image_only_the_feed_forward_runs(model):
+    ids = [[3, 4, 5, IMAGE, 6]]
     alone = logits(model, [[3, 4, 5]], None)
-    close(logits(model, ids, torch.randn(1, 3, 28, 28))[:, :3], alone, 1e-6, "before the picture")
+    close(logits(model, ids, torch.randn(1, 3, 28, 28))[:, :3], alone, 1e-6, "before the image")
     plain = model.language_model(torch.tensor([[3, 4, 5]])).logits
     assert relative(alone, plain) > 1e-3
 
 
-def test_closed_gates_leave_the_language_model_as_it_was():
+def test_closed_gates_change_no_logit():
     model = HfvlmFlamingoForConditionalGeneration(config_on(NEOX)).eval()
-    ids = torch.tensor([[3, PICTURE, 5]])
+    ids = torch.tensor([[3, IMAGE, 5]])
     with torch.no_grad():
         expected = model.language_model(ids).logits
         close(model(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28)).logits, expected, 0.0, "closed")
 
 
 @pytest.mark.parametrize("text", [NEOX, MPT_1B, LLAMA], ids=["neox", "mpt_1b", "llama"])
-def test_rows_with_different_numbers_of_pictures(text):
+def test_rows_with_different_numbers_of_images(text):
     model, pixels = tiny(text), torch.randn(4, 3, 28, 28)
-    rows = [[PICTURE, 5, PICTURE, 6, PICTURE, 7], [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, PICTURE, 8]]
+    rows = [[IMAGE, 5, IMAGE, 6, IMAGE, 7], [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, IMAGE, 8]]
     together = logits(model, rows, pixels)
     for i, own in enumerate((pixels[:3], None, pixels[3:])):
         close(logits(model, rows[i : i + 1], own), together[i : i + 1], 1e-5, f"row {i}")
@@ -182,7 +182,7 @@ def test_rows_with_different_numbers_of_pictures(text):
 
 def test_few_shot_prompts_of_different_lengths_padded_on_the_left(model):
     pixels = torch.randn(3, 3, 28, 28)
-    long, short = [PICTURE, 5, 6, END, PICTURE, 5], [PICTURE, 9]
+    long, short = [IMAGE, 5, 6, END, IMAGE, 5], [IMAGE, 9]
     ids = torch.tensor([long, [PADDING] * 4 + short])
     mask = (ids != PADDING).long()
     together = model.generate(ids, attention_mask=mask, pixel_values=pixels, **NEW)
@@ -192,7 +192,7 @@ def test_few_shot_prompts_of_different_lengths_padded_on_the_left(model):
     assert torch.equal(together[1, 4:], second[0])
 
 
-def test_frames_are_more_patches_of_one_picture(model):
+def test_frames_are_more_patches_of_one_image(model):
     frames = torch.randn(2, 3, 3, 28, 28)
     features = model.get_image_features(frames).pooler_output
     assert [tuple(rows.shape) for rows in features] == [(5, 32)] * 2
@@ -200,15 +200,15 @@ def test_frames_are_more_patches_of_one_picture(model):
     one = model.get_image_features(frames[:, 0]).pooler_output
     assert relative(same[0], one[0]) > 1e-4  # latents, which are attended to as well, weigh less among more patches
     assert relative(features[0], same[0]) > 1e-4
-    ids = [[PICTURE, 5], [PICTURE, 6]]
+    ids = [[IMAGE, 5], [IMAGE, 6]]
     assert relative(logits(model, ids, frames), logits(model, ids, frames[:, 0])) > 1e-4
 
 
 # What a cache remembers
 
 
-def test_pictures_stay_with_the_cache(model):
-    ids, pixels = torch.tensor([[PICTURE, 5, 6, PICTURE, 7, 8, 9]]), torch.randn(2, 3, 28, 28)
+def test_images_stay_with_the_cache(model):
+    ids, pixels = torch.tensor([[IMAGE, 5, 6, IMAGE, 7, 8, 9]]), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         whole = model(input_ids=ids, pixel_values=pixels).logits
         output = model(input_ids=ids[:, :5], pixel_values=pixels, use_cache=True)
@@ -216,8 +216,8 @@ def test_pictures_stay_with_the_cache(model):
     close(torch.cat([output.logits, rest.logits], dim=1), whole, 1e-5, "several tokens at once")
 
 
-def test_pictures_may_follow_in_a_later_part(model):
-    ids, pixels = torch.tensor([[PICTURE, 5, 6, PICTURE, 7, 8], [3, 4, PICTURE, 6, 5, 9]]), torch.randn(3, 3, 28, 28)
+def test_images_may_follow_in_a_later_part(model):
+    ids, pixels = torch.tensor([[IMAGE, 5, 6, IMAGE, 7, 8], [3, 4, IMAGE, 6, 5, 9]]), torch.randn(3, 3, 28, 28)
     with torch.no_grad():
         whole = model(input_ids=ids, pixel_values=pixels).logits
         output = model(input_ids=ids[:, :3], pixel_values=pixels[[0, 2]], use_cache=True)
@@ -225,20 +225,20 @@ def test_pictures_may_follow_in_a_later_part(model):
     close(torch.cat([output.logits, rest.logits], dim=1), whole, 1e-5, "in two parts")
 
 
-def test_what_is_cropped_from_a_cache_is_not_seen(model):
+def test_images_cropped_from_a_cache_are_not_attended_to(model):
     pixels = torch.randn(2, 3, 28, 28)
-    ids, tail = torch.tensor([[PICTURE, 5, 6, PICTURE, 7]]), torch.tensor([[8, 9, 4]])
+    ids, tail = torch.tensor([[IMAGE, 5, 6, IMAGE, 7]]), torch.tensor([[8, 9, 4]])
     with torch.no_grad():
         cache = cache_of(model(input_ids=ids, pixel_values=pixels, use_cache=True))
         cache.crop(-2)
         steps = [model(input_ids=tail[:, i : i + 1], cache=cache).logits for i in range(3)]
         found = torch.cat(steps, dim=1)
         expected = model(input_ids=torch.cat([ids[:, :3], tail], 1), pixel_values=pixels[:1]).logits[:, 3:]
-    close(found, expected, 1e-5, "after the first picture")
+    close(found, expected, 1e-5, "after the first image")
 
 
-def test_a_prompt_is_read_once_for_several_answers(model):
-    prompt, pixels = torch.tensor([[PICTURE, 5, END, PICTURE, 6]]), torch.randn(2, 3, 28, 28)
+def test_a_cached_prompt_serves_several_answers(model):
+    prompt, pixels = torch.tensor([[IMAGE, 5, END, IMAGE, 6]]), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         output = model(input_ids=prompt, pixel_values=pixels, use_cache=True)
         for answer in ([7, 8, 9], [4]):
@@ -248,33 +248,33 @@ def test_a_prompt_is_read_once_for_several_answers(model):
             close(found, whole[:, prompt.shape[1] :], 1e-5, str(answer))
 
 
-def test_cached_media_are_before_what_is_read(model):
-    ids, pixels = torch.tensor([[PICTURE, 5, PICTURE], [3, PICTURE, 4]]), torch.randn(3, 3, 28, 28)
+def test_cached_media_come_before_the_text(model):
+    ids, pixels = torch.tensor([[IMAGE, 5, IMAGE], [3, IMAGE, 4]]), torch.randn(3, 3, 28, 28)
     tail = torch.tensor([[7, 8], [7, 8]])
     with torch.no_grad():
         found = model(input_ids=tail, cache=model.cache_media(ids, pixels)).logits
         for i, last in enumerate((1, 2)):
-            looked = model.cache_media(torch.tensor([[PICTURE]]), pixels[last : last + 1])
-            alone = model(input_ids=tail[i : i + 1], cache=looked).logits
+            cached = model.cache_media(torch.tensor([[IMAGE]]), pixels[last : last + 1])
+            alone = model(input_ids=tail[i : i + 1], cache=cached).logits
             close(found[i : i + 1], alone, 1e-5, f"row {i}")
     assert relative(found[0], found[1]) > 1e-4
 
 
-def test_keys_of_pictures_are_computed_once(model):
+def test_keys_of_images_are_computed_once(model):
     calls = []
     handle = model.gates["3"].attention.k_proj.register_forward_hook(lambda *_: calls.append(1))
-    model.generate(torch.tensor([[PICTURE, 5, 6]]), pixel_values=torch.randn(1, 3, 28, 28), num_beams=2, **NEW)
+    model.generate(torch.tensor([[IMAGE, 5, 6]]), pixel_values=torch.randn(1, 3, 28, 28), num_beams=2, **NEW)
     handle.remove()
     assert len(calls) == 1
 
 
-def test_no_place_for_a_picture_is_written(model):
+def test_no_image_token_is_generated(model):
     model = copy.deepcopy(model)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
-        head[PICTURE] = 100 * head.mean(dim=0).sign()
-    new = model.generate(torch.tensor([[PICTURE, 5, 6]]), pixel_values=torch.randn(1, 3, 28, 28), **NEW)
-    assert PICTURE not in new[0, 3:]
+        head[IMAGE] = 100 * head.mean(dim=0).sign()
+    new = model.generate(torch.tensor([[IMAGE, 5, 6]]), pixel_values=torch.randn(1, 3, 28, 28), **NEW)
+    assert IMAGE not in new[0, 3:]
 
 
 def test_texts_end_where_chunks_do(model, tmp_path):
@@ -287,14 +287,14 @@ def test_texts_end_where_chunks_do(model, tmp_path):
 # Training
 
 
-def test_the_authors_train_what_is_between_the_two():
+def test_the_parts_that_the_authors_train():
     model = tiny()
     model.freeze_pretrained()
-    ids = torch.tensor([[PICTURE, 5, 6, END]])
+    ids = torch.tensor([[IMAGE, 5, 6, END]])
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(
-        input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), labels=ids.masked_fill(ids == PICTURE, -100)
+        input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), labels=ids.masked_fill(ids == IMAGE, -100)
     ).loss.backward()
     optimizer.step()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -302,13 +302,13 @@ def test_the_authors_train_what_is_between_the_two():
     words = "language_model.gpt_neox.embed_in.weight"
     assert {name for name in moved if name.startswith("language_model")} == {words}
     rows = (model.state_dict()[words] != before[words]).any(dim=1).nonzero().flatten().tolist()
-    assert set(rows) <= {PICTURE, END}
-    assert PICTURE in rows
+    assert set(rows) <= {IMAGE, END}
+    assert IMAGE in rows
 
 
 @pytest.mark.parametrize("text", [NEOX, MPT, MPT_1B, LLAMA], ids=["neox", "mpt", "mpt_1b", "llama"])
-def test_the_recipe_of_lora(text):
-    """What is between the two is trained in full, the language model adapted, the tower left alone."""
+def test_the_recipe_trains_new_layers_in_full_and_adapts_the_language_model(text):
+    """Resampler and gates are trained in full, the language model adapted, the tower frozen."""
     tuned = lora(tiny(text), quiet=True)
     adapted = {
         name.partition(".lora_A")[0].rpartition(".")[2] for name, _ in tuned.named_parameters() if "lora_A" in name
@@ -322,9 +322,9 @@ def test_the_recipe_of_lora(text):
         name.partition(".modules_to_save.")[0].rpartition("model.")[2] for name in names if "modules_to_save" in name
     }
     assert whole == {"resampler", "gates.1", "gates.3"}
-    ids = torch.tensor([[PICTURE, 5, 6, END]])
+    ids = torch.tensor([[IMAGE, 5, 6, END]])
     loss = tuned(
-        input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), labels=ids.masked_fill(ids == PICTURE, -100)
+        input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), labels=ids.masked_fill(ids == IMAGE, -100)
     ).loss
     loss.backward()
     dead = [name for name, p in tuned.named_parameters() if p.requires_grad and p.grad is None]
@@ -345,7 +345,7 @@ def test_the_recipe_of_lora(text):
         ({"image_token_id": 60}, "image_token_id 60 .* need rows"),
     ],
 )
-def test_configurations_that_make_no_sense(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
         HfvlmFlamingoConfig(
             **{"vision_config": VISION, "resampler_config": RESAMPLER, "text_config": NEOX} | SIZES | changes
@@ -353,7 +353,7 @@ def test_configurations_that_make_no_sense(changes, message):
 
 
 @pytest.mark.parametrize("text", [NEOX, LLAMA])
-def test_plans_for_several_devices_name_what_is_there(text):
+def test_plans_for_several_devices_name_existing_modules(text):
     model = tiny(text)
     names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     assert any(".layers.*.layer." in name for name in model._tp_plan)

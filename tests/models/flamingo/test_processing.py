@@ -12,7 +12,7 @@ from hfvlm.training.chat import ChatCollator
 from tests.models.flamingo.tiny import PIECES, converted, vocabulary
 from tests.models.llava.tiny import VOCABULARY
 
-END, PICTURE, PADDING = PIECES, PIECES + 1, PIECES + 2
+END, IMAGE, PADDING = PIECES, PIECES + 1, PIECES + 2
 SHOTS = [{"answer": "two cats"}, {"answer": "a sink"}]
 
 
@@ -31,25 +31,25 @@ def model(folder):
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-def picture(seed=0, size=(40, 30)):
+def image(seed=0, size=(40, 30)):
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def test_prompts_of_different_lengths(processor, model):
-    texts = [processor.few_shot("caption", SHOTS), processor.few_shot("caption"), "no picture"]
+    texts = [processor.few_shot("caption", SHOTS), processor.few_shot("caption"), "no image"]
     assert texts[0] == "<image>Output:two cats<|endofchunk|><image>Output:a sink<|endofchunk|><image>Output:"
-    inputs = processor(images=[[picture(0), picture(1), picture(2)], [picture(3)], []], text=texts)
+    inputs = processor(images=[[image(0), image(1), image(2)], [image(3)], []], text=texts)
     assert inputs["pixel_values"].shape == (4, 3, 28, 28)
-    assert (inputs["input_ids"] == PICTURE).sum(dim=1).tolist() == [3, 1, 0]
+    assert (inputs["input_ids"] == IMAGE).sum(dim=1).tolist() == [3, 1, 0]
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1, 1]  # padded on the left, to be continued together
     assert set(inputs["input_ids"][1, :10].tolist()) == {PADDING}
     new = model.generate(**inputs, max_new_tokens=4, eos_token_id=None)
-    alone = processor(images=[picture(3)], text=texts[1])
+    alone = processor(images=[image(3)], text=texts[1])
     expected = model.generate(**alone, max_new_tokens=4, eos_token_id=None)
     assert torch.equal(new[1, inputs["input_ids"].shape[1] :], expected[0, alone["input_ids"].shape[1] :])
 
 
-def test_few_shot_tasks(processor):
+def test_few_shot_prompts_equal_the_authors(processor):
     prompt = processor.few_shot("vqa", [{"question": "What?", "answer": "a cat"}], question="How many?")
     assert prompt == ("<image>Question:What? Short answer:a cat<|endofchunk|><image>Question:How many? Short answer:")
     own = processor.few_shot("<image>It shows {what}; so", [{"what": "snow", "answer": " cold"}], what="sun")
@@ -70,10 +70,8 @@ def test_conversations_are_examples(processor):
     assert text == processor.few_shot("caption", SHOTS[:1])
 
 
-def test_what_is_trained_on(processor):
-    ids = torch.tensor(
-        [[5, PICTURE, 6, 7, END, 8, 9, PICTURE, 3, END, 0, PADDING], [PICTURE, 4, END, 0] + [PADDING] * 8]
-    )
+def test_labels_equal_the_authors(processor):
+    ids = torch.tensor([[5, IMAGE, 6, 7, END, 8, 9, IMAGE, 3, END, 0, PADDING], [IMAGE, 4, END, 0] + [PADDING] * 8])
     pages = [[-100, -100, 6, 7, END, -100, -100, -100, 3, END, -100, -100], [-100, 4, END] + [-100] * 9]
     assert processor.labels(ids).tolist() == pages
     captions = [[5, -100, 6, 7, END, 8, 9, -100, 3, END, 0, -100], [-100, 4, END, 0] + [-100] * 8]
@@ -83,8 +81,8 @@ def test_what_is_trained_on(processor):
 def test_conversations_train_their_answers(processor, model):
     question = {"role": "user", "content": "<image>Output:"}
     examples = [
-        {"messages": [question, {"role": "assistant", "content": "a cat"}], "images": [picture(0)]},
-        {"messages": [question, {"role": "assistant", "content": "snow on a roof"}], "images": [picture(1)]},
+        {"messages": [question, {"role": "assistant", "content": "a cat"}], "images": [image(0)]},
+        {"messages": [question, {"role": "assistant", "content": "snow on a roof"}], "images": [image(1)]},
     ]
     batch = ChatCollator(processor)(examples)
     decoded = [processor.decode(row[row != -100]) for row in batch["labels"]]
@@ -102,7 +100,7 @@ def test_processor_survives_a_round_trip(processor, tmp_path):
         assert again.decode(again.encode(text)) == text
 
 
-def test_vocabularies_get_what_they_lack(tmp_path):
+def test_vocabularies_get_missing_tokens(tmp_path):
     plain = HfvlmFlamingoTokenizer.from_vocabulary(vocabulary(tmp_path))
     assert plain.convert_tokens_to_ids(["<|endofchunk|>", "<image>", "<PAD>"]) == [PIECES, PIECES + 1, PIECES + 2]
     plain.save_pretrained(tmp_path / "again")
@@ -123,45 +121,45 @@ def test_image_text_to_text_pipeline(folder, processor, model):
     answer = pipeline("image-text-to-text", model=str(folder), device="cpu")
     options = {"max_new_tokens": 4, "do_sample": False}
     prompt = processor.few_shot("caption", SHOTS[:1])
-    pictures = [picture(0), picture(1)]
-    result = answer(images=pictures, text=prompt, return_full_text=False, generate_kwargs=options)
-    inputs = processor(images=pictures, text=prompt)
+    images = [image(0), image(1)]
+    result = answer(images=images, text=prompt, return_full_text=False, generate_kwargs=options)
+    inputs = processor(images=images, text=prompt)
     (expected,) = processor.batch_decode(model.generate(**inputs, **options), new_tokens_only=inputs)
     assert result[0]["generated_text"] == expected
-    shown = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Output:"}]
-    said = answer([{"role": "user", "content": shown}], return_full_text=False, generate_kwargs=options)
-    inputs = processor(images=pictures[:1], text=processor.few_shot("caption"))
+    shown = [{"type": "image", "image": images[0]}, {"type": "text", "text": "Output:"}]
+    output = answer([{"role": "user", "content": shown}], return_full_text=False, generate_kwargs=options)
+    inputs = processor(images=images[:1], text=processor.few_shot("caption"))
     (expected,) = processor.batch_decode(model.generate(**inputs, **options), new_tokens_only=inputs)
-    assert said[0]["generated_text"] == expected
+    assert output[0]["generated_text"] == expected
 
 
-def test_chat_is_few_shot_learning_by_the_way(processor, model):
+def test_chat_continues_few_shot_prompts(processor, model):
     chat = hfvlm.Chat(model, processor, max_new_tokens=4, eos_token_id=None)
     calls = []
     handle = model.vision_model.register_forward_hook(lambda _, args, out: calls.append(len(args[0])))
     for i in range(3):
-        chat.ask("Output:", images=[picture(i)])
-        chat.messages[-1]["content"] = f"picture {i}"  # as an example, what the user knows better
+        chat.ask("Output:", images=[image(i)])
+        chat.messages[-1]["content"] = f"image {i}"  # as an example, what the user knows better
     handle.remove()
     assert calls == [1, 1, 1]
-    last = chat.ask("Output:", images=[picture(3)])
-    text = processor.few_shot("caption", [{"answer": f"picture {i}"} for i in range(3)])
-    inputs = processor(images=[picture(i) for i in range(4)], text=text)
+    last = chat.ask("Output:", images=[image(3)])
+    text = processor.few_shot("caption", [{"answer": f"image {i}"} for i in range(3)])
+    inputs = processor(images=[image(i) for i in range(4)], text=text)
     new = model.generate(**inputs, max_new_tokens=4, eos_token_id=None)
     assert last == processor.batch_decode(new, new_tokens_only=inputs)[0].strip()
 
 
-def test_example_writes_about_pictures_as_its_examples_do(folder, processor, model, tmp_path, capsys):
+def test_the_example_captions_images_in_the_style_of_its_shots(folder, processor, model, tmp_path, capsys):
     from examples.few_shot_captions import main
 
     for i in range(4):
-        picture(i).save(tmp_path / f"{i}.png")
+        image(i).save(tmp_path / f"{i}.png")
     lines = [json.dumps({"image": f"{i}.png", **shot}) for i, shot in enumerate(SHOTS)]
     (tmp_path / "shots.jsonl").write_text("\n".join(lines))
     queries = [str(tmp_path / f"{i}.png") for i in (2, 3)]
     main([str(folder), str(tmp_path / "shots.jsonl"), *queries, "--beams", "1", "--max-new-tokens", "3"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["image"] for row in rows] == queries
-    inputs = processor(images=[picture(0), picture(1), picture(3)], text=processor.few_shot("caption", SHOTS))
+    inputs = processor(images=[image(0), image(1), image(3)], text=processor.few_shot("caption", SHOTS))
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert rows[1]["answer"] == processor.batch_decode(ids, new_tokens_only=inputs)[0].strip()

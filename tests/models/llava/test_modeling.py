@@ -10,12 +10,12 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "n
 VISION |= {"image_size": 28, "patch_size": 14, "projection_dim": None}
 TEXT = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
-PICTURE = 60
+IMAGE = 60
 GRID = [[28, 56], [56, 28], [56, 56]]
 
 
 def row(start, count, *rest):
-    return [1, *start, *[PICTURE] * count, *rest]
+    return [1, *start, *[IMAGE] * count, *rest]
 
 
 class TestLLaVA(GenerationSuite, ModelSuite):
@@ -24,7 +24,7 @@ class TestLLaVA(GenerationSuite, ModelSuite):
     lora_layers = [f"layers.{i}.{part}_proj" for i in (0, 1) for part in ("attention.q", "self_attn.q", "self_attn.v")]
 
     def config(self):
-        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=PICTURE)
+        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=IMAGE)
 
     def inputs(self):
         ids = [row([5], 4, 7, 8, 9), row([6], 4, 3, 2, 4), row([9], 4, 9, 8, 7)]
@@ -37,16 +37,16 @@ class TestLLaVA(GenerationSuite, ModelSuite):
     def loss_inputs(self):
         return {"labels": torch.tensor([[-100] * 6 + [7, 8, 9], [-100] * 6 + [3, 2, 4], [-100] * 6 + [9, 8, 7]])}
 
-    def test_layers_that_nothing_reads_are_not_computed(self, model, batch):
+    def test_unused_layers_are_not_computed(self, model, batch):
         seen = []
         for i, layer in enumerate(model.vision_model.layers):
             layer.register_forward_hook(lambda *_, i=i: seen.append(i))
         model(**batch)
         assert seen == [0, 1]
         assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
-        assert model.unread_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
+        assert model.unused_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
 
-    def test_the_class_token_may_be_read(self, batch):
+    def test_the_class_token_may_be_projected(self, batch):
         config = self.config()
         config.keep_class_token = True
         model = HfvlmLLaVAForConditionalGeneration(config)
@@ -55,7 +55,7 @@ class TestLLaVA(GenerationSuite, ModelSuite):
 
 
 class TestTiles(GenerationSuite, ModelSuite):
-    """v1.6: the whole picture and its tiles, here of three pictures with equally many."""
+    """v1.6: the whole image and its tiles, here of three images with equally many."""
 
     model_class, auto_class = HfvlmLLaVAForConditionalGeneration, AutoModelForImageTextToText
     lora_layers = TestLLaVA.lora_layers
@@ -64,7 +64,7 @@ class TestTiles(GenerationSuite, ModelSuite):
 
     def config(self):
         tiles = {"grid_pinpoints": GRID, "patch_merge": "spatial_unpad"}
-        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=PICTURE, **tiles)
+        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=IMAGE, **tiles)
 
     def inputs(self):
         (count,) = {self.config().count_tokens(size) for size in self.sizes}
@@ -78,7 +78,7 @@ class TestTiles(GenerationSuite, ModelSuite):
 
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
-        return {"labels": ids.masked_fill(ids == PICTURE, -100)}
+        return {"labels": ids.masked_fill(ids == IMAGE, -100)}
 
     def test_compiles_as_one_graph(self, model, batch):
         """Sizes decide shapes, and so are numbers of the graph."""
@@ -87,7 +87,7 @@ class TestTiles(GenerationSuite, ModelSuite):
     def test_exports(self, model, batch):
         super().test_exports(model, batch | {"image_sizes": self.sizes})
 
-    def test_views_padded_joined_and_in_a_list_are_the_same(self, model):
+    def test_padded_joined_and_listed_views_have_equal_features(self, model):
         sizes = ((20, 60), (60, 20), (400, 400))
         counts = [1 + rows * columns for rows, columns in map(model.config.tiling.tiles, sizes)]
         assert counts == [3, 3, 5]
@@ -99,17 +99,15 @@ class TestTiles(GenerationSuite, ModelSuite):
             for left, right in zip(model.get_image_features(given, sizes).pooler_output, expected, strict=True):
                 close(left, right, 1e-6, "views")
 
-    def test_views_that_do_not_fit_the_sizes_are_an_error(self, model, batch):
-        with pytest.raises(ValueError, match="pixel_values hold 2 views, but pictures of the sizes.*grid_pinpoints"):
+    def test_a_wrong_number_of_views_is_an_error(self, model, batch):
+        with pytest.raises(ValueError, match="pixel_values hold 2 views, but images of the sizes.*grid_pinpoints"):
             model.get_image_features(batch["pixel_values"].flatten(0, 1)[:2], batch["image_sizes"])
 
 
 class TestProjectors:
     @pytest.mark.parametrize("depth", [0, 1, 3])
-    def test_depths(self, depth):
-        config = HfvlmLLaVAConfig(
-            vision_config=VISION, text_config=TEXT, image_token_id=PICTURE, projector_depth=depth
-        )
+    def test_the_projector_may_have_any_depth(self, depth):
+        config = HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=IMAGE, projector_depth=depth)
         model = HfvlmLLaVAForConditionalGeneration(config)
         assert len(model.projector.layers) == depth
         assert model.get_image_features(torch.randn(2, 3, 28, 28)).pooler_output[1].shape == (4, 32)
@@ -124,6 +122,6 @@ class TestProjectors:
         ({"keep_class_token": True, "patch_merge": "spatial_unpad"}, "keep_class_token needs 'flat'"),
     ],
 )
-def test_configurations_that_make_no_sense(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
-        HfvlmLLaVAConfig(**{"vision_config": VISION, "text_config": TEXT, "image_token_id": PICTURE} | changes)
+        HfvlmLLaVAConfig(**{"vision_config": VISION, "text_config": TEXT, "image_token_id": IMAGE} | changes)

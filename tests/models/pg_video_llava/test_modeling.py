@@ -1,4 +1,4 @@
-"""What PG-Video-LLaVA adds to Video-ChatGPT: sizes, transcripts, and the things that an answer names."""
+"""What PG-Video-LLaVA adds to Video-ChatGPT: sizes, transcripts, and the entities of an answer."""
 
 import shutil
 
@@ -29,7 +29,7 @@ from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAConfig, HfvlmPGVideoLLa
 from hfvlm.models.pg_video_llava.entities import common_tags, marked, name_entities, question, read_reply
 from hfvlm.models.pg_video_llava.transcripts import is_spoken, transcribe
 from tests.models.llava.tiny import TEXT, VISION, vision_settings, write
-from tests.models.video_chatgpt.test_use import FIRST, VOCABULARY, film
+from tests.models.video_chatgpt.test_use import FIRST, VOCABULARY, video
 from tests.support.suite import close
 
 
@@ -69,7 +69,7 @@ def converted(tmp_path_factory):
     )
 
 
-def test_a_projector_on_its_base(converted):
+def test_a_projector_is_put_on_its_base(converted):
     model, folder = converted
     loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -78,7 +78,7 @@ def test_a_projector_on_its_base(converted):
     assert all(check.passed for check in hfvlm.verify(folder))
 
 
-def test_a_small_tower_has_one_layer_whatever_is_said():
+def test_a_small_tower_has_one_projector_layer():
     vision = {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 1, "patch_size": 14}
     for size, depth in ((224, 1), (336, 2)):
@@ -86,15 +86,15 @@ def test_a_small_tower_has_one_layer_whatever_is_said():
         assert config_from_original(own, {}).projector_depth == depth
 
 
-def test_what_is_said_in_a_film_is_read(converted):
+def test_a_transcript_changes_the_output(converted):
     model, folder = converted
     processor = AutoProcessor.from_pretrained(folder)
-    asked = [{"type": "video", "video": film()}, {"type": "text", "text": "What is it?"}]
+    prompts = [{"type": "video", "video": video()}, {"type": "text", "text": "What is it?"}]
 
-    def inputs(said):
-        chat = [{"role": "user", "content": [*asked, *said]}]
+    def inputs(words):
+        chat = [{"role": "user", "content": [*prompts, *words]}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        return text, processor(text=text, videos=[film()])
+        return text, processor(text=text, videos=[video()])
 
     (silent, without), (heard, given) = inputs([]), inputs([{"type": "transcript", "text": "a dog runs"}])
     assert silent.startswith("You are PG-Video-LLaVA,")
@@ -105,8 +105,8 @@ def test_what_is_said_in_a_film_is_read(converted):
         assert not torch.equal(model(**given).logits[0, -1], model(**without).logits[0, -1])
 
 
-def test_transcribing():
-    """Segments with music are left out; the models get the sound at 16 kHz."""
+def test_transcripts_leave_out_music():
+    """Segments with music are left out; the models get audio at 16 kHz."""
     heard = []
 
     def recognizer(sound, return_timestamps):
@@ -125,15 +125,15 @@ def test_transcribing():
     assert heard == [16_000, 32_000]
 
 
-def test_segments_of_no_length_are_not_heard():
+def test_segments_of_no_length_are_left_out():
     def recognizer(sound, return_timestamps):
         return {"chunks": [{"timestamp": (0.0, 0.0), "text": "a"}, {"timestamp": (0.5, 0.51), "text": "b"}]}
 
     assert transcribe((np.zeros((1, 16_000), np.float32), 16_000), recognizer, None) == ""
 
 
-def test_transcribing_by_transformers_own():
-    """Whisper and a tagger that know nothing: what goes in and what comes out."""
+def test_transcripts_by_pipelines_of_transformers():
+    """Untrained Whisper and tagger: inputs and outputs fit."""
     torch.manual_seed(0)
     names = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>", *(f"<|{i / 50:.2f}|>" for i in range(1501))]
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
@@ -160,8 +160,8 @@ def test_transcribing_by_transformers_own():
         "audio-classification", model=ears, feature_extractor=ASTFeatureExtractor(max_length=128, num_mel_bins=64)
     )
     wave = np.random.RandomState(0).randn(1, 48_000).astype(np.float32) * 0.1
-    said = recognizer({"raw": wave[0], "sampling_rate": 16_000}, return_timestamps=True)
-    assert all(set(chunk) == {"timestamp", "text"} for chunk in said["chunks"])
+    words = recognizer({"raw": wave[0], "sampling_rate": 16_000}, return_timestamps=True)
+    assert all(set(chunk) == {"timestamp", "text"} for chunk in words["chunks"])
     assert isinstance(transcribe((wave, 16_000), recognizer, tagger), str)
 
     def whole(sound, return_timestamps):
@@ -171,14 +171,14 @@ def test_transcribing_by_transformers_own():
     assert transcribe((wave, 16_000), whole, tagger) == "hello"
 
 
-def test_what_counts_as_speech():
+def test_speech_is_distinguished_from_music():
     assert is_spoken([("Music", -0.5), ("Conversation", -1.5)])
     assert not is_spoken([("Music", -0.5), ("Speech", -1.7)])
     assert not is_spoken([("Wind", -0.1), ("Rain", -0.2), ("Music", -0.3), ("Speech", -0.4)])
     assert not is_spoken([])
 
 
-def test_things_that_an_answer_names():
+def test_entities_of_an_answer_are_found():
     text, tags = "The dog and the other dog play with a ball.", ["dog", "ball", "park"]
     assert "dog, ball, park" in question(text, tags)
     reply = "ball - Ball\ndog - dog\nother dog - dog\ncat - cat\npark - park\n - dog\nno line"
@@ -195,16 +195,16 @@ def test_things_that_an_answer_names():
     assert common_tags([["a", "b"], ["b"], ["c", "b", "a"]], most=2) == ["b", "a"]
 
 
-def test_asking_for_the_things_that_an_answer_names():
-    asked = []
+def test_a_language_model_finds_the_entities_of_an_answer():
+    prompts = []
 
-    def ask(said):
-        asked.append(said)
+    def ask(words):
+        prompts.append(words)
         return "brown dog - dog\nball - ball"
 
     text = "A brown dog has a ball."
     assert [entity.tag for entity in name_entities(text, ask, ["dog"])] == ["dog"]
     assert [entity.tag for entity in name_entities(text, ask)] == ["dog", "ball"]
-    assert "one of these things: dog?" in asked[0]
-    assert "that can be seen?" in asked[1]
-    assert all(text in said for said in asked)
+    assert "one of these things: dog?" in prompts[0]
+    assert "that can be seen?" in prompts[1]
+    assert all(text in words for words in prompts)

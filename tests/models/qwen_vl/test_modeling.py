@@ -28,13 +28,13 @@ VISION |= {"image_size": 28, "patch_size": 7}
 PROJECTOR = {"context_size": 32, "hidden_size": 48, "num_attention_heads": 2, "num_queries": 4}
 TEXT = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1}
-PICTURE = 63
+IMAGE = 63
 VOCABULARY = OURS / "qwen_vl" / "processor-tokenizer" / "qwen.tiktoken"
 
 
 def config(**text):
     return HfvlmQwenVLConfig(
-        vision_config=VISION, projector_config=PROJECTOR, text_config=TEXT | text, image_token_id=PICTURE
+        vision_config=VISION, projector_config=PROJECTOR, text_config=TEXT | text, image_token_id=IMAGE
     )
 
 
@@ -46,7 +46,7 @@ class TestQwenVL(GenerationSuite, ModelSuite):
         return config()
 
     def inputs(self):
-        ids = torch.tensor([[2, start, 61, *[PICTURE] * 4, 62, 7, 8, end] for start, end in ((5, 9), (6, 4), (9, 3))])
+        ids = torch.tensor([[2, start, 61, *[IMAGE] * 4, 62, 7, 8, end] for start, end in ((5, 9), (6, 4), (9, 3))])
         return {
             "input_ids": ids,
             "pixel_values": torch.randn(3, 3, 28, 28),
@@ -55,13 +55,13 @@ class TestQwenVL(GenerationSuite, ModelSuite):
 
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
-        return {"labels": ids.masked_fill(ids == PICTURE, -100)}
+        return {"labels": ids.masked_fill(ids == IMAGE, -100)}
 
-    def test_pictures_of_another_size_have_as_many_tokens(self, model):
+    def test_images_of_another_size_have_as_many_tokens(self, model):
         (features,) = model.get_image_features(torch.randn(1, 3, 42, 21)).pooler_output
         assert features.shape == (4, 48)
 
-    def test_a_static_cache_is_a_prompt_of_its_own_each_time(self, batch):
+    def test_a_static_cache_takes_the_frequencies_of_each_prompt(self, batch):
         """Beyond the trained length the frequencies are the prompt's, whatever ran before."""
         model = HfvlmQwenVLForConditionalGeneration(config(trained_length=6)).eval()
         expected = self.answer(model, batch)
@@ -100,7 +100,7 @@ class TestCausalLM(TestText):
         return {"labels": self.inputs()["input_ids"]}
 
     @pytest.mark.parametrize("bias", [False, True])
-    def test_up_to_the_trained_length_it_is_qwen2(self, batch, bias):
+    def test_up_to_the_trained_length_it_equals_qwen2(self, batch, bias):
         own = HfvlmQwenVLForCausalLM(HfvlmQwenVLTextConfig(**TEXT | {"trained_length": 9, "linear_bias": bias})).eval()
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         sizes = {name: TEXT[name] for name in names}
@@ -125,7 +125,7 @@ class TestBeyondTheTrainedLength:
         return HfvlmQwenVLForCausalLM(HfvlmQwenVLTextConfig(**TEXT | {"trained_length": 8})).eval()
 
     @pytest.mark.parametrize(("length", "stretch"), [(1, 1), (8, 1), (9, 3), (16, 3), (17, 7), (32, 7), (33, 15)])
-    def test_the_prompt_decides_about_the_frequencies(self, model, length, stretch):
+    def test_the_prompt_decides_the_frequencies(self, model, length, stretch):
         ids = torch.randint(2, 60, (1, length))
         cache = cache_of(model(ids, use_cache=True))
         assert cache.stretch == stretch
@@ -133,7 +133,7 @@ class TestBeyondTheTrainedLength:
             cache = cache_of(model(ids[:, :1], cache=cache, use_cache=True))
         assert cache.stretch == stretch
 
-    def test_steps_follow_one_forward_while_the_frequencies_last(self, model):
+    def test_steps_equal_one_forward_with_the_same_frequencies(self, model):
         ids = torch.randint(2, 60, (2, 16))
         with torch.no_grad():
             whole = model(ids).logits
@@ -145,7 +145,7 @@ class TestBeyondTheTrainedLength:
         close(torch.cat(parts, dim=1), whole, 1e-5, "steps")
 
     @pytest.mark.parametrize("name", ["dynamic_ntk", "logn_attention"])
-    def test_each_of_the_two_matters_there_and_nowhere_else(self, model, name):
+    def test_each_extension_matters_beyond_the_trained_length_alone(self, model, name):
         plain = HfvlmQwenVLForCausalLM(HfvlmQwenVLTextConfig(**TEXT | {"trained_length": 8, name: False})).eval()
         plain.load_state_dict(model.state_dict())
         ids = torch.randint(2, 60, (2, 24))
@@ -153,7 +153,7 @@ class TestBeyondTheTrainedLength:
             close(model(ids[:, :8]).logits, plain(ids[:, :8]).logits, 0.0, "trained length")
             assert relative(model(ids).logits[:, -1], plain(ids).logits[:, -1]) > 1e-5
 
-    def test_neither_is_part_of_training(self, model):
+    def test_no_extension_is_part_of_training(self, model):
         ids = torch.randint(2, 60, (2, 24))
         plain = HfvlmQwenVLForCausalLM(HfvlmQwenVLTextConfig(**TEXT | {"trained_length": 64})).eval()
         plain.load_state_dict(model.state_dict())
@@ -171,7 +171,7 @@ class TestResampler(ModelSuite):
     def inputs(self):
         return {"patches": torch.randn(3, 16, 32), "grid": (4, 4)}
 
-    def test_queries_see_where_a_patch_is(self):
+    def test_queries_attend_to_the_positions_of_patches(self):
         model = HfvlmQwenVLResampler(HfvlmQwenVLResamplerConfig(**PROJECTOR)).eval()
         patches = torch.randn(2, 16, 32)
         with torch.no_grad():
@@ -198,14 +198,14 @@ class TestResampler(ModelSuite):
             actual = model(patches, (2, 2)).last_hidden_state
             close(actual, model.projection(model.post_norm(expected)), 1e-5, "resampler")
 
-    def test_as_wide_as_the_patches_it_needs_no_projection(self):
+    def test_patches_of_its_own_width_are_not_projected(self):
         model = HfvlmQwenVLResampler(HfvlmQwenVLResamplerConfig(**PROJECTOR | {"context_size": 48}))
         assert not list(model.kv_proj.parameters())
         assert model(torch.randn(1, 9, 48), (3, 3)).last_hidden_state.shape == (1, 4, 48)
 
 
 class TestLoRA:
-    def test_by_default_what_the_authors_adapt(self):
+    def test_lora_adapts_the_authors_layers_by_default(self):
         model = HfvlmQwenVLForConditionalGeneration(config())
         tuned = hfvlm.lora(model, quiet=True)
         names = {name.split(".lora_")[0] for name, p in tuned.named_parameters() if p.requires_grad}
@@ -213,7 +213,7 @@ class TestLoRA:
         parts = {name.rpartition(".")[2] for name in names}
         assert parts == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
 
-    def test_the_resampler_in_full_and_saved_with_the_adapter(self, tmp_path):
+    def test_the_resampler_is_trained_in_full_and_saved_with_the_adapter(self, tmp_path):
         torch.manual_seed(0)
         base = HfvlmQwenVLForConditionalGeneration(config()).eval()
         base.save_pretrained(tmp_path / "base")
@@ -225,7 +225,7 @@ class TestLoRA:
         optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
         before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
         for _ in range(2):
-            tuned(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == PICTURE, -100)).loss.backward()
+            tuned(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)).loss.backward()
             optimizer.step()
         moved = {name for name, p in tuned.named_parameters() if not torch.equal(p, before[name])}
         # The keys' bias shifts all of a query's scores alike.
@@ -240,7 +240,7 @@ class TestLoRA:
 
 
 class TestChatBeyondTheTrainedLength:
-    def test_what_is_kept_is_what_the_whole_conversation_would_give(self):
+    def test_cached_answers_equal_those_to_the_whole_conversation(self):
         settings = hfvlm.load_preset("qwen_vl/tiny").make_config()
         settings.text_config.trained_length = 64
         processor = processor_for(settings, {}, VOCABULARY)
@@ -262,12 +262,12 @@ class TestChatBeyondTheTrainedLength:
     ("changes", "message"),
     [
         ({"projector_config": PROJECTOR | {"num_queries": 5}}, "num_queries 5 is no square number"),
-        ({"projector_config": PROJECTOR | {"context_size": 16}}, "reads 16 and writes 48"),
+        ({"projector_config": PROJECTOR | {"context_size": 16}}, "takes 16 and makes 48"),
         ({"projector_config": PROJECTOR | {"num_attention_heads": 5}}, "multiple of num_attention_heads"),
         ({"text_config": TEXT | {"rotary_share": 0.1}}, "rotary_share 0.1 of a head of 12 is 1"),
     ],
 )
-def test_configurations_that_make_no_sense(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
         HfvlmQwenVLConfig(**{"vision_config": VISION, "projector_config": PROJECTOR, "text_config": TEXT} | changes)
 

@@ -12,8 +12,8 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "n
 VISION |= {"image_size": 28, "patch_size": 14, "projection_dim": None}
 TEXT = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
-FILM, START, END = 57, 58, 59
-SIZES = {"vision_config": VISION, "text_config": TEXT, "video_token_id": FILM, "temporal_tokens": 5}
+VIDEO, START, END = 57, 58, 59
+SIZES = {"vision_config": VISION, "text_config": TEXT, "video_token_id": VIDEO, "temporal_tokens": 5}
 
 
 class FilmSuite(GenerationSuite, ModelSuite):
@@ -27,8 +27,8 @@ class FilmSuite(GenerationSuite, ModelSuite):
 
     def inputs(self):
         starts, rests = ([5], [6], [9]), ([7, 8, 9], [3, 2, 4], [9, 8, 7])
-        film = [START, *[FILM] * self.config().count_tokens(3), END]
-        ids = torch.tensor([[1, *start, *film, *rest] for start, rest in zip(starts, rests, strict=True)])
+        video = [START, *[VIDEO] * self.config().count_tokens(3), END]
+        ids = torch.tensor([[1, *start, *video, *rest] for start, rest in zip(starts, rests, strict=True)])
         return {
             "input_ids": ids,
             "pixel_values_videos": torch.randn(3, 3, 3, 28, 28),
@@ -37,7 +37,7 @@ class FilmSuite(GenerationSuite, ModelSuite):
 
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
-        return {"labels": ids.masked_fill(ids >= FILM, -100)}
+        return {"labels": ids.masked_fill(ids >= VIDEO, -100)}
 
 
 class TestVideoChatGPT(FilmSuite):
@@ -47,34 +47,34 @@ class TestVideoChatGPT(FilmSuite):
             after = model(**batch | {self.pixels: batch[self.pixels].flip(1)}).logits
         assert relative(after[:, -1], before[:, -1]) > 1e-3
 
-    def test_films_of_different_lengths(self, model, batch):
-        """Padded, or in a list: what is padded is not read."""
-        films, counts = batch[self.pixels], (1, 3, 2)
-        shorter = [film[:count] for film, count in zip(films, counts, strict=True)]
-        expected = [model.get_video_features(film[None]).pooler_output[0] for film in shorter]
-        padded = model.get_video_features(films, num_frames=torch.tensor(counts)).pooler_output
+    def test_padding_of_shorter_videos_is_ignored(self, model, batch):
+        """Padded, or in a list: padding changes nothing."""
+        videos, counts = batch[self.pixels], (1, 3, 2)
+        shorter = [video[:count] for video, count in zip(videos, counts, strict=True)]
+        expected = [model.get_video_features(video[None]).pooler_output[0] for video in shorter]
+        padded = model.get_video_features(videos, num_frames=torch.tensor(counts)).pooler_output
         listed = model.get_video_features(shorter).pooler_output
         for given in (padded, listed):
             for left, right in zip(given, expected, strict=True):
                 assert len(left) == model.config.count_tokens(3) == 9
-                close(left, right, 1e-6, "film")
+                close(left, right, 1e-6, "video")
         with torch.no_grad():
             logits = model(**batch, num_frames=torch.tensor(counts)).logits
             alone = self.one(batch, 0)
-            close(model(**alone | {self.pixels: films[:1, :1]}).logits, logits[:1], 1e-5, "row")
+            close(model(**alone | {self.pixels: videos[:1, :1]}).logits, logits[:1], 1e-5, "row")
 
-    def test_longer_films_have_a_token_for_each_frame(self, model):
+    def test_longer_videos_have_a_token_for_each_frame(self, model):
         features = model.get_video_features(torch.randn(1, 8, 3, 28, 28)).pooler_output
         assert len(features[0]) == model.config.count_tokens(8) == 12
 
-    def test_two_films_in_a_text(self, model, batch):
-        films, count = batch[self.pixels][:2], model.config.count_tokens(3)
-        ids = torch.tensor([[1, 5, *[FILM] * count, 6, *[FILM] * count, 7]])
+    def test_a_text_may_have_two_videos(self, model, batch):
+        videos, count = batch[self.pixels][:2], model.config.count_tokens(3)
+        ids = torch.tensor([[1, 5, *[VIDEO] * count, 6, *[VIDEO] * count, 7]])
         with torch.no_grad():
-            before, after = (model(input_ids=ids, pixel_values_videos=f).logits for f in (films, films.flip(0)))
+            before, after = (model(input_ids=ids, pixel_values_videos=f).logits for f in (videos, videos.flip(0)))
         assert relative(after[:, -1], before[:, -1]) > 1e-3
 
-    def test_layers_that_nothing_reads_are_not_computed(self, model, batch):
+    def test_unused_layers_are_not_computed(self, model, batch):
         seen = []
         for i, layer in enumerate(model.vision_model.layers):
             layer.register_forward_hook(lambda *_, i=i: seen.append(i))
@@ -110,7 +110,7 @@ class TestPGVideoLLaVA(FilmSuite):
         assert len(model.projector.layers) == 2
 
 
-def test_averages():
+def test_averages_equal_an_independent_formulation():
     patches = torch.arange(24.0).reshape(2, 3, 4)
     rows = average(patches, 4)
     assert rows.shape == (4 + 3, 4)
@@ -128,6 +128,6 @@ def test_averages():
         ({"temporal_tokens": -1}, "temporal_tokens -1 is no number"),
     ],
 )
-def test_configurations_that_make_no_sense(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
         HfvlmVideoChatGPTConfig(**SIZES | changes)

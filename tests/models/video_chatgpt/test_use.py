@@ -1,4 +1,4 @@
-"""Video-ChatGPT from its authors' files to answers about films."""
+"""Video-ChatGPT from its authors' files to answers about videos."""
 
 import io
 import shutil
@@ -43,7 +43,7 @@ def tiny_model():
 
 
 def released(model, folder):
-    """The release, and the folders that it is put on."""
+    """The release, and the folders of its base."""
     ours = model.state_dict()
 
     def part(start, rows):
@@ -91,17 +91,17 @@ def chat(model, processor):
     return hfvlm.Chat(model, processor, max_new_tokens=6)
 
 
-def film(seed=0, frames=FRAMES, size=(24, 40)):
+def video(seed=0, frames=FRAMES, size=(24, 40)):
     return np.random.RandomState(seed).randint(0, 256, (frames, *size, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("films") / "clip.mp4"
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=8, options={"crf": "0"})
         stream.height, stream.width, stream.pix_fmt = 24, 40, "rgb24"
-        for frame in film(7, frames=6):
+        for frame in video(7, frames=6):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -119,12 +119,12 @@ def same_weights(folder):
         close(value, expected[name], 1e-6, name)
 
 
-def test_a_projector_on_its_base(folder):
+def test_a_projector_is_put_on_its_base(folder):
     same_weights(folder)
 
 
-def test_a_projector_on_a_difference(release, tmp_path):
-    """LLaVA-Lightning as it was released: its difference to LLaMA, which has fewer tokens and no projector."""
+def test_a_projector_is_put_on_a_delta(release, tmp_path):
+    """LLaVA-Lightning as it was released: its delta to LLaMA, which has fewer tokens and no projector."""
     source, paths, base, settings = release
     llama = {k: torch.randn_like(t) for k, t in base.items() if "mm_projector" not in k}
     llama |= {name: llama[name][:420] for name in (EMBEDDING, HEAD)}
@@ -141,7 +141,7 @@ def test_a_projector_on_a_difference(release, tmp_path):
     same_weights(hfvlm.convert(source, "video_chatgpt", tmp_path / "out", parts=parts, vocabulary=VOCABULARY))
 
 
-def test_a_model_trained_in_whole(release, tmp_path):
+def test_a_model_trained_in_full_is_converted(release, tmp_path):
     _, paths, _, settings = release
     model = tiny_model()
     ours = {k: t for k, t in model.state_dict().items() if not k.startswith("vision_model")}
@@ -163,7 +163,7 @@ def test_what_is_missing_is_named(release, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_verify(folder):
+def test_a_converted_folder_is_verified(folder):
     checks = {check.name: check for check in hfvlm.verify(folder)}
     assert len(checks) == 11
     assert all(check.passed for check in checks.values()), checks
@@ -172,11 +172,11 @@ def test_verify(folder):
 # Processor
 
 
-def test_the_template_reads_a_film(model, processor, clip):
+def test_the_template_reads_a_video(model, processor, clip):
     """From a path in a message to an answer."""
-    said = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What happens first?"}]
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What happens first?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": said}],
+        [{"role": "user", "content": content}],
         tokenize=True,
         add_generation_prompt=True,
         return_dict=True,
@@ -191,40 +191,40 @@ def test_the_template_reads_a_film(model, processor, clip):
     assert "What happens first?\n" in text.replace("<vid_start>", "\n").replace("\n\n", "\n")
 
 
-def test_a_film_however_it_comes(processor, clip):
+def test_all_forms_of_a_video_have_equal_inputs(processor, clip):
     text = "What is it?\n<video>"
     expected = processor(text=text, videos=clip)
-    frames = film(7, frames=6)
-    pictures = [Image.fromarray(frame) for frame in frames]
-    for given in ([clip], [[clip]], clip.read_bytes(), frames, [frames], [pictures], [(pictures, 8.0)], [[frames]]):
+    frames = video(7, frames=6)
+    images = [Image.fromarray(frame) for frame in frames]
+    for given in ([clip], [[clip]], clip.read_bytes(), frames, [frames], [images], [(images, 8.0)], [[frames]]):
         inputs = processor(text=text, videos=given)
         assert torch.equal(inputs["input_ids"], expected["input_ids"])
         close(inputs["pixel_values_videos"], expected["pixel_values_videos"], 1e-6, "pixels")
 
 
-def test_films_and_texts_must_fit(processor):
-    with pytest.raises(ValueError, match=r"places \('<video>'\) for \[1\] videos, but \[2\] were given"):
-        processor(text="What?\n<video>", videos=[film(0), film(1)])
+def test_a_wrong_number_of_videos_is_refused(processor):
+    with pytest.raises(ValueError, match=r"placeholders \('<video>'\) for \[1\] videos, but \[2\] were given"):
+        processor(text="What?\n<video>", videos=[video(0), video(1)])
     with pytest.raises(ValueError, match="reads videos"):
-        processor(images=[film()[0]], text="What?")
+        processor(images=[video()[0]], text="What?")
     with pytest.raises(ValueError, match="needs text"):
-        processor(videos=[film()])
+        processor(videos=[video()])
 
 
 def test_batches_are_padded(model, processor):
     texts = ["What is it?\n<video>", "Hello.", "Tell me more about this one.\n<video>"]
-    inputs = processor(text=texts, videos=[film(0, frames=2), film(1, frames=5)])
+    inputs = processor(text=texts, videos=[video(0, frames=2), video(1, frames=5)])
     assert inputs["num_frames"].tolist() == [2, 5]
     assert inputs["pixel_values_videos"].shape[:2] == (2, 5)
     together = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    for i, own in ((0, film(0, frames=2)), (1, None), (2, film(1, frames=5))):
+    for i, own in ((0, video(0, frames=2)), (1, None), (2, video(1, frames=5))):
         alone = processor(text=texts[i], videos=own)
         new = model.generate(**alone, max_new_tokens=4, do_sample=False)[0, alone["input_ids"].shape[1] :]
         assert torch.equal(together[i], new), i
 
 
-def test_long_films_are_sampled(model, processor):
-    long = film(0, frames=130, size=(8, 8))
+def test_long_videos_are_sampled(model, processor):
+    long = video(0, frames=130, size=(8, 8))
     inputs = processor(text="What?\n<video>", videos=[long])
     assert inputs["num_frames"].tolist() == [100]
     more = processor(text="What?\n<video>", videos=[long], num_frames=120)
@@ -238,46 +238,46 @@ def test_processor_survives_a_round_trip(processor, tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is type(processor)
     text = "What?\n<video>"
-    for name, value in processor(text=text, videos=[film()]).items():
-        assert torch.equal(again(text=text, videos=[film()])[name], value)
+    for name, value in processor(text=text, videos=[video()]).items():
+        assert torch.equal(again(text=text, videos=[video()])[name], value)
     assert again.training_conversation == "vicuna_v1_1"
 
 
-def test_pipeline(folder, chat, clip):
+def test_the_pipeline_answers(folder, chat, clip):
     answer = pipeline("video-text-to-text", model=str(folder), device="cpu")
     options = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
     expected = []
-    for source in (str(clip), film()):
+    for source in (str(clip), video()):
         chat.reset()
         expected.append(chat.ask("What?", videos=[source]))
-    found = answer([str(clip), film()], ["What?", "What?"], **options)
+    found = answer([str(clip), video()], ["What?", "What?"], **options)
     assert [given[0]["generated_text"].strip() for given in found] == expected
     assert answer(str(clip), "What?", **options)[0]["generated_text"].strip() == expected[0]
     content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What?"}]
     messages = answer([{"role": "user", "content": content}], **options)[0]["generated_text"]
     assert messages[-1]["role"] == "assistant"
     assert messages[-1]["content"].strip() == expected[0]
-    with pytest.raises(ValueError, match="1 films and 2 texts are no pairs"):
-        answer([film()], ["a", "b"])
+    with pytest.raises(ValueError, match="1 videos and 2 texts are no pairs"):
+        answer([video()], ["a", "b"])
 
 
-def test_truncation_never_cuts_a_film(processor):
+def test_truncation_never_cuts_a_video(processor):
     text = "What?\n<video> And after it?"
-    whole = processor(text=text, videos=[film()])["input_ids"].shape[1]
-    cut = processor(text=text, videos=[film()], max_length=whole - 2, truncation=True)
+    whole = processor(text=text, videos=[video()])["input_ids"].shape[1]
+    cut = processor(text=text, videos=[video()], max_length=whole - 2, truncation=True)
     assert cut["input_ids"].shape[1] == whole - 2
     with pytest.raises(ValueError, match="raise max_length"):
-        processor(text=text, videos=[film()], max_length=50, truncation=True)
-    dropped = processor(text=text, videos=[film()], max_length=50, truncation="pictures")
+        processor(text=text, videos=[video()], max_length=50, truncation=True)
+    dropped = processor(text=text, videos=[video()], max_length=50, truncation="pictures")
     assert "pixel_values_videos" not in dropped
 
 
 # Answers
 
 
-def afresh(chat, films):
+def without_cache(chat, videos):
     prompt = chat.processor.apply_chat_template(chat.messages[:-1], add_generation_prompt=True)
-    inputs = chat.processor(text=prompt, videos=films)
+    inputs = chat.processor(text=prompt, videos=videos)
     new = chat.model.generate(**inputs, **chat.options)[0, inputs["input_ids"].shape[1] :]
     return chat.processor.decode(new, skip_special_tokens=True).strip()
 
@@ -285,18 +285,18 @@ def afresh(chat, films):
 def test_answers_are_those_to_the_whole_conversation(chat):
     seen = []
     chat.model.vision_model.register_forward_hook(lambda m, a, o: seen.append(len(o.last_hidden_state)))
-    films = []
-    for text, shown in (("What is it?", [film(0)]), ("And now?", []), ("And this?", [film(1, frames=2)])):
-        films += shown
+    videos = []
+    for text, shown in (("What is it?", [video(0)]), ("And now?", []), ("And this?", [video(1, frames=2)])):
+        videos += shown
         seen.clear()
         answer = chat.ask(text, videos=shown)
-        assert seen == [len(own) for own in shown], "each film is read once"
-        assert answer == afresh(chat, films)
+        assert seen == [len(own) for own in shown], "each video is encoded once"
+        assert answer == without_cache(chat, videos)
 
 
-def test_pictures_are_refused(chat):
-    with pytest.raises(ValueError, match="reads videos alone"):
-        chat.ask("What?", images=[film()[0]])
+def test_images_are_refused(chat):
+    with pytest.raises(ValueError, match="takes videos alone"):
+        chat.ask("What?", images=[video()[0]])
 
 
 def test_command_line(folder, clip):
@@ -320,14 +320,14 @@ EXAMPLES = [
             {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]},
             {"role": "assistant", "content": "A cat runs."},
         ],
-        "videos": [film(0)],
+        "videos": [video(0)],
     },
     {
         "conversations": [
             {"from": "human", "value": "<video>\nWhich?"},
             {"from": "gpt", "value": "It is a small dog."},
         ],
-        "video": film(1, frames=2),
+        "video": video(1, frames=2),
     },
     {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]},
 ]
