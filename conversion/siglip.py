@@ -32,7 +32,7 @@ from hfvlm.models.siglip.processing_siglip import (
     HfvlmSigLIPProcessor,
     HfvlmSigLIPTokenizer,
 )
-from hfvlm.processing.base import HfvlmImageProcessor
+from hfvlm.processing.images import HfvlmImageProcessor
 
 VOCABULARIES = ("sentencepiece.model", "gemma_tokenizer.model", "spiece.model", "tokenizer.model", "tokenizer.json")
 TANH, ERF = "gelu_pytorch_tanh", "gelu"

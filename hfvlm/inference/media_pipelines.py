@@ -48,7 +48,8 @@ class MediaPipeline:
     def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
         """An image, in a form that transformers gives on to the processor."""
         from hfvlm.media.images import ImageAsRead, read_image, to_8_bits
-        from hfvlm.processing.base import HfvlmImageProcessor, HfvlmProcessor
+        from hfvlm.processing.base import HfvlmProcessor
+        from hfvlm.processing.images import HfvlmImageProcessor
 
         ours = (HfvlmImageProcessor, HfvlmProcessor)
         image = read_image(source, upright=False, allow_urls=allow_urls)
@@ -75,7 +76,7 @@ class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClass
     def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
         """A recording; arrays without a rate are at the feature extractor's, as transformers takes them."""
         from hfvlm.media.audio import as_read, read_audio
-        from hfvlm.processing.base import HfvlmFeatureExtractor
+        from hfvlm.processing.features import HfvlmFeatureExtractor
 
         if isinstance(source, np.ndarray):
             source = (source, self.feature_extractor.sampling_rate)

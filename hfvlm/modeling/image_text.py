@@ -12,10 +12,11 @@ from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.checks.keywords import check_keywords
 from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
 from hfvlm.modeling.generation import Generation, WithinVocabulary, Without
-from hfvlm.modeling.keywords import Keywords, check_keywords, keywords_of
+from hfvlm.modeling.keywords import Keywords, keywords_of
 from hfvlm.modeling.outputs import ImageTextOutput
 from hfvlm.modules.projection import Projector
 

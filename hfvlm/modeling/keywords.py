@@ -6,13 +6,13 @@ A method declares by `**kwargs: Unpack[Keywords]` those that it takes next to it
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable, Collection
 from typing import Any, TypedDict
 
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 
+from hfvlm.checks.keywords import check_keywords
 from hfvlm.modeling.compat import CACHE, CACHE_NAMES, rename_cache
 
 
@@ -34,20 +34,6 @@ class Keywords(TypedDict, total=False):
     max_length_q: int | None
     max_length_k: int | None
     seq_idx: Tensor | None
-
-
-def unknown_keyword(owner: str, name: str, known: Collection[str]) -> TypeError:
-    """Make the error that names a keyword argument which is not known, and the nearest one that is."""
-    nearest = get_close_matches(name, sorted(known), 1, cutoff=0.0)
-    hint = f" The nearest that it knows is {nearest[0]!r}." if nearest else ""
-    return TypeError(f"{owner} got an unexpected keyword argument {name!r}.{hint}")
-
-
-def check_keywords(owner: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise a TypeError for the first keyword argument that is not known."""
-    for name in given:
-        if name not in known:
-            raise unknown_keyword(owner, name, known)
 
 
 class StrictKeywords:

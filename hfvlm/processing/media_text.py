@@ -11,13 +11,14 @@ import numpy as np
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 
+from hfvlm.checks.keywords import check_keywords
 from hfvlm.media.images import read_images
 from hfvlm.media.video import read_videos
 from hfvlm.processing.assembly import IGNORE, Row, cut, expand
 from hfvlm.processing.base import HfvlmProcessor, call_keywords
 from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
 from hfvlm.processing.protection import Protected, Protector
-from hfvlm.processing.settings import check_keywords, flag, whole
+from hfvlm.processing.settings import flag, whole
 
 # As many placeholders as the texts of a data set contain.
 EVERY = 2**31

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hfvlm.checks.files import NamedErrors
-from hfvlm.modeling.keywords import unknown_keyword
+from hfvlm.checks.keywords import check_keywords
 
 # A value in its saved form, or a ValueError that says what it must be.
 Check: TypeAlias = Callable[[Any], Any]
@@ -67,23 +67,6 @@ LOADING = frozenset(
 )
 # What `from_pretrained` of a whole processor was given: each part takes its own, the whole checks that all was taken.
 _shared: ContextVar[frozenset[str]] = ContextVar("shared_keywords", default=frozenset())
-
-
-def check_keywords(owner: Any, given: Iterable[str], known: Collection[str], standing: Collection[str] = ()) -> None:
-    """Refuse keywords that `owner`, an object, a class or its name, does not know.
-
-    Args:
-        owner: whose keywords they are.
-        given: keywords.
-        known: its own, of which the error names the nearest.
-        standing: others, of transformers.
-
-    Raises:
-        TypeError: naming the first of them and the nearest known one.
-    """
-    for name in sorted(set(given) - set(known) - set(standing)):
-        title = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
-        raise unknown_keyword(title, name, known)
 
 
 @contextmanager

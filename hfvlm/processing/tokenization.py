@@ -1,108 +1,33 @@
 """Tokenizers: the text cleaning, padding and truncation that a model was trained with, on `tokenizers`' engines."""
 
-import base64
-import functools
-import gzip
-import html
 import inspect
-import io
 import re
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar
-from unicodedata import category, normalize
+from typing import Any
 
-import ftfy
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
-from hfvlm.checks.files import NamedErrors, read_bytes, read_json, refusing
-from hfvlm.checks.messages import cut, shown
+from hfvlm.checks.files import NamedErrors, refusing
+from hfvlm.checks.keywords import check_keywords
 from hfvlm.processing.batches import texts_of
+from hfvlm.processing.cleaning import CLEANINGS
 from hfvlm.processing.protection import PROTECTED, unprotected
-from hfvlm.processing.settings import LOADING, STORED, check_keywords, flag, shared, whole
-
-logger = logging.get_logger(__name__)
-
-# Of vocabularies, in bytes: a list of pieces, unpacked; and a tokenizer.json.
-LARGEST_LIST, LARGEST_TOKENIZER = 2**23, 2**26
-LONGEST_PIECE = 256
-# How many ways there are to make a piece of two others, for each piece; vocabularies have two or three.
-MOST_SPLITS = 8
-
-
-def fixed(text: str) -> str:
-    """Broken encodings, curly quotes and HTML entities repaired, as every original of the CLIP family does."""
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-
-
-def clean_lower(text: str) -> str:
-    """OpenAI's cleaning: repair, one space between words, lower case."""
-    return " ".join(fixed(text).split()).lower()
-
-
-def clean_repaired(text: str) -> str:
-    """transformers' CLIP tokenizer with ftfy: as OpenAI's, but HTML entities stay wherever ftfy leaves them."""
-    return " ".join(ftfy.fix_text(text).split()).lower()
-
-
-def clean_canonical(text: str) -> str:
-    """open_clip's cleaning for SigLIP: repair, no punctuation, lower case, one space between words."""
-    text = fixed(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
-    return " ".join(text.lower().split())
-
-
-def clean_case(text: str) -> str:
-    """big_vision's cleaning: lower case alone."""
-    return text.lower()
-
-
-def clean_caption(text: str) -> str:
-    """BLIP's cleaning of captions: lower case, a space for most punctuation, one space between words."""
-    return re.sub(r"\s{2,}", " ", PUNCTUATION.sub(" ", text.lower())).rstrip("\n").strip(" ")
-
-
-def clean_question(text: str) -> str:
-    """BLIP's cleaning of questions: lower case, without most punctuation."""
-    return PUNCTUATION.sub("", text.lower()).rstrip(" ")
-
-
-# The question mark, the comma and the apostrophe stay.
-PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-
-
-# Of Unicode's characters of the kind Default_Ignorable_Code_Point, those that occur.
-IGNORABLE = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+from hfvlm.processing.settings import LOADING, STORED, flag, shared, whole
+from hfvlm.processing.vocabularies import (
+    SPACE,
+    VocabularyError,
+    cleans_up,
+    engine_from_json,
+    sentencepiece_engine,
+    template,
 )
 
-
-def clean_fold(text: str) -> str:
-    """TensorFlow Text's cleaning for BERT: letters that look alike become one, in lower case without accents; what is
-    not seen goes; control characters become spaces."""
-    text = IGNORABLE.sub("", normalize("NFD", text))
-    text = normalize("NFKC", normalize("NFKC", text.casefold()).casefold())
-    letters = (letter for letter in normalize("NFD", IGNORABLE.sub("", text)) if category(letter) != "Mn")
-    return "".join(" " if category(letter) in ("Cc", "Cf") else letter for letter in letters)
-
-
-CLEANINGS: dict[str, Callable[[str], str]] = {
-    "lower": clean_lower,
-    "repaired": clean_repaired,
-    "canonical": clean_canonical,
-    "case": clean_case,
-    "caption": clean_caption,
-    "question": clean_question,
-    "fold": clean_fold,
-    "none": str,
-}
-
+logger = logging.get_logger(__name__)
 
 # Keywords of a tokenizer's call.
 TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call__).parameters) - {
@@ -515,66 +440,6 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
 
 
-class VocabularyError(ValueError):
-    """A file that is not the vocabulary it should be; the message names it."""
-
-    def __init__(self, message: str = ""):
-        super().__init__(cut(message))
-
-
-Reader = TypeVar("Reader", bound=Callable[..., Any])
-
-
-def _of_file(read: Reader) -> Reader:
-    """A reader of vocabularies, which refuses by name whatever is none: `read(path, ...)`."""
-
-    @functools.wraps(read)
-    def refuse(path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        with refusing(Path(path), "not a vocabulary of this kind", VocabularyError, (ImportError,)):
-            return read(path, *args, **kwargs)
-
-    return refuse  # type: ignore[return-value]
-
-
-@_of_file
-def engine_from_json(path: str | Path) -> Tokenizer:
-    """The engine that a tokenizer.json describes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        VocabularyError: the file describes none.
-    """
-    engine = Tokenizer.from_buffer(read_bytes(Path(path), LARGEST_TOKENIZER, VocabularyError))
-    checked_ids(engine.get_vocab())
-    return engine
-
-
-def checked_ids(vocabulary: Any) -> dict[str, int]:
-    """Pieces by name, whose ids are about as many as they: engines make room up to the largest.
-
-    Raises:
-        ValueError: something else.
-    """
-    most = 2 * len(vocabulary) + 1000
-    if not isinstance(vocabulary, dict) or not all(type(i) is int and 0 <= i < most for i in vocabulary.values()):
-        raise ValueError("its pieces have no ids, or some far from each other")
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError("some of its pieces share an id")
-    return vocabulary
-
-
-def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Merges of pieces that the vocabulary has, into one that it has; an engine without could not be stored.
-
-    Raises:
-        ValueError: one of them makes another.
-    """
-    for left, right in merges:
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise ValueError(f"{shown(left)} and {shown(right)} are merged, and not all of it is in the vocabulary")
-    return merges
-
-
 TOKEN = (str, AddedToken)
 
 
@@ -613,295 +478,6 @@ class ZeroPaddedTokenizer(HfvlmTokenizer):
     def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
         """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
         return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
-
-
-def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
-    """Special tokens around a text; an empty name leaves its side bare."""
-    tokens = [token for token in (before, after) if token]
-    pieces = [piece for piece in (before, "$A", after) if piece]
-    return processors.TemplateProcessing(
-        single=pieces, special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens]
-    )
-
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@_of_file
-def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
-    """CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
-
-    Args:
-        path: the file.
-        more: special pieces that come before the start token.
-
-    Raises:
-        VocabularyError: the file is neither, or a tokenizer.json without those pieces.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        vocabulary, merges = _tokenizer_json(path)
-    else:
-        merges = _openai_merges(path)
-        letters = _byte_letters().values()
-        words = (letter + "</w>" for letter in letters)
-        pieces = [*letters, *words, *("".join(merge) for merge in merges), *more, START, END]
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    if missing := [piece for piece in more if piece not in vocabulary]:
-        raise VocabularyError(f"{path}: this vocabulary has no {', '.join(missing)}; it is another model's.")
-    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
-    engine.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    engine.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(Regex("</w>$"), ""), decoders.Replace("</w>", " ")]
-    )
-    engine.post_processor = template(engine, START, END)
-    return engine
-
-
-def _openai_merges(path: Path) -> list[tuple[str, str]]:
-    packed = io.BytesIO(read_bytes(path, LARGEST_LIST, VocabularyError))
-    with refusing(path, "not a gzipped list of merges", VocabularyError), gzip.GzipFile(fileobj=packed) as file:
-        data = file.read(LARGEST_LIST + 1)
-        if len(data) > LARGEST_LIST:
-            raise ValueError(f"it unpacks to more than {LARGEST_LIST} bytes")
-        text = data.decode("utf-8")
-    # After a line of heading; the released file lists more merges than its vocabulary of 49,408 has room for.
-    last = 49152 - 256 - 2 + 1
-    merges = [line.split() for line in text.split("\n", last)[1:last] if line]
-    if not merges or any(len(merge) != 2 for merge in merges):
-        raise VocabularyError(f"{path}: not a list of merges, two pieces a line.")
-    return [(left, right) for left, right in merges]
-
-
-def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    with refusing(path, "not the tokenizer.json of a byte-pair encoding", VocabularyError):
-        model = read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        vocabulary = checked_ids(model["vocab"])
-        return vocabulary, checked_merges([(left, right) for left, right in pairs], vocabulary)
-
-
-def _text(path: Path) -> str:
-    """A text file, whatever ends its lines."""
-    with io.TextIOWrapper(io.BytesIO(read_bytes(path, LARGEST_LIST, VocabularyError)), encoding="utf-8") as file:
-        return file.read()
-
-
-def _byte_letters() -> dict[int, str]:
-    """A printable letter for each byte, in the order of their ids: printable bytes stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-@_of_file
-def wordpiece(path: str | Path) -> Tokenizer:
-    """BERT's engine, from a list of pieces (`vocab.txt`) or a tokenizer.json: splits at spaces, punctuation and
-    Chinese characters, and changes no letters; texts come out between [CLS] and [SEP].
-
-    Raises:
-        VocabularyError: the file is neither.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        with refusing(path, "not the tokenizer.json of a BERT", VocabularyError):
-            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_TOKENIZER)["model"]["vocab"])
-    else:
-        pieces = _text(path).rstrip("\n").split("\n")
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    missing = sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocabulary))
-    if missing:
-        raise VocabularyError(f"{path}: not BERT's vocabulary, it has no {', '.join(missing)}.")
-    engine = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    engine.normalizer = normalizers.BertNormalizer(
-        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
-    )
-    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    engine.decoder = decoders.WordPiece()
-    engine.post_processor = template(engine, "[CLS]", "[SEP]")
-    return engine
-
-
-@_of_file
-def sentencepiece(path: str | Path) -> Tokenizer:
-    """The engine behind a sentencepiece `.model`, unigram (T5's, mT5's) or BPE (Gemma's), or its tokenizer.json. The
-    second piece, the end of a text, closes each.
-
-    Raises:
-        ImportError: sentencepiece or protobuf is not installed.
-        VocabularyError: the file is not such a model.
-    """
-    path = Path(path)
-    engine = engine_from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
-    engine.no_padding()
-    engine.no_truncation()
-    engine.post_processor = template(engine, "", str(engine.id_to_token(1)))
-    return engine
-
-
-@_of_file
-def _from_sentencepiece(path: Path) -> Tokenizer:
-    from transformers.convert_slow_tokenizer import import_protobuf
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
-
-    from hfvlm.checkpoints.tensor_bundle import message
-
-    if not (is_sentencepiece_available() and is_protobuf_available()):
-        raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")
-    proto = import_protobuf().ModelProto()
-    with refusing(path, "not a sentencepiece model", VocabularyError):
-        data = read_bytes(path, LARGEST_LIST, VocabularyError)
-        # The parser makes an object of each piece, which a file can have every other byte.
-        if len(message(data, MOST_PIECES).get(1, ())) * 4 > len(data):
-            raise ValueError("a flood of empty pieces")
-        proto.ParseFromString(data)
-    _check_pieces(path, [piece.piece for piece in proto.pieces])
-    engine = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _piece_pairs(proto)
-    engine.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
-    engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
-    return engine
-
-
-def _check_pieces(path: Path, pieces: Sequence[str | bytes]) -> None:
-    if not pieces or max(map(len, pieces)) > LONGEST_PIECE:
-        raise VocabularyError(f"{path}: has no pieces, or some of more than {LONGEST_PIECE} letters.")
-
-
-# Fields of a sentencepiece model: a piece each, and a few settings.
-MOST_PIECES = 2**20
-# Enumerations of sentencepiece_model.proto
-UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
-# What sentencepiece writes for a space.
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-
-
-def _unigram(proto: Any) -> Tokenizer:
-    """T5's way: words apart, each with the mark of a word's beginning."""
-    pieces, spec = [(piece.piece, piece.score) for piece in proto.pieces], proto.trainer_spec
-    engine = Tokenizer(models.Unigram(pieces, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback))
-    if charsmap := proto.normalizer_spec.precompiled_charsmap:
-        engine.normalizer = normalizers.Precompiled(charsmap)
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")]
-    )
-    engine.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    return engine
-
-
-def _few(pieces: int, splits: Iterable[Any]) -> list[Any]:
-    """The ways to make pieces of others, as long as they are as few as in a vocabulary."""
-    most = 1000 + MOST_SPLITS * pieces
-    found = list(islice(splits, most + 1))
-    if len(found) > most:
-        raise ValueError("its pieces can be made of others in too many ways")
-    return found
-
-
-def _piece_pairs(proto: Any) -> Tokenizer:
-    """Gemma's way: byte pairs over the whole text, a space is a letter, unknown letters are bytes."""
-    ranks = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    splits = _few(
-        len(ranks),
-        (
-            (rank, piece[:i], piece[i:])
-            for piece, rank in ranks.items()
-            for i in range(1, len(piece))
-            if piece[:i] in ranks and piece[i:] in ranks
-        ),
-    )
-    merges = [(left, right) for _, left, right in sorted(splits, key=lambda s: (s[0], len(s[1]), len(s[2])))]
-    spec = proto.trainer_spec
-    engine = Tokenizer(
-        models.BPE(ranks, merges, unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
-    )
-    rules, steps = proto.normalizer_spec, []
-    if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
-        steps += [normalizers.Prepend(SPACE)]
-    engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return engine
-
-
-@_of_file
-def byte_pairs(path: str | Path) -> Tokenizer:
-    """GPT-2's engine, from its `vocab.json`, beside which lies `merges.txt`, or from a tokenizer.json.
-
-    Raises:
-        VocabularyError: the file is neither.
-    """
-    path = Path(path)
-    vocabulary: Any
-    if path.name.endswith("tokenizer.json"):
-        vocabulary, merges = _tokenizer_json(path)
-    else:
-        beside = path.with_name(path.name.replace("vocab.json", "merges.txt"))
-        with refusing(path, f"with {beside.name}, not the vocabulary and merges of GPT-2", VocabularyError):
-            vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_LIST))
-            lines = _text(beside).split("\n")
-            pairs = (line.split(" ") for line in lines[1:] if line)
-            merges = checked_merges([(left, right) for left, right in pairs], vocabulary)
-    engine = Tokenizer(models.BPE(vocabulary, merges))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    return engine
-
-
-# How Qwen cuts a text before byte pairs are joined: digits one by one.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@_of_file
-def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
-    """tiktoken's engine from its file of ranks: a piece in base64 and its id on each line.
-
-    Raises:
-        VocabularyError: the file is not such a list.
-    """
-    path = Path(path)
-    with refusing(path, "not a list of ranks as tiktoken writes it", VocabularyError):
-        lines = (line.split() for line in read_bytes(path, LARGEST_LIST, VocabularyError).splitlines() if line)
-        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
-        checked_ids(ranks)
-    _check_pieces(path, list(ranks))
-    letters = _byte_letters()
-    names = {piece: piece.decode("latin-1").translate(letters) for piece in ranks}
-    splits = _few(
-        len(ranks),
-        (
-            (rank, ranks[piece[:i]], ranks[piece[i:]], piece[:i], piece[i:])
-            for piece, rank in ranks.items()
-            for i in range(1, len(piece))
-            if piece[:i] in ranks and piece[i:] in ranks
-        ),
-    )
-    merges = [(names[left], names[right]) for *_, left, right in sorted(splits)]
-    engine = Tokenizer(models.BPE({names[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True))
-    engine.normalizer = normalizers.NFC()
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    engine.decoder = decoders.ByteLevel()
-    return engine
-
-
-def cleans_up(engine: Tokenizer) -> bool:
-    """Whether transformers 4, with which the originals decode, takes spaces before punctuation out: of GPT-NeoX's byte
-    pairs it does, of LLaMA's pieces not."""
-    return isinstance(engine.model, models.BPE) and not engine.model.byte_fallback
 
 
 class PieceTokenizer(HfvlmTokenizer):
@@ -943,7 +519,7 @@ class PieceTokenizer(HfvlmTokenizer):
             VocabularyError: the file is not such a model.
         """
         path = Path(path)
-        engine = engine_from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
+        engine = engine_from_json(path) if path.suffix == ".json" else sentencepiece_engine(path)
         names = [str(engine.id_to_token(i)) for i in range(3)]
         tokens = dict(zip(("unk_token", "bos_token", "eos_token"), names, strict=True)) | {"pad_token": names[0]}
         if path.suffix != ".json":

@@ -15,7 +15,7 @@ from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError
 from hfvlm.checks.files import FolderError
 from hfvlm.configuration import ConfigurationError
-from hfvlm.processing.tokenization import VocabularyError
+from hfvlm.processing.vocabularies import VocabularyError
 from tests.fuzz.mutations import Tally, mutated, mutated_json
 
 OURS = (ConfigurationError, CheckpointError, FolderError, KeyTableError, VocabularyError)

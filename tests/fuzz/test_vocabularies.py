@@ -10,8 +10,8 @@ import pytest
 
 from hfvlm.models.blip2.processing_blip2 import HfvlmBLIP2Tokenizer
 from hfvlm.models.flamingo.processing_flamingo import HfvlmFlamingoTokenizer
-from hfvlm.processing.tokenization import (
-    PieceTokenizer,
+from hfvlm.processing.tokenization import PieceTokenizer
+from hfvlm.processing.vocabularies import (
     VocabularyError,
     byte_pairs,
     openai_bpe,

@@ -128,7 +128,7 @@ def test_a_batch_is_never_decoded_as_a_whole(monkeypatch):
         weakref.finalize(image, lambda: alive.__setitem__(0, alive[0] - 1))
         return image
 
-    monkeypatch.setattr("hfvlm.processing.base.read_image", counted)
+    monkeypatch.setattr("hfvlm.processing.images.read_image", counted)
     batch = [saved(PHOTO, "PNG")] * 24
     pixels = HfvlmCLIPImageProcessor(size=8)(batch)["pixel_values"]
     assert len(pixels) == 24

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hfvlm.conversion.blip import MED_FIELDS, config_from_original
 from hfvlm.models.blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
-from hfvlm.processing.tokenization import clean_caption, clean_question
+from hfvlm.processing.cleaning import clean_caption, clean_question
 from tests.originals.common import bert_vocabulary, converted, made_of
 from tests.support.golden import Golden, UnknownOptionError
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from hfvlm.processing.base import HfvlmFeatureExtractor, HfvlmImageProcessor
+from hfvlm.processing.features import HfvlmFeatureExtractor
+from hfvlm.processing.images import HfvlmImageProcessor
 from hfvlm.processing.settings import CHECKS, Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures

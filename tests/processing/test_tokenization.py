@@ -19,7 +19,9 @@ from hfvlm.models.clip import HfvlmCLIPTokenizer
 from hfvlm.models.coca import HfvlmCoCaTokenizer
 from hfvlm.models.flava import HfvlmFLAVATokenizer
 from hfvlm.models.siglip import HfvlmSigLIPTokenizer
-from hfvlm.processing.tokenization import CLEANINGS, HfvlmTokenizer, _byte_letters, tiktoken_bpe
+from hfvlm.processing.cleaning import CLEANINGS
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import byte_letters, tiktoken_bpe
 from tests.conftest import SHIPPED
 from tests.models.llava.tiny import VOCABULARY
 from tests.support.paths import OURS
@@ -258,7 +260,7 @@ def test_bytes_are_decoded_as_they_are(clip):
 def test_language_models_are_decoded_as_lavis_does(kind, cleans, tmp_path):
     path = VOCABULARY
     if kind == "opt":
-        letters = {letter: i for i, letter in enumerate([*_byte_letters().values(), "<s>", "<pad>", "</s>", "<unk>"])}
+        letters = {letter: i for i, letter in enumerate([*byte_letters().values(), "<s>", "<pad>", "</s>", "<unk>"])}
         path = tmp_path / "vocab.json"
         path.write_text(json.dumps(letters))
         (tmp_path / "merges.txt").write_text("#version: 0.2\n")

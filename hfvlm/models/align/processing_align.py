@@ -9,8 +9,10 @@ from PIL import Image
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import centre, sampled, squash
-from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.processing.tokenization import HfvlmTokenizer, wordpiece
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.images import FixedSizeImageProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import wordpiece
 
 
 class HfvlmALIGNImageProcessor(FixedSizeImageProcessor):

@@ -10,10 +10,12 @@ from tokenizers import AddedToken, normalizers
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import listed
+from hfvlm.processing.images import FixedSizeImageProcessor
 from hfvlm.processing.settings import string
-from hfvlm.processing.tokenization import HfvlmTokenizer, wordpiece
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import wordpiece
 
 
 class HfvlmBLIPImageProcessor(FixedSizeImageProcessor):

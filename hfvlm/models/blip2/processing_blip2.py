@@ -19,7 +19,8 @@ from hfvlm.processing.batches import is_empty, listed, texts_of
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import one_of, string, whole
-from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, byte_pairs, sentencepiece, template
+from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer
+from hfvlm.processing.vocabularies import byte_pairs, sentencepiece, template
 
 
 class HfvlmBLIP2ImageProcessor(HfvlmBLIPImageProcessor):

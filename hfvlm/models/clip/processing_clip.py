@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.processing.tokenization import END, START, HfvlmTokenizer, openai_bpe
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.images import FixedSizeImageProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import END, START, openai_bpe
 
 
 class HfvlmCLIPImageProcessor(FixedSizeImageProcessor):

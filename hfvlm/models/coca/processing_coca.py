@@ -8,7 +8,8 @@ from transformers.image_processing_base import BatchFeature
 
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.base import DualEncoderProcessor
-from hfvlm.processing.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
+from hfvlm.processing.tokenization import ZeroPaddedTokenizer
+from hfvlm.processing.vocabularies import END, START, openai_bpe
 
 
 class HfvlmCoCaImageProcessor(HfvlmCLIPImageProcessor):

@@ -7,8 +7,10 @@ from typing import Any
 from PIL import Image
 
 from hfvlm.media.resizing import cover
-from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor
-from hfvlm.processing.tokenization import END, START, ZeroPaddedTokenizer, openai_bpe
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.images import FixedSizeImageProcessor
+from hfvlm.processing.tokenization import ZeroPaddedTokenizer
+from hfvlm.processing.vocabularies import END, START, openai_bpe
 
 MASK = "<|mask|>"
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.media_text import ImageTextProcessor
-from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, cleans_up, engine_from_json
+from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer
+from hfvlm.processing.vocabularies import cleans_up, engine_from_json
 
 IMAGE, ENDOFCHUNK, PADDING = "<image>", "<|endofchunk|>", "<PAD>"
 # The authors' prompts in evaluation: the text of an image up to the answer.

@@ -14,9 +14,11 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import squash
 from hfvlm.media.sources import parallel
 from hfvlm.models.flava.block_mask import BlockMask
-from hfvlm.processing.base import FOREIGN_OPTIONS, DualEncoderProcessor, FixedSizeImageProcessor
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.images import FOREIGN_OPTIONS, FixedSizeImageProcessor
 from hfvlm.processing.settings import flag, number, or_none, rectangle, resample, whole
-from hfvlm.processing.tokenization import HfvlmTokenizer, wordpiece
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import wordpiece
 
 # Of DALL-E's logit-Laplace distribution: pixels keep this far from 0 and from 1.
 MARGIN = 0.1

@@ -19,7 +19,8 @@ from hfvlm.media.resizing import MAX_RESIZED_PIXELS
 from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
-from hfvlm.processing.base import HfvlmFeatureExtractor, MultiEncoderProcessor
+from hfvlm.processing.base import MultiEncoderProcessor
+from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.settings import number
 
 MEAN, STD = HfvlmCLIPImageProcessor.image_mean, HfvlmCLIPImageProcessor.image_std

@@ -13,8 +13,8 @@ from hfvlm.media.sources import parallel
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import COUNTS, Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing.base import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.images import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import edge as length

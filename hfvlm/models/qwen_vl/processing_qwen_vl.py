@@ -13,12 +13,13 @@ from tokenizers import AddedToken
 from hfvlm.media.images import to_8_bits
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.processing.base import FixedSizeImageProcessor
 from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.images import FixedSizeImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import one_of, string, whole
-from hfvlm.processing.tokenization import HfvlmTokenizer, tiktoken_bpe
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import tiktoken_bpe
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROLS = (END, TURN_START, TURN_END, *(f"<|extra_{i}|>" for i in range(205)))

@@ -17,9 +17,9 @@ from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
 from hfvlm.models.shikra.configuration_shikra import count_patches
 from hfvlm.models.shikra.regions import Bins, Coordinates, Decimals, Square
-from hfvlm.processing.base import HfvlmImageProcessor
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.images import HfvlmImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import or_none, square, string, whole

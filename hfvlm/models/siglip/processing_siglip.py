@@ -10,8 +10,10 @@ from PIL import Image
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.resizing import squash
-from hfvlm.processing.base import DualEncoderProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
-from hfvlm.processing.tokenization import HfvlmTokenizer, sentencepiece
+from hfvlm.processing.base import DualEncoderProcessor
+from hfvlm.processing.images import FixedSizeImageProcessor, HfvlmImageProcessor
+from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import sentencepiece
 
 
 class HfvlmSigLIPImageProcessor(FixedSizeImageProcessor):

@@ -16,8 +16,8 @@ from hfvlm.media.video import Video, video_batch
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import count_tokens
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
-from hfvlm.processing.base import HfvlmFeatureExtractor
 from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.media_text import VideoTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import square, string, whole
