@@ -36,7 +36,7 @@ def centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def cover(
-    image: Image.Image, size: tuple[int, int], resample: int, kept: tuple[int, int] | None = None
+    image: Image.Image, size: tuple[int, int], resample: int, crop: tuple[int, int] | None = None
 ) -> Image.Image:
     """The smallest size that covers (height, width), then its centre: of that size, or of what is to be `kept`.
 
@@ -52,8 +52,8 @@ def cover(
         ratio = min(height / size[0], width / size[1])
         fitted, resample = (round(height / ratio), round(width / ratio)), BICUBIC
     if fitted[0] * fitted[1] > MAX_RESIZED_PIXELS:
-        return _resize_centre(image, fitted, kept or size, resample)
-    return crop_or_pad(_resize(image, fitted, resample), kept or size, fill=0)
+        return _resize_centre(image, fitted, crop or size, resample)
+    return crop_or_pad(_resize(image, fitted, resample), crop or size, fill=0)
 
 
 def contain(image: Image.Image, size: tuple[int, int], resample: int, fill: Any) -> Image.Image:

@@ -8,13 +8,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
 
-from hfvlm.checks.files import NamedErrors
 from hfvlm.checks.keywords import check_keywords
 from hfvlm.processing.batches import is_empty
-from hfvlm.processing.settings import LOADING, STORED, Check, Settings, sharing
+from hfvlm.processing.settings import LOADING, STORED, Checked, Settings, sharing
 from hfvlm.processing.tokenization import TOKENIZER_ARGUMENTS, TOKENIZER_SETTINGS
 
-# transformers' words for the options of each kind of input, and what each kind knows in transformers itself.
+# transformers' names of the options of each kind of input.
 GROUPS: dict[str, frozenset[str]] = {
     "text": frozenset(TextKwargs.__annotations__),
     "images": frozenset(ImagesKwargs.__annotations__),
@@ -24,24 +23,22 @@ GROUPS: dict[str, frozenset[str]] = {
 
 
 def call_keywords(part: Any) -> frozenset[str]:
-    """Keywords that a call of a part knows: hfvlm's, or transformers' own image processor or tokenizer."""
+    """Return the keywords that a call of a part knows: hfvlm's, or transformers' own image processor or tokenizer."""
     if part is None:
         return frozenset()
     if isinstance(part, Settings):
-        more = {*getattr(part, "SOURCE_OPTIONS", ()), "allow_urls", "return_tensors"}
-        return frozenset({*part.SETTINGS, *part.STANDING, *more})
+        return part.call_keywords()
     if isinstance(part, PreTrainedTokenizerBase):
         return TOKENIZER_ARGUMENTS
     known = getattr(part, "valid_kwargs", None)
     return frozenset(known.__annotations__ if known else set().union(*GROUPS.values()))
 
 
-class HfvlmProcessor(NamedErrors, ProcessorMixin):
-    """Base of every processor. `parts` says which of its parts prepares a modality."""
+class HfvlmProcessor(Checked, ProcessorMixin):
+    """Base of every processor: `parts` names the part that prepares a modality, and the constructor's other arguments
+    are annotated with their checks."""
 
     parts: dict[str, str] = {"image": "image_processor", "text": "tokenizer"}
-    # What the values of a constructor's arguments may be.
-    CHECKS: Mapping[str, Check] = {}
 
     def __init__(self, *parts: Any, **kwargs: Any):
         check_keywords(self, kwargs, self.arguments(), {*STORED, *LOADING})
@@ -49,26 +46,23 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
 
     @classmethod
     def arguments(cls) -> frozenset[str]:
-        """Names of the constructor's arguments."""
+        """Return the names of the constructor's arguments."""
         named = inspect.signature(cls.__init__).parameters.values()
         more = {"chat_template", "audio_tokenizer", *cls.get_attributes()}
         return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self") | more
 
     def set_arguments(self, **arguments: Any) -> None:
-        """Set what a constructor was given.
+        """Set the arguments of a constructor.
 
         Raises:
             ValueError: naming the argument and what it must be.
         """
         for name, value in arguments.items():
-            try:
-                setattr(self, name, self.CHECKS[name](value) if name in self.CHECKS else value)
-            except ValueError as error:
-                raise ValueError(f"{type(self).__name__}: {name} {error}, not {value!r:.200}.") from error
+            setattr(self, name, self.checked_value(name, value))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; settings of the parts may be given, too.
+        """Load as transformers does; settings of the parts may be given, too.
 
         Raises:
             TypeError: a keyword that neither the processor nor a part of it knows.
@@ -86,7 +80,7 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        """As transformers'.
+        """Read as transformers does.
 
         Raises:
             ValueError: processor_config.json is no JSON object.
@@ -101,7 +95,7 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'.
+        """Make a processor as transformers does.
 
         Raises:
             TypeError: processor_config.json names an argument that the processor does not have.
@@ -112,11 +106,11 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What can be prepared."""
+        """The modalities that have a part."""
         return tuple(name for name, part in self.parts.items() if getattr(self, part, None) is not None)
 
     def prepare(self, modality: str, sources: Any, return_tensors: str | None = "pt", **options: Any) -> BatchFeature:
-        """Sources of one modality -> the inputs of the model's `get_<modality>_features`.
+        """Prepare sources of one modality -> the inputs of the model's `get_<modality>_features`.
 
         Args:
             modality: one of `modalities`.
@@ -135,7 +129,7 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
     def options_of(
         self, kwargs: Mapping[str, Any], known: Mapping[str, Collection[str]], flat: Collection[str]
     ) -> dict[str, dict[str, Any]]:
-        """The keywords of a call, by the group of inputs that they are options of.
+        """Sort the keywords of a call by the group of inputs that they are options of.
 
         Args:
             kwargs: of the call. `<group>_kwargs` are one group's, `common_kwargs` those of all that know them; any
@@ -163,19 +157,19 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
         return options
 
     def asked(self, question: str) -> str:
-        """A question about one image, as the model was trained on it."""
+        """Return the prompt of a question about one image, as the model was trained on it."""
         return question
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
-        """The class behind a name in processor_config.json; transformers looks through native classes only."""
+        """Find the class behind a name in processor_config.json; transformers searches native classes only."""
         from hfvlm.registry import find_class
 
         return find_class(module_name) or ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
-        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+        """Do nothing: hfvlm is installed code, and a module of it copied next to the weights could not import."""
 
 
 def _no_object(folder: Any) -> ValueError:
@@ -197,7 +191,7 @@ class DualEncoderProcessor(HfvlmProcessor):
         text_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Images, texts or both -> the model's inputs.
+        """Prepare images, texts or both -> the model's inputs.
 
         Args:
             images: one image or a list; see `hfvlm.media.read_image` for what an image may be.
@@ -229,7 +223,17 @@ class DualEncoderProcessor(HfvlmProcessor):
 
 
 class MultiEncoderProcessor(HfvlmProcessor):
-    """A part for each modality, side by side."""
+    """A part for each modality, side by side; a modality without one is refused."""
+
+    parts = {
+        "image": "image_processor",
+        "video": "video_feature_extractor",
+        "text": "tokenizer",
+        "audio": "feature_extractor",
+        "depth": "depth_feature_extractor",
+        "thermal": "thermal_feature_extractor",
+        "imu": "imu_feature_extractor",
+    }
 
     def __call__(  # noqa: PLR0913  (an argument a modality)
         self,
@@ -245,7 +249,7 @@ class MultiEncoderProcessor(HfvlmProcessor):
         allow_urls: bool | Collection[str] = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Whatever is given -> the model's inputs.
+        """Prepare inputs of any modalities -> the model's inputs.
 
         Args:
             images: one or a list, as `hfvlm.media.read_image` reads them.
@@ -270,13 +274,12 @@ class MultiEncoderProcessor(HfvlmProcessor):
         given = dict(zip(names, (images, text, videos, audio, depth, thermal, imu), strict=True))
         if all(sources is None for sources in given.values()):
             raise ValueError(f"{type(self).__name__} needs one of {', '.join(names)}.")
-        modalities = {name: name.removesuffix("s") if name in ("images", "videos") else name for name in names}
-        parts = {name: getattr(self, self.parts.get(modality, ""), None) for name, modality in modalities.items()}
-        options = self.options_of(kwargs, {name: call_keywords(part) for name, part in parts.items()}, ("text",))
+        modalities = {name: name.removesuffix("s") for name in names}
+        known = {name: call_keywords(getattr(self, self.parts[modalities[name]], None)) for name in names}
+        options = self.options_of(kwargs, known, flat=("text",))
         data: dict[str, Any] = {}
         for name, sources in given.items():
             if sources is not None:
-                shared: dict[str, Any] = {"return_tensors": return_tensors}
-                shared |= {} if name == "text" else {"allow_urls": allow_urls}
+                shared = {"return_tensors": return_tensors} | ({} if name == "text" else {"allow_urls": allow_urls})
                 data |= self.prepare(modalities[name], sources, **shared | options[name])
         return BatchFeature(data)

@@ -1,7 +1,7 @@
 """Images to pixels: the bases of the image processors."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -12,9 +12,10 @@ from hfvlm.media.images import read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
 from hfvlm.media.sources import parallel
 from hfvlm.processing.batches import flat_images
-from hfvlm.processing.settings import Check, Settings, one_of, rectangle
+from hfvlm.processing.settings import Deviations, Edge, Filter, Flag, Means, Positive, Settings, Size, color, one_of
 
-RESIZE_MODES = ("shortest", "longest", "squash")
+# Of CLIP's training images, per channel, of values in 0..1.
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # Options of transformers' own image processors that its pipelines pass to every one.
 FOREIGN_OPTIONS = {
     "device",
@@ -38,42 +39,48 @@ def check_foreign(owner: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: do_convert_rgb must be True: the model takes three channels.")
     if options.get("return_metadata") not in (None, False):
         raise ValueError(f"{name}: return_metadata must be False: read the video with hfvlm.media.read_video.")
-    if (layout := options.get("data_format")) is not None and str(getattr(layout, "value", layout)) != LAYOUTS[0]:
+    if _layout(options.get("data_format")) not in (None, LAYOUTS[0]):
+        layout = options["data_format"]
         raise ValueError(f"{name}: data_format must be {LAYOUTS[0]!r}, as the model takes it, not {layout!r}.")
-    layout = options.get("input_data_format")
-    if layout is not None and str(getattr(layout, "value", layout)) not in LAYOUTS:
+    if _layout(options.get("input_data_format")) not in (None, *LAYOUTS):
+        layout = options["input_data_format"]
         raise ValueError(f"{name}: input_data_format must be one of {', '.join(LAYOUTS)}, not {layout!r}.")
 
 
+def _layout(option: Any) -> str | None:
+    """Return the name of a layout, which may come as a string or as transformers' enumeration."""
+    return None if option is None else str(getattr(option, "value", option))
+
+
 def channels_last(image: Any, layout: Any) -> Any:
-    """An array whose channels come first, as the caller says, with its channels last; anything else as it is."""
-    if layout is None or str(getattr(layout, "value", layout)) != LAYOUTS[0] or getattr(image, "ndim", 0) != 3:
+    """Return an array whose channels are said to come first with its channels last; anything else as it is."""
+    if _layout(layout) != LAYOUTS[0] or getattr(image, "ndim", 0) != 3:
         return image
     return np.moveaxis(image, 0, -1) if isinstance(image, np.ndarray) else image.movedim(0, -1)
 
 
 def on_device(features: Any, device: Any) -> Any:
-    """The tensors of a batch where the caller wants them."""
+    """Move the tensors of a batch to a device; None leaves them."""
     return features if device is None else features.to(device)
 
 
 class HfvlmImageProcessor(Settings, BaseImageProcessor):
-    """Pictures to normalised pixels, as the originals' PIL pipelines make them: resize in the picture's own mode,
-    convert to RGB, scale, normalise.
+    """Images to normalised pixels, as the originals' PIL pipelines make them: resize in the image's own mode, convert
+    to RGB, scale, normalise.
 
     Takes whatever `hfvlm.media.read_image` reads, in any mixture. Each image is decoded and resized in one task, on
     several threads, so that a batch of large images is never in memory as a whole.
 
     Args:
-        upright: turn images as their EXIF says, as viewers do; False takes pixels as they are stored, as the originals
-            do.
+        upright: turn images by their EXIF orientation, as viewers do; False takes pixels as they are stored, as the
+            originals do.
         resample: Pillow's filter; 2 is bilinear, 3 is bicubic.
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
-        do_resize: False takes pictures that have the model's size already.
+        do_resize: False takes images that have the model's size already.
         do_rescale: multiply by `rescale_factor`.
         do_normalize: subtract the mean, divide by the deviation.
-        rescale_factor: what 8-bit values are multiplied by.
+        rescale_factor: of 8-bit values.
 
     Raises:
         TypeError: an unknown setting.
@@ -81,26 +88,16 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    SETTINGS: tuple[str, ...] = (
-        "upright",
-        "resample",
-        "image_mean",
-        "image_std",
-        "do_resize",
-        "do_rescale",
-        "do_normalize",
-        "rescale_factor",
-    )
     STANDING = frozenset(FOREIGN_OPTIONS)
 
-    upright: bool = True
-    resample: int = 3
-    image_mean: list[float] = [0.5, 0.5, 0.5]
-    image_std: list[float] = [0.5, 0.5, 0.5]
-    do_resize: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
-    rescale_factor: float = 1 / 255
+    upright: Flag = True
+    resample: Filter = 3
+    image_mean: Means = [0.5, 0.5, 0.5]
+    image_std: Deviations = [0.5, 0.5, 0.5]
+    do_resize: Flag = True
+    do_rescale: Flag = True
+    do_normalize: Flag = True
+    rescale_factor: Positive = 1 / 255
 
     def __init__(self, **kwargs: Any):
         check_foreign(self, kwargs)
@@ -118,15 +115,15 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         allow_urls: bool | Collection[str] = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Pictures -> `pixel_values` `(B, 3, H, W)`, float32.
+        """Prepare images -> `pixel_values` `(B, 3, H, W)`, float32.
 
         Args:
             images: one image, a list, or lists in a list, which are flattened.
             return_tensors: "pt", "np", or None for a list of arrays.
             allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts. An argument of
-                the call alone: what is downloaded with a model cannot switch it on.
-            **kwargs: settings for this call; `device`, where tensors are wanted; `input_data_format`,
-                "channels_first" or "channels_last", of arrays that could be either.
+                the call only: nothing that is downloaded with a model can switch it on.
+            **kwargs: settings for this call; `device` of the tensors; `input_data_format`, "channels_first" or
+                "channels_last", of arrays that could be either.
 
         Raises:
             MediaError: an image cannot be read; the message names it.
@@ -142,7 +139,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         return on_device(self.batch(arrays, settings, return_tensors), kwargs.get("device"))
 
     def sources(self, images: Any, options: Mapping[str, Any]) -> list[Any]:
-        """The images of a call, one by one.
+        """Return the images of a call, one by one.
 
         Raises:
             ValueError: there are none, or an option of the call cannot be followed.
@@ -154,11 +151,11 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         return flat
 
     def read(self, item: tuple[int, Any], settings: Mapping[str, Any], allow_urls: Any) -> Image.Image:
-        """One image and its place in the batch -> the image, decoded, in its own mode."""
+        """Read one image, given with its index in the batch -> the image, decoded, in its own mode."""
         return read_image(item[1], upright=settings["upright"], allow_urls=allow_urls, index=item[0])
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
-        """One picture -> (3, H, W), float32."""
+        """Prepare one image -> `(3, H, W)`, float32."""
         image = to_8_bits(image, name)
         if settings["do_resize"]:
             image = self.resize(image, settings)
@@ -166,10 +163,10 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         return self.scaled(array, settings)
 
     def scaled(self, array: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-        """(3, H, W) in 0..255 -> what the model takes; in place."""
+        """Rescale and normalise `(3, H, W)` in 0..255, in place."""
         if settings["do_rescale"]:
             factor = settings["rescale_factor"]
-            # Divided, as the originals do, where the factor says so: the last bit of a product may differ.
+            # Divided, as the originals do, where the factor is 1/255: the last bit of a product may differ.
             array = np.divide(array, 255, out=array) if factor == 1 / 255 else np.multiply(array, factor, out=array)
         if settings["do_normalize"]:
             array -= np.asarray(settings["image_mean"], dtype=np.float32)[:, None, None]
@@ -177,41 +174,38 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
         return array
 
     def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
-        """The picture at the size the model takes, in its own mode; here, as it is."""
+        """Return the image at the size the model takes, in its own mode; here, as it is."""
         return image
 
     def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
-        """Pictures' arrays -> the model's inputs."""
+        """Make the model's inputs of the images' arrays."""
         if return_tensors is None:
             return BatchFeature({"pixel_values": arrays})
         shapes = sorted({array.shape for array in arrays})
         if len(shapes) > 1:
-            raise ValueError(f"Pictures of different sizes {shapes} make no batch: leave do_resize on.")
+            raise ValueError(f"Images of different sizes {shapes} make no batch: leave do_resize on.")
         return BatchFeature({"pixel_values": np.stack(arrays)}, tensor_type=return_tensors)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoImageProcessor") -> None:
-        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+        """Do nothing: hfvlm is installed code, and a module of it copied next to the weights could not import."""
 
 
 class FixedSizeImageProcessor(HfvlmImageProcessor):
-    """For models that take pictures of one size.
+    """For models that take images of one size.
 
     Args:
         size: the model's `{"height", "width"}` in pixels; one integer means a square.
         resize_mode: "shortest" covers the size and crops the centre, "longest" fits into it and pads, "squash" ignores
             the aspect ratio.
-        fill_color: of the padding, in the picture's own mode.
-        antialias: False samples as TensorFlow's resize does by default; for "squash", bilinear, alone.
+        fill_color: of the padding, in the image's own mode.
+        antialias: False samples as TensorFlow's resize does by default; only for "squash", bilinear.
     """
 
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "fill_color", "antialias")
-    CHECKS: Mapping[str, Check] = {"size": rectangle, "resize_mode": one_of(*RESIZE_MODES)}
-
-    size: dict[str, int] = {"height": 224, "width": 224}
-    resize_mode: str = "shortest"
-    fill_color: int | list[int] = 0
-    antialias: bool = True
+    size: Size = {"height": 224, "width": 224}
+    resize_mode: Annotated[str, one_of("shortest", "longest", "squash")] = "shortest"
+    fill_color: Annotated[int | list[int], color] = 0
+    antialias: Flag = True
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         settings = super().checked(settings)
@@ -228,3 +222,19 @@ class FixedSizeImageProcessor(HfvlmImageProcessor):
         if settings["resize_mode"] == "longest":
             return contain(image, size, resample, settings["fill_color"])
         return cover(image, size, resample)
+
+
+class CroppedImageProcessor(FixedSizeImageProcessor):
+    """For models that take the centre of a larger image.
+
+    Args:
+        resized: edge in pixels that images are resized to before the centre of `size` is cropped.
+    """
+
+    resized: Edge
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = super().checked(settings)
+        if settings["resized"] < max(settings["size"].values()):
+            raise ValueError(f"resized must be an edge no shorter than size {settings['size']}.")
+        return settings

@@ -1,22 +1,28 @@
-"""Keywords that are known by name, and settings whose values are checked: nothing that a caller says is swallowed."""
+"""Settings, declared once: a class attribute whose annotation carries the check of its values.
 
+`num_frames: Annotated[int, whole(1, 2**16)] = 8` is a setting, its default and its check: files save it, constructors
+and calls take it by name, and an error names it. Keywords that no one knows are refused: nothing is swallowed.
+"""
+
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_origin
 
 import numpy as np
 import torch
+from transformers.utils.hub import DownloadKwargs
 
 from hfvlm.checks.files import NamedErrors
 from hfvlm.checks.keywords import check_keywords
 
-# A value in its saved form, or a ValueError that says what it must be.
+# Returns a value in its saved form, or raises a ValueError with what it must be.
 Check: TypeAlias = Callable[[Any], Any]
 
-# What transformers stores with a processor or a tokenizer, or hands to every part of one.
+# Fields that transformers stores with a processor or a tokenizer, or passes to every part of one.
 STORED = frozenset(
     {
         "_auto_class",
@@ -32,31 +38,26 @@ STORED = frozenset(
         "video_processor_type",
     }
 )
-# How a folder is found and read; `from_pretrained` and the pipelines hand these to every part.
+# How a folder is found and read; `from_pretrained` and the pipelines pass these to every part. transformers declares
+# the first group alone, and reads the others out of `**kwargs`.
 LOADING = frozenset(
     {
+        *DownloadKwargs.__annotations__,
         "_commit_hash",
         "_from_auto",
         "_from_pipeline",
         "attn_implementation",
-        "cache_dir",
         "code_revision",
         "device_map",
         "dtype",
         "experts_implementation",
-        "force_download",
         "is_local",
-        "local_files_only",
         "low_cpu_mem_usage",
         "max_memory",
         "mirror",
         "offload_folder",
-        "proxies",
         "quantization_config",
         "resume_download",
-        "revision",
-        "subfolder",
-        "token",
         "torch_dtype",
         "trust_remote_code",
         "use_auth_token",
@@ -65,13 +66,13 @@ LOADING = frozenset(
         "variant",
     }
 )
-# What `from_pretrained` of a whole processor was given: each part takes its own, the whole checks that all was taken.
+# Keywords of `from_pretrained` of a whole processor: each part takes its own, the whole checks that all were taken.
 _shared: ContextVar[frozenset[str]] = ContextVar("shared_keywords", default=frozenset())
 
 
 @contextmanager
 def sharing(names: Iterable[str]) -> Any:
-    """While a whole processor is loaded: keywords that its other parts may know are no error of this one."""
+    """Load a whole processor: keywords that its other parts may know are no error of one part."""
     token = _shared.set(frozenset(names))
     try:
         yield
@@ -80,22 +81,34 @@ def sharing(names: Iterable[str]) -> Any:
 
 
 def shared() -> frozenset[str]:
-    """Keywords of the whole processor that is being loaded; see `sharing`."""
+    """Return the keywords of the whole processor that is being loaded; see `sharing`."""
     return _shared.get()
 
 
 # Checks of values
 
 
+def check_value(owner: Any, name: str, value: Any, check: Check) -> Any:
+    """Return a value in its saved form.
+
+    Raises:
+        ValueError: naming the owner's class, the setting and what it must be.
+    """
+    try:
+        return check(value)
+    except ValueError as error:
+        raise ValueError(f"{type(owner).__name__}: {name} {error}, not {value!r:.200}.") from error
+
+
 def flag(value: Any) -> bool:
-    """True or False."""
+    """Check a boolean."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError("must be True or False")
     return bool(value)
 
 
 def whole(least: int = 1, most: int = 2**31 - 1) -> Check:
-    """An integer of a range."""
+    """Make the check of an integer of a range."""
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
@@ -106,7 +119,7 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Check:
 
 
 def number(*, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Check:
-    """A finite number of a range."""
+    """Make the check of a finite number of a range."""
 
     def check(value: Any) -> float:
         known = isinstance(value, Real) and not isinstance(value, bool)
@@ -120,7 +133,7 @@ def number(*, above: float = -math.inf, least: float = -math.inf, most: float = 
 
 
 def channels(*, above: float = -math.inf) -> Check:
-    """A number for each of three channels; one number stands for three."""
+    """Make the check of a number for each of three channels; one number stands for three."""
     each = number(above=above)
 
     def check(value: Any) -> list[float]:
@@ -137,7 +150,7 @@ def channels(*, above: float = -math.inf) -> Check:
 
 
 def one_of(*values: Any) -> Check:
-    """One of a few values."""
+    """Make the check of one of a few values."""
 
     def check(value: Any) -> Any:
         if value not in values or isinstance(value, bool):
@@ -148,19 +161,19 @@ def one_of(*values: Any) -> Check:
 
 
 def string(value: Any) -> str:
-    """A string."""
+    """Check a string."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     return value
 
 
 def or_none(check: Check) -> Check:
-    """The same, or None."""
+    """Make a check that also takes None."""
     return lambda value: None if value is None else check(value)
 
 
 def resample(value: Any) -> int:
-    """One of Pillow's filters."""
+    """Check one of Pillow's filters."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= 5:
         raise ValueError(
             "must be one of Pillow's filters: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming"
@@ -169,7 +182,7 @@ def resample(value: Any) -> int:
 
 
 def color(value: Any) -> int | list[int]:
-    """One value, or one of each band."""
+    """Check a colour: one value, or one of each band."""
     level = whole(0, 65535)
     try:
         return [level(item) for item in value] if isinstance(value, list | tuple) and value else level(value)
@@ -183,7 +196,7 @@ edge = whole(1, MAX_EDGE)
 
 
 def rectangle(value: Any) -> dict[str, int]:
-    """`{"height", "width"}` in pixels; one integer means a square, as `{"shortest_edge": n}` does."""
+    """Check a size: `{"height", "width"}` in pixels; one integer is a square, as `{"shortest_edge": n}` is."""
     if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
         value = value["shortest_edge"]
     try:
@@ -197,7 +210,7 @@ def rectangle(value: Any) -> dict[str, int]:
 
 
 def square(value: Any) -> dict[str, int]:
-    """The same, of one edge."""
+    """Check the size of a square."""
     try:
         size = rectangle(value)
         if size["height"] == size["width"]:
@@ -207,55 +220,50 @@ def square(value: Any) -> dict[str, int]:
     raise ValueError(f"must be one edge, or {{'height': n, 'width': n}} of a square, of 1 to {MAX_EDGE} pixels")
 
 
-# What every processor calls by the same name; a class adds its own in `CHECKS`.
-CHECKS: dict[str, Check] = {
-    "antialias": flag,
-    "baseline": number(above=0),
-    "clip_seconds": number(above=0, most=86_400),
-    "do_normalize": flag,
-    "do_rescale": flag,
-    "do_resize": flag,
-    "do_sample_frames": flag,
-    "farthest": number(above=0),
-    "fill_color": color,
-    "focal_length": number(above=0),
-    "image_mean": channels(),
-    "image_std": channels(above=0),
-    "max_num_patches": whole(1, 2**20),
-    "mean": number(),
-    "nearest": number(above=0),
-    "num_clips": whole(1, 2**12),
-    "num_frames": whole(1, 2**16),
-    "num_mel_bins": whole(1, 2**12),
-    "num_samples": whole(1, 2**24),
-    "patch_size": whole(1, 2**10),
-    "resample": resample,
-    "rescale_factor": number(above=0),
-    "resized": edge,
-    "sampling_rate": whole(1, 1_000_000),
-    "size": edge,
-    "std": number(above=0),
-    "upright": flag,
-}
+# Settings that several classes have.
+Flag: TypeAlias = Annotated[bool, flag]
+Number: TypeAlias = Annotated[float, number()]
+Positive: TypeAlias = Annotated[float, number(above=0)]
+Means: TypeAlias = Annotated[list[float], channels()]
+Deviations: TypeAlias = Annotated[list[float], channels(above=0)]
+Filter: TypeAlias = Annotated[int, resample]
+Edge: TypeAlias = Annotated[int, edge]
+Size: TypeAlias = Annotated[dict[str, int], rectangle]
+Frames: TypeAlias = Annotated[int, whole(1, 2**16)]
+Clips: TypeAlias = Annotated[int, whole(1, 2**12)]
+Seconds: TypeAlias = Annotated[float, number(above=0, most=86_400)]
+Hertz: TypeAlias = Annotated[int, whole(1, 1_000_000)]
+Bins: TypeAlias = Annotated[int, whole(1, 2**12)]
 
 
-# What transformers calls the argument of an image processor's and of a feature extractor's `from_dict`.
-FIELDS = ("image_processor_dict", "feature_extractor_dict")
+class Checked(NamedErrors):
+    """Base of classes whose settings are annotated with their checks; a subclass may annotate one anew."""
+
+    SETTINGS: Mapping[str, Check] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        declared = [inspect.get_annotations(base) for base in reversed(cls.__mro__) if issubclass(base, Checked)]
+        hints = {name: hint for own in declared for name, hint in own.items() if get_origin(hint) is Annotated}
+        cls.SETTINGS = {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+    def checked_value(self, name: str, value: Any) -> Any:
+        """Return the value of a setting in its saved form, and that of any other name as it is.
+
+        Raises:
+            ValueError: naming the setting and what it must be.
+        """
+        return check_value(self, name, value, self.SETTINGS[name]) if name in self.SETTINGS else value
 
 
-class Settings(NamedErrors):
-    """Named settings with defaults as class attributes, that a file saves and a call may override.
+class Settings(Checked):
+    """Settings with defaults as class attributes, that a file saves and a call may override."""
 
-    A subclass lists them in `SETTINGS`; what their values may be is in `CHECKS`, its own or this module's.
-    """
-
-    SETTINGS: tuple[str, ...] = ()
-    CHECKS: Mapping[str, Check] = {}
     # Keywords of transformers that mean nothing here, or are read from the call alone.
     STANDING: frozenset[str] = frozenset()
 
     def take_settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Set what a constructor was given, and return what transformers stores beside it.
+        """Set the settings of a constructor, and return what transformers stores next to them.
 
         Raises:
             TypeError: an unknown setting.
@@ -267,7 +275,7 @@ class Settings(NamedErrors):
         return {name: value for name, value in kwargs.items() if name in STORED}
 
     def settings_for(self, kwargs: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
-        """The settings of one call.
+        """Return the settings of one call.
 
         Raises:
             TypeError: an unknown setting.
@@ -277,33 +285,29 @@ class Settings(NamedErrors):
         return self.checked(self.settled(kwargs, self))
 
     def settled(self, given: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
-        """Every setting: as it is given, or else the default's; None stands for the default."""
+        """Return every setting: as it is given, or else the default's; None stands for the default."""
         return {name: getattr(defaults, name) if given.get(name) is None else given[name] for name in self.SETTINGS}
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings in their saved form.
+        """Return settings in their saved form.
 
         Raises:
             ValueError: naming the setting and what it must be.
         """
         return {name: self.checked_value(name, value) for name, value in settings.items()}
 
-    def checked_value(self, name: str, value: Any) -> Any:
-        """One of them."""
-        try:
-            return {**CHECKS, **self.CHECKS}[name](value)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: {name} {error}, not {value!r:.200}.") from error
+    def call_keywords(self) -> frozenset[str]:
+        """Return the names of the keywords that a call knows."""
+        return frozenset({*self.SETTINGS, *self.STANDING, "allow_urls", "return_tensors"})
 
     @classmethod
-    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """An instance from what a file holds; keywords that are settings override it.
+    def from_dict(cls, fields: Any, **kwargs: Any) -> Any:
+        """Make an instance from the content of a file; keywords that are settings override it.
 
         Raises:
             TypeError: an unknown setting, in the file or among the keywords.
             ValueError: the file holds no table of settings, or a value that the setting cannot have.
         """
-        fields = args[0] if args else next(kwargs.pop(name) for name in FIELDS if name in kwargs)
         if not isinstance(fields, Mapping):
             raise ValueError(f"{cls.__name__}: its settings are no JSON object but {fields!r:.100}.")
         returned = kwargs.pop("return_unused_kwargs", False)

@@ -5,19 +5,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Annotated, Any
 
-from tokenizers import AddedToken, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
-from hfvlm.checks.files import NamedErrors, refusing
+from hfvlm.checks.files import refusing
 from hfvlm.checks.keywords import check_keywords
 from hfvlm.processing.batches import texts_of
 from hfvlm.processing.cleaning import CLEANINGS
 from hfvlm.processing.protection import PROTECTED, unprotected
-from hfvlm.processing.settings import LOADING, STORED, flag, shared, whole
+from hfvlm.processing.settings import LOADING, STORED, Checked, Flag, check_value, one_of, shared, whole
 from hfvlm.processing.vocabularies import (
     SPACE,
     VocabularyError,
@@ -25,6 +25,7 @@ from hfvlm.processing.vocabularies import (
     engine_from_json,
     sentencepiece_engine,
     template,
+    uncased_wordpiece,
 )
 
 logger = logging.get_logger(__name__)
@@ -91,8 +92,13 @@ TOKENIZER_SETTINGS = frozenset(
         "vocab_file",
     }
 )
-# Numbers of a call, by their least value.
-LEAST = {"max_length": 1, "max_target_length": 1, "pad_to_multiple_of": 1, "stride": 0}
+# Checks of a call's numbers.
+CALL_CHECKS = {
+    "max_length": whole(1),
+    "max_target_length": whole(1),
+    "pad_to_multiple_of": whole(1),
+    "stride": whole(0),
+}
 SIDES = ("left", "right")
 
 
@@ -112,8 +118,8 @@ class EngineLock:
         return EngineLock, ()
 
 
-class HfvlmTokenizer(NamedErrors, TokenizersBackend):
-    """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
+class HfvlmTokenizer(Checked, TokenizersBackend):
+    """Cleans texts, and pads and truncates as the model was trained unless a call says otherwise.
 
     One tokenizer may be called by several threads at once. Special tokens that `hfvlm.processing.protection`
     has marked in a text are encoded as the words they are.
@@ -131,26 +137,46 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         ValueError: a value that an argument cannot have.
     """
 
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    # Defaults of the constructor's arguments, and of a call's.
+    DEFAULTS: Mapping[str, Any] = {}
     default_padding: bool | str = True
-    # Whether decoded texts are cleaned up where nothing else is said.
-    default_clean_up: bool = False
+    default_truncation: bool = True
+    # Reads a vocabulary, as the original does.
+    engine_of: Callable[..., Tokenizer]
     # Sides that texts may be padded on: the model cannot read others.
     padding_sides: tuple[str, ...] = SIDES
 
-    def __init__(self, *args: Any, clean: str = "none", **kwargs: Any):
+    clean: Annotated[str, one_of(*CLEANINGS)]
+    model_max_length: Annotated[int, whole(1, 10**31)]
+    truncation_side: Annotated[str, one_of(*SIDES)]
+    clean_up_tokenization_spaces: Flag
+    split_special_tokens: Flag
+
+    def __init__(self, clean: str | None = None, model_max_length: int | None = None, **kwargs: Any):
+        given = {"clean": clean, "model_max_length": model_max_length}
+        defaults = {"clean": "none", "clean_up_tokenization_spaces": False, **self.DEFAULTS}
+        kwargs = defaults | {name: value for name, value in given.items() if value is not None} | kwargs
         self.check_settings(kwargs)
-        if clean not in CLEANINGS:
-            raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, not {clean!r}.")
-        self.clean = clean
+        self.clean = kwargs["clean"]
         self.lock = EngineLock()
-        kwargs = {name: value for name, value in kwargs.items() if name not in shared() - self.known_settings()}
-        super().__init__(*args, clean=clean, **{"clean_up_tokenization_spaces": self.default_clean_up} | kwargs)
+        super().__init__(**{k: v for k, v in kwargs.items() if k not in shared() - self.known_settings()})
+
+    @classmethod
+    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> Any:
+        """Make a tokenizer from the file that was released with the weights, or from a tokenizer.json.
+
+        Raises:
+            VocabularyError: the file is no such vocabulary.
+        """
+        return cls(tokenizer_object=cls.engine_of(path), **kwargs)
 
     @classmethod
     def known_settings(cls) -> frozenset[str]:
-        """Keywords of the constructor."""
+        """Return the keywords of the constructor."""
         own = {name for base in cls.__mro__ if issubclass(base, HfvlmTokenizer) for name in _parameters(base.__init__)}
-        return frozenset({*TOKENIZER_SETTINGS, *STORED, *LOADING, *own})
+        return frozenset({*TOKENIZER_SETTINGS, *STORED, *LOADING, *cls.SETTINGS, *own})
 
     def check_settings(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse arguments of the constructor that are unknown, or have a value that they cannot have.
@@ -161,34 +187,14 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         """
         tokens = {name for name, value in kwargs.items() if name.endswith("_token") and isinstance(value, TOKEN)}
         check_keywords(self, kwargs, self.known_settings() - LOADING - STORED, {*LOADING, *STORED, *tokens, *shared()})
-        longest = kwargs.get("model_max_length")
-        if longest is not None:
-            self.check_number("model_max_length", longest, 1, 10**31)
-        if (side := kwargs.get("truncation_side")) is not None and side not in SIDES:
-            raise ValueError(f"{type(self).__name__}: truncation_side must be 'left' or 'right', not {side!r}.")
-        for name in ("clean_up_tokenization_spaces", "split_special_tokens"):
+        for name in self.SETTINGS:
             if kwargs.get(name) is not None:
-                self.check_value(name, kwargs[name], flag)
-
-    def check_value(self, name: str, value: Any, check: Callable[[Any], Any]) -> None:
-        """Refuse a value.
-
-        Raises:
-            ValueError: naming the argument and what it must be.
-        """
-        try:
-            check(value)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: {name} {error}, not {value!r:.200}.") from error
-
-    def check_number(self, name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
-        """Refuse what is no integer of a range; see `check_value`."""
-        self.check_value(name, value, whole(least, most))
+                self.checked_value(name, kwargs[name])
 
     def capped(self, max_length: int | None) -> int:
-        """A length no longer than the model's."""
+        """Return a length no longer than the model's."""
         if max_length is not None:
-            self.check_number("max_length", max_length, 1)
+            check_value(self, "max_length", max_length, whole(1))
         return min(max_length or self.model_max_length, self.model_max_length)
 
     def check_side(self, side: Any) -> None:
@@ -214,9 +220,9 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         nested = options.get("tokenizer_kwargs") or {}
         check_keywords(f"{type(self).__name__}, tokenizer_kwargs", nested, TOKENIZER_ARGUMENTS)
         for given in (options, nested):
-            for name, least in LEAST.items():
+            for name, check in CALL_CHECKS.items():
                 if given.get(name) is not None:
-                    self.check_number(name, given[name], least)
+                    check_value(self, name, given[name], check)
             self.check_side(given.get("padding_side"))
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -226,7 +232,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, *_: Any, **kwargs: Any) -> dict[str, Any]:
-        """Take tokenizer.json as it is; transformers would rebuild the engine of a class that has an `__init__` from
+        """Take tokenizer.json as it is: transformers would rebuild the engine of a class that has an `__init__` from
         the vocabulary alone, and lose the rest."""
         return kwargs
 
@@ -242,7 +248,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         truncation: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on.
+        """Encode texts as every tokenizer; without `padding` and `truncation`, as the model was trained.
 
         Texts may come as a list, a tuple, a generator, an array of strings, a Series or a column.
 
@@ -251,11 +257,11 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
             ValueError: a value that a keyword cannot have, no texts, or a missing one.
         """
         self.check_call(kwargs)
-        # Whether marks are to be heeded is written in the texts.
+        # The texts themselves carry the marks.
         kwargs.pop("sanitize_control_tokens", None)
         options = kwargs | {
             "padding": self.default_padding if padding is None else padding,
-            "truncation": True if truncation is None else truncation,
+            "truncation": self.default_truncation if truncation is None else truncation,
         }
         words = bool(kwargs.get("is_split_into_words"))
         text = self.prepared(text, words=words)
@@ -271,7 +277,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return encoded
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
-        """As every tokenizer: the ids of one text, neither padded nor cut unless asked for.
+        """Encode one text to ids as every tokenizer, neither padded nor cut by default.
 
         Raises:
             TypeError: an unknown keyword, or what is no text.
@@ -286,7 +292,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
             return super().encode(text, text_pair, **kwargs)
 
     def tokenize(self, text: Any, pair: Any = None, *args: Any, **kwargs: Any) -> list[str]:
-        """As every tokenizer: the tokens of one text."""
+        """Split one text into tokens as every tokenizer."""
         self.check_call(kwargs)
         text, pair = self.prepared(text), self.prepared(pair, "pair")
         if is_marked(text):
@@ -295,7 +301,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
             return super().tokenize(text, pair, *args, **kwargs)
 
     def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """As every tokenizer.
+        """Pad as every tokenizer.
 
         Raises:
             ValueError: a side that the model cannot read.
@@ -304,24 +310,24 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return super().pad(encoded_inputs, *args, **kwargs)
 
     def prepared(self, text: Any, name: str = "text", *, words: bool = False) -> Any:
-        """A text or a list of texts, cleaned; words that are split already as they are."""
+        """Return a text or a list of texts, cleaned; words that are split already as they are."""
         if text is None:
             return None
         text = texts_of(text, name)
         return text if words else self.cleaned(text)
 
     def cleaned(self, text: Any) -> Any:
-        """A text, or the texts of a list, as the model was trained on them."""
+        """Clean a text, or the texts of a list, as the model was trained."""
         if isinstance(text, str):
             return self.cleaned_text(text)
         return [self.cleaned_text(item) if isinstance(item, str) else item for item in text]
 
     def cleaned_text(self, text: str) -> str:
-        """One text, cleaned."""
+        """Clean one text."""
         return CLEANINGS[self.clean](text)
 
     def warn_of_cuts(self, text: Any, encoded: BatchEncoding, options: Mapping[str, Any]) -> None:
-        """Name the texts that lost their end."""
+        """Warn of the texts that lost their end."""
         if options.get("return_overflowing_tokens") or not isinstance(encoded, BatchEncoding):
             return
         batch = [text] if isinstance(text, str) else text
@@ -346,7 +352,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         add_special_tokens: bool = True,
         **options: Any,
     ) -> BatchEncoding:
-        """Texts, in some of which special tokens are marked as words."""
+        """Encode texts, in some of which special tokens are marked as words."""
         several = not isinstance(text, str)
         before, after = self.around() if add_special_tokens else ([], [])
         room = max_length or (self.model_max_length if truncation else None)
@@ -354,8 +360,8 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         for item in text if several else [text]:
             ids = self.marked_ids(item)
             if truncation and truncation != "do_not_truncate" and room is not None:
-                kept = max(room - len(before) - len(after), 0)
-                ids = ids[:kept] if self.truncation_side == "right" else ids[len(ids) - min(kept, len(ids)) :]
+                length = max(room - len(before) - len(after), 0)
+                ids = ids[:length] if self.truncation_side == "right" else ids[len(ids) - min(length, len(ids)) :]
             rows.append([*before, *ids, *after])
         known = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
         given = {name: options[name] for name in known if options.get(name) is not None}
@@ -364,7 +370,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return self.pad({"input_ids": rows[0] if one else rows}, padding=padding, max_length=length, **given)
 
     def marked_ids(self, text: str) -> list[int]:
-        """Ids of a text without those around it: its tokens are tokens, but for those that are marked."""
+        """Encode a text without special tokens around it: its tokens are tokens, but for those that are marked."""
         added = self.added_tokens_encoder
         pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         ids: list[int] = []
@@ -373,7 +379,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return ids
 
     def plain_ids(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of a text in which nothing is a token of its own; not the `first` piece, it follows on one."""
+        """Encode a text in which nothing is a token of its own; a piece that is not the `first` follows a token."""
         if not text:
             return []
         if first or not self.begins_differently():
@@ -390,7 +396,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return [token.id for piece in pieces for token in engine.model.tokenize(piece)]
 
     def begins_differently(self) -> bool:
-        """Whether the beginning of a text is encoded otherwise than what follows a token."""
+        """Whether the beginning of a text is encoded otherwise than text after a token."""
         token = next(iter(self.added_tokens_encoder), None)
         if token is None:
             return False
@@ -399,7 +405,7 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         return ids[1:] != self._model_ids("a")
 
     def around(self) -> tuple[list[int], list[int]]:
-        """Ids before and after every text."""
+        """Return the ids before and after every text."""
         with self.lock:
             whole = super().__call__("a", padding=False, truncation=False)["input_ids"]
             inner = super().__call__("a", add_special_tokens=False, padding=False, truncation=False)["input_ids"]
@@ -415,14 +421,14 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         clean_up_tokenization_spaces: bool | None = None,  # noqa: FBT001
         **kwargs: Any,
     ) -> Any:
-        """As every tokenizer: ids to a text, or rows of ids to texts.
+        """Decode ids to a text, or rows of ids to texts, as every tokenizer.
 
         Raises:
             TypeError: an unknown keyword.
         """
         check_keywords(self, kwargs, {"spaces_between_special_tokens", "use_source_tokenizer"})
         ids = self.decodable(token_ids, skip=skip_special_tokens)
-        # transformers refuses to clean up what byte pairs make, which some originals do.
+        # transformers refuses to clean up the texts of byte pairs, which some originals do.
         text: Any = super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
         clean = clean_up_tokenization_spaces
         if not (self.clean_up_tokenization_spaces if clean is None else clean):
@@ -432,12 +438,12 @@ class HfvlmTokenizer(NamedErrors, TokenizersBackend):
         )
 
     def decodable(self, token_ids: Any, *, skip: bool) -> Any:
-        """Ids as they are decoded; with `skip`, special tokens are to be left out."""
+        """Return ids as they are decoded; with `skip`, special tokens are left out."""
         return token_ids
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
-        """Do nothing: hfvlm is installed code, and copying a module of it beside the weights could not import."""
+        """Do nothing: hfvlm is installed code, and a module of it copied next to the weights could not import."""
 
 
 TOKEN = (str, AddedToken)
@@ -461,7 +467,6 @@ class ZeroPaddedTokenizer(HfvlmTokenizer):
     Id 0 is that of "!" within a word. It is no special token of the engine, which would be cut out of texts.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     default_padding = "max_length"
     padding_sides = ("right",)
     pad_token_id = 0
@@ -476,31 +481,35 @@ class ZeroPaddedTokenizer(HfvlmTokenizer):
         return str(self.convert_ids_to_tokens(self.pad_token_id))
 
     def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
-        """As every tokenizer; without `padding` and `truncation` the texts become what the model was trained on."""
+        """Encode texts as every tokenizer; without `padding` and `truncation`, as the model was trained."""
         return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
 
 
+class WordPieceTokenizer(HfvlmTokenizer):
+    """Base of the tokenizers of BERT's word pieces, of texts between [CLS] and [SEP]."""
+
+    DEFAULTS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")} | {
+        "clean_up_tokenization_spaces": True
+    }
+    engine_of = staticmethod(uncased_wordpiece)
+
+
 class PieceTokenizer(HfvlmTokenizer):
-    """What transformers' slow LlamaTokenizer made of a sentencepiece model, which LLaMA's descendants were trained on.
+    """transformers' slow LlamaTokenizer of a sentencepiece model, with which LLaMA's descendants were trained. Nothing
+    is padded or cut by default.
 
     Args:
-        legacy: every text begins with a space, and so does what follows a special token; False, as since Vicuna v1.5,
-            writes the first of these alone.
+        legacy: every text begins with a space, and so does text after a special token; False, as since Vicuna v1.5,
+            adds the first of these only.
         add_bos_token: a text begins with the start token.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
+    default_padding = False
+    default_truncation = False
 
     def __init__(self, *args: Any, legacy: bool = True, add_bos_token: bool = True, **kwargs: Any):
         self.legacy = legacy
         super().__init__(*args, legacy=legacy, add_bos_token=add_bos_token, **{"padding_side": "left"} | kwargs)
-
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
-    ) -> Any:
-        """As every tokenizer: nothing is padded or cut unless asked for."""
-        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
 
     @classmethod
     def from_vocabulary(
@@ -512,7 +521,7 @@ class PieceTokenizer(HfvlmTokenizer):
         added: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
-        """From a sentencepiece `.model`, or a tokenizer.json as it is; `added` tokens get the next ids.
+        """Make a tokenizer from a sentencepiece `.model`, or a tokenizer.json; `added` tokens get the next ids.
 
         Raises:
             ImportError: sentencepiece or protobuf is not installed.
@@ -541,7 +550,7 @@ class PieceTokenizer(HfvlmTokenizer):
         return cls(tokenizer_object=engine, legacy=legacy, add_bos_token=add_bos_token, **tokens)
 
     def cleaned_text(self, text: str) -> str:
-        """With the space that a text begins with, unless it begins with a special token."""
+        """Clean a text, and begin it with a space, unless it begins with a special token."""
         text = super().cleaned_text(text)
         if self.legacy or not text or text.startswith(tuple(self.added_tokens_encoder)):
             return text

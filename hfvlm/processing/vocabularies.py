@@ -91,6 +91,7 @@ def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostPr
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+OPENAI_TOKENS = {"bos_token": START, "eos_token": END, "unk_token": END}
 
 
 @_of_file
@@ -167,6 +168,9 @@ def byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
 @_of_file
 def wordpiece(path: str | Path) -> Tokenizer:
     """BERT's engine, from a list of pieces (`vocab.txt`) or a tokenizer.json: splits at spaces, punctuation and
@@ -182,7 +186,7 @@ def wordpiece(path: str | Path) -> Tokenizer:
     else:
         pieces = _text(path).rstrip("\n").split("\n")
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    missing = sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocabulary))
+    missing = sorted(set(BERT_TOKENS) - set(vocabulary))
     if missing:
         raise VocabularyError(f"{path}: not BERT's vocabulary, it has no {', '.join(missing)}.")
     engine = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -192,6 +196,19 @@ def wordpiece(path: str | Path) -> Tokenizer:
     engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     engine.decoder = decoders.WordPiece()
     engine.post_processor = template(engine, "[CLS]", "[SEP]")
+    return engine
+
+
+def uncased_wordpiece(path: str | Path, *more: str) -> Tokenizer:
+    """Make bert-base-uncased's engine, which lowers letters and takes their accents off; see `wordpiece`.
+
+    Args:
+        path: the file.
+        more: special tokens next to BERT's own.
+    """
+    engine = wordpiece(path)
+    engine.normalizer = normalizers.BertNormalizer(lowercase=True)
+    engine.add_special_tokens([AddedToken(token, normalized=False) for token in (*BERT_TOKENS, *more)])
     return engine
 
 

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.settings import CHECKS, Settings
+from hfvlm.processing.settings import Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures
 from tests.conftest import SHIPPED
@@ -75,7 +75,7 @@ def test_the_registry_names_them():
 
 @pytest.mark.parametrize("cls", PARTS)
 def test_parts_refuse_unknown_keywords(cls, tmp_path):
-    first = cls.SETTINGS[0]
+    first = next(iter(cls.SETTINGS))
     words = f"{cls.__name__} got an unexpected keyword argument '{first}x'. The nearest that it knows is '{first}'"
     with pytest.raises(TypeError, match=words):
         cls(**{f"{first}x": 1})
@@ -162,7 +162,6 @@ def test_settings_of_a_part_may_be_given_to_the_whole(clip_folder):
 def test_every_setting_is_checked(cls):
     part = cls()
     for name in cls.SETTINGS:
-        assert name in {**CHECKS, **cls.CHECKS}, f"{name} of {cls.__name__} has no check"
         for wrong in ("nonsense", [object()], float("nan"), {"a": 1}, -(10**6), b""):
             if "mean" in name and wrong == -(10**6):
                 continue

@@ -1,67 +1,64 @@
-"""What BLIP is fed (https://github.com/salesforce/BLIP at 056a169, data/utils.py and models/blip.py)."""
+"""BLIP's inputs (https://github.com/salesforce/BLIP at 056a169, data/utils.py and models/blip.py)."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
-from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import listed
-from hfvlm.processing.images import FixedSizeImageProcessor
-from hfvlm.processing.settings import string
-from hfvlm.processing.tokenization import HfvlmTokenizer
-from hfvlm.processing.vocabularies import wordpiece
+from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FixedSizeImageProcessor
+from hfvlm.processing.settings import string, whole
+from hfvlm.processing.tokenization import WordPieceTokenizer
+from hfvlm.processing.vocabularies import uncased_wordpiece
 
 
 class HfvlmBLIPImageProcessor(FixedSizeImageProcessor):
-    """Pictures as BLIP reads them: converted to RGB, then squashed to a square, bicubic."""
+    """Images as BLIP's: converted to RGB, then squashed to a square, bicubic."""
 
     resize_mode = "squash"
     size = {"height": 384, "width": 384}
-    image_mean = [0.48145466, 0.4578275, 0.40821073]
-    image_std = [0.26862954, 0.26130258, 0.27577711]
+    image_mean = CLIP_MEAN
+    image_std = CLIP_STD
 
     def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
         return super().resize(image.convert("RGB"), settings)
 
 
-class HfvlmBLIPTokenizer(HfvlmTokenizer):
-    """BERT's word pieces in lower case, and [DEC], which begins what is written, and [ENC], which begins what is read
-    together with a picture. Texts begin with [CLS]; the models put the others in its place.
+class HfvlmBLIPTokenizer(WordPieceTokenizer):
+    """BERT's word pieces in lower case, and [DEC], which begins generated texts, and [ENC], which begins texts that
+    are encoded together with an image. Texts begin with [CLS]; the models put the others in its place.
+
+    `from_vocabulary` reads bert-base-uncased's `vocab.txt`, or a tokenizer.json of the same pieces.
 
     Args:
-        max_words: words that are kept of a text, as its authors cut captions.
+        max_words: of a text, as its authors truncate captions.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
-    default_clean_up = True
     MARKS: tuple[str, ...] = ("[DEC]", "[ENC]")
+    DEFAULTS = {**WordPieceTokenizer.DEFAULTS, "model_max_length": 35, "bos_token": "[DEC]", "eos_token": "[SEP]"}
 
-    def __init__(self, clean: str = "none", model_max_length: int = 35, max_words: int | None = None, **kwargs: Any):
-        tokens = {"bos_token": "[DEC]", "eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
-        tokens |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        extra = {"extra_special_tokens": list(self.MARKS[1:])}
-        if max_words is not None:
-            self.check_number("max_words", max_words, 1)
+    max_words: Annotated[int | None, whole(1)]
+
+    def __init__(
+        self,
+        clean: str | None = None,
+        model_max_length: int | None = None,
+        max_words: int | None = None,
+        **kwargs: Any,
+    ):
         self.max_words = max_words
-        super().__init__(
-            clean=clean, model_max_length=model_max_length, max_words=max_words, **tokens | extra | kwargs
-        )
+        extra = {"extra_special_tokens": list(self.MARKS[1:])}
+        super().__init__(clean, model_max_length, **{"max_words": max_words} | extra | kwargs)
 
     @classmethod
-    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> Any:
-        """From bert-base-uncased's `vocab.txt`, or a tokenizer.json of the same pieces."""
-        engine = wordpiece(path)
-        engine.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *cls.MARKS)
-        engine.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
-        return cls(tokenizer_object=engine, **kwargs)
+    def engine_of(cls, path: str | Path) -> Tokenizer:
+        return uncased_wordpiece(path, *cls.MARKS)
 
     def cleaned_text(self, text: str) -> str:
         text = super().cleaned_text(text)
@@ -69,29 +66,27 @@ class HfvlmBLIPTokenizer(HfvlmTokenizer):
 
 
 class HfvlmBLIPProcessor(DualEncoderProcessor):
-    """Pictures and texts as BLIP reads them: `processor(images=..., text=...)`, then `model(**inputs)`.
+    """Images and texts to BLIP's inputs: `processor(images=..., text=...)`, then `model(**inputs)`.
 
     Args:
-        prompt: what captions begin with. Pictures alone come with it; `captions` puts it before the texts.
+        prompt: beginning of captions. Images without texts come with it; `captions` puts it before the texts.
     """
 
-    prompt: str
-
-    CHECKS = {"prompt": string}
+    prompt: Annotated[str, string]
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, prompt: str = "", **kwargs: Any):
         self.set_arguments(prompt=prompt)
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
-        """As `DualEncoderProcessor`; pictures alone come with the prompt, if there is one.
+        """Prepare inputs as `DualEncoderProcessor`; images without texts come with the prompt, if there is one.
 
-        Lists of two pictures, one list a text, become `pixel_values` `(B, 2, C, H, W)`.
+        Lists of two images, one list a text, become `pixel_values` `(B, 2, C, H, W)`.
         """
         images = listed(images)
         groups = [len(group) for group in images] if is_nested(images) else []
         if len(set(groups)) > 1:
-            raise ValueError(f"Each text needs as many pictures as the others; there are {groups}.")
+            raise ValueError(f"Each text needs as many images as the others; there are {groups}.")
         flat = [image for group in images for image in group] if groups else images
         inputs = super().__call__(flat, text, *args, **kwargs)
         if groups:
@@ -103,7 +98,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         return inputs
 
     def captions(self, images: Any, text: Sequence[str]) -> BatchFeature:
-        """Pictures and their captions -> what `HfvlmBLIPForConditionalGeneration` is trained on, `labels` included."""
+        """Prepare images and their captions to train `HfvlmBLIPForConditionalGeneration`, `labels` included."""
         inputs = self(images, [self.prompt + caption for caption in text])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         # Neither the first token nor the prompt is to be predicted; the last token of a prompt's ids is [SEP].
@@ -112,17 +107,17 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         return inputs
 
     def answers(self, text: Sequence[str]) -> Tensor:
-        """Answers, as they are -> `(A, M)` ids with -100 after their end, for training and ranking."""
+        """Encode answers, as they are -> `(A, M)` ids with -100 after their end, for training and ranking."""
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.clean, tokenizer.max_words = "none", None
         encoded = tokenizer(list(text), return_tensors="pt")
         return encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
 
     def decode_captions(self, ids: Any) -> list[str]:
-        """Generated ids -> captions without their prompt, as the original spells them."""
+        """Decode generated ids -> captions without their prompt, spelled as the original does."""
         return [text[len(self.prompt) :] for text in self.batch_decode(ids, skip_special_tokens=True)]
 
 
 def is_nested(images: Any) -> bool:
-    """Lists of pictures in a list."""
+    """Whether images come as lists in a list."""
     return isinstance(images, list | tuple) and bool(images) and all(isinstance(i, list | tuple) for i in images)

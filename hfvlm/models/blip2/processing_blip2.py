@@ -1,10 +1,10 @@
-"""What BLIP-2 and InstructBLIP are fed (https://github.com/salesforce/LAVIS at 506965b)."""
+"""BLIP-2's and InstructBLIP's inputs (https://github.com/salesforce/LAVIS at 506965b)."""
 
 import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -24,48 +24,41 @@ from hfvlm.processing.vocabularies import byte_pairs, sentencepiece, template
 
 
 class HfvlmBLIP2ImageProcessor(HfvlmBLIPImageProcessor):
-    """Pictures as BLIP-2 reads them: converted to RGB, then squashed to a square, bicubic."""
+    """Images as BLIP-2's: converted to RGB, then squashed to a square, bicubic."""
 
     size = {"height": 224, "width": 224}
 
 
 class HfvlmBLIP2QFormerTokenizer(HfvlmBLIPTokenizer):
-    """What the Q-Former reads: BERT's word pieces in lower case, and [DEC], which begins what is written."""
+    """The Q-Former's: BERT's word pieces in lower case, and [DEC], which begins generated texts."""
 
     MARKS = ("[DEC]",)
-
-    def __init__(self, clean: str = "none", model_max_length: int = 32, **kwargs: Any):
-        super().__init__(clean=clean, model_max_length=model_max_length, **kwargs)
+    DEFAULTS = {**HfvlmBLIPTokenizer.DEFAULTS, "model_max_length": 32}
 
 
 class HfvlmBLIP2RetrievalProcessor(DualEncoderProcessor):
-    """Pictures and texts as the first stage reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
+    """Images and texts to the first stage's inputs: `processor(images=..., text=...)`, then `model(**inputs)`."""
 
 
 class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
-    """The language model's own, with a token for the places of pictures and one for those of films."""
+    """The language model's own, with a placeholder token for images and one for videos. Nothing is padded or cut by
+    default."""
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
-
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
-    ) -> Any:
-        """As every tokenizer: nothing is padded or cut unless asked for."""
-        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+    default_padding = False
+    default_truncation = False
 
     @classmethod
     def from_vocabulary(
         cls, path: str | Path, *, kind: str = "opt", size: int | None = None, **kwargs: Any
     ) -> "HfvlmBLIP2Tokenizer":
-        """From the language model's original file.
+        """Make a tokenizer from the language model's original file.
 
         Args:
-            path: OPT's `vocab.json`, beside which is its `merges.txt`; T5's or LLaMA's sentencepiece `.model`; or a
+            path: OPT's `vocab.json`, next to which is its `merges.txt`; T5's or LLaMA's sentencepiece `.model`; or a
                 tokenizer.json.
             kind: "opt", "t5" or "llama".
-            size: rows of the language model's table of words; what the vocabulary has fewer gets names, so that the
-                places of pictures come after them.
+            size: rows of the language model's embedding table; rows beyond the vocabulary get names, so that the
+                placeholder tokens come after them.
             **kwargs: of the tokenizer.
 
         Raises:
@@ -78,9 +71,9 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
                 f"{path}: its {pieces} pieces are more than the model's {size} (text_config.vocab_size): this is the "
                 "vocabulary of another model."
             )
-        places = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
-        engine.add_special_tokens([AddedToken(token, normalized=False) for token in places])
-        # T5 pads behind a text, which its decoder does not continue.
+        added = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
+        engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+        # T5 pads after a text, which its decoder does not continue.
         defaults: dict[str, Any] = {"padding_side": "right" if kind == "t5" else "left"}
         # LAVIS's tokenizers of OPT and T5 take spaces before punctuation out; LLaMA's does not.
         defaults |= {"clean_up_tokenization_spaces": kind != "llama"}
@@ -91,7 +84,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 
 
 def opt_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """OPT begins every text with its end token."""
+    """Make OPT's engine, which begins every text with its end token."""
     engine = byte_pairs(path)
     engine.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "<pad>", "</s>", "<unk>")])
     engine.post_processor = template(engine, "</s>", "")
@@ -99,57 +92,56 @@ def opt_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
 
 
 def t5_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """T5 ends every text."""
+    """Make T5's engine, which ends every text."""
     return sentencepiece(path), {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def llama_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """InstructBLIP makes Vicuna's end token its start token and its unknown one, and adds one for padding."""
+    """Make Vicuna's engine: InstructBLIP uses its end token as the start and the unknown one, and adds padding."""
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "[PAD]"}
     engine = PieceTokenizer.from_vocabulary(path, bos_token="</s>", added=["[PAD]"]).backend_tokenizer
     return engine, special
 
 
 ENGINES = {"opt": opt_engine, "t5": t5_engine, "llama": llama_engine}
-# Each picture of a message, then what is said about it; answers end in a period where the conversation goes on.
+# Each image of a message, then its text; answers end in a period where the conversation goes on.
 CHAT = (
     "{% for message in messages %}{% if message.content is string %}{% set text = message.content %}{% else %}"
     "{% set text %}{% for part in message.content %}"
     "{{ part.text if part.type == 'text' else '<' + part.type + '>' }}{% endfor %}{% endset %}{% endif %}"
-    "{% set said = text | replace('<image>', '') | replace('<video>', '') | trim %}"
+    "{% set words = text | replace('<image>', '') | replace('<video>', '') | trim %}"
     "{{ '<image>' * text.count('<image>') + '<video>' * text.count('<video>') }}"
-    "{% if message.role == 'assistant' %} {{ said }}{% if not loop.last %}. {% endif %}"
-    "{% else %}{{ BEFORE + said + AFTER }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %} {{ words }}{% if not loop.last %}. {% endif %}"
+    "{% else %}{{ BEFORE + words + AFTER }}{% endif %}{% endfor %}"
 )
 
 
 def default_chat_template(question: str) -> str:
-    """Turns in which a user's are put as `question`, with `{}` in the place of what is asked."""
+    """Make a template in which a user's turns are put as `question`, with `{}` in the place of their text."""
     before, _, after = question.partition("{}")
     return CHAT.replace("BEFORE", json.dumps(before)).replace("AFTER", json.dumps(after))
 
 
 class HfvlmBLIP2Processor(ImageTextProcessor):
-    """Texts about pictures as the second stage reads them: the picture first, then the text.
+    """Texts about images to the second stage's inputs: the image first, then the text.
 
-    `processor(images=...)` asks for captions; in `processor(images=..., text=...)` each picture stands before its
-    text, unless the texts say `<image>` themselves.
+    `processor(images=...)` prepares captioning; in `processor(images=..., text=...)` each image comes before its text,
+    unless the texts contain `<image>` themselves.
 
     Args:
-        image_processor: of the pictures.
+        image_processor: of the images.
         tokenizer: of the texts.
         chat_template: by default each turn of the user's is put as `question`.
-        num_queries: tokens of a picture, as in the model's configuration.
-        prompt: what captions begin with.
-        question: how a question is put, with `{}` in its place.
+        num_queries: tokens of an image, as in the model's configuration.
+        prompt: beginning of captions.
+        question: the form of a question, with `{}` in its place.
         kind: whose conventions the texts follow, "opt", "t5" or "llama".
     """
 
-    kind: str
-    num_queries: int
-    prompt: str
-
-    CHECKS = {"num_queries": whole(1, 2**16), "prompt": string, "question": string, "kind": one_of(*ENGINES)}
+    num_queries: Annotated[int, whole(1, 2**16)]
+    prompt: Annotated[str, string]
+    question: Annotated[str, string]
+    kind: Annotated[str, one_of(*ENGINES)]
 
     def __init__(
         self,
@@ -177,23 +169,23 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """As `ImageTextProcessor`; without texts, for captions of the pictures.
+        """Prepare inputs as `ImageTextProcessor`; without texts, for captions of the images.
 
         Args:
             images: as there.
             text: likewise.
-            videos: in place of pictures, a film for each text: lists of equally many frames, each of which is read as
-                a picture.
+            videos: in place of images, a video for each text: lists of equally many frames, each of which is read as
+                an image.
             return_tensors: "pt", "np", or None for lists.
             **kwargs: as there.
         """
         if not is_empty(videos):
-            return self.films(videos, text, return_tensors, **kwargs)
+            return self.video_inputs(videos, text, return_tensors, **kwargs)
         images = self.batched(images)
         return super().__call__(images, self.placed(images, text), return_tensors, **kwargs)
 
-    def films(self, videos: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """Films and what is asked about each -> the model's inputs; see `__call__`."""
+    def video_inputs(self, videos: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Prepare videos and a prompt about each -> the model's inputs; see `__call__`."""
         if text is None:
             raise ValueError(f"{type(self).__name__} needs a text for each video.")
         options, words = self.call_options(kwargs)
@@ -202,21 +194,21 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         texts = texts_of(text)
         texts = [texts] if isinstance(texts, str) else texts
         padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
-        counts = [len(film) for film in frames]
+        counts = [len(video) for video in frames]
         if len(set(counts)) != 1 or len(counts) != len(texts):
             raise ValueError(
-                f"Each text needs a film, and all films equally many frames: {len(texts)} texts, {counts} frames."
+                f"Each text needs a video, and all videos equally many frames: {len(texts)} texts, {counts} frames."
             )
-        place = self.tokenizer.convert_tokens_to_ids(VIDEO)
-        before = [place] * counts[0] * self.num_queries
+        placeholder = self.tokenizer.convert_tokens_to_ids(VIDEO)
+        before = [placeholder] * counts[0] * self.num_queries
         rows = [before + self.text_ids(item.replace(VIDEO, "")) for item in texts]
-        pixels = self.image_processor([frame for film in frames for frame in film], return_tensors="np", **options)
+        pixels = self.image_processor([frame for video in frames for frame in video], return_tensors="np", **options)
         pixels = pixels["pixel_values"].reshape(len(frames), counts[0], *pixels["pixel_values"].shape[1:])
         batch = self.tokenizer.pad({"input_ids": rows}, padding=True, **padded)
         return BatchFeature({**batch, "pixel_values_videos": pixels}, tensor_type=return_tensors)
 
     def placed(self, images: Any, text: Any) -> Any:
-        """Texts with a place for their pictures: where they name none, before them; without texts, the prompt."""
+        """Put placeholders for the images before texts that have none; without texts, before the prompt."""
         if is_empty(images):
             return text
         several = isinstance(images, list | tuple)
@@ -229,8 +221,8 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         return [self.image_token + item for item in texts]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A text to ids, with one `image_token_id` for each picture. Each piece between pictures is a text of its own,
-        which follows on its picture: special tokens included."""
+        """Encode a text to ids, with one `image_token_id` for each image. Each piece between images is a text of its
+        own, special tokens included."""
         first, *others = text.split(self.image_token)
         ids = self.text_ids(first, add_special_tokens=add_special_tokens) if first or not others else []
         for i, piece in enumerate(others):
@@ -240,46 +232,46 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         return ids
 
     def text_ids(self, text: str, **options: Any) -> list[int]:
+        """Encode a text without images."""
         return list(self.tokenizer(text, **options)["input_ids"])
 
     def captions(self, images: Any, text: Sequence[str]) -> BatchFeature:
-        """Pictures and their captions -> what the model is trained on, `labels` included."""
+        """Prepare images and their captions -> the model's inputs for training, `labels` included."""
         return self.examples(images, [self.prompt] * len(text), text)
 
     def examples(self, images: Any, text: Sequence[str], answers: Sequence[str]) -> BatchFeature:
-        """Pictures, what is asked about each, and what is to be answered -> what the model is trained on.
+        """Prepare images, a prompt about each, and its answer -> the model's inputs for training.
 
         Args:
             images: one for each text.
-            text: what is given, without places for pictures.
-            answers: what is to be predicted.
+            text: prompts, without placeholders for images.
+            answers: to be predicted.
         """
         rows = [self.answered(given, answer) for given, answer in zip(text, answers, strict=True)]
         inputs = self(images, list(text))
-        pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        encoded, labels = ([row[i] for row in rows] for i in (0, 1))
+        media = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        encoded, answered = ([row[i] for row in rows] for i in (0, 1))
         count = self.num_queries
         queries = [self.image_token_id] * count
         batch = self.tokenizer.pad(
             {"input_ids": [queries + ids for ids in encoded]}, padding_side="right", return_tensors="pt"
         )
         before = 0 if self.kind == "t5" else count
-        return BatchFeature(
-            {**batch, "labels": torch.tensor(padded([[IGNORE] * before + row for row in labels])), **pictures}
-        )
+        labels = torch.tensor(padded([[IGNORE] * before + row for row in answered]))
+        return BatchFeature({**batch, "labels": labels, **media})
 
     def answers(self, text: Sequence[str]) -> Tensor:
-        """Answers -> `(A, M)` ids with -100 behind their end, for the model's `rank`."""
+        """Encode answers -> `(A, M)` ids with -100 after their end, for the model's `rank`."""
         return torch.tensor(padded([self.answer_ids(answer) for answer in text]))
 
     def answer_ids(self, answer: str) -> list[int]:
-        """What is written after a text, with its end."""
+        """Encode an answer as it follows a text, with its end."""
         if self.kind == "t5":
             return self.text_ids(answer)
         return self.text_ids(f" {answer}\n" if self.kind == "opt" else answer + self.tokenizer.eos_token)[1:]
 
     def answered(self, text: str, answer: str) -> tuple[list[int], list[int]]:
-        """Ids that are read, and those that are to be predicted: in their places, or of T5 what its decoder writes."""
+        """Encode a prompt and its answer -> input ids and labels: aligned, or, of T5, the decoder's own ids."""
         text = text.rstrip(" ")
         given = self.text_ids(text)
         if self.kind == "t5":
@@ -288,8 +280,8 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             ids = self.text_ids(f"{text} {answer}\n" if text else f"{answer}\n")
             known = len(given) if text else 0
             return ids, [IGNORE] * known + ids[known:]
-        written = self.answer_ids(answer)
-        return given + written, [IGNORE] * len(given) + written
+        ids = self.answer_ids(answer)
+        return given + ids, [IGNORE] * len(given) + ids
 
     def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         """Put images first; the last message's answer is trained on.
@@ -298,28 +290,28 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             ValueError: the language model is a T5.
         """
         if self.kind == "t5":
-            raise ValueError("A T5 writes beside what it reads: train it on `processor.examples(...)`.")
+            raise ValueError("A T5 generates apart from its inputs: train it on `processor.examples(...)`.")
         *before, last = messages
         given, answer = self.render(before, add_generation_prompt=True), last["content"]
         if not isinstance(answer, str):
             answer = "".join(part["text"] for part in answer if part["type"] == "text")
-        pictures = given.count(self.image_token)
+        images = given.count(self.image_token)
         ids, labels = self.answered(given.replace(self.image_token, ""), answer)
-        return [self.image_token_id] * pictures + ids, [IGNORE] * pictures + labels
+        return [self.image_token_id] * images + ids, [IGNORE] * images + labels
 
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> list[str]:
-        """As transformers'; of T5, which does not repeat the prompt, all is new."""
+        """Decode as transformers does; of T5, which does not repeat the prompt, all tokens are new."""
         if new_tokens_only is not None and self.kind == "t5":
             new_tokens_only, kwargs = None, {"skip_special_tokens": True} | kwargs
-        written = super().batch_decode(sequences, *args, new_tokens_only=new_tokens_only, **kwargs)
-        return [text.strip() for text in written]
+        texts = super().batch_decode(sequences, *args, new_tokens_only=new_tokens_only, **kwargs)
+        return [text.strip() for text in texts]
 
 
 class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
-    """The same, for a Q-Former that reads the texts, too.
+    """BLIP-2's processor for a Q-Former that takes the texts, too.
 
     Args:
-        qformer_tokenizer: of what the Q-Former reads; too long instructions lose their beginning.
+        qformer_tokenizer: of the Q-Former's texts; too long instructions lose their beginning.
         **kwargs: the others as above.
     """
 
@@ -358,23 +350,23 @@ class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
         return inputs
 
     def media_inputs(self, media: Sequence[Any], conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
-        """With the instructions: of each conversation what stands before the first answer."""
+        """Prepare media with the instructions: of each conversation the messages before the first answer."""
         inputs = super().media_inputs(media, conversations)
         known = [self.protected(own) for own in conversations]
-        asked = [list(takewhile(lambda message: message["role"] != "assistant", own)) for own in known]
-        prompts = [self.render(messages, add_generation_prompt=True) for messages in asked]
+        before = [list(takewhile(lambda message: message["role"] != "assistant", own)) for own in known]
+        prompts = [self.render(messages, add_generation_prompt=True) for messages in before]
         inputs.update(self.instructions(prompts))
         return inputs
 
     def instructions(self, text: Sequence[str], return_tensors: str | None = "pt") -> dict[str, Any]:
-        """What the Q-Former reads about each picture."""
-        pieces = [said for item in text for said in self.said_of_each(item)]
+        """Encode the Q-Former's text of each image."""
+        pieces = [piece for item in text for piece in self.text_of_each(item)]
         encoded = self.qformer_tokenizer(pieces, return_tensors=return_tensors)
         return {f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def said_of_each(self, text: str) -> list[str]:
-        """What is said of each picture of a text: what follows on it, or on the pictures behind it."""
-        said = [""]
+    def text_of_each(self, text: str) -> list[str]:
+        """Return the text after each image, or, where another image follows at once, after that one."""
+        pieces = [""]
         for piece in reversed(text.split(self.image_token)[1:]):
-            said.append(piece or said[-1])
-        return said[:0:-1]
+            pieces.append(piece or pieces[-1])
+        return pieces[:0:-1]

@@ -1,7 +1,6 @@
-"""What CoCa is fed (https://github.com/mlfoundations/open_clip at 89fb801)."""
+"""CoCa's inputs (https://github.com/mlfoundations/open_clip at 89fb801)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_base import BatchFeature
@@ -9,29 +8,25 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.tokenization import ZeroPaddedTokenizer
-from hfvlm.processing.vocabularies import END, START, openai_bpe
+from hfvlm.processing.vocabularies import OPENAI_TOKENS, openai_bpe
 
 
 class HfvlmCoCaImageProcessor(HfvlmCLIPImageProcessor):
-    """Pictures as CLIP reads them: short edge to 224 px, bicubic, centre crop."""
+    """Images as CLIP's: short edge to 224 px, bicubic, centre crop."""
 
 
 class HfvlmCoCaTokenizer(ZeroPaddedTokenizer):
-    """OpenAI's byte-pair encoding, in lower case, with start and end."""
+    """OpenAI's byte-pair encoding, in lower case, with start and end.
 
-    model_input_names = ["input_ids", "attention_mask"]
+    `from_vocabulary` reads `bpe_simple_vocab_16e6.txt.gz`, as released with the weights, or transformers'
+    tokenizer.json.
+    """
 
-    def __init__(self, clean: str = "lower", model_max_length: int = 76, **kwargs: Any):
-        tokens = {"bos_token": START, "eos_token": END, "unk_token": END}
-        super().__init__(clean=clean, model_max_length=model_max_length, **tokens | kwargs)
-
-    @classmethod
-    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmCoCaTokenizer":
-        """From `bpe_simple_vocab_16e6.txt.gz`, as released with the weights, or from transformers' tokenizer.json."""
-        return cls(tokenizer_object=openai_bpe(path), **kwargs)
+    DEFAULTS = {"clean": "lower", "model_max_length": 76, **OPENAI_TOKENS}
+    engine_of = staticmethod(openai_bpe)
 
     def decodable(self, token_ids: Any, *, skip: bool) -> Any:
-        """Without what stands before the start token and after the end token, padding included."""
+        """Drop what comes before the start token and after the end token, padding included."""
         ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if not skip or isinstance(ids, int):
@@ -42,15 +37,15 @@ class HfvlmCoCaTokenizer(ZeroPaddedTokenizer):
 
 
 class HfvlmCoCaProcessor(DualEncoderProcessor):
-    """Pictures and texts as CoCa reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
+    """Images and texts to CoCa's inputs: `processor(images=..., text=...)`, then `model(**inputs)`."""
 
     def captions(self, images: Any, text: Sequence[str], prompts: Sequence[str] | None = None) -> BatchFeature:
-        """Pictures and their captions -> what the model is trained on, `labels` included.
+        """Prepare images and their captions -> the model's inputs for training, `labels` included.
 
         Args:
             images: one for each caption.
             text: the captions; or answers, where there are prompts.
-            prompts: what each text goes on from, as a question. It is read and not predicted.
+            prompts: texts that each text continues, as questions; inputs only, never predicted.
         """
         whole = text if prompts is None else [f"{prompt} {rest}" for prompt, rest in zip(prompts, text, strict=True)]
         inputs = self(images, whole)
@@ -61,11 +56,11 @@ class HfvlmCoCaProcessor(DualEncoderProcessor):
         return inputs
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Start token and prompt."""
+        """Encode prompts to ids, each with the start token and without the end token."""
         return [ids[:-1] for ids in self.tokenizer(list(prompts), padding=False)["input_ids"]] if prompts else []
 
     def decode_captions(self, ids: Any, prompts: Sequence[str] | None = None) -> list[str]:
-        """What `generate` wrote -> captions; or answers, without the prompts that they go on from."""
+        """Decode the ids of `generate` -> captions; or answers, without the prompts that they continue."""
         texts = [text.strip() for text in self.batch_decode(ids, skip_special_tokens=True)]
         begun = [text.strip() for text in self.batch_decode(self.prompt_ids(prompts or []), skip_special_tokens=True)]
         each = len(texts) // len(begun) if begun else 0
@@ -73,6 +68,6 @@ class HfvlmCoCaProcessor(DualEncoderProcessor):
 
 
 def without_padding(ids: list[int], start: int | None, end: int | None) -> list[int]:
-    """From the first start token, if there is one, to the first end token after it."""
+    """Return ids from the first start token, if there is one, to the first end token after it."""
     first = ids.index(start) if start in ids else 0
     return ids[first : ids.index(end, first)] if end in ids[first:] else ids[first:]

@@ -1,45 +1,42 @@
-"""What FILIP is fed (https://github.com/Sense-GVT/DeCLIP at 5d99a85)."""
+"""FILIP's inputs (https://github.com/Sense-GVT/DeCLIP at 5d99a85)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tokenizers import Tokenizer
 
 from hfvlm.media.resizing import cover
 from hfvlm.processing.base import DualEncoderProcessor
-from hfvlm.processing.images import FixedSizeImageProcessor
+from hfvlm.processing.images import CroppedImageProcessor
 from hfvlm.processing.tokenization import ZeroPaddedTokenizer
-from hfvlm.processing.vocabularies import END, START, openai_bpe
+from hfvlm.processing.vocabularies import OPENAI_TOKENS, openai_bpe
 
 MASK = "<|mask|>"
 
 
-class HfvlmFILIPImageProcessor(FixedSizeImageProcessor):
-    """Pictures with a short edge of 256 px, bilinear, of which the centre of 224 px is cut out.
+class HfvlmFILIPImageProcessor(CroppedImageProcessor):
+    """Images with a short edge of 256 px, bilinear, of which the centre of 224 px is cropped.
 
     Args:
         resized: the short edge.
     """
 
-    SETTINGS = (*FixedSizeImageProcessor.SETTINGS, "resized")
-
     image_mean = [0.485, 0.456, 0.406]
     image_std = [0.229, 0.224, 0.225]
     resample = 2
-    resized: int = 256
+    resized = 256
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         settings = super().checked(settings)
         if settings["resize_mode"] != "shortest":
             raise ValueError(f"resize_mode must be 'shortest', not {settings['resize_mode']!r}.")
-        if settings["resized"] < max(settings["size"].values()):
-            raise ValueError(f"resized must be an edge no shorter than size {settings['size']}.")
         return settings
 
     def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
         edge, size = settings["resized"], settings["size"]
-        return cover(image, (edge, edge), settings["resample"], kept=(size["height"], size["width"]))
+        return cover(image, (edge, edge), settings["resample"], crop=(size["height"], size["width"]))
 
 
 class HfvlmFILIPTokenizer(ZeroPaddedTokenizer):
@@ -47,23 +44,20 @@ class HfvlmFILIPTokenizer(ZeroPaddedTokenizer):
 
     The reproduction compares padding as it compares words, so there is no attention mask, and `padding=True` means
     full length too. As in the paper, without padding: `model_input_names=["input_ids", "attention_mask"]`.
+    `from_vocabulary` reads OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or a tokenizer.json.
     """
 
     model_input_names = ["input_ids"]
+    DEFAULTS = {"clean": "lower", "model_max_length": 77, **OPENAI_TOKENS, "mask_token": MASK}
 
-    def __init__(self, clean: str = "lower", model_max_length: int = 77, **kwargs: Any):
-        tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "mask_token": MASK}
-        super().__init__(clean=clean, model_max_length=model_max_length, **tokens | kwargs)
+    @staticmethod
+    def engine_of(path: str | Path) -> Tokenizer:
+        return openai_bpe(path, MASK)
 
     def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
-        """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what FILIP reads."""
+        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as FILIP was trained."""
         return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
-
-    @classmethod
-    def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmFILIPTokenizer":
-        """From OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from a tokenizer.json."""
-        return cls(tokenizer_object=openai_bpe(path, MASK), **kwargs)
 
 
 class HfvlmFILIPProcessor(DualEncoderProcessor):
-    """Pictures and texts as FILIP reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
+    """Images and texts to FILIP's inputs: `processor(images=..., text=...)`, then `model(**inputs)`."""

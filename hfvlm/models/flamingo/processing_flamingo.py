@@ -44,18 +44,9 @@ class HfvlmFlamingoImageProcessor(HfvlmCLIPImageProcessor):
 class HfvlmFlamingoTokenizer(HfvlmTokenizer):
     """The language model's own, with tokens for images, the ends of their texts, and padding."""
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        tokens = {"eos_token": ENDOFCHUNK, "pad_token": PADDING, "padding_side": "left"}
-        super().__init__(*args, **tokens | kwargs)
-
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
-    ) -> Any:
-        """Encode texts, padded or cut only on demand."""
-        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+    DEFAULTS = {"eos_token": ENDOFCHUNK, "pad_token": PADDING, "padding_side": "left"}
+    default_padding = False
+    default_truncation = False
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmFlamingoTokenizer":

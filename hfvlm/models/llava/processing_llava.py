@@ -1,7 +1,7 @@
 """Inputs of LLaVA (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -10,15 +10,14 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.resizing import contain, squash
 from hfvlm.media.sources import parallel
-from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.anyres import COUNTS, Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.images import FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
+from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
+from hfvlm.processing.settings import Flag, one_of, or_none, square, string, whole
 from hfvlm.processing.settings import edge as length
-from hfvlm.processing.settings import flag, one_of, or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
 # Padding to a square makes a long image's area grow with the square of its length; longer ones are resized first.
@@ -98,14 +97,11 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
         grid_pinpoints: heights and widths in pixels of which "tiles" chooses one for each image.
     """
 
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size", "resize_mode", "grid_pinpoints")
-    CHECKS = {"size": square, "resize_mode": one_of(*VIEWS), "grid_pinpoints": or_none(pinpoints)}
-
-    image_mean = HfvlmCLIPImageProcessor.image_mean
-    image_std = HfvlmCLIPImageProcessor.image_std
-    size: dict[str, int] = {"height": 336, "width": 336}
-    resize_mode: str = "pad"
-    grid_pinpoints: list[list[int]] | None = None
+    image_mean = CLIP_MEAN
+    image_std = CLIP_STD
+    size: Annotated[dict[str, int], square] = {"height": 336, "width": 336}
+    resize_mode: Annotated[str, one_of(*VIEWS)] = "pad"
+    grid_pinpoints: Annotated[list[list[int]] | None, or_none(pinpoints)] = None
 
     def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
         settings = super().checked(settings)
@@ -165,21 +161,12 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: likewise.
     """
 
-    conversation: str
-    image_end: str
-    image_start: str
-    keep_class_token: bool
-    patch_merge: str
-    patch_size: int
-
-    CHECKS = {
-        "conversation": one_of(*CONVERSATIONS),
-        "image_start": string,
-        "image_end": string,
-        "patch_size": whole(1, 2**10),
-        "keep_class_token": flag,
-        "patch_merge": one_of(*COUNTS),
-    }
+    conversation: Annotated[str, one_of(*CONVERSATIONS)]
+    image_start: Annotated[str, string]
+    image_end: Annotated[str, string]
+    patch_size: Annotated[int, whole(1, 2**10)]
+    keep_class_token: Flag
+    patch_merge: Annotated[str, one_of(*COUNTS)]
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,

@@ -4,17 +4,16 @@ https://github.com/QwenLM/Qwen-VL at aa00ed0)."""
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
-from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.grounding import Grounding, Region
-from hfvlm.processing.images import FixedSizeImageProcessor
+from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FixedSizeImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import one_of, string, whole
@@ -56,10 +55,10 @@ CONTENT = (
 class HfvlmQwenVLImageProcessor(FixedSizeImageProcessor):
     """Images squashed to a square, after they became RGB."""
 
-    image_mean = HfvlmCLIPImageProcessor.image_mean
-    image_std = HfvlmCLIPImageProcessor.image_std
-    size: dict[str, int] = {"height": 448, "width": 448}
-    resize_mode: str = "squash"
+    image_mean = CLIP_MEAN
+    image_std = CLIP_STD
+    size = {"height": 448, "width": 448}
+    resize_mode = "squash"
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         return super().pixels(to_8_bits(image, name).convert("RGB"), settings, name)
@@ -71,18 +70,9 @@ class HfvlmQwenVLTokenizer(HfvlmTokenizer):
     Decoding with `skip_special_tokens=True` leaves names and regions in.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        defaults = {"padding_side": "left", "pad_token": END, "eos_token": END}
-        super().__init__(*args, **defaults | kwargs)
-
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = False, truncation: Any = False, **kwargs: Any
-    ) -> Any:
-        """Encode texts, padded or cut only on demand."""
-        return super().__call__(text, *args, padding=padding, truncation=truncation, **kwargs)
+    DEFAULTS = {"padding_side": "left", "pad_token": END, "eos_token": END}
+    default_padding = False
+    default_truncation = False
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> Any:
@@ -114,11 +104,9 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
     """
 
     image_token = "<img><imgpad></img>"
-    conversation: str
-    num_queries: int
-    picture_colon: str
-
-    CHECKS = {"conversation": one_of(*CHAT_TEMPLATES), "picture_colon": string, "num_queries": whole(1, 2**16)}
+    conversation: Annotated[str, one_of(*CHAT_TEMPLATES)]
+    picture_colon: Annotated[str, string]
+    num_queries: Annotated[int, whole(1, 2**16)]
 
     def __init__(
         self,

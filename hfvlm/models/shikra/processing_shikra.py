@@ -6,20 +6,19 @@ Source: mllm/dataset of https://github.com/shikras/shikra at ff79a4c.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from hfvlm.media.images import to_8_bits
-from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
 from hfvlm.models.shikra.configuration_shikra import count_patches
 from hfvlm.models.shikra.regions import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.grounding import Grounding, Region
-from hfvlm.processing.images import HfvlmImageProcessor
+from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, HfvlmImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import or_none, square, string, whole
@@ -50,12 +49,9 @@ class HfvlmShikraImageProcessor(HfvlmImageProcessor):
         size: the tower's `{"height", "width"}` in pixels, or one edge.
     """
 
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "size")
-    CHECKS = {"size": square}
-
-    image_mean = HfvlmCLIPImageProcessor.image_mean
-    image_std = HfvlmCLIPImageProcessor.image_std
-    size: dict[str, int] = {"height": 224, "width": 224}
+    image_mean = CLIP_MEAN
+    image_std = CLIP_STD
+    size: Annotated[dict[str, int], square] = {"height": 224, "width": 224}
 
     def pixels(self, image: Image.Image, settings: Mapping[str, Any], name: str) -> np.ndarray:
         return super().pixels(to_8_bits(image, name).convert("RGB"), settings, name)
@@ -91,23 +87,13 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
         num_bins: of a model that predicts regions in tokens of their own, how many steps they have.
     """
 
-    brackets: str
-    digits: int
-    image_end: str
-    image_patch: str
-    image_start: str
-    num_bins: int | None
-    patch_size: int
-
-    CHECKS = {
-        "image_patch": string,
-        "image_start": string,
-        "image_end": string,
-        "patch_size": whole(1, 2**10),
-        "digits": whole(0, 15),
-        "brackets": brackets_around,
-        "num_bins": or_none(whole(2, 2**20)),
-    }
+    image_patch: Annotated[str, string]
+    image_start: Annotated[str, string]
+    image_end: Annotated[str, string]
+    patch_size: Annotated[int, whole(1, 2**10)]
+    digits: Annotated[int, whole(0, 15)]
+    brackets: Annotated[str, brackets_around]
+    num_bins: Annotated[int | None, or_none(whole(2, 2**20))]
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,

@@ -1,9 +1,9 @@
-"""What SigLIP is fed (https://github.com/google-research/big_vision at 0127fb6; open_clip at 89fb801)."""
+"""SigLIP's inputs (https://github.com/google-research/big_vision at 0127fb6; open_clip at 89fb801)."""
 
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -12,38 +12,38 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.media.resizing import squash
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.images import FixedSizeImageProcessor, HfvlmImageProcessor
+from hfvlm.processing.settings import whole
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.processing.vocabularies import sentencepiece
 
 
 class HfvlmSigLIPImageProcessor(FixedSizeImageProcessor):
-    """Pictures squashed to a square, bicubic, values from -1 to 1."""
+    """Images squashed to a square, bicubic, values from -1 to 1."""
 
     resize_mode = "squash"
 
 
 class HfvlmSigLIPNaFlexImageProcessor(HfvlmImageProcessor):
-    """Pictures as patches that keep their aspect ratio, bilinear, values from -1 to 1 (SigLIP 2 NaFlex).
+    """Images as patches that keep their aspect ratio, bilinear, values from -1 to 1 (SigLIP 2 NaFlex).
 
     Args:
         patch_size: edge of a patch in pixels.
-        max_num_patches: a picture becomes as many patches as fit, and is padded to this number.
+        max_num_patches: an image becomes as many patches as fit, and is padded to this number.
     """
 
     model_input_names = ["pixel_values", "pixel_attention_mask", "spatial_shapes"]
-    SETTINGS = (*HfvlmImageProcessor.SETTINGS, "patch_size", "max_num_patches")
 
     resample = 2
-    patch_size: int = 16
-    max_num_patches: int = 256
+    patch_size: Annotated[int, whole(1, 2**10)] = 16
+    max_num_patches: Annotated[int, whole(1, 2**20)] = 256
 
     def resize(self, image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
         rows, columns = fitting_grid(image.height, image.width, settings["patch_size"], settings["max_num_patches"])
         return squash(image, (rows * settings["patch_size"], columns * settings["patch_size"]), settings["resample"])
 
     def batch(self, arrays: list[np.ndarray], settings: Mapping[str, Any], return_tensors: str | None) -> BatchFeature:
-        """`pixel_values` `(B, N, patch_size * patch_size * 3)`, `pixel_attention_mask` `(B, N)`, `spatial_shapes`
-        `(B, 2)` as rows and columns."""
+        """Make `pixel_values` `(B, N, patch_size * patch_size * 3)`, `pixel_attention_mask` `(B, N)` and
+        `spatial_shapes` `(B, 2)` as rows and columns."""
         size, length = settings["patch_size"], settings["max_num_patches"]
         patches = np.zeros((len(arrays), length, 3 * size * size), dtype=np.float32)
         mask = np.zeros((len(arrays), length), dtype=np.int64)
@@ -62,7 +62,7 @@ class HfvlmSigLIPNaFlexImageProcessor(HfvlmImageProcessor):
 
 
 def fitting_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
-    """Rows and columns of the largest picture of about this aspect ratio with at most `most` patches.
+    """Return rows and columns of the largest image of about this aspect ratio with at most `most` patches.
 
     A bisection over the scale, in the original's steps and to its precision, since the result depends on both.
     """
@@ -79,29 +79,28 @@ class HfvlmSigLIPTokenizer(HfvlmTokenizer):
     a mask. `padding=True` therefore means full length too, and a longer `max_length` is cut to it.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids"]
     default_padding = "max_length"
     padding_sides = ("right",)
-
-    def __init__(self, clean: str = "canonical", model_max_length: int = 64, **kwargs: Any):
-        super().__init__(clean=clean, model_max_length=model_max_length, **kwargs)
+    DEFAULTS = {"clean": "canonical", "model_max_length": 64}
 
     def __call__(
         self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any
     ) -> Any:
-        """As every tokenizer; without `padding`, `truncation` and `max_length` the texts become what SigLIP reads."""
+        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as SigLIP was trained."""
         padding = "max_length" if padding is True else padding
         return super().__call__(text, *args, padding=padding, max_length=self.capped(max_length), **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmSigLIPTokenizer":
-        """From a sentencepiece `.model` or its tokenizer.json. Pads with the end token as SigLIP 1; SigLIP 2 has a
-        `pad_token` of its own."""
+        """Make a tokenizer from a sentencepiece `.model` or its tokenizer.json.
+
+        It pads with the end token as SigLIP 1; SigLIP 2 has a `pad_token` of its own.
+        """
         engine = sentencepiece(path)
         end = engine.id_to_token(1)
         return cls(tokenizer_object=engine, **{"eos_token": end, "pad_token": end} | kwargs)
 
 
 class HfvlmSigLIPProcessor(DualEncoderProcessor):
-    """Pictures and texts as SigLIP reads them: `processor(images=..., text=...)`, then `model(**inputs)`."""
+    """Images and texts to SigLIP's inputs: `processor(images=..., text=...)`, then `model(**inputs)`."""

@@ -5,7 +5,7 @@ Source: https://github.com/mbzuai-oryx/Video-ChatGPT at 659e04b: eval/model_util
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from hfvlm.media import read_video
 from hfvlm.media.video import Video, video_batch
-from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import count_tokens
 from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.features import HfvlmFeatureExtractor
+from hfvlm.processing.images import CLIP_MEAN, CLIP_STD
 from hfvlm.processing.media_text import VideoTextProcessor
 from hfvlm.processing.protection import Protected
-from hfvlm.processing.settings import square, string, whole
+from hfvlm.processing.settings import Deviations, Flag, Frames, Means, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
 
 
@@ -44,16 +44,14 @@ class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
     """
 
     model_input_names = ["pixel_values_videos", "num_frames"]
-    SETTINGS = ("size", "num_frames", "do_sample_frames", "image_mean", "image_std")
-    CHECKS = {"size": square}
     KIND = "video"
     split = staticmethod(video_batch)
 
-    size: dict[str, int] = {"height": 224, "width": 224}
-    num_frames: int = 100
-    do_sample_frames: bool = True
-    image_mean: list[float] = HfvlmCLIPImageProcessor.image_mean
-    image_std: list[float] = HfvlmCLIPImageProcessor.image_std
+    size: Annotated[dict[str, int], square] = {"height": 224, "width": 224}
+    num_frames: Frames = 100
+    do_sample_frames: Flag = True
+    image_mean: Means = CLIP_MEAN
+    image_std: Deviations = CLIP_STD
 
     def read(self, source: Any, **options: Any) -> Video:
         return read_video(source, **options)
@@ -111,19 +109,11 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
 
     conversations = CONVERSATIONS
     default_conversation = "video-chatgpt_v1"
-    patch_size: int
-    temporal_tokens: int
-    video_end: str
-    video_patch: str
-    video_start: str
-
-    CHECKS = {
-        "video_patch": string,
-        "video_start": string,
-        "video_end": string,
-        "patch_size": whole(1, 2**10),
-        "temporal_tokens": whole(1, 2**16),
-    }
+    video_patch: Annotated[str, string]
+    video_start: Annotated[str, string]
+    video_end: Annotated[str, string]
+    patch_size: Annotated[int, whole(1, 2**10)]
+    temporal_tokens: Annotated[int, whole(1, 2**16)]
 
     def __init__(  # noqa: PLR0913 (what is saved with a processor are the arguments by their names)
         self,

@@ -319,7 +319,7 @@ def test_folders_go_both_ways(kind, tmp_path):
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_what_is_said_of_each_picture():
+def test_what_is_text_of_each_picture():
     processor = HfvlmInstructBLIPProcessor.__new__(HfvlmInstructBLIPProcessor)
     said = {
         "<image>one": ["one"],
@@ -328,7 +328,7 @@ def test_what_is_said_of_each_picture():
         "<image>": [""],
         "none": [],
     }
-    assert {text: processor.said_of_each(text) for text in said} == said
+    assert {text: processor.text_of_each(text) for text in said} == said
 
 
 def test_instructions_in_conversations(tmp_path):
