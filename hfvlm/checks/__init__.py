@@ -1,1 +1,1 @@
-"""Checks of what users bring: numbers, names, files, and the text of the errors that refuse them."""
+"""Checks of users' input: numbers, keywords, files, and the texts of the errors that refuse them."""

@@ -1,4 +1,4 @@
-"""Files that users bring: regular ones only, and no more of them than there is a use for."""
+"""Users' files: only regular ones, bounded in size."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def check_regular(path: Path, error: type[Exception]) -> None:
 
 
 def read_bytes(path: Path, most: int, error: type[Exception]) -> bytes:
-    """The content of a regular file of `most` bytes at the most.
+    """Read a regular file of at most `most` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,7 +46,7 @@ def read_bytes(path: Path, most: int, error: type[Exception]) -> bytes:
 
 
 def read_json(path: Path, error: type[Exception], most: int = LARGEST_JSON) -> dict[str, Any]:
-    """The dictionary in a JSON file.
+    """Read the dictionary in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,7 +73,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def refusing(path: Path, what: str, error: type[Exception], ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever goes wrong inside as `error`, which names the file: foreign bytes can make no sense in every way.
+    """Raise whatever goes wrong inside as `error`, which names the file: foreign bytes can fail in every way.
 
     Errors of the type `error`, and `ours`, pass as they are.
     """
@@ -83,7 +83,7 @@ def refusing(path: Path, what: str, error: type[Exception], ours: tuple[type[Exc
     except passing:
         raise
     except BaseException as problem:
-        # Rust's panics derive from BaseException alone.
+        # Rust's panics derive from BaseException only.
         if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
             raise
         reason = cut(f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__, 300)
@@ -102,11 +102,11 @@ class FolderTypeError(FolderError, TypeError):
 
 
 class NamedErrors:
-    """What `from_pretrained` cannot make anything of, with the folder's name."""
+    """Base of classes whose `from_pretrained` names the folder in every error."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but for its errors.
+        """Load as transformers does, with other errors.
 
         Raises:
             FolderError: the folder's files make no sense.

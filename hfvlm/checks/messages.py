@@ -1,4 +1,4 @@
-"""Foreign text in messages: short, and without what a terminal would obey."""
+"""Foreign text in messages: short, and without control characters, which terminals obey."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ LONGEST_MESSAGE = 2000
 
 
 def printable(text: str) -> str:
-    """`text` with every character that is not seen as an escape, as terminals obey some of them."""
+    """Escape every character of a text that is not printable, as terminals obey some of them."""
     if text.isprintable():
         return text
     return "".join(
@@ -17,14 +17,14 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, most: int = LONGEST_MESSAGE) -> str:
-    """`text` without its middle where it is longer than `most`, printable."""
+    """Cut the middle out of a text longer than `most`, and make it printable."""
     if len(text) > most:
         text = f"{text[: most * 2 // 3]}...[{len(text)} characters]...{text[-(most // 3) :]}"
     return printable(text)
 
 
 def shown(value: Any, most: int = LONGEST_NAME) -> str:
-    """A foreign value in quotes, as `repr` shows it, cut to about `most` characters."""
+    """Show a foreign value in quotes, as `repr` does, cut to about `most` characters."""
     if isinstance(value, str | bytes):
         text = repr(value[: most + 1])
         return cut(text if len(value) <= most else f"{text[:most]}...", 2 * most)
@@ -45,7 +45,7 @@ def _short(value: Any, most: int) -> str:
 
 
 def listed(names: Iterable[Any], most: int = 6) -> str:
-    """The first `most` names, and how many more there are."""
+    """List the first `most` names, and the number of the others."""
     names = list(names)
     text = ", ".join(cut(str(name), LONGEST_NAME) for name in names[:most])
     return text + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -90,7 +90,7 @@ def check_generation(options: Mapping[str, Any]) -> None:
 
 
 def bounds(low: float | None, high: float | None, *, open_low: bool = False) -> str:
-    """Describe a range, to follow what a number is."""
+    """Describe a range, to follow the kind of a number."""
     if low is not None and high is not None:
         return f" {'above' if open_low else 'from'} {low:g} to {high:g}"
     if low is not None:

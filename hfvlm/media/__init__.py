@@ -1,4 +1,4 @@
-"""Reads what users have, bounded in size, and says what is wrong with what it cannot read."""
+"""Readers of users' media, bounded in size; errors name the input and the remedy."""
 
 from hfvlm.media.audio import read_audio, read_audios
 from hfvlm.media.depth import read_depth, read_depths

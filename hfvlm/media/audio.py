@@ -30,21 +30,21 @@ MAX_AMPLITUDE = 16.0
 
 
 class AudioAsRead(np.ndarray):
-    """A recording that `read_audio` has read, in a form that transformers' pipelines give on as it is; they know no
-    rates. `read_audio` takes the recording out again."""
+    """A recording that `read_audio` has read, in a form that transformers' pipelines, which know no rates, pass on as
+    it is. `read_audio` takes the recording out again."""
 
     recording: Recording
 
 
 def as_read(recording: Recording) -> AudioAsRead:
-    """A recording for a pipeline of transformers."""
+    """Wrap a recording for a pipeline of transformers."""
     array = recording.samples[0].view(AudioAsRead)
     array.recording = recording
     return array
 
 
 def audio_batch(sources: Any) -> list[Any]:
-    """A batch of audio as single sources; a list of numbers is one recording."""
+    """Return a batch of audio as single sources; a list of numbers is one recording."""
     batch = as_batch(sources)
     return [batch] if batch and all(isinstance(value, int | float) for value in batch) else batch
 
@@ -63,8 +63,8 @@ def read_audio(
 ) -> Recording:
     """Read one recording, all its channels, with values in -1..1.
 
-    What is decoded is what there is: lengths that headers claim neither shorten nor condemn a file. A file of several
-    recordings, one after the other, is read as one.
+    The samples that a file has are decoded, whatever length its header claims. A file of several recordings, one
+    after the other, is read as one.
 
     Args:
         source: a path, bytes or an open file of audio or of a video with audio; a `data:` URL; a `datasets` row with
@@ -77,7 +77,7 @@ def read_audio(
 
     Raises:
         MediaError: naming the input and what is wrong with it.
-        ImportError: the file needs an optional package; the message says which.
+        ImportError: the file needs an optional package, which the message names.
     """
     if isinstance(source, AudioAsRead) and hasattr(source, "recording"):
         return source.recording
@@ -105,7 +105,7 @@ def read_audio(
 
 
 def _to_floats(array: np.ndarray, name: str) -> np.ndarray:
-    """(N,), (channels, N) or (N, channels) -> (channels, N), in -1..1."""
+    """Scale `(N,)`, `(channels, N)` or `(N, channels)` -> `(channels, N)`, in -1..1."""
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or min(array.shape) > MAX_CHANNELS:
         raise MediaError(f"{name}: shape {array.shape} is not (N,), (channels, N) or (N, channels).")
@@ -131,13 +131,13 @@ def _read_file(source: Any, name: str) -> tuple[np.ndarray, float]:
             rates.add((rate, len(samples)))
             check_size(sum(found.size for found in parts), rate, name)
         if len(rates) > 1:
-            told = ", ".join(f"{channels} x {rate:g} Hz" for rate, channels in sorted(rates))
-            raise MediaError(f"{name}: holds recordings of different kinds ({told}); split it into files.")
+            kinds = ", ".join(f"{channels} x {rate:g} Hz" for rate, channels in sorted(rates))
+            raise MediaError(f"{name}: holds recordings of different kinds ({kinds}); split it into files.")
         return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)), rate
 
 
 def _recordings(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """The recordings of a file, one after the other; nearly always the file itself."""
+    """Yield the recordings of a file, one after the other; nearly always the file itself."""
     place = file.tell()
     head = file.read(4)
     file.seek(place)
@@ -160,7 +160,7 @@ def _recordings(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
 
 
 def _read_recording(file: BinaryIO, name: str) -> tuple[np.ndarray, float]:
-    """One recording, by libsndfile where that is sure to read all of it, else by FFmpeg."""
+    """Read one recording, by libsndfile where that is sure to read all of it, else by FFmpeg."""
     start = file.tell()
     head = file.read(4)
     file.seek(start)
@@ -168,34 +168,34 @@ def _read_recording(file: BinaryIO, name: str) -> tuple[np.ndarray, float]:
         return _read_container(file, name, "MP3 and AAC are read by FFmpeg")
     soundfile = import_extra("soundfile", "audio", f"{name}: reading audio files")
     try:
-        with soundfile.SoundFile(file) as sound:
-            if sound.format != "FLAC":  # whose number of samples may be 0 for unknown
-                check_size(sound.frames * sound.channels, sound.samplerate, name)
-            samples, rate, frames = _samples_of(sound, name), sound.samplerate, sound.frames
+        with soundfile.SoundFile(file) as opened_file:
+            if opened_file.format != "FLAC":  # whose number of samples may be 0 for unknown
+                check_size(opened_file.frames * opened_file.channels, opened_file.samplerate, name)
+            samples, rate, frames = _samples_of(opened_file, name), opened_file.samplerate, opened_file.frames
     except soundfile.LibsndfileError as error:
         file.seek(start)
         return _read_container(file, name, short(error.error_string) or "it cannot be opened")
     file.seek(start)
     if (info := flac_info(file)) is not None and (len(samples) != info.samples or not info.holds(samples.T)):
-        return _read_container(file, name, "its header does not fit what it holds")
+        return _read_container(file, name, "its header does not fit its samples")
     if len(samples) < frames:
-        raise MediaError(f"{name}: truncated; after {len(samples)} samples the file ends before its time.")
+        raise MediaError(f"{name}: truncated; the file ends after {len(samples)} of {frames} samples.")
     return samples.T, rate
 
 
-def _samples_of(sound: Any, name: str) -> np.ndarray:
-    """(N, channels), read in blocks: a number of samples that the header claims reserves no memory."""
+def _samples_of(file: Any, name: str) -> np.ndarray:
+    """Read `(N, channels)` in blocks, so that the number of samples in the header allocates no memory."""
     blocks: list[np.ndarray] = []
     total = 0
-    while len(block := sound.read(2**20, dtype="float32", always_2d=True)):
+    while len(block := file.read(2**20, dtype="float32", always_2d=True)):
         blocks.append(block)
         total += block.size
-        check_size(total, sound.samplerate, name)
-    return np.concatenate(blocks) if blocks else np.empty((0, sound.channels), np.float32)
+        check_size(total, file.samplerate, name)
+    return np.concatenate(blocks) if blocks else np.empty((0, file.channels), np.float32)
 
 
 def _read_container(file: BinaryIO, name: str, reason: str) -> tuple[np.ndarray, float]:
-    """The audio of MP3, MP4, WebM and the like, and of what libsndfile cannot read, decoded by FFmpeg."""
+    """Decode the audio of MP3, MP4, WebM and the like, and of files that libsndfile cannot read, by FFmpeg."""
     import_extra("av", "audio", f"{name}: decoding by FFmpeg ({reason})")
     start = file.tell()
     with open_container(file, name) as container:
@@ -207,7 +207,7 @@ def _read_container(file: BinaryIO, name: str, reason: str) -> tuple[np.ndarray,
         samples, format = frames.read(), container.format.name
     file.seek(start)
     if format == "mp3" and mp3_is_cut(file, samples.shape[1]):
-        raise MediaError(f"{name}: truncated; it is shorter than its header says in bytes and in samples.")
+        raise MediaError(f"{name}: truncated; it is shorter, in bytes and in samples, than its header claims.")
     file.seek(start)
     info = flac_info(file)
     if info is not None and samples.shape[1] < info.samples and any(info.md5) and not info.holds(samples):

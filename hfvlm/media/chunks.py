@@ -1,7 +1,7 @@
 """Chunked audio files (WAV, RF64, W64, AIFF, CAF, AU): where their samples are, whatever their headers claim.
 
 Recorders that crash or write to pipes leave sizes of 0 or of 2 GiB and more, and editors leave sizes of another file.
-A size is believed only where the file itself agrees with it.
+A size counts only where the file itself agrees with it.
 """
 
 import io
@@ -11,7 +11,7 @@ from typing import BinaryIO
 from hfvlm.media.errors import MediaError
 
 MAX_BYTES = 2**31
-# What programs write as the size of a chunk whose end they do not know yet; those of 8 bytes are negative or 0, too.
+# Sizes of chunks whose end a program did not know yet begin here; those of 8 bytes are negative or 0, too.
 UNKNOWN_FROM = 0x7FFFF000
 MAX_CHUNKS = 4096
 # Tags that programs append to any file; they are no samples.
@@ -21,12 +21,12 @@ W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of files writes its chunks.
+    """The layout of the chunks of one family of files.
 
     Args:
         order: of the bytes of a size.
         outer: bytes before the first chunk.
-        outer_size: where the size of the whole file is; None where it is nowhere.
+        outer_size: offset and bytes of the size of the whole file; None where it has none.
         id_bytes: of a chunk's name.
         size_bytes: of a chunk's size.
         align: chunks begin at multiples of it.
@@ -69,7 +69,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples of a recording are: `size` bytes at `start`; `size_at` is where that size is written, and
+    """Where the samples of a recording are: `size` bytes at `start`; `size_at` is the offset of that size, and
     `end` is where the next recording of the file begins, or the file ends."""
 
     start: int
@@ -80,8 +80,9 @@ class Samples:
 
 
 def recordings(file: BinaryIO, name: str) -> list[BinaryIO] | None:
-    """The recordings of a chunked file, each as a file of its own whose sizes are right; None for other files. A file
-    whose sizes are right already is returned as it is.
+    """Return the recordings of a chunked file, each as a file of its own whose sizes are right; None for other files.
+
+    A file whose sizes are right already is returned as it is.
 
     Raises:
         MediaError: the file ends before its samples do.
@@ -114,7 +115,7 @@ def _family(file: BinaryIO, place: int) -> Family | None:
 
 
 def _find(file: BinaryIO, family: Family, begin: int, end: int, name: str) -> Samples | None:
-    """The samples of the recording that begins at `begin`; None where it has none."""
+    """Find the samples of the recording that begins at `begin`; None where it has none."""
     file.seek(begin)
     head = file.read(40)
     if head[:4] == b".snd":
@@ -142,7 +143,7 @@ def _find(file: BinaryIO, family: Family, begin: int, end: int, name: str) -> Sa
 def _extent(
     file: BinaryIO, family: Family, begin: int, chunk: tuple[int, int, int], end: int, name: str
 ) -> Samples | None:
-    """How far samples go that begin at `chunk[0]` and claim to be of `chunk[1]` bytes."""
+    """Find the extent of samples that begin at `chunk[0]` and claim to be of `chunk[1]` bytes."""
     start, claimed, size_at = chunk
     there = end - start
     if there <= 0:
@@ -162,7 +163,7 @@ def _extent(
 
 
 def _outer_agrees(file: BinaryIO, family: Family, begin: int, end: int) -> bool:
-    """Whether the file says of itself that it ends where it ends."""
+    """Whether the size in the file's header agrees with its end."""
     if family.outer_size is None:
         return False
     place, size = family.outer_size
@@ -172,8 +173,8 @@ def _outer_agrees(file: BinaryIO, family: Family, begin: int, end: int) -> bool:
 
 
 def _after(file: BinaryIO, family: Family, place: int, end: int) -> int | None:
-    """Where the recording ends whose samples end at `place`: at another recording, or at the end of the file, if only
-    chunks or tags follow; None if what follows is none, and so more samples."""
+    """Find the end of the recording whose samples end at `place`: another recording, or the end of the file, if only
+    chunks or tags follow; None if anything else follows, which is more samples."""
     for i in range(MAX_CHUNKS):
         file.seek(place)
         head = file.read(family.header)
@@ -191,7 +192,7 @@ def _after(file: BinaryIO, family: Family, place: int, end: int) -> int | None:
 
 
 def _repaired(file: BinaryIO, family: Family, begin: int, samples: Samples, name: str) -> BinaryIO:
-    """One recording with the right sizes, in memory."""
+    """Return one recording with the right sizes, in memory."""
     length = samples.start - begin
     if length + samples.size > MAX_BYTES:
         raise MediaError(f"{name}: more than {MAX_BYTES // 2**20} MiB are refused. Cut it into parts.")

@@ -20,7 +20,7 @@ DEMUXERS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,mjpeg,ivf,nut,mxf,"
     "wav,mp3,flac,aac,ac3,amr,aiff,au,caf,w64"
 )
-# Streams that decoders find their way in again after what they cannot decode: tags, and the seams of recordings.
+# Streams in which decoders resume after data that they cannot decode: tags, and the seams of recordings.
 RESUMED = ("mp3", "aac", "ac3", "mpegts", "mpeg")
 # Formats that know how long a packet is, so that a shorter one is the file's end.
 SIZED = ("mp4", "avi", "flv")
@@ -61,9 +61,9 @@ def is_partial(container: Any, packet: Any) -> bool:
 
 
 def is_cut(container: Any, stream: Any, packets: int, *, last_is_partial: bool) -> bool:
-    """Whether a file ends inside one of its own parts although it says that there is more.
+    """Whether a file ends inside one of its own parts although its header claims more.
 
-    A recording that was never finished says nothing of its end, and is no cut one.
+    A recording that was never finished claims no end, and is not cut.
 
     Args:
         packets: whole ones that were found.
@@ -81,7 +81,7 @@ def is_cut(container: Any, stream: Any, packets: int, *, last_is_partial: bool) 
 
 
 def decoded(packets: Iterable[Any], lost: list[str]) -> Iterator[Any]:
-    """The frames of packets. What cannot be decoded before the first of them is passed over, and noted in `lost`."""
+    """Yield the frames of packets. Undecodable packets before the first frame are skipped, and noted in `lost`."""
     av = import_extra("av", "video", "decoding")
     begun = False
     for packet in packets:
@@ -117,7 +117,7 @@ class AudioFrames:
         self.rate: float = 0
 
     def read(self) -> np.ndarray:
-        """(channels, N), float32.
+        """Decode all audio -> `(channels, N)`, float32.
 
         Raises:
             MediaError: nothing can be decoded, or the file is damaged or cut.

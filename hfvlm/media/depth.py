@@ -33,7 +33,7 @@ def _sun_rgbd(values: np.ndarray) -> np.ndarray:
     return np.minimum(((values >> 3) | (values << 13)).astype(np.float32) / 1000, 8)
 
 
-# What a file's integers mean.
+# Units of a file's integers.
 ENCODINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "millimetres": lambda values: values.astype(np.float32) / 1000,
     "sun_rgbd": _sun_rgbd,
@@ -69,8 +69,8 @@ def read_depth(
         source: an array or tensor of (H, W), (1, H, W) or (H, W, 1), floating point in metres or integers in
             `encoding`; a `.npy` file of one; a PNG or TIFF with one channel of 16 bits (in `encoding`) or of floating
             point (in metres), or a PGM of two bytes a pixel, as a path, bytes, an open file, a `data:` URL, a PIL
-            image, or a `datasets` row. Masked values of NumPy's masked arrays were not measured.
-        encoding: what integers mean: "millimetres"; "sun_rgbd", SUN RGB-D's files; "kitti", metres times 256; "tum",
+            image, or a `datasets` row. Masked values of NumPy's masked arrays count as not measured.
+        encoding: unit of integers: "millimetres"; "sun_rgbd", SUN RGB-D's files; "kitti", metres times 256; "tum",
             metres times 5000.
         allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
         index: position in a batch, for the error's message.
@@ -93,7 +93,7 @@ def read_depth(
             f"{name}: {array.dtype} holds no distances; it is an image of a depth map. Pass metres as floating "
             "point, or the sensor's 16-bit file."
         )
-    check_finite(array, name, "Set what was not measured to 0.")
+    check_finite(array, name, "Set pixels without a measurement to 0.")
     if array.min() < 0 or array.max() > MAX_METRES:
         raise MediaError(
             f"{name}: {array.min():g}..{array.max():g} m is no depth in metres; at most {MAX_METRES:g} are read. "
@@ -130,15 +130,15 @@ def check_range(metres: np.ndarray, farthest: float, name: str) -> None:
 
 
 def one_by_one(sources: Any) -> list[Any]:
-    """A batch of sources with one channel: a list, a generator, a column, or an array of (B, H, W). Anything else is a
-    batch of one."""
+    """Return a batch of sources with one channel as single ones: a list, a generator, a column, or an array of
+    (B, H, W). Anything else is a batch of one."""
     if getattr(sources, "ndim", 2) > 2 and 1 not in (sources.shape[0], sources.shape[-1]):
         return list(sources)
     return as_batch(sources)
 
 
 def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
-    """The values of a sensor with one channel, as they are stored, upright, `(H, W)`."""
+    """Read the values of a sensor with one channel, as they are stored, upright, `(H, W)`."""
     source = fetched(source, name, allow_urls)
     array = None if isinstance(source, Image.Image) else read_array(source, name)
     if array is None:
@@ -152,7 +152,7 @@ def one_channel(source: Any, name: str, allow_urls: AllowUrls) -> np.ndarray:
 
 
 def _stored(source: Any, name: str) -> np.ndarray:
-    """A file's or a PIL image's values."""
+    """Read a file's or a PIL image's values."""
     if isinstance(source, Image.Image):
         tiles = getattr(source, "tile", None)
         if source.format == "PPM" and source.mode == "I" and (not tiles or tiles[0][0] != "raw"):
@@ -176,7 +176,7 @@ def _values(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _no_data(image: Image.Image) -> float | None:
-    """The value of pixels that were not measured, where a TIFF names one."""
+    """Return the value of pixels without a measurement, where a TIFF names one."""
     try:
         return float(str(getattr(image, "tag_v2", {})[NO_DATA]).strip("\0 "))
     except (KeyError, ValueError):
@@ -184,7 +184,7 @@ def _no_data(image: Image.Image) -> float | None:
 
 
 def _grey(image: Image.Image, name: str) -> Image.Image:
-    """One channel of an image whose channels are equal, as cameras without colour often write them."""
+    """Return one channel of an image whose channels are equal, as cameras without colour often store them."""
     values = np.asarray(decoded_by(lambda: image.convert("RGB"), name)).astype(np.int16)
     # JPEG blurs even what has no colour by a few levels.
     if (values.max(axis=-1) - values.min(axis=-1)).max() > 8:

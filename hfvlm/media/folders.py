@@ -1,4 +1,4 @@
-"""Folders of audio, video, depth and other files, or of several kinds, as rows: what `datasets` reads only in part."""
+"""Folders of audio, video, depth and other files, or of several kinds, as rows; `datasets` reads them only in part."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ SUFFIXES = {
     "array": (".npy",),
 }
 KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
-# A folder of one of these names says what its files are, whatever their format.
+# The name of a folder that fixes the kind of its files, whatever their format.
 SENSORS = {
     "depth": (*SUFFIXES["image"], ".npy"),
     "thermal": (*SUFFIXES["image"], ".npy"),
@@ -31,7 +31,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "eval"),
 }
-# The column that says what a row of a folder of several kinds is.
+# The column with the modality of each row of a folder of several kinds.
 MODALITY = "__modality__"
 
 
@@ -53,7 +53,7 @@ class MediaFolder:
 
     @property
     def needed(self) -> bool:
-        """Whether the folder holds what `datasets` does not read, and nothing that it reads as tables."""
+        """Whether the folder holds files that `datasets` does not read, and none that it reads as tables."""
         kinds = {self.kind(path) for path in self.files} - {None}
         tables = any(path.suffix.lower() in TABLES and self.kind(path) is None for path in self.data)
         return not tables and bool(kinds - {"image"})
@@ -64,7 +64,7 @@ class MediaFolder:
         return [path for path in self.files if path.name not in METADATA]
 
     def kind(self, path: Path) -> str | None:
-        """Which column a file belongs to."""
+        """Return the column that a file belongs to; None for none."""
         suffix = path.suffix.lower()
         for name in (self.root.name, *path.relative_to(self.root).parts[:-1]):
             if suffix in SENSORS.get(name.lower(), ()):
@@ -72,7 +72,7 @@ class MediaFolder:
         return KINDS.get(suffix)
 
     def of_split(self, split: str) -> list[Path]:
-        """The files of a split: those in a folder of its name, or, where no folder is called as a split, all.
+        """Return the files of a split: those in a folder of its name, or, where no folder is called as a split, all.
 
         Raises:
             ValueError: the folder has no such split.
@@ -89,7 +89,7 @@ class MediaFolder:
         return [path for path in self.files if path.relative_to(self.root).parts[0].lower() in there[split]]
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        """A row for each file, or for each line of the metadata; a file is `{"path": ..., "bytes": None}`.
+        """Yield a row for each file, or for each line of the metadata; a file is `{"path": ..., "bytes": None}`.
 
         Raises:
             ValueError: there is no such split, or metadata name no files.
@@ -111,14 +111,14 @@ class MediaFolder:
 
     @staticmethod
     def labels(known: Sequence[tuple[Path, str]]) -> list[str]:
-        """The names of the folders of files of one kind, where these are classes: side by side, and more than one."""
+        """Return the names of the folders of files of one kind, where these are classes: several, at one depth."""
         names = {path.parent.name for path, _ in known}
         depths = {len(path.parts) for path, _ in known}
         one = len({kind for _, kind in known}) == 1
         return sorted(names) if one and len(names) > 1 and len(depths) == 1 else []
 
     def described(self, metadata: Path) -> Iterator[dict[str, Any]]:
-        """Rows of one metadata file, whose `file_name` and `..._file_name` are paths beside it."""
+        """Yield rows of one metadata file, whose `file_name` and `..._file_name` are relative to its folder."""
         for values in read_metadata(metadata):
             row: dict[str, Any] = {}
             for name, value in values.items():
@@ -128,14 +128,16 @@ class MediaFolder:
                 path = None if value is None else metadata.parent / str(value)
                 column = name.removesuffix("file_name").removesuffix("_") or (self.kind(path) if path else None)
                 if column is None:
-                    raise ValueError(f"{metadata}: file_name {value!r} is no image, audio or video; say what it is.")
+                    raise ValueError(
+                        f"{metadata}: file_name {value!r} is of no known kind: call its column as in audio_file_name."
+                    )
                 row[column] = None if path is None else {"path": str(path), "bytes": None}
             if not any(name.endswith("file_name") for name in values):
                 raise ValueError(f"{metadata}: has no column file_name.")
             yield row
 
     def dataset(self, split: str) -> Any:
-        """The rows of a split as a `datasets.Dataset`.
+        """Return the rows of a split as a `datasets.Dataset`.
 
         Raises:
             ValueError: there is nothing in the split.
@@ -153,12 +155,12 @@ class MediaFolder:
         return table
 
     def unknown(self) -> Counter[str]:
-        """The suffixes of files that belong to no column, and how many there are of each."""
+        """Count the files that belong to no column, by suffix."""
         return Counter(path.suffix.lower() or path.name for path in self.data if self.kind(path) is None)
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metadata file.
+    """Read the rows of a metadata file.
 
     Raises:
         MediaError: it is damaged; the message names it.

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from hfvlm.media.errors import MediaError
 from hfvlm.media.sources import AllowUrls, as_batch, from_tensor, logger, name_of, opened, read_batch, short
 
-MAX_PIXELS = 89_478_485  # Pillow warns from here on; here it is the end
+MAX_PIXELS = 89_478_485  # the number from which Pillow warns; more are refused
 # Pillow reads more, but some of those formats run other programs (EPS) or are documents.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 MODES_OF_CHANNELS = (1, 3, 4)
@@ -23,7 +23,7 @@ DARK_BELOW = 2**12
 
 
 class ImageAsRead(Image.Image):
-    """An image that `read_image` has read, in a form that transformers' `load_image` gives on as it is: that would
+    """An image that `read_image` has read, in a form that transformers' `load_image` passes on as it is: it would
     convert it to RGB before the image processor resizes it. `read_image` takes the image out again."""
 
     def __init__(self, image: Image.Image):
@@ -41,12 +41,12 @@ class ImageAsRead(Image.Image):
         return self
 
     def convert(self, mode: str | None = None, **options: Any) -> Image.Image:  # type: ignore[override]
-        """Stay as it is for transformers, which asks for RGB; any other mode is made of the image."""
+        """Return this image itself for RGB, to which transformers converts; other modes are made of the image."""
         return self if mode == "RGB" and not options else self.image.convert(mode, **options)
 
 
 def image_batch(sources: Any) -> list[Any]:
-    """A batch of images as single sources: as `as_batch` says, a tuple, or an array of (B, ...)."""
+    """Return a batch of images as single sources: as `as_batch`, a tuple, or an array of (B, ...)."""
     if isinstance(sources, tuple):
         return list(sources)
     if isinstance(sources, np.ndarray | torch.Tensor) and sources.ndim == 4:
@@ -80,10 +80,10 @@ def read_image(
             "path"; or an array or tensor of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, `uint8` in 0..255
             or floating point in 0..1.
         upright: False leaves pixels as they are stored; EXIF stays with the image.
-        bits: how many bits of a 16-bit image are used, where the file does not say it: 12 takes 4095 for white.
+        bits: used bits of a 16-bit image whose file does not define them: with 12, white is 4095.
         allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
         index: position in a batch, for the error's message.
-        name: what the error calls it; by default its place, path, size or type.
+        name: in errors; by default the position, path, size or type.
 
     Raises:
         MediaError: naming the input and what is wrong with it.
@@ -103,7 +103,7 @@ def read_image(
 
 
 def decoded_by(read: Callable[[], Any], name: str) -> Any:
-    """What `read` returns, with whatever Pillow raises for hostile bytes as a MediaError."""
+    """Return the result of `read`, and raise whatever Pillow raises for hostile bytes as a MediaError."""
     try:
         return read()
     except MediaError:
@@ -129,7 +129,7 @@ def _from_file(source: Any, name: str, allow_urls: AllowUrls, bits: int | None) 
 
 
 def open_image(file: BinaryIO, name: str) -> Image.Image:
-    """An open file's image, decoded, its values as they are stored."""
+    """Decode an open file's image, its values as they are stored."""
     return decoded_by(lambda: _decoded(Image.open(file, formats=FORMATS), name), name)
 
 
@@ -149,7 +149,7 @@ def _check_pixels(width: int, height: int, name: str) -> None:
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """The image as it is meant to be seen. EXIF that cannot be read says nothing."""
+    """Turn an image upright. EXIF that cannot be read is ignored."""
     try:
         if image.getexif().get(ORIENTATION, 1) == 1:
             return image
@@ -162,7 +162,7 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def _bits_used(image: Image.Image, file: BinaryIO) -> int | None:
-    """The bits that a 16-bit file says it uses, where they are fewer than 16."""
+    """Return the used bits that a 16-bit file defines, where they are fewer than 16."""
     if image.format == "PNG":
         return _png_bits(file)
     tags = getattr(image, "tag_v2", None)
@@ -176,7 +176,7 @@ def _bits_used(image: Image.Image, file: BinaryIO) -> int | None:
 
 
 def _png_bits(file: BinaryIO) -> int | None:
-    """What a PNG's sBIT chunk says of its first channel."""
+    """Read the bits of the first channel from a PNG's sBIT chunk."""
     file.seek(8)
     for _ in range(64):
         head = file.read(8)
@@ -190,7 +190,7 @@ def _png_bits(file: BinaryIO) -> int | None:
 
 
 def _widened(image: Image.Image, bits: int, name: str) -> Image.Image:
-    """A 16-bit image of which so many bits are used, with white at 65535."""
+    """Scale a 16-bit image of which `bits` are used, so that white is 65535."""
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be in 1..16, not {bits}.")
     if not image.mode.startswith("I"):
@@ -198,7 +198,7 @@ def _widened(image: Image.Image, bits: int, name: str) -> Image.Image:
     values = np.asarray(image)
     low = values & (1 << 16 - bits) - 1
     if image.format == "PNG" and ((low == 0) | (low == values >> bits)).all():
-        return image  # scaled to all 16 bits, as PNG asks for
+        return image  # scaled to all 16 bits, as PNG requires
     if values.max() >= 2**bits:
         raise MediaError(f"{name}: values up to {values.max()} have more than {bits} bits.")
     scaled = Image.fromarray((values.astype(np.uint32) * 65535 // (2**bits - 1)).astype(np.uint16))
@@ -222,7 +222,7 @@ def _check_brightness(image: Image.Image, name: str) -> None:
 
 
 def array_to_image(array: Any, name: str) -> Image.Image:
-    """(H, W), (H, W, C) or (C, H, W), see `read_image`. Three rows of three channels are read as channels last.
+    """Convert `(H, W)`, `(H, W, C)` or `(C, H, W)`; see `read_image`. `(3, W, 3)` is read as channels last.
 
     Raises:
         MediaError: the shape or the values are no image's, or either end of the shape may be the channels.
@@ -271,7 +271,7 @@ def _to_bytes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_8_bits(image: Image.Image, name: str = "image") -> Image.Image:
-    """Modes whose conversion to RGB would clip or lose their content, as a mode whose does not.
+    """Convert modes whose conversion to RGB would clip or lose their content to a mode whose does not.
 
     16-bit grey becomes 8-bit grey by its high byte, where the originals' `convert("RGB")` turns most of it white.
 
@@ -313,7 +313,7 @@ HEADER = re.compile(rb"P([25])" + 3 * rb"(?:\s|#[^\n\r]*[\n\r])+(\d{1,9})" + rb"
 
 
 def grey_map(file: BinaryIO, name: str) -> np.ndarray | None:
-    """The integers of a PGM file, `(H, W)`, as they are stored; None for other files."""
+    """Read the integers of a PGM file, `(H, W)`, as they are stored; None for other files."""
     file.seek(0)
     head = file.read(4096)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Traces of inertial measurement units: how something moved."""
+"""Traces of inertial measurement units: accelerometer and gyroscope."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from hfvlm.media.tables import Table, read_table
 CHANNELS = 6
 SENSORS = ("accelerometer", "gyroscope")
 GRAVITY = 9.80665
-# What a value of each unit is in m/s^2, in rad/s, and in seconds.
+# One of each unit in m/s^2, in rad/s, and in seconds.
 UNITS: dict[str, dict[str, float]] = {
     "accelerometer": {"m/s^2": 1.0, "g": GRAVITY, "mg": GRAVITY / 1000},
     "gyroscope": {"rad/s": 1.0, "deg/s": np.pi / 180, "mdeg/s": np.pi / 180_000},
@@ -35,9 +35,9 @@ DEFAULTS = {"accelerometer": "m/s^2", "gyroscope": "rad/s", "time": "s"}
 # Units that fit no wearable: 16 g and 2,000 degrees a second are 157 m/s^2 and 35 rad/s.
 MAX_MAGNITUDE = 1e4
 MAX_RADIANS = 35.0
-# How long the median acceleration of anything is that people carry, gravity included, in m/s^2.
+# Median accelerations of devices that people carry, gravity included, in m/s^2.
 USUAL = (6.0, 16.0)
-# How columns are named when nobody says: ax, acc_x, accel.x, accelerometer_x, linear_acceleration.x; gx, gyro_x, ...
+# Usual names of columns: ax, acc_x, accel.x, accelerometer_x, linear_acceleration.x; gx, gyro_x, ...
 USUAL_NAMES = {
     "accelerometer": r"(?:a|acc|accel|accelerometer|acceleration|linear_acceleration)",
     "gyroscope": r"(?:g|w|gyr|gyro|gyroscope|angular_velocity)",
@@ -47,7 +47,7 @@ MAX_JITTER = 0.5
 
 
 def imu_batch(sources: Any) -> list[Any]:
-    """A batch of traces as single sources."""
+    """Return a batch of traces as single sources."""
     return list(sources) if getattr(sources, "ndim", 2) == 3 else as_batch(sources)
 
 
@@ -77,7 +77,7 @@ def read_imu(
     """Read one trace of six channels, in this order and these units, as Ego4D has them:
 
     accelerometer x, y, z in m/s^2, gravity included; gyroscope x, y, z in rad/s. Values in other units are converted
-    where `units` names them. A warning says where gravity shows that units or the order are others.
+    where `units` names them. A warning is logged where gravity shows that units or the order are others.
 
     Example:
         >>> read_imu((trace, 200))  # (6, N) or (N, 6) at 200 Hz
@@ -92,7 +92,7 @@ def read_imu(
             or with `sampling_rate`; or a row with "accelerometer", "gyroscope" and "sampling_rate".
         sampling_rate: of sources that bring none, in hertz.
         columns: of a CSV file or a data frame: the six names in the order above, or {"accelerometer": [three],
-            "gyroscope": [three], "time": one}, of which "time" gives the rate. By default usual names are looked for,
+            "gyroscope": [three], "time": one}, of which "time" gives the rate. By default usual names are found,
             as acc_x and gyro_x.
         units: of the accelerometer, "m/s^2", "g" or "mg", and of the gyroscope, "rad/s", "deg/s" or "mdeg/s"; or by
             name, {"accelerometer": "g", "gyroscope": "deg/s", "time": "ms"}, time in "s", "ms", "us" or "ns".
@@ -121,7 +121,7 @@ def read_imu(
 
 
 def unit_factors(units: Any) -> dict[str, float]:
-    """What each sensor's values are multiplied by.
+    """Return the factor of each sensor's values.
 
     Raises:
         ValueError: a unit is not known.
@@ -142,7 +142,7 @@ def unit_factors(units: Any) -> dict[str, float]:
 def _values(
     source: Any, sampling_rate: Any, columns: Any, factors: Mapping[str, float], *, fetch: tuple[str, AllowUrls]
 ) -> tuple[np.ndarray, float | None]:
-    """The channels as they come, and their rate where it is known."""
+    """Read the channels in their own units, and their rate where it is known."""
     name, allow_urls = fetch
     if isinstance(source, Mapping) and "accelerometer" in source and columns is None:
         return _from_sensors(source, sampling_rate, name)
@@ -180,7 +180,7 @@ def _from_table(
 
 
 def _columns(table: Table, columns: Any) -> tuple[list[str], str | None]:
-    """The six columns, and that of the time."""
+    """Return the names of the six columns, and that of the time."""
     if columns is None:
         return _usual_columns(table), None
     time = None
@@ -212,7 +212,7 @@ def _usual_columns(table: Table) -> list[str]:
 
 
 def _rate_of(seconds: np.ndarray, name: str) -> float:
-    """The rate of samples at these times.
+    """Return the rate of samples at these times.
 
     Raises:
         MediaError: they are not at a steady rate.
@@ -261,8 +261,8 @@ def check_gravity(samples: np.ndarray, name: str) -> None:
 
 
 def windows(trace: Recording, sampling_rate: float, length: int, count: int) -> torch.Tensor:
-    """`count` windows of `length` samples at `sampling_rate`, spread evenly from the start of a trace to its end; one
-    alone is from the middle -> `(count, 6, length)`. A shorter trace goes on with its last sample.
+    """Cut `count` windows of `length` samples at `sampling_rate`, spread evenly from the start of a trace to its end;
+    a single one is from the middle -> `(count, 6, length)`. A shorter trace is padded with its last sample.
     """
     samples = torch.from_numpy(trace.samples)
     if trace.sampling_rate != sampling_rate:

@@ -1,4 +1,4 @@
-"""Channels sampled at a steady rate: what audio and motion sensors give."""
+"""Channels sampled at a steady rate: audio and motion sensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Recording:
 
 
 def with_rate(source: Any, sampling_rate: Any, name: str = "recording") -> tuple[Any, float | None]:
-    """A source that brings its own rate, as `(values, rate)` or as a `datasets` row, and that rate.
+    """Return the values of a source and its rate, if it has one: of `(values, rate)` or a `datasets` row.
 
     Raises:
         MediaError: the rate is no number.
@@ -50,7 +50,7 @@ def with_rate(source: Any, sampling_rate: Any, name: str = "recording") -> tuple
 
 
 def as_rate(value: Any, name: str) -> float:
-    """A sampling or frame rate as a float."""
+    """Return a sampling or frame rate as a float."""
     if isinstance(value, bool) or not _is_number(value):
         raise MediaError(f"{name}: {str(value)[:40]!r} is no rate; it must be a number of hertz.")
     return float(value)
@@ -71,7 +71,7 @@ def check_size(values: int, rate: float | None, name: str) -> None:
 
 
 def resample(samples: Tensor, old: float, new: float) -> Tensor:
-    """`(channels, N)` at `old` hertz -> `(channels, ceil(N * new / old))` at `new` hertz.
+    """Resample `(channels, N)` at `old` hertz -> `(channels, ceil(N * new / old))` at `new` hertz.
 
     A sinc with a Hann window over six zero crossings and a roll-off of 0.99: equal to torchaudio 2.11's
     `functional.resample`, through which the originals' recordings went.
@@ -90,7 +90,7 @@ def resample(samples: Tensor, old: float, new: float) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _sinc_kernels(down: int, up: int, dtype: torch.dtype, zeros: int = 6) -> tuple[Tensor, int]:
-    """One filter for each of the `up` phases: `(up, 1, 2 * width + down)`, and the width."""
+    """Return a filter for each of the `up` phases, `(up, 1, 2 * width + down)`, and the width."""
     cutoff = min(down, up) * 0.99
     width = ceil(zeros * down / cutoff)
     taps = torch.arange(-width, width + down, dtype=dtype) / down

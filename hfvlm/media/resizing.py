@@ -1,4 +1,4 @@
-"""Pictures to one size, as torchvision does it on PIL images, whose arithmetic the originals' pixels depend on."""
+"""Images to one size, as torchvision resizes PIL images, whose arithmetic the originals' pixels depend on."""
 
 from typing import Any
 
@@ -8,29 +8,29 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 BICUBIC = Image.Resampling.BICUBIC
-# A thin picture grows long when its short edge is fitted; beyond this only what the crop keeps is computed.
+# A thin image grows long when its short edge is fitted; beyond this only the crop is computed.
 MAX_RESIZED_PIXELS = 2**26
 
 
 def squash(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """Exactly (height, width), without regard to the aspect ratio."""
+    """Resize to exactly (height, width), without regard to the aspect ratio."""
     return _resize(image, size, resample)
 
 
 def squash_sampled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Exactly (height, width), bilinear between the four nearest pixels, fractions cut: TensorFlow's, of uint8."""
+    """Resize to exactly (height, width), bilinear between four pixels, fractions cut, as TensorFlow does uint8."""
     pixels = sampled(image, size).clip(0, 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def sampled(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The same with its fractions: (3, height, width), float32 in 0..255."""
+    """Resize as `squash_sampled`, but keep fractions -> `(3, height, width)`, float32 in 0..255."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     return interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0].numpy()
 
 
 def centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(C, H, W) -> its middle (C, height, width), one pixel nearer to the top left where there are two."""
+    """Crop the centre of `(C, H, W)` -> `(C, height, width)`, of two the one nearer to the top left."""
     top, left = ((larger - smaller) // 2 for larger, smaller in zip(pixels.shape[1:], size, strict=True))
     return pixels[:, top : top + size[0], left : left + size[1]]
 
@@ -38,7 +38,7 @@ def centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def cover(
     image: Image.Image, size: tuple[int, int], resample: int, crop: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The smallest size that covers (height, width), then its centre: of that size, or of what is to be `kept`.
+    """Resize to the smallest size that covers (height, width), then crop the centre of that size, or of `crop`.
 
     A square target follows torchvision's `Resize(n)`, which cuts the fraction of the long edge; another follows
     open_clip's `ResizeKeepRatio`, which rounds and is always bicubic.
@@ -57,7 +57,7 @@ def cover(
 
 
 def contain(image: Image.Image, size: tuple[int, int], resample: int, fill: Any) -> Image.Image:
-    """The largest size that fits into (height, width), padded to it around the centre."""
+    """Resize to the largest size that fits into (height, width), and pad to it around the centre."""
     width, height = image.size
     ratio = max(height / size[0], width / size[1])
     fitted = (max(1, round(height / ratio)), max(1, round(width / ratio)))
@@ -65,7 +65,7 @@ def contain(image: Image.Image, size: tuple[int, int], resample: int, fill: Any)
 
 
 def crop_or_pad(image: Image.Image, size: tuple[int, int], fill: Any) -> Image.Image:
-    """The centre of the picture; where it is too small, `fill` around it, in the picture's own mode."""
+    """Crop the centre of the image; where it is too small, pad it with `fill`, in the image's own mode."""
     width, height = image.size
     if height < size[0] or width < size[1]:
         canvas = Image.new(image.mode, (max(width, size[1]), max(height, size[0])), _fill(image, fill))
@@ -78,7 +78,7 @@ def crop_or_pad(image: Image.Image, size: tuple[int, int], fill: Any) -> Image.I
 
 
 def _resize_centre(image: Image.Image, fitted: tuple[int, int], size: tuple[int, int], resample: int) -> Image.Image:
-    """What `crop_or_pad` would keep of the picture resized to `fitted`, without the rest of it."""
+    """Compute the centre crop of the image resized to `fitted`, without the rest of it."""
     top, left = _offsets(fitted, size)
     down, across = image.height / fitted[0], image.width / fitted[1]
     box = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
@@ -86,7 +86,7 @@ def _resize_centre(image: Image.Image, fitted: tuple[int, int], size: tuple[int,
 
 
 def _offsets(larger: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Halves are rounded to even, as Python's `round` does."""
+    """Return the centre crop's top and left; halves are rounded to even, as Python's `round` does."""
     return round((larger[0] - size[0]) / 2), round((larger[1] - size[1]) / 2)
 
 

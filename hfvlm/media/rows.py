@@ -1,4 +1,4 @@
-"""Rows of data sets, whose columns hold media that nothing has decoded yet."""
+"""Rows of data sets, whose columns hold encoded media."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +11,10 @@ from hfvlm.media.folders import MediaFolder
 from hfvlm.media.sources import import_extra
 
 logger = logging.getLogger(__name__)
-# What readers raise for sources that are damaged or missing; errors in code, as KeyError, go through.
+# Errors of readers for damaged or missing sources; errors in code, as KeyError, pass through.
 UNREADABLE = (MediaError, ValueError, OSError, EOFError, SyntaxError)
 
-# The columns that hold a modality when nobody says; those of webdataset are named by the files' suffixes.
+# Usual columns of each modality; those of webdataset are named by the files' suffixes.
 COLUMNS = {
     "image": ("image", "jpg", "jpeg", "png", "webp"),
     "video": ("video", "mp4"),
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def columns_by_name(columns: Iterable[str]) -> dict[str, str]:
-    """The column of each modality that has one, by their usual names."""
+    """Return the column of each modality that has one, by their usual names."""
     present = set(columns)
     found = {modality: next((c for c in names if c in present), None) for modality, names in COLUMNS.items()}
     return {modality: column for modality, column in found.items() if column is not None}
@@ -56,13 +56,13 @@ def load_rows(dataset: str, subset: str | None = None, *, split: str, streaming:
         return stream if streaming else load_dataset(dataset, subset, split=split)
     if streaming:
         return stream.cast(encoded(stream.features))
-    # Audio would be encoded anew on the way to the cache.
+    # Audio would be encoded again on the way to the cache.
     options = {"features": without_audio(stream.features)} if has_audio(stream.features) else {}
     return undecoded(load_dataset(dataset, subset, split=split, **options))
 
 
 def media_folder(dataset: str | Path) -> MediaFolder | None:
-    """The folder of media that `datasets` does not read, if it is one."""
+    """Return the folder of media if `datasets` does not read it, else None."""
     if not Path(dataset).is_dir():
         return None
     folder = MediaFolder(dataset)
@@ -70,8 +70,8 @@ def media_folder(dataset: str | Path) -> MediaFolder | None:
 
 
 def undecoded(rows: Any) -> Any:
-    """A data set whose media columns give bytes and paths; what is no data set of `datasets`, or has a format or a
-    transform of its own, as it is."""
+    """Return a data set whose media columns give bytes and paths; anything but a data set of `datasets`, or one with
+    a format or a transform of its own, as it is."""
     features = getattr(rows, "features", None)
     if features is None or not hasattr(rows, "cast") or (getattr(rows, "format", None) or {}).get("type") is not None:
         return rows
@@ -80,7 +80,7 @@ def undecoded(rows: Any) -> Any:
 
 
 def encoded(feature: Any) -> Any:
-    """Features of a data set with `decode` off wherever media are, also in lists and structures."""
+    """Return the features of a data set with `decode` off for all media, also in lists and structures."""
     import datasets
 
     if isinstance(feature, datasets.Audio):
@@ -97,7 +97,7 @@ def encoded(feature: Any) -> Any:
 
 
 def without_audio(features: Any) -> Any:
-    """Features to read a data set with, so that no audio is encoded; tars of webdataset hold bare bytes."""
+    """Return the features that keep a data set from encoding audio; tars of webdataset hold bare bytes."""
     import datasets
 
     bare = "__key__" in features
@@ -118,12 +118,12 @@ def has_audio(feature: Any) -> bool:
 
 
 def are_several(sources: Any) -> bool:
-    """Whether these are several sources, a list or a column of `datasets`; a tuple is one, a sound and its rate."""
+    """Whether these are several sources, a list or a column of `datasets`; a tuple is one, audio and its rate."""
     return isinstance(sources, Sequence) and not isinstance(sources, str | bytes | tuple)
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions of a row, which has one or several.
+    """Return the captions of a row, which has one or several.
 
     Raises:
         ValueError: it has none.
@@ -135,12 +135,12 @@ def captions_of(value: Any) -> list[str]:
 
 
 def first_caption(value: Any) -> Any:
-    """Of several captions the first; what is no list, as it is."""
+    """Return the first of several captions; anything but a list as it is."""
     return value[0] if isinstance(value, list) and value else value
 
 
 def path_of(value: Any) -> str | None:
-    """Where a medium lies, if it says so."""
+    """Return the path of a source, if it has one."""
     if isinstance(value, Mapping):
         value = value.get("path")
     return value if isinstance(value, str) else None

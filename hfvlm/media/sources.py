@@ -1,4 +1,4 @@
-"""Whatever names or holds a file, as an open one. What media readers share."""
+"""Sources of media: paths, bytes, URLs and rows as open files, batches and arrays. All media readers share it."""
 
 import base64
 import binascii
@@ -31,7 +31,7 @@ logger = logging.getLogger("hfvlm.media")
 
 
 def parallel(function: Any, items: list[Any]) -> list[Any]:
-    """`map` on threads; Pillow, FFmpeg and NumPy release the interpreter while they work."""
+    """Map a function on threads; Pillow, FFmpeg and NumPy release the interpreter while they work."""
     if len(items) < 2 or THREADS < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -39,7 +39,7 @@ def parallel(function: Any, items: list[Any]) -> list[Any]:
 
 
 def as_batch(sources: Any) -> list[Any]:
-    """A batch as a list: a list, a generator, a pandas Series, an array of objects or of texts, or a column of
+    """Return a batch as a list: a list, a generator, a pandas Series, an array of objects or of texts, or a column of
     `datasets`; anything else, a tuple included, is a batch of one."""
     if isinstance(sources, list):
         return sources
@@ -66,37 +66,37 @@ def read_batch(read: Callable[..., Any], batch: Iterable[Any], **options: Any) -
 
 
 def short(text: Any, most: int = MAX_TEXT) -> str:
-    """A text of a file or a decoder, as a message may hold it: on one line, printable, and not long."""
+    """Shorten a text of a file or a decoder for a message: on one line, printable, and not long."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[: most + 1])
     return printable if len(printable) <= most else printable[: most - 3] + "..."
 
 
 def name_of(kind: str, source: Any, index: int | None) -> str:
-    """What an error calls an input: its place in the batch, and its path, size or type."""
-    place = "" if index is None else f"{kind} {index}: "
+    """Return the name of an input in errors: its position in the batch, and its path, size or type."""
+    position = "" if index is None else f"{kind} {index}: "
     if isinstance(source, Mapping) and isinstance(source.get("path"), str | os.PathLike):
         source = source["path"]
     if isinstance(source, str | os.PathLike):
-        return place + short(source)
-    return place + (f"{len(source)} bytes" if isinstance(source, bytes) else type(source).__name__)
+        return position + short(source)
+    return position + (f"{len(source)} bytes" if isinstance(source, bytes) else type(source).__name__)
 
 
 def fetched(source: Any, name: str, allow_urls: AllowUrls) -> Any:
-    """A `data:` or an allowed `http(s)` URL, alone or in a `datasets` row, as the bytes behind it; else the source.
+    """Return the bytes behind a `data:` or an allowed `http(s)` URL, also of a `datasets` row; else the source.
 
     Raises:
         MediaError: the URL is refused.
     """
-    place = (None if source.get("bytes") else source.get("path")) if isinstance(source, Mapping) else source
-    if isinstance(place, str) and ("://" in place[:16] or place.startswith("data:")):
-        return _from_url(place, name, allow_urls)
+    path = (None if source.get("bytes") else source.get("path")) if isinstance(source, Mapping) else source
+    if isinstance(path, str) and ("://" in path[:16] or path.startswith("data:")):
+        return _from_url(path, name, allow_urls)
     return source
 
 
 @contextmanager
 def opened(source: Any, name: str, allow_urls: AllowUrls) -> Iterator[BinaryIO | None]:
-    """A path, bytes, an open file, a `data:` URL, an allowed `http(s)` URL, or a `datasets` row with one of these as
-    "bytes" or "path", as an open file at its start; None for anything else. What was open already stays open.
+    """Open a path, bytes, an open file, a `data:` URL, an allowed `http(s)` URL, or a `datasets` row with one of these
+    as "bytes" or "path", at its start; None for anything else. A file that was open already stays open.
 
     Raises:
         MediaError: there is no such file, it cannot be opened, or the URL is refused.
@@ -127,7 +127,7 @@ def _open(path: str | os.PathLike[str], name: str) -> BinaryIO:
 
 
 def _rewound(file: Any, name: str) -> BinaryIO:
-    """An open file at its start; one that cannot be rewound, in memory."""
+    """Rewind an open file; read one that cannot be rewound into memory."""
     try:
         if getattr(file, "seekable", lambda: True)() and hasattr(file, "seek"):
             file.seek(0)
@@ -145,7 +145,7 @@ def _rewound(file: Any, name: str) -> BinaryIO:
 
 
 def from_tensor(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor of any device and type as an array; bfloat16 and 8-bit floating point, which NumPy lacks, as
+    """Return a tensor of any device and type as an array; bfloat16 and 8-bit floating point, which NumPy lacks, as
     float32."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.is_sparse or tensor.is_quantized:
@@ -156,7 +156,7 @@ def from_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 
 def read_array(source: Any, name: str) -> np.ndarray | None:
-    """An array, a tensor, a nested list of numbers or a `.npy` file, as a NumPy array; None for anything else.
+    """Read an array, a tensor, a nested list of numbers or a `.npy` file as a NumPy array; None for anything else.
 
     Masked arrays stay masked.
     """
@@ -187,7 +187,7 @@ def _from_list(values: Any, name: str) -> np.ndarray:
 
 
 def _from_npy(data: bytes, name: str) -> np.ndarray:
-    """The array of a `.npy` file, which reserves no more memory than the file has bytes."""
+    """Read the array of a `.npy` file, and allocate no more memory than the file has bytes."""
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -217,7 +217,7 @@ def check_finite(array: np.ndarray, name: str, remedy: str) -> None:
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or raise an ImportError that says how to get it."""
+    """Import an optional package, or raise an ImportError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

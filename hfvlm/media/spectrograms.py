@@ -15,7 +15,7 @@ PREEMPHASIS = 0.97
 
 
 def kaldi_fbank(waveform: Tensor, sampling_rate: int, num_mel_bins: int) -> Tensor:
-    """`(N,)` samples -> `(frames, num_mel_bins)`, the logarithms of Kaldi's mel filter bank energies.
+    """Compute Kaldi's log mel filter bank energies of `(N,)` samples -> `(frames, num_mel_bins)`.
 
     Frames of 25 ms every 10 ms that lie inside the waveform, without their mean, with a pre-emphasis of 0.97 and a
     Hann window, and no dither: equal to torchaudio 2.11's `compliance.kaldi.fbank(window_type="hanning", dither=0.0,
@@ -27,8 +27,8 @@ def kaldi_fbank(waveform: Tensor, sampling_rate: int, num_mel_bins: int) -> Tens
     size, shift = int(sampling_rate * FRAME_SECONDS), int(sampling_rate * SHIFT_SECONDS)
     if len(waveform) < size:
         raise MediaError(
-            f"A sound of {len(waveform) / sampling_rate * 1000:.3g} ms is less than a frame, too short; it takes "
-            f"{FRAME_SECONDS * 1000:.0f} ms at least."
+            f"Audio of {len(waveform) / sampling_rate * 1000:.3g} ms is less than a frame, too short: at least "
+            f"{FRAME_SECONDS * 1000:.0f} ms are needed."
         )
     frames = waveform.unfold(0, size, shift)
     frames = frames - frames.mean(dim=1, keepdim=True)
@@ -42,7 +42,7 @@ def kaldi_fbank(waveform: Tensor, sampling_rate: int, num_mel_bins: int) -> Tens
 
 @lru_cache(maxsize=16)
 def _mel_triangles(bins: int, size: int, sampling_rate: int) -> Tensor:
-    """`(bins, size / 2 + 1)`: triangles of equal width on the mel scale, from 20 Hz to half the sampling rate."""
+    """Return `(bins, size / 2 + 1)` triangles of equal width in mel, from 20 Hz to half the sampling rate."""
     low, high = (1127.0 * log(1.0 + hertz / 700.0) for hertz in (LOWEST_HERTZ, sampling_rate / 2))
     step = (high - low) / (bins + 1)
     left, centre, right = (low + (torch.arange(bins)[:, None] + corner) * step for corner in (0.0, 1.0, 2.0))

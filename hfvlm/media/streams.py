@@ -1,6 +1,6 @@
 """Streamed files (Ogg, FLAC, MP3, Matroska): whether they are cut, and the several recordings that one may hold.
 
-A length that a header claims condemns no file. A file is cut where it ends inside one of its own parts.
+A file is cut where it ends inside one of its own parts, whatever length its header claims.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ BLOCK = 2**20
 
 
 def length_of(file: BinaryIO) -> int:
-    """The bytes of an open file, which stays where it is."""
+    """Return the number of bytes of an open file, which stays where it is."""
     place = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(place)
@@ -29,7 +29,7 @@ def length_of(file: BinaryIO) -> int:
 
 
 def ogg_pages(file: BinaryIO, begin: int) -> Iterator[tuple[int, int, int]]:
-    """Where each page begins and ends, and its flags; the last one may end beyond the file."""
+    """Yield the start and the end of each page, and its flags; the last one may end beyond the file."""
     place, end = begin, length_of(file)
     while place + 27 <= end:
         file.seek(place)
@@ -43,7 +43,7 @@ def ogg_pages(file: BinaryIO, begin: int) -> Iterator[tuple[int, int, int]]:
 
 
 def ogg_links(file: BinaryIO) -> tuple[list[tuple[int, int]], bool]:
-    """Where each recording begins and ends, and whether the file ends inside a page of an unfinished one."""
+    """Return the start and the end of each recording, and whether the file ends inside a page of an unfinished one."""
     begin, end = file.tell(), length_of(file)
     starts, between, last = [begin], True, (end, 0)
     for place, following, flags in ogg_pages(file, begin):
@@ -56,7 +56,7 @@ def ogg_links(file: BinaryIO) -> tuple[list[tuple[int, int]], bool]:
     return list(zip(starts, [*starts[1:], end], strict=True)), cut
 
 
-# FLAC: what its first block says.
+# FLAC: its first block.
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class FlacInfo:
 
 
 def flac_info(file: BinaryIO) -> FlacInfo | None:
-    """The first block of a FLAC file; None for other files."""
+    """Read the first block of a FLAC file; None for other files."""
     place = file.tell()
     head = file.read(42)
     file.seek(place)
@@ -89,7 +89,7 @@ def flac_info(file: BinaryIO) -> FlacInfo | None:
 
 
 def flac_recordings(file: BinaryIO) -> list[tuple[int, int]]:
-    """Where each recording of a file begins and ends that was made of several."""
+    """Return the start and the end of each recording of a file that was made of several."""
     begin, end = file.tell(), length_of(file)
     starts: list[int] = []
     place, before = begin, b""
@@ -106,11 +106,11 @@ def flac_recordings(file: BinaryIO) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], end], strict=True))
 
 
-# MP3: the header that encoders write into a first frame without sound.
+# MP3: the header that encoders put into a first, silent frame.
 
 
 def mp3_is_cut(file: BinaryIO, decoded: int) -> bool:
-    """Whether a file is shorter than its Xing header says in bytes and in samples, of which `decoded` are there."""
+    """Whether a file is shorter than its Xing header claims, in bytes and in samples, of which `decoded` are there."""
     begin, end = file.tell(), length_of(file)
     head = file.read(2**16)
     if head.startswith(b"ID3") and len(head) > 10:
@@ -130,7 +130,7 @@ def mp3_is_cut(file: BinaryIO, decoded: int) -> bool:
 
 
 def matroska_is_cut(file: BinaryIO) -> bool:
-    """Whether the file ends inside an element, where it says of itself that it is longer."""
+    """Whether the file ends inside an element, where its header claims that it is longer."""
     place, end = file.tell(), length_of(file)
     until = end
     for _ in range(2**20):
@@ -161,7 +161,7 @@ def _element_name(head: bytes) -> bytes:
 
 
 def _element_size(data: bytes) -> tuple[int, int | None] | None:
-    """How long the size is, and the size; None for one that is unknown."""
+    """Return the length of the size field, and the size; None for one that is unknown."""
     if not data or not data[0]:
         return None
     length = 9 - data[0].bit_length()

@@ -28,7 +28,7 @@ class Table:
         self.columns, self.name = columns, name
 
     def column(self, name: str) -> np.ndarray:
-        """One column as `(N,)`, float64; NaN where a cell is empty.
+        """Return one column as `(N,)`, float64; NaN where a cell is empty.
 
         Raises:
             MediaError: there is none of that name, or a cell is no number.
@@ -42,12 +42,12 @@ class Table:
             raise MediaError(f"{self.name}, column {short(name)!r}: {short(error)}.") from error
 
     def named(self) -> str:
-        """The names of the columns, for errors."""
+        """List the names of the columns, for errors."""
         return f"it has {short(', '.join(map(str, self.columns)))}"
 
 
 def read_table(source: Any, name: str) -> Table | None:
-    """A pandas, Polars or Arrow table, or a CSV file as a path, bytes or an open file; None for anything else.
+    """Read a pandas, Polars or Arrow table, or a CSV file as a path, bytes or an open file; None for anything else.
 
     A CSV file has its columns' names in its first row; rows that begin with # are comments. Commas, semicolons, tabs,
     bars and blanks separate columns.

@@ -29,7 +29,7 @@ def read_thermal(
 ) -> np.ndarray:
     """Read one thermal image -> `(H, W)`, float32, 0 for cold to 1 for hot.
 
-    Models were trained on what cameras show, 8 bits a pixel with hot in white. Counts of 16 bits and temperatures have
+    Models were trained on cameras' displays, 8 bits a pixel with hot in white. Counts of 16 bits and temperatures have
     to be fitted to that first: by default from the image's own lowest to its highest value, as cameras do.
 
     Example:
@@ -51,14 +51,14 @@ def read_thermal(
     """
     name = name_of("thermal image", source, index)
     array = one_channel(source, name, allow_urls)
-    check_finite(array, name, "Cut those pixels out, or set them to the nearest that was measured.")
+    check_finite(array, name, "Cut those pixels out, or set them to the nearest measured value.")
     array = np.asarray(array)
     low, high = _own_limits(array, name) if limits is None else checked_limits(limits)
     return np.clip((array.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
 
 
 def checked_limits(limits: Any) -> tuple[float, float]:
-    """Two finite numbers, the coldest first.
+    """Return two finite numbers, the coldest first.
 
     Raises:
         ValueError: they are something else.

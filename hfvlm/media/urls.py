@@ -1,7 +1,7 @@
-"""Fetches a URL that the user explicitly allowed, and only from public hosts.
+"""Fetching of URLs that the user explicitly allowed, and only from public hosts.
 
-Each hop of a redirect is checked anew, and the connection goes to the very address that was checked, so that a name
-cannot point elsewhere a moment later. However slowly a server answers, and whatever it goes on saying, all hops
+Each hop of a redirect is checked again, and the connection goes to the very address that was checked, so that a name
+cannot point elsewhere a moment later. However slowly and however much a server answers, all hops
 together end within a time and a size.
 """
 
@@ -30,11 +30,11 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str, hosts: str | Collection[str] | None = None) -> bytes:
-    """The body of an http(s) URL.
+    """Fetch the body of an http(s) URL.
 
     Args:
         url: the address; redirects are followed five times at most.
-        hosts: host names that may be asked, each in full; None allows every public host.
+        hosts: host names that may be requested, each in full; None allows every public host.
 
     Raises:
         MediaError: another scheme, a host that is not allowed or not public, a status other than 200, a body of more
@@ -63,7 +63,7 @@ def fetch(url: str, hosts: str | Collection[str] | None = None) -> bytes:
 
 
 def allowed_hosts(hosts: Any) -> set[str]:
-    """Names of hosts as they are compared.
+    """Return names of hosts as they are compared.
 
     Raises:
         MediaError: one of them is no full name of a host.
@@ -98,7 +98,7 @@ def _comparable(host: str) -> str:
 
 
 def _named(url: str) -> str:
-    """A URL as messages name it: without what stands for a password, printable and short."""
+    """Return a URL for messages: without its password, printable and short."""
     text = url if len(url) <= 200 else url[:200] + "..."
     start, at, rest = text.rpartition("@")
     return cut(start.partition("//")[0] + "//" + rest if at and "//" in start else text, 300)
@@ -124,7 +124,7 @@ def _request(url: str, hosts: set[str] | None, end: float) -> tuple[int, str | N
         location = response.headers.get("Location")
         if response.status != 200:
             return response.status, location, b""
-        reader.left = 2 * MAX_BYTES  # what frames a body may be as long as it
+        reader.left = 2 * MAX_BYTES  # the framing of a body may be as long as the body
         body = response.read(MAX_BYTES + 1)
     finally:
         connection.close()
@@ -159,8 +159,8 @@ def _left(end: float) -> float:
 
 
 class _Bounded(io.RawIOBase):
-    """What a socket receives, until a moment and up to a size; so http.client, which sets a limit for one wait alone,
-    cannot wait for ever, nor read for ever what comes before a body."""
+    """The bytes that a socket receives, until a moment and up to a size: http.client limits only one wait, and would
+    wait, or read the head of a body, for ever."""
 
     def __init__(self, connected: socket.socket, end: float):
         self.socket, self.end, self.left = connected, end, MAX_HEAD_BYTES
@@ -178,7 +178,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _Socket:
-    """As much of a socket as http.client asks for."""
+    """The part of a socket that http.client uses."""
 
     def __init__(self, reader: _Bounded):
         self.reader = reader
@@ -191,7 +191,7 @@ class _Socket:
         self.reader.socket.sendall(data)
 
     def close(self) -> None:
-        """Nothing: the response still reads from it."""
+        """Do nothing: the response still reads from the socket."""
 
 
 def _public_address(url: str, host: str, port: int) -> str:
@@ -210,7 +210,7 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def _meanings(address: Any) -> list[Any]:
-    """An address, and those of IPv4 that are written in it, where gateways may send what goes to it."""
+    """Return an address, and those of IPv4 inside it, to which gateways may forward."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     if address in NAT64:

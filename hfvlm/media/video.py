@@ -32,7 +32,7 @@ RATE_TOLERANCE = 0.02
 
 
 def video_batch(sources: Any) -> list[Any]:
-    """A batch of videos as single sources."""
+    """Return a batch of videos as single sources."""
     return list(sources) if getattr(sources, "ndim", 0) == 5 else as_batch(sources)
 
 
@@ -71,7 +71,7 @@ def read_video(
 
     Raises:
         MediaError: naming the input and what is wrong with it.
-        ImportError: the file needs an optional package; the message says which.
+        ImportError: the file needs an optional package, which the message names.
     """
     if isinstance(source, Video):
         return source
@@ -133,7 +133,7 @@ class Video(ABC):
         found: dict[int, np.ndarray] = {}
         for i, frame in zip(places, self.stream(places), strict=True):
             if frame.nbytes * len(places) > MAX_DECODED_BYTES:
-                raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Ask for fewer.")
+                raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Take fewer.")
             found[i] = frame
         return np.stack([found[i] for i in indices])
 
@@ -159,7 +159,7 @@ class Video(ABC):
             raise MediaError(f"{self.name}: damaged or truncated; {len(places) - count} frames are not there.")
 
     def tensors(self, places: Sequence[int]) -> Iterator[torch.Tensor]:
-        """As `stream`, each `(3, H, W)`."""
+        """Decode frames as `stream`, each `(3, H, W)`."""
         for frame in self.stream(places):
             yield torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)
 
@@ -182,7 +182,7 @@ class FrameVideo(Video):
 
 
 class DecoderVideo(Video):
-    """What `datasets` gives for a column of videos: torchcodec's `VideoDecoder`, or what behaves as one."""
+    """A video of a column of `datasets`: torchcodec's `VideoDecoder`, or an object that behaves as one."""
 
     def __init__(self, name: str, decoder: Any):
         rate = decoder.metadata.average_fps
@@ -271,7 +271,7 @@ class FileVideo(Video):
 
 
 def video_stream(container: Any, name: str) -> Any:
-    """The stream that players show: no cover art, and the default one where there are several.
+    """Choose the stream that players show: no cover art, and the default one where there are several.
 
     Raises:
         MediaError: the file has none.
@@ -300,7 +300,7 @@ def video_stream(container: Any, name: str) -> Any:
 
 
 class Scan:
-    """What a stream holds: the times of its frames, from the first that can be decoded.
+    """The content of a stream: the times of its frames, from the first that can be decoded.
 
     Args:
         container: PyAV's.
@@ -332,7 +332,7 @@ class Scan:
         self._begin_at(first.pts)
 
     def _packets(self) -> Iterator[Any]:
-        """Every packet to decode, and notes of it."""
+        """Yield every packet to decode, and note it."""
         for packet in self.container.demux(self.stream):
             if is_partial(self.container, packet):
                 self.partial = True
@@ -355,7 +355,7 @@ class Scan:
                 self.keys.append(packet.pts)
 
     def _begin_at(self, time: int | None) -> None:
-        """Leave out what comes before the first frame that is decoded."""
+        """Leave out the frames before the first that is decoded."""
         if self.times is None or time is None:
             self.times = None
             return
@@ -366,7 +366,7 @@ class Scan:
 
     @property
     def count(self) -> int:
-        """How many frames there are, if every packet is one."""
+        """The number of frames, if every packet is one."""
         return self.packets if self.times is None else len(self.times)
 
     @property
@@ -384,8 +384,7 @@ class Scan:
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    """A frame as it is meant to be seen, `(H, W, 3)`, uint8: phones store videos lying or mirrored, with a matrix
-    that says how to turn them."""
+    """Convert a frame to `(H, W, 3)`, uint8, upright: phones store videos lying or mirrored, with a display matrix."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(f"frames of {frame.width} x {frame.height} are refused")
     pixels = frame.to_ndarray(format="rgb24")
@@ -394,7 +393,7 @@ def _pixels(frame: Any) -> np.ndarray:
 
 
 def displayed(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` turned and mirrored as a display matrix says, `(9,)` in rows, to quarters of a turn.
+    """Turn and mirror `(H, W, 3)` by a display matrix, `(9,)` in rows, to quarters of a turn.
 
     A pixel at (x, y) is shown at (a x + c y, b x + d y), up to a shift, where the matrix begins with a, b, 0, c, d.
     """

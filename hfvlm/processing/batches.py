@@ -1,4 +1,4 @@
-"""What callers hand over as a batch, as a list: Series, columns, arrays of paths or texts, tuples and generators."""
+"""Batches in any container, as lists: Series, columns, arrays of paths or texts, tuples and generators."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def listed(sources: Any) -> Any:
-    """A batch that comes in another container, as a list; one source, a list or an array of numbers as it is.
+    """Return a batch in another container as a list; one source, a list or an array of numbers as it is.
 
     A tuple stays one: `(values, rate)` is one recording.
     """
@@ -22,25 +22,25 @@ def listed(sources: Any) -> Any:
         return sources.to_pylist()
     if hasattr(sources, "iloc") and hasattr(sources, "to_list"):  # pandas
         return sources.to_list()
-    unread = isinstance(sources, Iterator) and not hasattr(sources, "read")
-    return list(sources) if unread or isinstance(sources, Sequence) else sources
+    generated = isinstance(sources, Iterator) and not hasattr(sources, "read")
+    return list(sources) if generated or isinstance(sources, Sequence) else sources
 
 
 def is_source(item: Any) -> bool:
-    """A path, bytes, an array, an image or a row: one input, and no number of an array in lists."""
+    """Whether an item is one input, a path, bytes, an array, an image or a row, and no number of an array in lists."""
     known = str | os.PathLike | bytes | bytearray | memoryview | np.ndarray | torch.Tensor | Image.Image | Mapping
     return isinstance(item, known) or hasattr(item, "read")
 
 
 def of_sources(sources: Any) -> Any:
-    """The same of sources with one channel, of which a tuple is a batch where it holds no numbers."""
+    """Return a batch as `listed` does; a tuple is a batch, too, where it holds no numbers."""
     sources = listed(sources)
     batch = isinstance(sources, tuple) and bool(sources) and all(map(is_source, sources))
     return list(sources) if batch else sources
 
 
 def flat_images(images: Any) -> list[Any]:
-    """Images in lists and tuples of any depth, or in an array of (B, H, W, C), one by one."""
+    """Return the images in lists and tuples of any depth, or in an array of (B, H, W, C), one by one."""
     images = listed(images)
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
@@ -57,7 +57,7 @@ def _flat(images: Any) -> Iterator[Any]:
 
 
 def texts_of(text: Any, name: str = "text") -> Any:
-    """A text, or a list of texts; words that are split already are lists in it.
+    """Return a text, or a list of texts; words that are split already are lists in it.
 
     Raises:
         ValueError: there are none, or one is missing.
@@ -79,7 +79,7 @@ def texts_of(text: Any, name: str = "text") -> Any:
 
 
 def is_empty(media: Any) -> bool:
-    """Media that count as none: None, or lists without a single item."""
+    """Whether media count as none: None, or lists without a single item."""
     media = listed(media)
     return media is None or (isinstance(media, list | tuple) and all(map(_is_empty_list, media)))
 

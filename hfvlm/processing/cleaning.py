@@ -10,38 +10,38 @@ import ftfy
 
 
 def fixed(text: str) -> str:
-    """Broken encodings, curly quotes and HTML entities repaired, as every original of the CLIP family does."""
+    """Repair broken encodings, curly quotes and HTML entities, as every original of the CLIP family does."""
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def clean_lower(text: str) -> str:
-    """OpenAI's cleaning: repair, one space between words, lower case."""
+    """Clean as OpenAI: repair, one space between words, lower case."""
     return " ".join(fixed(text).split()).lower()
 
 
 def clean_repaired(text: str) -> str:
-    """transformers' CLIP tokenizer with ftfy: as OpenAI's, but HTML entities stay wherever ftfy leaves them."""
+    """Clean as transformers' CLIP tokenizer with ftfy: HTML entities stay wherever ftfy leaves them."""
     return " ".join(ftfy.fix_text(text).split()).lower()
 
 
 def clean_canonical(text: str) -> str:
-    """open_clip's cleaning for SigLIP: repair, no punctuation, lower case, one space between words."""
+    """Clean as open_clip for SigLIP: repair, no punctuation, lower case, one space between words."""
     text = fixed(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
     return " ".join(text.lower().split())
 
 
 def clean_case(text: str) -> str:
-    """big_vision's cleaning: lower case alone."""
+    """Clean as big_vision: only lower case."""
     return text.lower()
 
 
 def clean_caption(text: str) -> str:
-    """BLIP's cleaning of captions: lower case, a space for most punctuation, one space between words."""
+    """Clean captions as BLIP: lower case, a space for most punctuation, one space between words."""
     return re.sub(r"\s{2,}", " ", PUNCTUATION.sub(" ", text.lower())).rstrip("\n").strip(" ")
 
 
 def clean_question(text: str) -> str:
-    """BLIP's cleaning of questions: lower case, without most punctuation."""
+    """Clean questions as BLIP: lower case, without most punctuation."""
     return PUNCTUATION.sub("", text.lower()).rstrip(" ")
 
 
@@ -57,8 +57,8 @@ IGNORABLE = re.compile(
 
 
 def clean_fold(text: str) -> str:
-    """TensorFlow Text's cleaning for BERT: letters that look alike become one, in lower case without accents; what is
-    not seen goes; control characters become spaces."""
+    """Clean as TensorFlow Text for BERT: similar letters become one, in lower case without accents; invisible
+    characters are dropped; control characters become spaces."""
     text = IGNORABLE.sub("", normalize("NFD", text))
     text = normalize("NFKC", normalize("NFKC", text.casefold()).casefold())
     letters = (letter for letter in normalize("NFD", IGNORABLE.sub("", text)) if category(letter) != "Mn")

@@ -53,7 +53,7 @@ def _layout(option: Any) -> str | None:
 
 
 def channels_last(image: Any, layout: Any) -> Any:
-    """Return an array whose channels are said to come first with its channels last; anything else as it is."""
+    """Return an array of the layout "channels_first" with its channels last; anything else as it is."""
     if _layout(layout) != LAYOUTS[0] or getattr(image, "ndim", 0) != 3:
         return image
     return np.moveaxis(image, 0, -1) if isinstance(image, np.ndarray) else image.movedim(0, -1)

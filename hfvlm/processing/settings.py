@@ -39,7 +39,7 @@ STORED = frozenset(
     }
 )
 # How a folder is found and read; `from_pretrained` and the pipelines pass these to every part. transformers declares
-# the first group alone, and reads the others out of `**kwargs`.
+# only the first group, and takes the others out of `**kwargs`.
 LOADING = frozenset(
     {
         *DownloadKwargs.__annotations__,
@@ -237,7 +237,7 @@ Bins: TypeAlias = Annotated[int, whole(1, 2**12)]
 
 
 class Checked(NamedErrors):
-    """Base of classes whose settings are annotated with their checks; a subclass may annotate one anew."""
+    """Base of classes whose settings are annotated with their checks; a subclass may annotate one again."""
 
     SETTINGS: Mapping[str, Check] = {}
 
@@ -259,7 +259,7 @@ class Checked(NamedErrors):
 class Settings(Checked):
     """Settings with defaults as class attributes, that a file saves and a call may override."""
 
-    # Keywords of transformers that mean nothing here, or are read from the call alone.
+    # Keywords of transformers that mean nothing here, or are read from the call only.
     STANDING: frozenset[str] = frozenset()
 
     def take_settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -301,13 +301,14 @@ class Settings(Checked):
         return frozenset({*self.SETTINGS, *self.STANDING, "allow_urls", "return_tensors"})
 
     @classmethod
-    def from_dict(cls, fields: Any, **kwargs: Any) -> Any:
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an instance from the content of a file; keywords that are settings override it.
 
         Raises:
             TypeError: an unknown setting, in the file or among the keywords.
             ValueError: the file holds no table of settings, or a value that the setting cannot have.
         """
+        (fields,) = args
         if not isinstance(fields, Mapping):
             raise ValueError(f"{cls.__name__}: its settings are no JSON object but {fields!r:.100}.")
         returned = kwargs.pop("return_unused_kwargs", False)

@@ -22,7 +22,6 @@ from hfvlm.processing.vocabularies import (
     SPACE,
     VocabularyError,
     cleans_up,
-    engine_from_json,
     sentencepiece_engine,
     template,
     uncased_wordpiece,
@@ -40,7 +39,7 @@ TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call
     "split_special_tokens",
 }
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
-# Keywords of a tokenizer's constructor, and what tokenizer_config.json holds.
+# Keywords of a tokenizer's constructor, and fields of tokenizer_config.json.
 TOKENIZER_SETTINGS = frozenset(
     {
         *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
@@ -119,7 +118,7 @@ class EngineLock:
 
 
 class HfvlmTokenizer(Checked, TokenizersBackend):
-    """Cleans texts, and pads and truncates as the model was trained unless a call says otherwise.
+    """Cleans texts, and pads and truncates as the model was trained unless a call overrides it.
 
     One tokenizer may be called by several threads at once. Special tokens that `hfvlm.processing.protection`
     has marked in a text are encoded as the words they are.
@@ -253,7 +252,7 @@ class HfvlmTokenizer(Checked, TokenizersBackend):
         Texts may come as a list, a tuple, a generator, an array of strings, a Series or a column.
 
         Raises:
-            TypeError: an unknown keyword, or what is no text.
+            TypeError: an unknown keyword, or anything but a text.
             ValueError: a value that a keyword cannot have, no texts, or a missing one.
         """
         self.check_call(kwargs)
@@ -280,7 +279,7 @@ class HfvlmTokenizer(Checked, TokenizersBackend):
         """Encode one text to ids as every tokenizer, neither padded nor cut by default.
 
         Raises:
-            TypeError: an unknown keyword, or what is no text.
+            TypeError: an unknown keyword, or anything but a text.
         """
         self.check_call(kwargs)
         kwargs.pop("sanitize_control_tokens", None)
@@ -360,8 +359,8 @@ class HfvlmTokenizer(Checked, TokenizersBackend):
         for item in text if several else [text]:
             ids = self.marked_ids(item)
             if truncation and truncation != "do_not_truncate" and room is not None:
-                length = max(room - len(before) - len(after), 0)
-                ids = ids[:length] if self.truncation_side == "right" else ids[len(ids) - min(length, len(ids)) :]
+                most = max(room - len(before) - len(after), 0)
+                ids = ids[:most] if self.truncation_side == "right" else ids[len(ids) - min(most, len(ids)) :]
             rows.append([*before, *ids, *after])
         known = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
         given = {name: options[name] for name in known if options.get(name) is not None}
@@ -491,7 +490,7 @@ class WordPieceTokenizer(HfvlmTokenizer):
     DEFAULTS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")} | {
         "clean_up_tokenization_spaces": True
     }
-    engine_of = staticmethod(uncased_wordpiece)
+    engine_of: Callable[..., Tokenizer] = staticmethod(uncased_wordpiece)
 
 
 class PieceTokenizer(HfvlmTokenizer):
@@ -504,12 +503,13 @@ class PieceTokenizer(HfvlmTokenizer):
         add_bos_token: a text begins with the start token.
     """
 
+    DEFAULTS = {"padding_side": "left"}
     default_padding = False
     default_truncation = False
 
     def __init__(self, *args: Any, legacy: bool = True, add_bos_token: bool = True, **kwargs: Any):
         self.legacy = legacy
-        super().__init__(*args, legacy=legacy, add_bos_token=add_bos_token, **{"padding_side": "left"} | kwargs)
+        super().__init__(*args, legacy=legacy, add_bos_token=add_bos_token, **kwargs)
 
     @classmethod
     def from_vocabulary(
@@ -528,7 +528,7 @@ class PieceTokenizer(HfvlmTokenizer):
             VocabularyError: the file is not such a model.
         """
         path = Path(path)
-        engine = engine_from_json(path) if path.suffix == ".json" else sentencepiece_engine(path)
+        engine = sentencepiece_engine(path)
         names = [str(engine.id_to_token(i)) for i in range(3)]
         tokens = dict(zip(("unk_token", "bos_token", "eos_token"), names, strict=True)) | {"pad_token": names[0]}
         if path.suffix != ".json":

@@ -4,7 +4,7 @@ import base64
 import functools
 import gzip
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from hfvlm.checks.messages import cut, shown
 # Of vocabularies, in bytes: a list of pieces, unpacked; and a tokenizer.json.
 LARGEST_LIST, LARGEST_TOKENIZER = 2**23, 2**26
 LONGEST_PIECE = 256
-# How many ways there are to make a piece of two others, for each piece; vocabularies have two or three.
+# Ways to make a piece of two others, for each piece; vocabularies have two or three.
 MOST_SPLITS = 8
 
 
@@ -32,7 +32,7 @@ Reader = TypeVar("Reader", bound=Callable[..., Any])
 
 
 def _of_file(read: Reader) -> Reader:
-    """A reader of vocabularies, which refuses by name whatever is none: `read(path, ...)`."""
+    """Make a reader of vocabularies, `read(path, ...)`, refuse other files by name."""
 
     @functools.wraps(read)
     def refuse(path: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ def _of_file(read: Reader) -> Reader:
 
 @_of_file
 def engine_from_json(path: str | Path) -> Tokenizer:
-    """The engine that a tokenizer.json describes.
+    """Read the engine that a tokenizer.json describes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,7 +56,7 @@ def engine_from_json(path: str | Path) -> Tokenizer:
 
 
 def checked_ids(vocabulary: Any) -> dict[str, int]:
-    """Pieces by name, whose ids are about as many as they: engines make room up to the largest.
+    """Return pieces by name, none of whose ids is far beyond their number: engines allocate up to the largest.
 
     Raises:
         ValueError: something else.
@@ -70,7 +70,7 @@ def checked_ids(vocabulary: Any) -> dict[str, int]:
 
 
 def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Merges of pieces that the vocabulary has, into one that it has; an engine without could not be stored.
+    """Return merges whose pieces and results are in the vocabulary; an engine of others could not be stored.
 
     Raises:
         ValueError: one of them makes another.
@@ -82,7 +82,7 @@ def checked_merges(merges: list[tuple[str, str]], vocabulary: Mapping[str, int])
 
 
 def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostProcessor:
-    """Special tokens around a text; an empty name leaves its side bare."""
+    """Make the step that puts special tokens around a text; an empty name leaves its side bare."""
     tokens = [token for token in (before, after) if token]
     pieces = [piece for piece in (before, "$A", after) if piece]
     return processors.TemplateProcessing(
@@ -91,12 +91,13 @@ def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostPr
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 OPENAI_TOKENS = {"bos_token": START, "eos_token": END, "unk_token": END}
 
 
 @_of_file
 def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
-    """CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
+    """Read CLIP's byte-pair engine from OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or from transformers' tokenizer.json.
 
     Args:
         path: the file.
@@ -119,12 +120,8 @@ def openai_bpe(path: str | Path, *more: str) -> Tokenizer:
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
     engine.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, BYTES])
     engine.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace(Regex("</w>$"), ""), decoders.Replace("</w>", " ")]
     )
@@ -156,13 +153,13 @@ def _tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _text(path: Path) -> str:
-    """A text file, whatever ends its lines."""
+    """Read a text file, whatever ends its lines."""
     with io.TextIOWrapper(io.BytesIO(read_bytes(path, LARGEST_LIST, VocabularyError)), encoding="utf-8") as file:
         return file.read()
 
 
 def byte_letters() -> dict[int, str]:
-    """A printable letter for each byte, in the order of their ids: printable bytes stand for themselves."""
+    """Return a printable letter for each byte, in the order of their ids; printable bytes are their own letters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -173,8 +170,8 @@ BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @_of_file
 def wordpiece(path: str | Path) -> Tokenizer:
-    """BERT's engine, from a list of pieces (`vocab.txt`) or a tokenizer.json: splits at spaces, punctuation and
-    Chinese characters, and changes no letters; texts come out between [CLS] and [SEP].
+    """Read BERT's engine from a list of pieces (`vocab.txt`) or a tokenizer.json: it splits at spaces, punctuation and
+    Chinese characters, changes no letters, and puts texts between [CLS] and [SEP].
 
     Raises:
         VocabularyError: the file is neither.
@@ -214,15 +211,14 @@ def uncased_wordpiece(path: str | Path, *more: str) -> Tokenizer:
 
 @_of_file
 def sentencepiece(path: str | Path) -> Tokenizer:
-    """The engine behind a sentencepiece `.model`, unigram (T5's, mT5's) or BPE (Gemma's), or its tokenizer.json. The
-    second piece, the end of a text, closes each.
+    """Read the engine of a sentencepiece `.model`, unigram (T5's, mT5's) or BPE (Gemma's), or its tokenizer.json. The
+    second piece, the end of a text, ends each.
 
     Raises:
         ImportError: sentencepiece or protobuf is not installed.
         VocabularyError: the file is not such a model.
     """
-    path = Path(path)
-    engine = engine_from_json(path) if path.suffix == ".json" else sentencepiece_engine(path)
+    engine = sentencepiece_engine(Path(path))
     engine.no_padding()
     engine.no_truncation()
     engine.post_processor = template(engine, "", str(engine.id_to_token(1)))
@@ -231,6 +227,9 @@ def sentencepiece(path: str | Path) -> Tokenizer:
 
 @_of_file
 def sentencepiece_engine(path: Path) -> Tokenizer:
+    """Read the engine of a sentencepiece `.model`, or its tokenizer.json."""
+    if path.suffix == ".json":
+        return engine_from_json(path)
     from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
@@ -261,12 +260,12 @@ def _check_pieces(path: Path, pieces: Sequence[str | bytes]) -> None:
 MOST_PIECES = 2**20
 # Enumerations of sentencepiece_model.proto
 UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
-# What sentencepiece writes for a space.
+# sentencepiece's letter for a space.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def _unigram(proto: Any) -> Tokenizer:
-    """T5's way: words apart, each with the mark of a word's beginning."""
+    """Make T5's engine: words apart, each with the mark of a word's beginning."""
     pieces, spec = [(piece.piece, piece.score) for piece in proto.pieces], proto.trainer_spec
     engine = Tokenizer(models.Unigram(pieces, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
@@ -278,28 +277,26 @@ def _unigram(proto: Any) -> Tokenizer:
     return engine
 
 
-def _few(pieces: int, splits: Iterable[Any]) -> list[Any]:
-    """The ways to make pieces of others, as long as they are as few as in a vocabulary."""
-    most = 1000 + MOST_SPLITS * pieces
-    found = list(islice(splits, most + 1))
+def _ways(ranks: Mapping[Any, int]) -> list[tuple[int, Any, Any]]:
+    """Return the ways to make a piece of two others, as (rank, left, right), unless a vocabulary has fewer."""
+    ways = (
+        (rank, piece[:i], piece[i:])
+        for piece, rank in ranks.items()
+        for i in range(1, len(piece))
+        if piece[:i] in ranks and piece[i:] in ranks
+    )
+    most = 1000 + MOST_SPLITS * len(ranks)
+    found = list(islice(ways, most + 1))
     if len(found) > most:
         raise ValueError("its pieces can be made of others in too many ways")
     return found
 
 
 def _piece_pairs(proto: Any) -> Tokenizer:
-    """Gemma's way: byte pairs over the whole text, a space is a letter, unknown letters are bytes."""
+    """Make Gemma's engine: byte pairs over the whole text, a space is a letter, unknown letters are bytes."""
     ranks = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    splits = _few(
-        len(ranks),
-        (
-            (rank, piece[:i], piece[i:])
-            for piece, rank in ranks.items()
-            for i in range(1, len(piece))
-            if piece[:i] in ranks and piece[i:] in ranks
-        ),
-    )
-    merges = [(left, right) for _, left, right in sorted(splits, key=lambda s: (s[0], len(s[1]), len(s[2])))]
+    ways = sorted(_ways(ranks), key=lambda way: (way[0], len(way[1]), len(way[2])))
+    merges = [(left, right) for _, left, right in ways]
     spec = proto.trainer_spec
     engine = Tokenizer(
         models.BPE(ranks, merges, unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
@@ -316,7 +313,7 @@ def _piece_pairs(proto: Any) -> Tokenizer:
 
 @_of_file
 def byte_pairs(path: str | Path) -> Tokenizer:
-    """GPT-2's engine, from its `vocab.json`, beside which lies `merges.txt`, or from a tokenizer.json.
+    """Read GPT-2's engine from its `vocab.json`, next to which lies `merges.txt`, or from a tokenizer.json.
 
     Raises:
         VocabularyError: the file is neither.
@@ -326,10 +323,10 @@ def byte_pairs(path: str | Path) -> Tokenizer:
     if path.name.endswith("tokenizer.json"):
         vocabulary, merges = _tokenizer_json(path)
     else:
-        beside = path.with_name(path.name.replace("vocab.json", "merges.txt"))
-        with refusing(path, f"with {beside.name}, not the vocabulary and merges of GPT-2", VocabularyError):
+        merges_path = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+        with refusing(path, f"with {merges_path.name}, not the vocabulary and merges of GPT-2", VocabularyError):
             vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_LIST))
-            lines = _text(beside).split("\n")
+            lines = _text(merges_path).split("\n")
             pairs = (line.split(" ") for line in lines[1:] if line)
             merges = checked_merges([(left, right) for left, right in pairs], vocabulary)
     engine = Tokenizer(models.BPE(vocabulary, merges))
@@ -338,7 +335,7 @@ def byte_pairs(path: str | Path) -> Tokenizer:
     return engine
 
 
-# How Qwen cuts a text before byte pairs are joined: digits one by one.
+# Qwen's split of a text before byte pairs are joined: digits one by one.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -346,7 +343,7 @@ WORDS = (
 
 @_of_file
 def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
-    """tiktoken's engine from its file of ranks: a piece in base64 and its id on each line.
+    """Read tiktoken's engine from its file of ranks: a piece in base64 and its id on each line.
 
     Raises:
         VocabularyError: the file is not such a list.
@@ -359,24 +356,12 @@ def tiktoken_bpe(path: str | Path, words: str = WORDS) -> Tokenizer:
     _check_pieces(path, list(ranks))
     letters = byte_letters()
     names = {piece: piece.decode("latin-1").translate(letters) for piece in ranks}
-    splits = _few(
-        len(ranks),
-        (
-            (rank, ranks[piece[:i]], ranks[piece[i:]], piece[:i], piece[i:])
-            for piece, rank in ranks.items()
-            for i in range(1, len(piece))
-            if piece[:i] in ranks and piece[i:] in ranks
-        ),
-    )
-    merges = [(names[left], names[right]) for *_, left, right in sorted(splits)]
+    ways = sorted(_ways(ranks), key=lambda way: (way[0], ranks[way[1]], ranks[way[2]]))
+    merges = [(names[left], names[right]) for _, left, right in ways]
     engine = Tokenizer(models.BPE({names[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True))
     engine.normalizer = normalizers.NFC()
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, BYTES])
     engine.decoder = decoders.ByteLevel()
     return engine
 

@@ -1,4 +1,4 @@
-"""Sounds, films, depth maps, thermal pictures and motion: whatever users have becomes the right values, or an error
+"""Audio, videos, depth maps, thermal images and motion: whatever users have becomes the right values, or an error
 that names the input and what is wrong with it."""
 
 import base64
@@ -32,13 +32,13 @@ RATE = 16_000
 TONE = (np.sin(np.arange(RATE) * 0.05) / 2).astype(np.float32)
 
 
-def sound(samples=TONE, rate=RATE, format="WAV", subtype=None) -> bytes:
+def wav(samples=TONE, rate=RATE, format="WAV", subtype=None) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.atleast_2d(samples).T, rate, format=format, subtype=subtype)
     return buffer.getvalue()
 
 
-def film(format="mp4", codec="libx264", frames=40, size=(64, 48), **options) -> bytes:
+def encoded_video(format="mp4", codec="libx264", frames=40, size=(64, 48), **options) -> bytes:
     """Frames at 25 a second whose grey grows from one to the next, with keyframes between them."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as container:
@@ -46,13 +46,13 @@ def film(format="mp4", codec="libx264", frames=40, size=(64, 48), **options) -> 
         stream.width, stream.height = size
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for i in range(frames):
-            picture = np.full((size[1], size[0], 3), 5 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = np.full((size[1], size[0], 3), 5 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def sound_in_a_film() -> bytes:
+def video_with_audio() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=RATE)
@@ -63,18 +63,18 @@ def sound_in_a_film() -> bytes:
     return buffer.getvalue()
 
 
-def picture(array, format="PNG") -> bytes:
+def encoded_image(array, format="PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format)
     return buffer.getvalue()
 
 
-# Sound
+# Audio
 
 
-def test_every_kind_of_sound_gives_the_same_samples(tmp_path):
+def test_every_kind_of_audio_gives_the_same_samples(tmp_path):
     path = tmp_path / "a.wav"
-    path.write_bytes(data := sound(subtype="FLOAT"))
+    path.write_bytes(data := wav(subtype="FLOAT"))
     np.save(tmp_path / "a.npy", TONE)
 
     class Decoder:  # as torchcodec's, which `datasets` gives
@@ -106,19 +106,19 @@ def test_every_kind_of_sound_gives_the_same_samples(tmp_path):
 @pytest.mark.parametrize(
     ("format", "subtype", "error"), [("WAV", "PCM_16", 1e-4), ("FLAC", None, 1e-4), ("OGG", None, 0.05)]
 )
-def test_formats_of_sound(format, subtype, error):
-    both = read_audio(sound(np.stack([TONE, -TONE]), format=format, subtype=subtype))
+def test_formats_of_audio(format, subtype, error):
+    both = read_audio(wav(np.stack([TONE, -TONE]), format=format, subtype=subtype))
     assert both.samples.shape == (2, RATE)
     assert np.abs(both.samples[0] - TONE).max() < error
     assert np.abs(both.samples[1] + TONE).max() < error
 
 
-def test_the_sound_of_a_film():
-    recording = read_audio(sound_in_a_film())
+def test_the_audio_of_a_video():
+    recording = read_audio(video_with_audio())
     assert recording.sampling_rate == RATE
     assert abs(recording.samples.shape[1] - RATE) < 2048
     with pytest.raises(MediaError, match="has no audio"):
-        read_audio(film())
+        read_audio(encoded_video())
 
 
 def test_integers_are_scaled_by_their_type():
@@ -126,7 +126,7 @@ def test_integers_are_scaled_by_their_type():
     assert read_audio((np.array([128, 255, 0], np.uint8), 8000)).samples.tolist() == [[0, 127 / 128, -1]]
 
 
-def test_batches_of_sound_keep_their_order():
+def test_batches_of_audio_keep_their_order():
     batch = read_audios([(TONE * i / 20, RATE) for i in range(20)])
     assert np.allclose([r.samples.max() for r in batch], [TONE.max() * i / 20 for i in range(20)])
     assert len(read_audios(TONE, sampling_rate=RATE)) == len(read_audios(TONE.tolist(), sampling_rate=RATE)) == 1
@@ -135,10 +135,10 @@ def test_batches_of_sound_keep_their_order():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (sound()[:RATE], "truncated"),
-        (sound(format="FLAC")[:3000], "damaged or truncated"),
-        (sound(format="OGG")[:2000], "truncated|damaged"),
-        (sound_in_a_film()[:3000], "damaged"),
+        (wav()[:RATE], "truncated"),
+        (wav(format="FLAC")[:3000], "damaged or truncated"),
+        (wav(format="OGG")[:2000], "truncated|damaged"),
+        (video_with_audio()[:3000], "damaged"),
         (b"", "damaged"),
         (b"hello world" * 10, "not a video or audio"),
         (b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:1/seg.ts\n", "not a video or audio"),
@@ -158,18 +158,18 @@ def test_batches_of_sound_keep_their_order():
         (None, "audio is a path"),
     ],
 )
-def test_bad_sounds_are_named(source, words):
+def test_bad_audio_is_named(source, words):
     with pytest.raises(MediaError, match=words) as error:
         read_audios([(TONE, RATE), source])
     assert "audio 1: " in str(error.value)
 
 
-def test_sounds_of_absurd_length_are_refused(monkeypatch):
+def test_audio_of_absurd_length_are_refused(monkeypatch):
     monkeypatch.setattr(media.recordings, "MAX_VALUES", 1000)
-    for source in (sound(), sound(format="FLAC"), sound_in_a_film(), (TONE, RATE)):
+    for source in (wav(), wav(format="FLAC"), video_with_audio(), (TONE, RATE)):
         with pytest.raises(MediaError, match="more than 1000 are refused"):
             read_audio(source)
-    header = sound()[:40] + (2**31 - 100).to_bytes(4, "little") + b"\0" * 4000  # claims two gigabytes
+    header = wav()[:40] + (2**31 - 100).to_bytes(4, "little") + b"\0" * 4000  # claims two gigabytes
     with pytest.raises(MediaError, match="more than 1000 are refused"):
         read_audio(header)
 
@@ -214,7 +214,7 @@ def test_the_filter_bank_against_a_loop():
         kaldi_fbank(wave[:399], RATE, 24)
 
 
-# Films
+# Videos
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_the_filter_bank_against_a_loop():
         ("gif", "gif", {}),
     ],
 )
-def test_any_frame_of_any_film(format, codec, options, tmp_path):
-    data = film(format, codec, **options)
+def test_any_frame_of_any_video(format, codec, options, tmp_path):
+    data = encoded_video(format, codec, **options)
     every = [f.to_ndarray(format="rgb24") for f in av.open(io.BytesIO(data)).decode(video=0)]
     path = tmp_path / f"a.{format}"
     path.write_bytes(data)
@@ -242,7 +242,7 @@ def test_any_frame_of_any_film(format, codec, options, tmp_path):
         assert np.array_equal(np.stack(list(found.stream(range(40)))), np.stack(every)), type(source)
 
 
-def test_every_kind_of_frames_gives_the_same_film(monkeypatch):
+def test_every_kind_of_frames_gives_the_same_video(monkeypatch):
     monkeypatch.setattr(media.video, "DECODED_TOGETHER", 2)
     frames = np.random.RandomState(0).randint(0, 256, (5, 24, 32, 3), dtype=np.uint8)
 
@@ -260,7 +260,7 @@ def test_every_kind_of_frames_gives_the_same_film(monkeypatch):
         (torch.from_numpy(frames).permute(0, 3, 1, 2), 2.5),
         (list(frames), 2.5),
         ([Image.fromarray(frame) for frame in frames], 2.5),
-        ([picture(frame) for frame in frames], 2.5),
+        ([encoded_image(frame) for frame in frames], 2.5),
         Decoder(),
     ):
         found = read_video(source)
@@ -276,12 +276,12 @@ FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (film()[:1000], "damaged"),
-        (film("matroska")[:1600], "truncated"),
-        (film("webm", "libvpx-vp9")[:900], "truncated"),
+        (encoded_video()[:1000], "damaged"),
+        (encoded_video("matroska")[:1600], "truncated"),
+        (encoded_video("webm", "libvpx-vp9")[:900], "truncated"),
         (b"", "damaged"),
-        (b"no film" * 20, "not a video or audio"),
-        (sound(), "has no video"),
+        (b"no video" * 20, "not a video or audio"),
+        (wav(), "has no video"),
         ("nope.mp4", "nope.mp4: no such file"),
         ("https://example.org/a.mp4", "URLs are refused"),
         (Image.new("RGB", (8, 8)), "one image is no video"),
@@ -293,7 +293,7 @@ FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
         (3, "a video is a path"),
     ],
 )
-def test_bad_films_are_named(source, words):
+def test_bad_videos_are_named(source, words):
     with pytest.raises(MediaError, match=words) as error:
         read_videos([(FRAMES, 1.0), source])
     assert "video 1: " in str(error.value)
@@ -313,15 +313,15 @@ def test_bad_frames_are_named(monkeypatch):
     with pytest.raises(MediaError, match="no rate of their own"):
         _ = read_video(FRAMES).seconds
     monkeypatch.setattr(media.video, "MAX_DECODED_BYTES", 500)
-    with pytest.raises(MediaError, match="Ask for fewer"):
+    with pytest.raises(MediaError, match="Take fewer"):
         read_video((FRAMES, 1.0)).frames([0, 1, 2])
     monkeypatch.setattr(media.video, "MAX_FRAMES", 3)
-    for source in ((FRAMES, 1.0), film()):
+    for source in ((FRAMES, 1.0), encoded_video()):
         with pytest.raises(MediaError, match="a video has 1 to 3"):
             read_video(source)
     monkeypatch.setattr(media.video, "MAX_PIXELS", 100)
     with pytest.raises(MediaError, match="64 x 48 are refused"):
-        read_video(film())
+        read_video(encoded_video())
 
 
 # Depth
@@ -332,14 +332,14 @@ MILLIMETRES = np.rint(METRES * 1000).astype(np.uint16)
 
 def test_every_kind_of_depth_map_gives_the_same_metres(tmp_path):
     path = tmp_path / "a.png"
-    path.write_bytes(data := picture(MILLIMETRES))
+    path.write_bytes(data := encoded_image(MILLIMETRES))
     np.save(tmp_path / "a.npy", METRES)
     for source in (
         path,
         data,
         {"bytes": data},
         Image.open(path),
-        picture(METRES, "TIFF"),
+        encoded_image(METRES, "TIFF"),
         tmp_path / "a.npy",
         METRES,
         METRES[None],
@@ -373,17 +373,17 @@ COLOURS = np.random.RandomState(0).randint(0, 256, (6, 9, 3), dtype=np.uint8)
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (picture(MILLIMETRES)[:60], "damaged or truncated"),
+        (encoded_image(MILLIMETRES)[:60], "damaged or truncated"),
         (b"", "not an image"),
         (b"depth", "not an image"),
         ("nope.png", "no such file"),
         ("https://example.org/a.png", "URLs are refused"),
-        (picture(COLOURS), "is in colours"),
-        (picture(COLOURS[..., 0]), "uint8 holds no distances"),
+        (encoded_image(COLOURS), "is in colours"),
+        (encoded_image(COLOURS[..., 0]), "uint8 holds no distances"),
         (METRES > 3, "bool holds no distances"),
         (COLOURS.astype(np.float32), "is not \\(H, W\\)"),
         (np.zeros((0, 4), np.float32), "is not \\(H, W\\)"),
-        (np.full((2, 2), np.nan), "contains NaN or infinity. Set what was not measured to 0"),
+        (np.full((2, 2), np.nan), "contains NaN or infinity. Set pixels without a measurement to 0"),
         (-METRES, "no depth in metres"),
         (METRES * 1000, "Pass millimetres as integers"),
         (np.full((2, 2), 70_000), "16 bits a pixel"),
@@ -399,13 +399,19 @@ def test_bad_depth_maps_are_named(source, words):
 # Thermal
 
 
-def test_thermal_pictures_go_from_cold_to_hot():
+def test_thermal_images_go_from_cold_to_hot():
     grey = np.arange(54, dtype=np.uint8).reshape(6, 9) * 4
     counts = (grey.astype(np.uint16) + 7000) * 2
     expected = grey.astype(np.float32) / 255
-    for source in (grey, picture(grey), picture(np.stack([grey] * 3, axis=-1)), expected, torch.from_numpy(expected)):
+    for source in (
+        grey,
+        encoded_image(grey),
+        encoded_image(np.stack([grey] * 3, axis=-1)),
+        expected,
+        torch.from_numpy(expected),
+    ):
         assert np.allclose(read_thermal(source), expected, atol=1e-6), type(source)
-    for source in (counts, picture(counts), picture(counts, "TIFF")):
+    for source in (counts, encoded_image(counts), encoded_image(counts, "TIFF")):
         assert np.allclose(read_thermal(source), grey / 212, atol=1e-6), type(source)
     celsius = np.array([[5.0, 10, 25, 40, 50]])
     assert np.allclose(read_thermal(celsius, limits=(10, 40)), [[0, 0, 0.5, 1, 1]])
@@ -416,18 +422,18 @@ def test_thermal_pictures_go_from_cold_to_hot():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (picture(COLOURS), "is in colours"),
+        (encoded_image(COLOURS), "is in colours"),
         (np.full((2, 2), np.nan), "contains NaN"),
         (np.full((2, 2), 20.5), "coldest and the hottest as limits"),
         (np.zeros((0, 2), np.uint8), "is not \\(H, W\\)"),
         (np.zeros((2, 2, 5), np.uint8), "is not \\(H, W\\)"),
-        (picture(COLOURS[..., 0])[:50], "damaged or truncated"),
+        (encoded_image(COLOURS[..., 0])[:50], "damaged or truncated"),
         (b"warm", "not an image"),
         (np.broadcast_to(np.uint8(1), (20_000, 20_000)), "Scale it down"),
         (None, "an image is a path"),
     ],
 )
-def test_bad_thermal_pictures_are_named(source, words):
+def test_bad_thermal_images_are_named(source, words):
     with pytest.raises(MediaError, match=words):
         media.read_thermals([METRES / 10, source])
 

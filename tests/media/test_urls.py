@@ -1,4 +1,4 @@
-"""What is fetched once a user allowed it, and what is not even then."""
+"""URLs that are fetched once a user allowed them, and those that are not even then."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from hfvlm.media import MediaError, read_image, urls
 
 class Server(BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.path == "/picture":
+        if self.path == "/image":
             buffer = io.BytesIO()
             Image.new("RGB", (5, 4), "red").save(buffer, "PNG")
             self.answer(200, buffer.getvalue())
@@ -63,9 +63,9 @@ def loopback_is_public(monkeypatch):
 
 @pytest.mark.usefixtures("loopback_is_public")
 def test_an_allowed_url_is_read(server):
-    assert read_image(f"{server}/picture", allow_urls=True).size == (5, 4)
-    assert read_image(f"{server}/picture", allow_urls={"127.0.0.1"}).size == (5, 4)
-    assert read_image(f"{server}/to/!picture", allow_urls=True).size == (5, 4)
+    assert read_image(f"{server}/image", allow_urls=True).size == (5, 4)
+    assert read_image(f"{server}/image", allow_urls={"127.0.0.1"}).size == (5, 4)
+    assert read_image(f"{server}/to/!image", allow_urls=True).size == (5, 4)
 
 
 @pytest.mark.usefixtures("loopback_is_public")
@@ -74,7 +74,7 @@ def test_limits(server, monkeypatch):
         with pytest.raises(MediaError, match=words):
             read_image(server + path, allow_urls=True)
     with pytest.raises(MediaError, match="not among the allowed hosts"):
-        read_image(f"{server}/picture", allow_urls={"example.com"})
+        read_image(f"{server}/image", allow_urls={"example.com"})
     monkeypatch.setattr(urls, "MAX_BYTES", 1000)
     with pytest.raises(MediaError, match="more than"):
         read_image(f"{server}/huge", allow_urls=True)
@@ -91,7 +91,7 @@ def test_limits(server, monkeypatch):
         "http://0.0.0.0/a.png",
     ],
 )
-def test_private_hosts_are_never_asked(url):
+def test_private_hosts_are_never_requested(url):
     with pytest.raises(MediaError, match="is not public"):
         read_image(url, allow_urls=True)
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind become the right pixels, or an error that names the picture."""
+"""Images of every kind become the right pixels, or an error that names the image."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ NOISE = np.random.RandomState(0).randint(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 @pytest.fixture
-def picture():
+def sample():
     return Image.fromarray(NOISE)
 
 
@@ -31,10 +31,10 @@ def encoded(image, format="PNG") -> bytes:
     return buffer.getvalue()
 
 
-def test_every_kind_of_source_gives_the_same_pixels(picture, processor, tmp_path):
+def test_every_kind_of_source_gives_the_same_pixels(sample, processor, tmp_path):
     path = tmp_path / "a.png"
-    path.write_bytes(data := encoded(picture))
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    path.write_bytes(data := encoded(sample))
+    expected = processor(sample, return_tensors="pt")["pixel_values"]
     for source in (
         path,
         str(path),
@@ -56,9 +56,9 @@ def test_every_kind_of_source_gives_the_same_pixels(picture, processor, tmp_path
 
 
 def test_batches_keep_their_order_on_several_threads(processor):
-    pictures = [Image.new("RGB", (40 + i, 30), (i, 0, 0)) for i in range(40)]
-    batch = processor(pictures, return_tensors="pt")["pixel_values"]
-    one_by_one = torch.cat([processor(p, return_tensors="pt")["pixel_values"] for p in pictures])
+    several = [Image.new("RGB", (40 + i, 30), (i, 0, 0)) for i in range(40)]
+    batch = processor(several, return_tensors="pt")["pixel_values"]
+    one_by_one = torch.cat([processor(p, return_tensors="pt")["pixel_values"] for p in several])
     assert torch.equal(batch, one_by_one)
     stacked = processor(torch.from_numpy(np.stack([NOISE, NOISE[::-1]])), return_tensors="pt")["pixel_values"]
     assert stacked.shape == (2, 3, 32, 32)
@@ -67,7 +67,7 @@ def test_batches_keep_their_order_on_several_threads(processor):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "LA", "PA", "La", "RGBX"]
 )
-def test_every_mode_shows_the_picture(mode):
+def test_every_mode_shows_the_image(mode):
     """A red square on blue stays darker or lighter than its ground whatever the mode."""
     image = Image.new("RGB", (60, 60), (20, 20, 20))
     ImageDraw.Draw(image).rectangle((0, 0, 59, 29), fill=(230, 230, 230))
@@ -88,7 +88,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
         assert np.abs(pixels - values / 65535).max() < 0.01
 
 
-def test_floating_point_pictures_need_a_known_range():
+def test_floating_point_images_need_a_known_range():
     with pytest.raises(MediaError, match=r"values in 0..1"):
         HfvlmCLIPImageProcessor()(Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)))
 
@@ -102,8 +102,8 @@ def test_any_aspect_ratio(size, mode):
     assert torch.isfinite(pixels).all()
 
 
-def test_thin_pictures_cost_no_memory(monkeypatch):
-    """Only what the crop keeps is computed where the whole would be huge; the pixels are the same."""
+def test_thin_images_cost_no_memory(monkeypatch):
+    """Only the crop is computed where the whole would be huge; the pixels are the same."""
     from hfvlm.media import resizing
 
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (3, 400, 3), dtype=np.uint8))
@@ -132,14 +132,14 @@ def test_settings_are_saved_and_checked(tmp_path):
         processor(Image.new("RGB", (4, 4)), szie=3)
 
 
-def test_settings_of_one_call(picture, processor):
-    assert processor(picture, return_tensors="pt", size=16)["pixel_values"].shape == (1, 3, 16, 16)
-    raw = processor(picture, return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"]
+def test_settings_of_one_call(sample, processor):
+    assert processor(sample, return_tensors="pt", size=16)["pixel_values"].shape == (1, 3, 16, 16)
+    raw = processor(sample, return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values"]
     assert raw.max() > 200
-    kept = processor([picture, picture], return_tensors="pt", do_resize=False)["pixel_values"]
-    assert kept.shape == (2, 3, 48, 64)
+    unresized = processor([sample, sample], return_tensors="pt", do_resize=False)["pixel_values"]
+    assert unresized.shape == (2, 3, 48, 64)
     with pytest.raises(ValueError, match="make no batch"):
-        processor([picture, Image.new("RGB", (3, 3))], return_tensors="pt", do_resize=False)
+        processor([sample, Image.new("RGB", (3, 3))], return_tensors="pt", do_resize=False)
     assert processor.size == {"height": 32, "width": 32}
 
 
@@ -197,30 +197,30 @@ def bomb() -> bytes:
         ("data:text/plain,hello", "only base64 data URLs"),
     ],
 )
-def test_bad_pictures_are_named(processor, picture, source, words):
+def test_bad_images_are_named(processor, sample, source, words):
     with pytest.raises(MediaError, match=words):
-        processor([picture, source])
+        processor([sample, source])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bombs_are_refused(processor, picture):
+def test_bombs_are_refused(processor, sample):
     with pytest.raises(MediaError, match=r"image 1: .*(60000 x 60000 pixels|exceeds limit)"):
-        processor([picture, bomb()])
+        processor([sample, bomb()])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_large_pictures_below_pillows_own_limit_are_refused(monkeypatch, picture):
+def test_large_images_below_pillows_own_limit_are_refused(monkeypatch, sample):
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(MediaError, match="64 x 48 pixels; more than 1000 are refused"):
-        read_image(encoded(picture))
+        read_image(encoded(sample))
     with pytest.raises(MediaError, match="more than 1000 are refused"):
         read_image(NOISE)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
-def test_truncated_files_are_named(processor, picture, tmp_path, format):
+def test_truncated_files_are_named(processor, sample, tmp_path, format):
     path = tmp_path / f"cut.{format.lower()}"
-    data = encoded(picture, format)
+    data = encoded(sample, format)
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(MediaError, match=f"cut.{format.lower()}"):
         processor(path)

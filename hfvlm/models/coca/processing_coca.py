@@ -26,7 +26,7 @@ class HfvlmCoCaTokenizer(ZeroPaddedTokenizer):
     engine_of = staticmethod(openai_bpe)
 
     def decodable(self, token_ids: Any, *, skip: bool) -> Any:
-        """Drop what comes before the start token and after the end token, padding included."""
+        """Drop the ids before the start token and after the end token, padding included."""
         ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if not skip or isinstance(ids, int):

@@ -57,7 +57,7 @@ def processor(vocabulary):
     return HfvlmBLIPProcessor(HfvlmBLIPImageProcessor(size=16), tokenizer, prompt="a picture of ")
 
 
-def test_pictures_alone_come_with_the_prompt(processor):
+def test_images_alone_come_with_the_prompt(processor):
     inputs = processor(images=[RED, BLUE])
     assert inputs["input_ids"].tolist() == [[2, 5, 6, 7, 3]] * 2
     assert inputs["pixel_values"].shape == (2, 3, 16, 16)
@@ -66,11 +66,11 @@ def test_pictures_alone_come_with_the_prompt(processor):
     assert set(processor(text="a cat")) == {"input_ids", "attention_mask"}
 
 
-def test_pairs_of_pictures(processor):
+def test_pairs_of_images(processor):
     pairs = processor(images=[[RED, BLUE], [BLUE, BLUE]], text=["a cat", "dogs"])["pixel_values"]
     assert pairs.shape == (2, 2, 3, 16, 16)
     assert torch.equal(pairs[1, 0], pairs[0, 1])
-    with pytest.raises(ValueError, match="as many pictures"):
+    with pytest.raises(ValueError, match="as many images"):
         processor(images=[[RED, BLUE], [BLUE]], text=["a cat", "dogs"])
 
 
@@ -197,7 +197,7 @@ def test_natives_that_are_no_release_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", NATIVES[:2], ids=lambda kind: kind.__name__)
-def test_stock_pipelines_write(kind, vocabulary, tmp_path):
+def test_stock_pipelines_generate(kind, vocabulary, tmp_path):
     (tmp_path / "native").mkdir()
     native_folder(kind, tmp_path / "native", vocabulary)
     folder = hfvlm.convert(tmp_path / "native", "blip", tmp_path / "ours")
@@ -223,7 +223,7 @@ HEADS = (
 
 @pytest.mark.parametrize("head", HEADS)
 def test_released_files_become_verified_folders(head, vocabulary, tmp_path):
-    """A file in the original's layout, as its authors wrote it: a dictionary with the tensors under "model"."""
+    """A file in the original's layout, as its authors saved it: a dictionary with the tensors under "model"."""
     torch.manual_seed(0)
     joint = 16 if head in (HEADS[0], HEADS[3], HEADS[5]) else None
     tokens = {"vocab_size": 17, "max_position_embeddings": 24} | blip.special_tokens(17, 3)

@@ -41,7 +41,7 @@ def processor(tmp_path):
     return HfvlmFLAVAProcessor(images, tokenizer)
 
 
-def picture(seed=0, size=(50, 40)):
+def sample_image(seed=0, size=(50, 40)):
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
@@ -99,23 +99,23 @@ def test_most_words_are_hidden_some_replaced():
     assert shares == (pytest.approx(0.8, abs=0.02), pytest.approx(0.1, abs=0.02))
 
 
-# Pictures
+# Images
 
 
-def test_what_is_asked_for_comes_along(processor):
+def test_requested_outputs_are_added(processor):
     images = processor.image_processor
-    assert set(images(picture(), return_tensors="pt")) == {"pixel_values"}
+    assert set(images(sample_image(), return_tensors="pt")) == {"pixel_values"}
     both = {"return_codebook_pixels": True, "return_image_mask": True}
-    made = images([picture(), picture(1)], mask_seed=5, return_tensors="pt", **both)
+    made = images([sample_image(), sample_image(1)], mask_seed=5, return_tensors="pt", **both)
     assert made["codebook_pixel_values"].shape == (2, 3, 32, 32)
     extremes = made["codebook_pixel_values"].min(), made["codebook_pixel_values"].max()
     assert extremes == (pytest.approx(0.1, abs=0.05), pytest.approx(0.9, abs=0.05))
     assert made["bool_masked_pos"].shape == (2, 4, 4)
-    again = images([picture(), picture(1)], mask_seed=5, return_tensors="pt", **both)
+    again = images([sample_image(), sample_image(1)], mask_seed=5, return_tensors="pt", **both)
     assert torch.equal(again["bool_masked_pos"], made["bool_masked_pos"])
-    others = [images([picture()], return_tensors="pt", **both)["bool_masked_pos"] for _ in range(8)]
+    others = [images([sample_image()], return_tensors="pt", **both)["bool_masked_pos"] for _ in range(8)]
     assert any(not torch.equal(other, others[0]) for other in others)
-    arrays = processor(images=picture(), return_image_mask=True, return_tensors="np")["bool_masked_pos"]
+    arrays = processor(images=sample_image(), return_image_mask=True, return_tensors="np")["bool_masked_pos"]
     assert isinstance(arrays, np.ndarray)
     with pytest.raises(ValueError, match="codebook_size must be"):
         HfvlmFLAVAImageProcessor(codebook_size="small")
@@ -132,12 +132,12 @@ def test_settings_survive(processor, tmp_path):
 
 
 def test_pixels_are_those_of_transformers():
-    """But for the codebook's, which transformers makes from the picture as it comes."""
+    """But for the codebook's, which transformers makes from the image as it comes."""
     from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
     native, ours = FlavaImageProcessorPil(), HfvlmFLAVAImageProcessor()
-    squashed = picture(size=(224, 224))
-    for image in (squashed, picture(size=(300, 200))):
+    squashed = sample_image(size=(224, 224))
+    for image in (squashed, sample_image(size=(300, 200))):
         expected = native(image, return_codebook_pixels=True, return_tensors="pt")
         actual = ours(image, return_codebook_pixels=True, return_tensors="pt")
         close(actual["pixel_values"], expected["pixel_values"].float(), 1e-5, "pixels")
@@ -170,7 +170,7 @@ def test_texts_are_padded_as_in_training(processor, tmp_path):
 
 def rows(count=64):
     colours = ["red", "blue", "green"]
-    return [{"image": picture(i), "text": [f"a photo of cats {colours[i % 3]} dog"]} for i in range(count)]
+    return [{"image": sample_image(i), "text": [f"a photo of cats {colours[i % 3]} dog"]} for i in range(count)]
 
 
 def test_a_batch_of_pairs(processor):
@@ -214,8 +214,8 @@ def test_evaluations_hide_the_same(processor):
     assert torch.equal(batch["pixel_values"][:1], expected["pixel_values"])
 
 
-def test_the_codebook_reads_what_was_cut_out(processor):
-    """In training, at its own size: not what was squashed for the image encoder before."""
+def test_the_codebook_takes_the_crop(processor):
+    """In training, at its own size: not the squashed image of the image encoder."""
     crop = RandomResizedCrop(32, (0.5, 0.6))
     collator = MaskingCollator(processor, augment={"image": crop})
     row = Rows(rows(1), collator.read, seed=1)[0, 0]
@@ -240,13 +240,13 @@ def test_batches_of_one_kind(processor):
     assert told[:, 1:6].float().mean() == pytest.approx(0.5, abs=0.12)
     first, second = told[:, 4], told[:, 5]  # "cat", "##s", each on its own
     assert not torch.equal(first, second)
-    images = Rows([{"image": picture()}] * 3, collator.read)
+    images = Rows([{"image": sample_image()}] * 3, collator.read)
     batch = collator([images[i, 0] for i in range(3)])
     assert {"pixel_values", "codebook_pixel_values", "bool_masked_pos"} <= set(batch)
     assert not {"input_ids", "itm_labels"} & set(batch)
 
 
-def test_strangers_without_texts_are_passed_over(processor):
+def test_negatives_without_texts_are_passed_over(processor):
     strangers = [{"text": None}, {"text": "red dog"}]
     collator = MaskingCollator(processor, strangers=strangers, itm_probability=1.0)
     read = Rows(rows(3), collator.read)

@@ -1,4 +1,4 @@
-"""What ImageBind is fed beyond the golden cases, and whole folders of it."""
+"""Inputs of ImageBind beyond the golden cases, and whole folders of it."""
 
 from importlib.resources import files
 
@@ -24,7 +24,7 @@ from hfvlm.models.imagebind import (
 from hfvlm.release.verification import samples, verify
 
 WAVE = np.random.RandomState(0).uniform(-0.5, 0.5, 16_000 * 5).astype(np.float32)
-PICTURES = np.random.RandomState(0).randint(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+IMAGES = np.random.RandomState(0).randint(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_dual_encoder_answers_the_same_questions(clip_folder):
 
 def test_the_pipeline(folder):
     classify = pipeline("zero-shot-image-classification", model=str(folder))
-    answers = classify(Image.fromarray(PICTURES[0]), candidate_labels=["0", "1", "2"])
+    answers = classify(Image.fromarray(IMAGES[0]), candidate_labels=["0", "1", "2"])
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
 
 
@@ -94,14 +94,14 @@ def test_the_audio_pipeline(folder):
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
 
 
-def test_pictures_are_converted_before_they_are_resized():
+def test_images_are_converted_before_they_are_resized():
     processor = HfvlmImageBindImageProcessor(size=32)
-    palette = Image.fromarray(PICTURES[0]).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette = Image.fromarray(IMAGES[0]).convert("P", palette=Image.Palette.ADAPTIVE)
     assert np.array_equal(processor(palette)["pixel_values"][0], processor(palette.convert("RGB"))["pixel_values"][0])
 
 
-def film(frames=10, size=(20, 30)):
-    """Frames that say their number."""
+def frames_of(frames=10, size=(20, 30)):
+    """Frames whose pixels are their number."""
     return np.broadcast_to(np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, *size, 3))
 
 
@@ -111,35 +111,37 @@ def numbers(pixels, extractor):
     return ((values * extractor.image_std[0] + extractor.image_mean[0]) * 255).round().int().tolist()
 
 
-def test_clips_of_a_film():
+def test_clips_of_a_video():
     extractor = HfvlmImageBindVideoFeatureExtractor(size=16)
-    assert numbers(extractor((film(10), 2.0))["pixel_values_videos"][0], extractor) == [
+    assert numbers(extractor((frames_of(10), 2.0))["pixel_values_videos"][0], extractor) == [
         [0, 3],
         [2, 5],
         [3, 6],
         [5, 8],
         [6, 9],
     ]
-    # Shorter than a clip: every clip is the whole film.
-    assert numbers(extractor((film(3), 2.0))["pixel_values_videos"][0], extractor) == [[0, 2]] * 5
+    # Shorter than a clip: every clip is the whole video.
+    assert numbers(extractor((frames_of(3), 2.0))["pixel_values_videos"][0], extractor) == [[0, 2]] * 5
     # Without a rate, the frames are one clip; with less than a frame in a clip, the nearest is taken.
-    assert numbers(extractor([film(7)])["pixel_values_videos"][0], extractor) == [[0, 6]] * 5
-    assert numbers(extractor((film(4), 0.1))["pixel_values_videos"][0], extractor) == [
+    assert numbers(extractor([frames_of(7)])["pixel_values_videos"][0], extractor) == [[0, 6]] * 5
+    assert numbers(extractor((frames_of(4), 0.1))["pixel_values_videos"][0], extractor) == [
         [0, 0],
         [1, 1],
         [2, 2],
         [3, 3],
         [3, 3],
     ]
-    single = extractor([film(7)], num_crops=1, num_clips=1, num_frames=4, return_tensors="pt")["pixel_values_videos"]
+    single = extractor([frames_of(7)], num_crops=1, num_clips=1, num_frames=4, return_tensors="pt")[
+        "pixel_values_videos"
+    ]
     assert single.shape == (1, 1, 3, 4, 16, 16)
     with pytest.raises(ValueError, match="num_crops must be one of 1, 3"):
-        extractor([film()], num_crops=2)
+        extractor([frames_of()], num_crops=2)
     with pytest.raises(MediaError, match="too thin"):
         HfvlmImageBindVideoFeatureExtractor()([np.zeros((2, 1, 400_000, 3), np.uint8)])
 
 
-def test_crops_of_a_film():
+def test_crops_of_a_video():
     extractor = HfvlmImageBindVideoFeatureExtractor(size=8, image_mean=[0.0] * 3, image_std=[1 / 255] * 3)
     wide = np.zeros((2, 8, 19, 3), np.uint8) + np.arange(19, dtype=np.uint8)[:, None]
     columns = extractor([wide])["pixel_values_videos"][0][:3, 0, 0, 0, 0]
@@ -148,7 +150,7 @@ def test_crops_of_a_film():
     assert extractor([tall])["pixel_values_videos"][0][:3, 0, 0, 0, 0].round().tolist() == [0, 6, 11]
 
 
-def test_sounds_are_resampled_and_the_first_channel_is_read():
+def test_audio_is_resampled_and_the_first_channel_is_read():
     extractor = HfvlmImageBindFeatureExtractor()
     stereo = np.stack([WAVE, WAVE * 0])
     features = extractor([(WAVE, 16_000), (WAVE[::2], 8_000), (stereo, 16_000)], return_tensors="pt")["input_features"]
@@ -157,13 +159,13 @@ def test_sounds_are_resampled_and_the_first_channel_is_read():
     one = extractor([(WAVE, 16_000), (stereo, 16_000)], num_clips=1, return_tensors="pt")["input_features"]
     assert torch.allclose(one[0], one[1], atol=1e-4)
     assert torch.all(features[..., 198:] == torch.tensor(4.268) / 9.138)
-    with pytest.raises(MediaError, match="too short; it takes 25 ms"):
+    with pytest.raises(MediaError, match="too short: at least 25 ms"):
         extractor((WAVE[:300], 16_000))
     with pytest.raises(TypeError, match="unexpected keyword argument 'loudness'"):
         extractor(WAVE, sampling_rate=16_000, loudness=3)
 
 
-def test_reading_a_sound_does_not_change_it():
+def test_reading_audio_does_not_change_it():
     before = WAVE.copy()
     HfvlmImageBindFeatureExtractor()((WAVE, 16_000))
     assert np.array_equal(WAVE, before)
@@ -183,15 +185,15 @@ def test_depth_becomes_normalised_disparity():
     assert np.allclose(other, (57 - 0.0418) / 0.0295, rtol=1e-5)
 
 
-def test_thermal_pictures_are_fitted():
+def test_thermal_images_are_fitted():
     extractor = HfvlmImageBindThermalFeatureExtractor(size=20)
-    values = extractor([PICTURES[0, ..., 0], np.full((40, 60), 25.0)], limits=(0, 50), return_tensors="pt")
+    values = extractor([IMAGES[0, ..., 0], np.full((40, 60), 25.0)], limits=(0, 50), return_tensors="pt")
     assert values["thermal_values"].shape == (2, 1, 20, 20)
     assert torch.allclose(values["thermal_values"][1], torch.tensor(0.5))
-    raw = extractor(PICTURES[0, ..., 0])["thermal_values"][0]
+    raw = extractor(IMAGES[0, ..., 0])["thermal_values"][0]
     assert 0.3 < raw.mean() < 0.7
     assert np.allclose(
-        extractor(PICTURES[0, ..., 0], mean=0.5, std=0.25)["thermal_values"][0], (raw - 0.5) / 0.25, atol=1e-6
+        extractor(IMAGES[0, ..., 0], mean=0.5, std=0.25)["thermal_values"][0], (raw - 0.5) / 0.25, atol=1e-6
     )
 
 

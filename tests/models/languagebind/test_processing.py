@@ -1,4 +1,4 @@
-"""What LanguageBind is fed beyond the golden cases, and its releases, alone and put together."""
+"""Inputs of LanguageBind beyond the golden cases, and its releases, alone and put together."""
 
 import json
 
@@ -31,7 +31,7 @@ from hfvlm.release.verification import samples, verify
 from tests.conftest import SHIPPED
 
 VOCABULARY = SHIPPED / "bpe_simple_vocab.txt.gz"
-PICTURES = np.random.RandomState(0).randint(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+IMAGES = np.random.RandomState(0).randint(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 RELEASES = ("image", "video", "audio", "depth", "thermal")
 
 
@@ -84,17 +84,17 @@ def test_everything_at_once_and_each_alone(folder, model):
 
 def test_the_pipeline_and_the_embedder(folder):
     classify = pipeline("zero-shot-image-classification", model=str(folder))
-    assert len(classify(Image.fromarray(PICTURES[0]), candidate_labels=["a", "b", "c"])) == 3
+    assert len(classify(Image.fromarray(IMAGES[0]), candidate_labels=["a", "b", "c"])) == 3
     embedder = hfvlm.Embedder.from_pretrained(folder, modalities=["video", "audio"])
-    found = embedder.encode(video=[list(PICTURES)] * 2, audio=[(np.zeros(16_000), 16_000)] * 2)
+    found = embedder.encode(video=[list(IMAGES)] * 2, audio=[(np.zeros(16_000), 16_000)] * 2)
     assert found.similarity("video", "audio").shape == (2, 2)
 
 
 # Pixels
 
 
-def test_pictures_are_sampled_or_averaged():
-    """A picture of single black and white columns is grey where a pixel covers several of them."""
+def test_images_are_sampled_or_averaged():
+    """An image of single black and white columns is grey where a pixel covers several of them."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     raw = {"do_normalize": False, "return_tensors": "pt"}
@@ -103,31 +103,31 @@ def test_pictures_are_sampled_or_averaged():
     assert averaged[..., 4:-4, 4:-4].std() < 0.01 < sampled.mean().abs()
     expected = F.interpolate(torch.from_numpy(stripes).permute(2, 0, 1)[None] / 255, (16, 16), mode="bicubic")
     assert torch.allclose(sampled, expected, atol=1e-6)
-    grey = processor(Image.fromarray(PICTURES[0]).convert("L"), **raw)["pixel_values"]
+    grey = processor(Image.fromarray(IMAGES[0]).convert("L"), **raw)["pixel_values"]
     assert torch.equal(grey[:, 0], grey[:, 2])
     with pytest.raises(ValueError, match="bicubic squares only"):
         processor(stripes, resize_mode="squash")
 
 
-def test_frames_are_spread_over_a_film():
+def test_frames_are_spread_over_a_video():
     extractor = HfvlmLanguageBindVideoFeatureExtractor(size=8, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-    film = np.stack([np.full((12, 20, 3), i, np.uint8) for i in range(30)])
-    shown = extractor(film, return_tensors="pt")["pixel_values_videos"]
+    video = np.stack([np.full((12, 20, 3), i, np.uint8) for i in range(30)])
+    shown = extractor(video, return_tensors="pt")["pixel_values_videos"]
     assert shown.shape == (1, 3, 8, 8, 8)
     assert (shown[0, 0, :, 0, 0] * 255).round().int().tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
-    short = extractor(film[:3], num_frames=4)["pixel_values_videos"][0]
+    short = extractor(video[:3], num_frames=4)["pixel_values_videos"][0]
     assert (short[0, :, 0, 0] * 255).round().tolist() == [0, 0, 1, 2]
 
 
-def test_a_film_is_never_mirrored():
-    film = np.zeros((8, 10, 10, 3), np.uint8)
-    film[:, :, 5:] = 255
+def test_a_video_is_never_mirrored():
+    video = np.zeros((8, 10, 10, 3), np.uint8)
+    video[:, :, 5:] = 255
     extractor = HfvlmLanguageBindVideoFeatureExtractor(size=10)
-    shown = [extractor(film)["pixel_values_videos"][0] for _ in range(8)]
+    shown = [extractor(video)["pixel_values_videos"][0] for _ in range(8)]
     assert all(np.array_equal(shown[0], other) and other[0, 0, 0, -1] > other[0, 0, 0, 0] for other in shown)
 
 
-def test_short_sounds_are_repeated_and_long_ones_read_in_three_places():
+def test_short_audio_is_repeated_and_long_ones_read_in_three_places():
     extractor = HfvlmLanguageBindFeatureExtractor(num_mel_bins=20, num_frames=100)
     noise = np.random.RandomState(0).uniform(-0.5, 0.5, 16_000 * 5).astype(np.float32)
     short = extractor((noise[: 160 * 39 + 400], 16_000), return_tensors="pt")["input_features"][0]
@@ -144,7 +144,7 @@ def test_short_sounds_are_repeated_and_long_ones_read_in_three_places():
     assert not torch.equal(long[0], long[1])
     stereo = np.stack([noise, np.zeros_like(noise)])
     assert extractor((stereo, 16_000))["input_features"][0].shape == (3, 20, 100)
-    with pytest.raises(MediaError, match="too short; it takes 25 ms"):
+    with pytest.raises(MediaError, match="too short: at least 25 ms"):
         extractor((noise[:300], 16_000))
 
 
@@ -161,9 +161,9 @@ def test_depth_is_a_share_of_ten_metres():
     assert np.allclose(extractor(np.full((12, 16), 3.0), farthest=0)["depth_values"][0], 1.0)
 
 
-def test_thermal_pictures_are_grey_pictures(folder):
+def test_thermal_images_are_grey_images(folder):
     processor = AutoProcessor.from_pretrained(folder)
-    grey = PICTURES[..., 0]
+    grey = IMAGES[..., 0]
     values = processor.prepare("thermal", list(grey))["thermal_values"]
     pixels = processor.prepare("image", list(grey))["pixel_values"]
     assert torch.allclose(values, pixels, atol=1e-5)
@@ -171,7 +171,7 @@ def test_thermal_pictures_are_grey_pictures(folder):
     assert np.allclose(plain(np.full((10, 10), 25.0), limits=(0, 50))["thermal_values"][0], 0.5)
 
 
-def test_thin_pictures_are_refused():
+def test_thin_images_are_refused():
     with pytest.raises(MediaError, match="too thin"):
         HfvlmLanguageBindImageProcessor()(np.zeros((1, 4000, 3), np.uint8))
 
@@ -270,7 +270,7 @@ def test_several_releases_make_one_model(model, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "two").modalities == ("text", "audio", "depth")
 
 
-def test_what_does_not_fit_is_said(model, tmp_path, caplog, monkeypatch):
+def test_what_does_not_fit_is_logged(model, tmp_path, caplog, monkeypatch):
     folders = {m: release(model, m, tmp_path / m, 4 if m == "depth" else None) for m in ("image", "depth", "audio")}
 
     def convert(main, **parts):
