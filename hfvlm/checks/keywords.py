@@ -1,7 +1,16 @@
 """Keyword arguments that no one understands are errors: nothing is swallowed."""
 
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
+from typing import Any
+
+
+def parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the keywords in a function's signature, `self` apart."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in named if p.kind in kinds and p.name != "self")
 
 
 def check_keywords(

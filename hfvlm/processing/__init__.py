@@ -1,22 +1,36 @@
-"""The models' inputs, equal to what the originals prepare: the bases of every `processing_<x>.py`."""
+"""The models' inputs, equal to those that the originals prepare: the bases of every `processing_<x>.py`."""
 
 from hfvlm.processing.base import DualEncoderProcessor, HfvlmProcessor, MultiEncoderProcessor
-from hfvlm.processing.features import HfvlmFeatureExtractor
-from hfvlm.processing.images import FixedSizeImageProcessor, HfvlmImageProcessor
+from hfvlm.processing.features import (
+    AudioFeatureExtractor,
+    DepthFeatureExtractor,
+    HfvlmFeatureExtractor,
+    IMUFeatureExtractor,
+    ThermalFeatureExtractor,
+    VideoFeatureExtractor,
+)
+from hfvlm.processing.images import CroppedImageProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor, MediaTextProcessor, VideoTextProcessor
-from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, ZeroPaddedTokenizer
+from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, WordPieceTokenizer, ZeroPaddedTokenizer
 
 __all__ = [
+    "AudioFeatureExtractor",
+    "CroppedImageProcessor",
+    "DepthFeatureExtractor",
     "DualEncoderProcessor",
     "FixedSizeImageProcessor",
     "HfvlmFeatureExtractor",
     "HfvlmImageProcessor",
     "HfvlmProcessor",
     "HfvlmTokenizer",
+    "IMUFeatureExtractor",
     "ImageTextProcessor",
     "MediaTextProcessor",
     "MultiEncoderProcessor",
     "PieceTokenizer",
+    "ThermalFeatureExtractor",
+    "VideoFeatureExtractor",
     "VideoTextProcessor",
+    "WordPieceTokenizer",
     "ZeroPaddedTokenizer",
 ]

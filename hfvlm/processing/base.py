@@ -1,6 +1,5 @@
 """Base classes of the processors: a part for each kind of input, side by side."""
 
-import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -8,10 +7,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
 
-from hfvlm.checks.keywords import check_keywords
+from hfvlm.checks.keywords import check_keywords, parameters
 from hfvlm.processing.batches import is_empty
 from hfvlm.processing.settings import LOADING, STORED, Checked, Settings, sharing
-from hfvlm.processing.tokenization import TOKENIZER_ARGUMENTS, TOKENIZER_SETTINGS
+from hfvlm.processing.tokenization import TOKENIZER_ARGUMENTS, HfvlmTokenizer
 
 # transformers' names of the options of each kind of input.
 GROUPS: dict[str, frozenset[str]] = {
@@ -47,9 +46,7 @@ class HfvlmProcessor(Checked, ProcessorMixin):
     @classmethod
     def arguments(cls) -> frozenset[str]:
         """Return the names of the constructor's arguments."""
-        named = inspect.signature(cls.__init__).parameters.values()
-        more = {"chat_template", "audio_tokenizer", *cls.get_attributes()}
-        return frozenset(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self") | more
+        return parameters(cls.__init__) | {"chat_template", "audio_tokenizer", *cls.get_attributes()}
 
     def set_arguments(self, **arguments: Any) -> None:
         """Set the arguments of a constructor.
@@ -74,7 +71,7 @@ class HfvlmProcessor(Checked, ProcessorMixin):
             parts = [getattr(loaded, name) for name in cls.get_attributes()]
             settings = {name for part in parts if isinstance(part, Settings) for name in part.SETTINGS}
             given = [name for name in kwargs if not name.endswith("_token")]
-            standing = {*TOKENIZER_SETTINGS, *STORED, *LOADING, "return_unused_kwargs"}
+            standing = {*HfvlmTokenizer.known_settings(), "return_unused_kwargs"}
             check_keywords(cls, given, {*settings, *cls.arguments()}, standing)
         return loaded
 

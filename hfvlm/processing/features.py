@@ -1,6 +1,5 @@
 """Recordings, videos and sensors' maps to arrays: the bases of the feature extractors."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import FeatureExtractionMixin
 from transformers.image_processing_base import BatchFeature
 
+from hfvlm.checks.keywords import parameters
 from hfvlm.media import MediaError, Video, read_audio, read_depth, read_imu, read_thermal, read_video
 from hfvlm.media.audio import audio_batch
 from hfvlm.media.depth import check_order, check_range, one_by_one
@@ -43,8 +43,7 @@ class HfvlmFeatureExtractor(Settings, FeatureExtractionMixin, ABC):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "read"):
-            named = inspect.signature(cls.read).parameters.values()
-            cls.SOURCE_OPTIONS = frozenset(p.name for p in named if p.kind is p.KEYWORD_ONLY) - {"allow_urls", "index"}
+            cls.SOURCE_OPTIONS = parameters(cls.read) - {"source", "allow_urls", "index"}
 
     def __init__(self, **kwargs: Any):
         check_foreign(self, kwargs)

@@ -1,8 +1,7 @@
 """Tokenizers: the text cleaning, padding and truncation that a model was trained with, on `tokenizers`' engines."""
 
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
 from hfvlm.checks.files import refusing
-from hfvlm.checks.keywords import check_keywords
+from hfvlm.checks.keywords import check_keywords, parameters
 from hfvlm.processing.batches import texts_of
 from hfvlm.processing.cleaning import CLEANINGS
 from hfvlm.processing.protection import PROTECTED, unprotected
@@ -30,10 +29,7 @@ from hfvlm.processing.vocabularies import (
 logger = logging.get_logger(__name__)
 
 # Keywords of a tokenizer's call.
-TOKENIZER_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.__call__).parameters) - {
-    "self",
-    "kwargs",
-} | {
+TOKENIZER_ARGUMENTS = parameters(PreTrainedTokenizerBase.__call__) | {
     "max_target_length",
     "sanitize_control_tokens",
     "split_special_tokens",
@@ -54,8 +50,6 @@ TOKENIZER_SETTINGS = frozenset(
         "additional_special_tokens",
         "chat_control_tokens",
         "chat_template",
-        "clean",
-        "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
         "extra_special_tokens",
         "files_loaded",
@@ -67,7 +61,6 @@ TOKENIZER_SETTINGS = frozenset(
         "merges",
         "merges_file",
         "model_input_names",
-        "model_max_length",
         "model_specific_special_tokens",
         "pad_to_multiple_of",
         "pad_token_type_id",
@@ -76,7 +69,6 @@ TOKENIZER_SETTINGS = frozenset(
         "response_schema",
         "response_template",
         "special_tokens_map_file",
-        "split_special_tokens",
         "stride",
         "tokenizer_class",
         "tokenizer_config_file",
@@ -84,7 +76,6 @@ TOKENIZER_SETTINGS = frozenset(
         "tokenizer_object",
         "tokenizer_padding",
         "tokenizer_truncation",
-        "truncation_side",
         "truncation_strategy",
         "verbose",
         "vocab",
@@ -174,8 +165,8 @@ class HfvlmTokenizer(Checked, TokenizersBackend):
     @classmethod
     def known_settings(cls) -> frozenset[str]:
         """Return the keywords of the constructor."""
-        own = {name for base in cls.__mro__ if issubclass(base, HfvlmTokenizer) for name in _parameters(base.__init__)}
-        return frozenset({*TOKENIZER_SETTINGS, *STORED, *LOADING, *cls.SETTINGS, *own})
+        own = [parameters(base.__init__) for base in cls.__mro__ if issubclass(base, HfvlmTokenizer)]
+        return frozenset({*TOKENIZER_SETTINGS, *STORED, *LOADING, *cls.SETTINGS}).union(*own)
 
     def check_settings(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse arguments of the constructor that are unknown, or have a value that they cannot have.
@@ -446,11 +437,6 @@ class HfvlmTokenizer(Checked, TokenizersBackend):
 
 
 TOKEN = (str, AddedToken)
-
-
-def _parameters(function: Any) -> Iterable[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
 
 
 def is_marked(text: Any) -> bool:
