@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 
-from hfvlm.checks.keywords import check_keywords
+from hfvlm.checks.keywords import check_keywords, parameters
 from hfvlm.modeling.compat import CACHE, CACHE_NAMES, rename_cache
 
 
@@ -58,7 +58,7 @@ class StrictKeywords:
 def keywords_of(module: Any) -> frozenset[str]:
     """Return the names of the arguments that a module's forward has in its signature, or takes next to them."""
     further = module.further_keywords("forward") if isinstance(module, StrictKeywords) else ()
-    return _own_keywords(inspect.signature(module.forward)).union(further)
+    return parameters(module.forward).union(further)
 
 
 def tower_keywords(model: Any, method: str) -> frozenset[str]:
@@ -74,7 +74,7 @@ def strict(method: Callable[..., Any]) -> Callable[..., Any]:
         TypeError: the method has `**kwargs` that declare nothing.
     """
     signature = inspect.signature(method)
-    own = _own_keywords(signature)
+    own = parameters(method)
     known = own | _declared_keywords(method, signature)
 
     @functools.wraps(method)
@@ -95,7 +95,7 @@ def strict(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def strict_generate(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a `generate` refuse keywords that neither transformers' `generate` nor the model's forward takes."""
-    own = _own_keywords(inspect.signature(method)) | _GENERATE
+    own = parameters(method) | _GENERATE
 
     @functools.wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,11 +106,6 @@ def strict_generate(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return checked
-
-
-def _own_keywords(signature: inspect.Signature) -> frozenset[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in signature.parameters.values() if p.kind in kinds and p.name != "self")
 
 
 def _declared_keywords(method: Callable[..., Any], signature: inspect.Signature) -> frozenset[str]:
@@ -124,7 +119,7 @@ def _declared_keywords(method: Callable[..., Any], signature: inspect.Signature)
 
 
 _GENERATE = (
-    _own_keywords(inspect.signature(GenerationMixin.generate))
+    parameters(GenerationMixin.generate)
     | frozenset(vars(GenerationConfig()))
     | frozenset(Keywords.__optional_keys__)
     | frozenset({*CACHE_NAMES, "tokenizer", "assistant_tokenizer", "trust_remote_code", "input_ids", "inputs_embeds"})
