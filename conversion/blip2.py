@@ -14,27 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, T5Config
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.checkpoints.key_table import Row, Table, scalar, split, tied
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
-from hfvlm.conversion.blip2_transformers import (
-    NATIVE_TYPES,
-    config_to_transformers,
-    from_transformers,
-    processor_to_transformers,
-    tensors_to_transformers,
-    transformers_rows,
-)
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.qformer import (
-    GENERATIVE,
-    LANGUAGE_MODELS,
-    attention_rows,
-    flattened,
-    head_of,
-    language_rows,
-    mlp_rows,
-    unbatched,
-)
+from hfvlm.checkpoints.conversion import Conversion, Names, Source, head_of, part_of
+from hfvlm.checkpoints.key_table import Row, Table, flat, scalar, split, unbatched
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion.blocks import LLAMA_FIELDS, language_rows, openai_tower, row, timm_layers
+from hfvlm.conversion.interop import blip2 as interop
+from hfvlm.conversion.interop.blip2 import GENERATIVE, LANGUAGE_MODELS, qformer_layers
+from hfvlm.conversion.processors import sized, transformers_pixels
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,
@@ -50,8 +36,6 @@ from hfvlm.models.blip2.processing_blip2 import (
     HfvlmInstructBLIPProcessor,
 )
 
-__all__ = ["config_to_transformers", "processor_to_transformers", "tensors_to_transformers"]
-
 PARTS = {
     "vision": "eva_vit_g.pth or clip_vit_L.pth, the frozen tower that a release leaves out",
     "base": "the language model that a release leaves out, in transformers' format",
@@ -61,22 +45,22 @@ OPT_NEWLINE = 50118
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
-    return "transformers" if original.get("model_type") in NATIVE_TYPES else "lavis"
+    return "transformers" if original.get("model_type") in interop.NATIVE_TYPES else "lavis"
 
 
 def keys_for(config: HfvlmBLIP2Config, layout: str = "lavis", keys: Iterable[str] = ()) -> list[Row]:
     """The rows for a released file, or for transformers' folder."""
     if layout == "transformers":
-        return transformers_rows(config, keys)
+        return interop.rows(config, keys)
     keys = list(keys)
     inside = any(key.startswith("visual_encoder.") for key in keys)
     rows = [*(vision_rows(config, "visual_encoder.") if inside else ()), *qformer_rows(config)]
-    if head_of(config) not in GENERATIVE:
+    if head_of(config, GENERATIVE[0]) not in GENERATIVE:
         return [*rows, *first_stage_rows(config)]
     model, bridge = LANGUAGE_MODELS[config.text_config.model_type]
     rows.append(Row(f"{bridge}.{{}}", "projector.layers.0.{}"))
     if holds_language_model(config, keys):
-        return [*rows, *language_rows(config, f"{model}.")]
+        return [*rows, *language_rows(config.text_config.model_type, f"{model}.")]
     # A tied output layer can slip through the filter that leaves the language model out.
     return [*rows, Row(f"{model}.{{...}}", None, optional=True)]
 
@@ -89,60 +73,37 @@ def holds_language_model(config: HfvlmBLIP2Config, keys: Iterable[str]) -> bool:
 def vision_rows(config: HfvlmBLIP2Config, source: str = "") -> list[Row]:
     """Of the tower that the configuration names; `source` ends in a dot."""
     if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
-        return clip_rows(source)
+        return openai_tower(source, "vision_model")
     block, layer = f"{source}blocks.{{}}", "vision_model.layers.{}"
     return [
-        Row(f"{source}cls_token", "vision_model.class_token", flattened),
+        Row(f"{source}cls_token", "vision_model.class_token", flat),
         Row(f"{source}pos_embed", "vision_model.position", unbatched),
         Row(f"{source}patch_embed.proj.{{}}", "vision_model.patches.projection.{}"),
-        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
         *(Row(f"{block}.attn.{part}_bias", f"{layer}.attention.{part}_proj.bias") for part in "qv"),
         Row(f"{block}.attn.qkv.weight", tuple(f"{layer}.attention.{part}_proj.weight" for part in "qkv"), split(3)),
-        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
-        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
-    ]
-
-
-def clip_rows(source: str) -> list[Row]:
-    block, layer = f"{source}transformer.resblocks.{{}}", "vision_model.layers.{}"
-    return [
-        Row(f"{source}class_embedding", "vision_model.class_token"),
-        Row(f"{source}positional_embedding", "vision_model.position"),
-        Row(f"{source}conv1.weight", "vision_model.patches.projection.weight"),
-        Row(f"{source}ln_pre.{{}}", "vision_model.pre_norm.{}"),
-        Row(f"{block}.attn.in_proj_{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
-        Row(f"{block}.attn.out_proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.ln_1.{{}}", f"{layer}.attention_norm.{{}}"),
-        Row(f"{block}.mlp.c_fc.{{}}", f"{layer}.mlp.fc1.{{}}"),
-        Row(f"{block}.mlp.c_proj.{{}}", f"{layer}.mlp.fc2.{{}}"),
-        Row(f"{block}.ln_2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        *(one for one in timm_layers(f"{source}blocks", "vision_model.layers") if ".qkv." not in one.source),
     ]
 
 
 def qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
-    theirs, ours = "Qformer.bert.encoder.layer.{}", "qformer_model.layers.{}"
-    parts = {"self.query": ".q_proj", "self.key": ".k_proj", "self.value": ".v_proj"}
+    read, table = config.qformer_config.vocab_size is not None, "Qformer.bert.embeddings"
     rows = [
         Row("query_tokens", "qformer_model.embeddings.queries", unbatched),
         Row("ln_vision.{}", "qformer_model.context_norm.{}"),
         # The counting numbers.
-        Row("Qformer.bert.embeddings.position_ids", None, optional=True),
-        Row("Qformer.bert.embeddings.LayerNorm.{}", "qformer_model.embeddings.norm.{}"),
-        *attention_rows(theirs, ours, parts),
-        *mlp_rows(theirs, ours, "_query", "query_mlp"),
+        Row(f"{table}.position_ids", None, optional=True),
+        Row(f"{table}.LayerNorm.{{}}", "qformer_model.embeddings.norm.{}"),
+        *qformer_layers("Qformer.bert.encoder.layer.{}", "self", read=read),
     ]
-    if config.qformer_config.vocab_size is None:
+    if not read:
         return rows
-    table = "Qformer.bert.embeddings"
     words = ["qformer_model.embeddings.token.weight"]
-    if head_of(config) == "HfvlmBLIP2ForPreTraining":
+    if head_of(config, GENERATIVE[0]) == "HfvlmBLIP2ForPreTraining":
         words.append("lm_head.decoder.weight")
     return [
         *rows,
-        Row(f"{table}.word_embeddings.weight", tuple(words), tied(len(words))),
+        row(f"{table}.word_embeddings.weight", *words),
         Row(f"{table}.position_embeddings.weight", "qformer_model.embeddings.position"),
-        *mlp_rows(theirs, ours, "", "mlp"),
     ]
 
 
@@ -154,7 +115,7 @@ def first_stage_rows(config: HfvlmBLIP2Config) -> list[Row]:
         Row("temp", "logit_scale.scale", scalar),
         Row("itm_head.{}", "itm_head.{}"),
     ]
-    if head_of(config) != "HfvlmBLIP2ForPreTraining":
+    if head_of(config, GENERATIVE[0]) != "HfvlmBLIP2ForPreTraining":
         return [*rows, Row(f"{head}.{{...}}", None, optional=True)]
     return [
         *rows,
@@ -166,7 +127,7 @@ def first_stage_rows(config: HfvlmBLIP2Config) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """The released file with the tower and the language model that it leaves out.
 
     Raises:
@@ -178,19 +139,15 @@ def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Any]
     if layout == "transformers":
         return tables
     inside = {"vision": any(key.startswith("visual_encoder.") for key in main)}
-    if head_of(config) in GENERATIVE:
+    if head_of(config, GENERATIVE[0]) in GENERATIVE:
         inside["base"] = holds_language_model(config, main)
     for part in PARTS:
-        if inside.get(part, True) == (part in sources):
-            if part in sources:
-                raise CheckpointError(f"This release has its own {part}, or needs none: leave `{part}` out.")
-            raise FileNotFoundError(
-                f"This release needs its {part} (--{part}, or parts={{{part!r}: ...}}): {PARTS[part]}."
-            )
+        if inside.get(part, True) and part in sources:
+            raise CheckpointError(f"This release has its own {part}, or needs none: leave `{part}` out.")
     if not inside["vision"]:
-        tables.append(vision_table(config, sources["vision"].tensors))
+        tables.append(vision_table(config, part_of(sources, "vision", PARTS)))
     if not inside.get("base", True):
-        tables.append(language_table(config, sources["base"].tensors))
+        tables.append(language_table(config, part_of(sources, "base", PARTS)))
     return tables
 
 
@@ -209,7 +166,7 @@ def language_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> T
         tensors = {f"model.{key}" if key.startswith("decoder.") else key: t for key, t in tensors.items()}
     if config.text_config.model_type == "llama":
         tensors = with_rows(tensors, config.text_config.vocab_size)
-    return Table(tensors, language_rows(config), "base")
+    return Table(tensors, language_rows(config.text_config.model_type), "base")
 
 
 def with_rows(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
@@ -244,8 +201,8 @@ BERT_FIELDS = (
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIP2Config:
     """The sizes are the tensors'; `original` may say the constructor's `arguments`, the configuration of the language
     model (`base_config`, or beside the arguments), and of the tokenizers `sep_token_id` and `newline_token_id`."""
-    if original.get("model_type") in NATIVE_TYPES:
-        return from_transformers(original)
+    if original.get("model_type") in interop.NATIVE_TYPES:
+        return interop.config_from_transformers(original)
     arguments = original.get("arguments", {})
     own = {name: value for name, value in arguments.items() if not name.partition(".")[0].endswith("_config")}
     check_options("BLIP-2's constructor", own, ARGUMENTS)
@@ -385,7 +342,7 @@ def erf_t5_config(**fields: Any) -> T5Config:
 VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "tokenizer.json")
 
 
-def vocabularies_for(config: HfvlmBLIP2Config) -> list[tuple[str, ...]]:
+def vocabularies_for(config: HfvlmBLIP2Config) -> list[Names]:
     """Names of the files: of what is written, and of what InstructBLIP's Q-Former reads."""
     words = ("vocab.txt", "tokenizer.json")
     if config.text_config is None:
@@ -402,8 +359,7 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     return {"image_processor": transformers_pixels(preprocessing), **prompt}
 
 
-def image_processor_for(config: HfvlmBLIP2Config, settings: Mapping[str, Any]) -> HfvlmBLIP2ImageProcessor:
-    return HfvlmBLIP2ImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmBLIP2ImageProcessor)
 
 
 def processor_for(config: HfvlmBLIP2Config, settings: Mapping[str, Any], vocabulary: Path, *more: Path) -> Any:
@@ -435,3 +391,17 @@ def qformer_tokenizer_for(
             "bos_token_id, eos_token_id): this is the vocabulary of another model."
         )
     return tokenizer
+
+
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=vocabularies_for,
+    parts=PARTS,
+    compose=tables_for,
+    export=interop.EXPORT,
+)

@@ -13,16 +13,13 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, split, tied
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
-from hfvlm.conversion import clip as clip_conversion
-from hfvlm.conversion.language_models import (
-    LLAMA_FIELDS,
-    gpt_neox_rows,
-    llama_rows,
-    mpt_rows,
-)
-from hfvlm.conversion.llava import part_of, vision_table
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion.blocks import LLAMA_FIELDS, gpt_neox_rows, llama_rows, mpt_rows, openai_vision_rows
+from hfvlm.conversion.interop import clip as clip_interop
+from hfvlm.conversion.llava import vision_table
+from hfvlm.conversion.processors import sized
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.flamingo.configuration_flamingo import (
     HfvlmFlamingoConfig,
@@ -61,15 +58,10 @@ REPEATED = [
 ]
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original", all weights in one file; what was trained alone is told by its file, or by a preset."""
-    return "original"
-
-
 def keys_for(config: HfvlmFlamingoConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
     """The rows for the main file: of a whole model, or of what was trained."""
     if layout == "original":
-        vision = clip_conversion.vision_rows("vision_encoder", "vision_model")
+        vision = openai_vision_rows("vision_encoder", "vision_model")
         return [
             *(row if row.source != "vision_encoder.proj" else Row(row.source, None) for row in vision),
             *trained_rows(config),
@@ -151,7 +143,7 @@ def table_rows(config: HfvlmFlamingoConfig, prefix: str = "") -> list[Row]:
     return [row for row in language_rows(config, prefix) if row.source in (f"{prefix}{words}", f"{prefix}{head}")]
 
 
-def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """Each source's tensors with their rows.
 
     Raises:
@@ -255,7 +247,7 @@ def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     if not given:
         return openai_vision_config(224)
     native: Any = AutoConfig.for_model(**given)
-    return clip_conversion.vision_config_of(getattr(native, "vision_config", native))
+    return clip_interop.vision_config_of(getattr(native, "vision_config", native))
 
 
 # What decides the shape and the numbers of an MPT, and of a GPT-NeoX.
@@ -310,15 +302,7 @@ def mpt_config_of(settings: Mapping[str, Any], shared: dict[str, Any]) -> MptCon
     return kind(**fields | shared)
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor; the releases have none."""
-    return {}
-
-
-def image_processor_for(config: HfvlmFlamingoConfig, settings: Mapping[str, Any]) -> HfvlmFlamingoImageProcessor:
-    return HfvlmFlamingoImageProcessor(
-        **{"size": config.vision_config.image_size} | settings.get("image_processor", {})
-    )
+image_processor_for = sized(HfvlmFlamingoImageProcessor)
 
 
 def processor_for(
@@ -335,3 +319,17 @@ def processor_for(
             "vocabulary of another model."
         )
     return HfvlmFlamingoProcessor(image_processor_for(config, settings), tokenizer)
+
+
+# What was trained alone is recognised by its file, or by a preset.
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("original"),
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, flat, scalar, split, unbatched
-from hfvlm.conversion import check_options, count_layers, tokenizer_for
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
+from hfvlm.checkpoints.originals import check_options, count_layers
+from hfvlm.conversion.clip import VOCABULARIES
+from hfvlm.conversion.processors import sized, tokenizer_for
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -52,10 +54,6 @@ DEFAULTS: dict[str, Any] = {
 HUGE = {"text_num_heads": 16}
 SIZES = ("embed_dim", "num_blocks", "kernel_size")
 TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
-
-
-def layout_of(original: Mapping[str, Any]) -> str:
-    return "imagebind"
 
 
 def keys_for(config: HfvlmImageBindConfig, layout: str = "imagebind", keys: Iterable[str] = ()) -> list[Row]:
@@ -195,15 +193,14 @@ def _imu(options: Mapping[str, Any], shapes: Shapes) -> HfvlmImageBindIMUConfig:
     return HfvlmImageBindIMUConfig(num_samples=pieces * patch, patch_size=patch, **_trunk("imu", options, shapes))
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's preprocessing has no options that a checkpoint sets."""
-    return {}
-
-
-def image_processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any]) -> HfvlmImageBindImageProcessor:
-    return HfvlmImageBindImageProcessor(
-        **{"size": config.vision_config.image_size} | settings.get("image_processor", {})
-    )
+EXTRACTORS: dict[str, Any] = {
+    "feature_extractor": HfvlmImageBindFeatureExtractor,
+    "video_feature_extractor": HfvlmImageBindVideoFeatureExtractor,
+    "depth_feature_extractor": HfvlmImageBindDepthFeatureExtractor,
+    "thermal_feature_extractor": HfvlmImageBindThermalFeatureExtractor,
+    "imu_feature_extractor": HfvlmImageBindIMUFeatureExtractor,
+}
+image_processor_for = sized(HfvlmImageBindImageProcessor)
 
 
 def processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any], vocabulary: Path) -> Any:
@@ -224,10 +221,12 @@ def processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any], voc
     )
 
 
-EXTRACTORS: dict[str, Any] = {
-    "feature_extractor": HfvlmImageBindFeatureExtractor,
-    "video_feature_extractor": HfvlmImageBindVideoFeatureExtractor,
-    "depth_feature_extractor": HfvlmImageBindDepthFeatureExtractor,
-    "thermal_feature_extractor": HfvlmImageBindThermalFeatureExtractor,
-    "imu_feature_extractor": HfvlmImageBindIMUFeatureExtractor,
-}
+layout_of = always("imagebind")
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+)

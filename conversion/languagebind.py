@@ -14,10 +14,14 @@ from transformers.utils import logging
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.conversion import Conversion, Source, always
 from hfvlm.checkpoints.key_table import Change, Row, Table, scalar, unbatched
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.configuration import config_of
-from hfvlm.conversion import UnsupportedOriginalError, tokenizer_for
-from hfvlm.conversion import clip as clip_conversion
+from hfvlm.conversion.blocks import transformers_text_rows, transformers_vision_rows
+from hfvlm.conversion.clip import VOCABULARIES
+from hfvlm.conversion.interop.clip import NATIVE_SIZES
+from hfvlm.conversion.processors import special_tokens, tokenizer_for
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -40,7 +44,6 @@ from hfvlm.models.languagebind.processing_languagebind import (
 
 logger = logging.get_logger(__name__)
 
-VOCABULARIES = clip_conversion.VOCABULARIES
 PARTS = {
     modality: f"the released folder of a LanguageBind of {things}, with its config.json"
     for modality, things in {
@@ -82,14 +85,13 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 def keys_for(config: HfvlmLanguageBindConfig, layout: str = "image", keys: Iterable[str] = ()) -> list[Row]:
     """The rows for a release of the modality `layout`, its adapter merged."""
-    text = [row for row in clip_conversion.transformers_rows() if row.source.startswith("text_")]
-    return [*text, *tower_rows(config, layout)]
+    return [*transformers_text_rows(), *tower_rows(config, layout)]
 
 
 def tower_rows(config: HfvlmLanguageBindConfig, modality: str) -> list[Row]:
     """A release without its text tower."""
     target = config.towers[modality]
-    rows = clip_conversion.transformers_vision_rows("vision_model", target)
+    rows = transformers_vision_rows("vision_model", target)
     if modality == "video":
         layer, ours = f"{ENCODER}layers.{{}}", f"{target}.layers.{{}}"
         changes = {f"{target}.class_token": class_tokens, f"{target}.patches.projection.weight": flat_patches}
@@ -106,7 +108,7 @@ def tower_rows(config: HfvlmLanguageBindConfig, modality: str) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmLanguageBindConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmLanguageBindConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """Each release's tensors with their rows; texts are embedded by the main source's tower.
 
     Raises:
@@ -192,13 +194,13 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def text_config(release: Mapping[str, Any]) -> HfvlmLanguageBindTextConfig:
-    names = (*clip_conversion.NATIVE_SIZES, "vocab_size", "max_position_embeddings")
+    names = (*NATIVE_SIZES, "vocab_size", "max_position_embeddings")
     given = release["text_config"]
     native = CLIPTextConfig(**{name: given[name] for name in names if name in given})
     return HfvlmLanguageBindTextConfig(
         **{name: getattr(native, name) for name in names},
         projection_dim=release.get("projection_dim", 512),
-        **clip_conversion.special_tokens(native.vocab_size),
+        **special_tokens(native.vocab_size),
     )
 
 
@@ -208,7 +210,7 @@ def tower_config(modality: str, release: Mapping[str, Any]) -> HfvlmCLIPVisionCo
     Raises:
         UnsupportedOriginalError: it has an option that no release uses.
     """
-    names, given = (*clip_conversion.NATIVE_SIZES, "patch_size", "num_channels"), release["vision_config"]
+    names, given = (*NATIVE_SIZES, "patch_size", "num_channels"), release["vision_config"]
     said = {"add_time_attn": given.get("add_time_attn", False), "tube_size": given.get("tube_size", 1)}
     if said != {"add_time_attn": modality == "video", "tube_size": 1}:
         raise UnsupportedOriginalError(
@@ -245,6 +247,14 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     return settings
 
 
+EXTRACTORS: dict[str, Any] = {
+    "feature_extractor": HfvlmLanguageBindFeatureExtractor,
+    "video_feature_extractor": HfvlmLanguageBindVideoFeatureExtractor,
+    "depth_feature_extractor": HfvlmLanguageBindDepthFeatureExtractor,
+    "thermal_feature_extractor": HfvlmLanguageBindThermalFeatureExtractor,
+}
+
+
 def image_processor_for(
     config: HfvlmLanguageBindConfig, settings: Mapping[str, Any]
 ) -> HfvlmLanguageBindImageProcessor:
@@ -274,9 +284,14 @@ def sizes_of(config: HfvlmLanguageBindConfig, part: str) -> dict[str, Any]:
     return {"size": tower.image_size} | ({"num_frames": tower.num_frames} if modality == "video" else {})
 
 
-EXTRACTORS: dict[str, Any] = {
-    "feature_extractor": HfvlmLanguageBindFeatureExtractor,
-    "video_feature_extractor": HfvlmLanguageBindVideoFeatureExtractor,
-    "depth_feature_extractor": HfvlmLanguageBindDepthFeatureExtractor,
-    "thermal_feature_extractor": HfvlmLanguageBindThermalFeatureExtractor,
-}
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    compose=tables_for,
+)

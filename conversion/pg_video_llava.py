@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, Source, always
 from hfvlm.checkpoints.key_table import Table
-from hfvlm.conversion import UnsupportedOriginalError, video_chatgpt
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion import video_chatgpt
 from hfvlm.conversion.llava import PROJECTORS
 from hfvlm.conversion.video_chatgpt import VOCABULARIES, keys_for, layout_of
 from hfvlm.models.pg_video_llava.configuration_pg_video_llava import HfvlmPGVideoLLaVAConfig
@@ -19,8 +21,6 @@ from hfvlm.models.pg_video_llava.processing_pg_video_llava import (
     HfvlmPGVideoLLaVAProcessor,
     HfvlmPGVideoLLaVATokenizer,
 )
-
-__all__ = ["VOCABULARIES", "keys_for", "layout_of"]
 
 PARTS = {
     "base": "LLaVA-1.5 of the same size, as its authors released it",
@@ -34,7 +34,7 @@ FILES = {
 KINDS = (HfvlmPGVideoLLaVAFeatureExtractor, HfvlmPGVideoLLaVATokenizer, HfvlmPGVideoLLaVAProcessor)
 
 
-def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """Each source's tensors with their rows; see Video-ChatGPT's."""
     return video_chatgpt.tables_for(config, layout, sources, PARTS)
 
@@ -67,3 +67,17 @@ def processor_for(
     """The processor; `vocabulary` is the language model's."""
     processor: Any = video_chatgpt.processor_for(config, settings, vocabulary, KINDS)
     return processor
+
+
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, grouped, split, transpose
-from hfvlm.conversion import UnsupportedOriginalError, check_options
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
+from hfvlm.conversion.processors import sized
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
@@ -28,11 +30,6 @@ PARTS = {"base": "the folder of Qwen-VL or Qwen-VL-Chat that an adapter was trai
 FILES = {"lora": {"main": ("adapter_model.safetensors", "adapter_model.bin")}}
 # In the original a head of the resampler is so wide, whatever the width.
 RESAMPLER_HEAD = 128
-
-
-def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original"; an adapter is told by its file."""
-    return "original"
 
 
 def keys_for(config: HfvlmQwenVLConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
@@ -101,7 +98,7 @@ def language_rows(config: HfvlmQwenVLConfig) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """Of a whole model, or of an adapter merged into its base.
 
     Raises:
@@ -109,9 +106,7 @@ def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Any
     """
     tensors: Mapping[str, Tensor] = sources["main"].tensors
     if layout == "lora":
-        if "base" not in sources:
-            raise FileNotFoundError(f"An adapter needs its base (--base, or parts={{'base': ...}}): {PARTS['base']}.")
-        tensors = merge_lora(sources["base"].tensors, tensors, sources["main"].settings)
+        tensors = merge_lora(part_of(sources, "base", PARTS), tensors, sources["main"].settings)
     return [Table(tensors, keys_for(config, layout, tensors))]
 
 
@@ -167,13 +162,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     )
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. Qwen-VL and Qwen-VL-Chat have the same config.json; this is the latter's."""
-    return {"conversation": "chatml"}
-
-
-def image_processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any]) -> HfvlmQwenVLImageProcessor:
-    return HfvlmQwenVLImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmQwenVLImageProcessor)
 
 
 def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmQwenVLProcessor:
@@ -190,3 +179,18 @@ def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabu
             "(image_token_id): this is the vocabulary of another model."
         )
     return processor
+
+
+# An adapter is recognised by its file. Qwen-VL and Qwen-VL-Chat have one config.json; the settings are the latter's.
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("original"),
+    settings_from_original=always({"conversation": "chatml"}),
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

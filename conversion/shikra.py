@@ -11,10 +11,18 @@ from torch import Tensor
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import add_delta
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
-from hfvlm.conversion import llava as llava_conversion
-from hfvlm.conversion.language_models import llama_rows
-from hfvlm.conversion.llava import EMBEDDING, VOCABULARIES
+from hfvlm.conversion.blocks import llama_rows
+from hfvlm.conversion.llava import (
+    EMBEDDING,
+    VOCABULARIES,
+    linear_rows,
+    text_config_of,
+    vision_config_from,
+    vision_table,
+)
+from hfvlm.conversion.processors import sized
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.models.shikra.processing_shikra import (
     HfvlmShikraImageProcessor,
@@ -22,8 +30,6 @@ from hfvlm.models.shikra.processing_shikra import (
     HfvlmShikraTokenizer,
 )
 from hfvlm.models.shikra.regions import Bins
-
-__all__ = ["VOCABULARIES"]
 
 PARTS = {
     "base": "LLaMA 7B, to which the release is a difference, in transformers' format",
@@ -33,17 +39,12 @@ PARTS = {
 PATCH, MARKS = "<im_patch>", ("<im_start>", "<im_end>")
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original", a whole model; a difference is told by its preset."""
-    return "original"
-
-
 def keys_for(config: HfvlmShikraConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
     """The rows of the language model and the projector, which are one file."""
-    return [*llama_rows(), *llava_conversion.linear_rows(1)]
+    return [*llama_rows(), *linear_rows(1)]
 
 
-def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
+def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
     """Each source's tensors with their rows.
 
     Raises:
@@ -52,10 +53,10 @@ def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Any
     """
     tensors = sources["main"].tensors
     if layout == "delta":
-        tensors = add_delta(llava_conversion.part_of(sources, "base", PARTS), tensors)
+        tensors = add_delta(part_of(sources, "base", PARTS), tensors)
     elif "base" in sources:
         raise CheckpointError("This is a whole model: leave `base` out, or choose the preset of a difference.")
-    return [Table(tensors, keys_for(config)), llava_conversion.vision_table(sources, PARTS)]
+    return [Table(tensors, keys_for(config)), vision_table(sources, PARTS)]
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmShikraConfig:
@@ -63,8 +64,8 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     vocabulary = len(state_dict[EMBEDDING]) if EMBEDDING in state_dict else original["vocab_size"]
     added = 1 + (len(MARKS) if has_marks(original) else 0)
     return HfvlmShikraConfig(
-        vision_config=llava_conversion.vision_config_from(original),
-        text_config=llava_conversion.text_config_of(original, vocabulary),
+        vision_config=vision_config_from(original),
+        text_config=text_config_of(original, vocabulary),
         image_token_id=original.get("im_patch_token", vocabulary - added),
         vision_feature_layer=original.get("mm_vision_select_layer", -2),
     )
@@ -80,8 +81,7 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     return {} if has_marks(original) else {"image_start": "", "image_end": ""}
 
 
-def image_processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any]) -> HfvlmShikraImageProcessor:
-    return HfvlmShikraImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmShikraImageProcessor)
 
 
 def processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmShikraProcessor:
@@ -106,3 +106,17 @@ def processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any], vocabu
             "(image_token_id): this is the vocabulary of another model."
         )
     return processor
+
+
+# A delta is recognised by its preset.
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("original"),
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    compose=tables_for,
+)

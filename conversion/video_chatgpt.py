@@ -10,19 +10,26 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.compositions import add_delta, with_average_rows
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion import llava as llava_conversion
-from hfvlm.conversion.language_models import llama_rows
-from hfvlm.conversion.llava import EMBEDDING, HEAD, VOCABULARIES
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.blocks import llama_rows
+from hfvlm.conversion.llava import (
+    EMBEDDING,
+    HEAD,
+    VOCABULARIES,
+    linear_rows,
+    projector_of,
+    text_config_of,
+    vision_config_from,
+    vision_table,
+)
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
     HfvlmVideoChatGPTFeatureExtractor,
     HfvlmVideoChatGPTProcessor,
     HfvlmVideoChatGPTTokenizer,
 )
-
-__all__ = ["VOCABULARIES"]
 
 PARTS = {
     "base": "LLaVA-Lightning 7B v1.1, or with `delta` LLaMA 7B, in transformers' format",
@@ -37,34 +44,26 @@ MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 PICTURE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    """The projector alone is told by its file, or by a preset."""
-    return "original"
-
-
 def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
     """The rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
     if layout == "projector":
-        return [
-            Row(EMBEDDING, "language_model.model.embed_tokens.weight"),
-            *llava_conversion.linear_rows(config.projector_depth),
-        ]
-    return [*llama_rows(), *llava_conversion.linear_rows(config.projector_depth)]
+        return [Row(EMBEDDING, "language_model.model.embed_tokens.weight"), *linear_rows(config.projector_depth)]
+    return [*llama_rows(), *linear_rows(config.projector_depth)]
 
 
 def tables_for(
-    config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Any], parts: Mapping[str, str] = PARTS
+    config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Source], parts: Mapping[str, str] = PARTS
 ) -> list[Table]:
     """Each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
     """
-    vision, main = llava_conversion.vision_table(sources, parts), sources["main"].tensors
+    vision, main = vision_table(sources, parts), sources["main"].tensors
     if layout == "original":
         return [Table(main, keys_for(config, layout)), vision]
-    trained = llava_conversion.projector_of(main)
-    base = llava_conversion.part_of(sources, "base", parts)
+    trained = projector_of(main)
+    base = part_of(sources, "base", parts)
     if "delta" in sources:
         base = add_delta(base, sources["delta"].tensors)
     return [
@@ -99,11 +98,11 @@ def fields_from(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
     own = {**original.get("base_config", {}), **original}
     if own.get("mm_resampler_type"):
         raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_resampler_type {own['mm_resampler_type']!r}.")
-    tensors = llava_conversion.projector_of(state_dict)
+    tensors = projector_of(state_dict)
     vocabulary = len(tensors[EMBEDDING]) if EMBEDDING in tensors else own["vocab_size"]
     return {
-        "vision_config": llava_conversion.vision_config_from(own),
-        "text_config": llava_conversion.text_config_of(own, vocabulary),
+        "vision_config": vision_config_from(own),
+        "text_config": text_config_of(own, vocabulary),
         "video_token_id": own.get("vid_patch_token", vocabulary - len(MARKS)),
         "vision_feature_layer": own.get("mm_vision_select_layer", -2),
     }
@@ -152,3 +151,19 @@ def processor_for(
         patch_size=config.vision_config.patch_size,
         temporal_tokens=config.temporal_tokens,
     )
+
+
+# The projector alone is recognised by its file, or by a preset.
+layout_of = always("original")
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

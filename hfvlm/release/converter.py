@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,12 +19,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.utils import logging
 
 from hfvlm.checkpoints import Checkpoint, CheckpointError, read_checkpoint, weights_in, without_prefix
-from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_tables, fit, restore_keys, restored
+from hfvlm.checkpoints.conversion import Conversion, Source
+from hfvlm.checkpoints.key_table import KeyTableError, convert_tables, fit, restore_keys, restored
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.checkpoints.saving import count_nonfinite, save_tensors
 from hfvlm.checks.files import read_json
 from hfvlm.checks.messages import listed, shown
 from hfvlm.configuration import ConfigurationError
-from hfvlm.conversion import UnsupportedOriginalError, vocabularies_of
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.presets.cards import record_of, write_card, write_export_card
 from hfvlm.presets.licences import UNKNOWN
@@ -43,20 +43,11 @@ ORIGINAL_CONFIGS = ("open_clip_config.json", "config.json")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One of the files that a model is made of, and the settings that lie beside it."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a checkpoint is read: all that is decided before a tensor is touched."""
 
     preset: Preset
-    module: ModuleType
+    conversion: Conversion
     config: PreTrainedConfig
     layout: str
     settings: Mapping[str, Any]
@@ -124,12 +115,11 @@ def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> di
         near = difflib.get_close_matches(source.name, names_in(source.parent), n=3)
         raise FileNotFoundError(f"{source}: no such file or folder.{f' Did you mean {listed(near)}?' if near else ''}")
     architecture = name if name in architectures() else load_preset(name).architecture
-    module = conversion_module(architecture)
-    known = getattr(module, "PARTS", {})
-    if unknown := sorted(set(parts) - set(known)):
-        has = "; ".join(f"{part}: {what}" for part, what in known.items()) or "it is one file"
+    conversion = conversion_of(architecture)
+    if unknown := sorted(set(parts) - set(conversion.parts)):
+        has = "; ".join(f"{part}: {what}" for part, what in conversion.parts.items()) or "it is one file"
         raise ValueError(f"{architecture} has no part {', '.join(unknown)} ({has}).")
-    roles = getattr(module, "FILES", {}).get(released_layout(source, name), {})
+    roles = conversion.files.get(released_layout(source, name), {})
     paths = {role: _beside(source, names) for role, names in roles.items()}
     if source.is_file() and not any(source.name in names for names in roles.values()):
         paths["main"] = source
@@ -195,7 +185,7 @@ def released_layout(source: Path, name: str) -> str | None:
     """The preset's; for an architecture's name, the one whose files are there. None: it is in the configuration."""
     if name not in architectures():
         return load_preset(name).source.get("layout")
-    for layout, roles in getattr(conversion_module(name), "FILES", {}).items():
+    for layout, roles in conversion_of(name).files.items():
         if source.name in roles["main"] or (source.is_dir() and all(_beside(source, n) for n in roles.values())):
             return layout
     return None
@@ -212,7 +202,8 @@ def make_plan(
         config = preset.make_config()
         config.licence, config.preset = preset.licence["id"], preset.name
         config.pass_on_origin()
-        return Plan(preset, conversion_module(preset.architecture), config, preset.source["layout"], preset.processor)
+        conversion = conversion_of(preset.architecture)
+        return Plan(preset, conversion, config, preset.source["layout"], preset.processor)
     return plan_without_preset(source, name, sources, original)
 
 
@@ -220,18 +211,18 @@ def plan_without_preset(
     source: Path, name: str, sources: Mapping[str, Source], original: Mapping[str, Any] | None = None
 ) -> Plan:
     """What the checkpoint's own configuration and the shapes of its tensors say."""
-    module = conversion_module(name)
+    conversion = conversion_of(name)
     main = sources["main"]
     original = dict(original or main.settings or _json_beside(source, ORIGINAL_CONFIGS))
     where = f"{source}: not a checkpoint of {name}, or its own configuration ({' or '.join(ORIGINAL_CONFIGS)}) is not"
-    for role in getattr(module, "PARTS", {}):
+    for role in conversion.parts:
         if role in sources:
             original[f"{role}_config"] = sources[role].settings
     preprocessing = _json_beside(source, ("preprocessor_config.json", "processor_config.json"))
     try:
-        config = module.config_from_original(original, main.tensors)
-        settings = module.settings_from_original(original, preprocessing)
-        layout = released_layout(source, name) or module.layout_of(original)
+        config = conversion.config_from_original(original, main.tensors)
+        settings = conversion.settings_from_original(original, preprocessing)
+        layout = released_layout(source, name) or conversion.layout_of(original)
     except (CheckpointError, UnsupportedOriginalError, ConfigurationError):
         raise
     except StrictDataclassError as error:
@@ -243,11 +234,11 @@ def plan_without_preset(
         raise CheckpointError(f"{where} one: {shown(reason)[1:-1]}. {_likely(main)}") from error
     config.licence = UNKNOWN
     config.pass_on_origin()
-    return Plan(Preset(name=name, architecture=name), module, config, layout, settings)
+    return Plan(Preset(name=name, architecture=name), conversion, config, layout, settings)
 
 
-def conversion_module(architecture: str) -> ModuleType:
-    return importlib.import_module(f"hfvlm.conversion.{architecture}")
+def conversion_of(architecture: str) -> Conversion:
+    return importlib.import_module(f"hfvlm.conversion.{architecture}").CONVERSION
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -259,9 +250,12 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of all sources under the model's names, every key accounted for."""
     expected = model.state_dict()
-    fresh = fresh_tensors(plan.module, plan.config, plan.layout, sources["main"].tensors, expected)
+    fresh = fresh_tensors(plan.conversion, plan.config, plan.layout, sources["main"].tensors, expected)
     try:
-        parts = convert_tables(tables_for(plan, sources), {k: t for k, t in expected.items() if k not in fresh})
+        parts = convert_tables(
+            plan.conversion.tables_for(plan.config, plan.layout, sources),
+            {k: t for k, t in expected.items() if k not in fresh},
+        )
     except KeyTableError as error:
         main = sources["main"]
         hint = _native(plan, main) or _likely(main)
@@ -273,25 +267,16 @@ def translate(plan: Plan, sources: Mapping[str, Source], model: PreTrainedModel)
 
 
 def fresh_tensors(
-    module: ModuleType, config: PreTrainedConfig, layout: str, keys: Iterable[str], expected: Iterable[str]
+    conversion: Conversion, config: PreTrainedConfig, layout: str, keys: Iterable[str], expected: Iterable[str]
 ) -> dict[str, Tensor]:
     """Begin the parameters anew that an architecture says a file need not have, the same way each time."""
-    name = getattr(module, "fresh_parameters", None)
-    names = name(config, layout, keys, expected) if name else []
+    names = conversion.fresh_parameters(config, layout, keys, expected)
     if not names:
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         begun = AutoModel.from_config(config).state_dict()
     return {name: begun[name] for name in names}
-
-
-def tables_for(plan: Plan, sources: Mapping[str, Source]) -> list[Table]:
-    """One table a source; an architecture of several files combines them itself."""
-    if hasattr(plan.module, "tables_for"):
-        return plan.module.tables_for(plan.config, plan.layout, sources)
-    tensors = sources["main"].tensors
-    return [Table(tensors, plan.module.keys_for(plan.config, plan.layout, tensors))]
 
 
 def written_types(tensors: Mapping[str, Tensor], model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
@@ -357,9 +342,9 @@ def check_finite(source: Path, nonfinite: Mapping[str, int], dtype: str | None, 
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
     """The processor's files; without a vocabulary, the image processor's alone."""
-    kinds = vocabularies_of(plan.module, plan.config)
+    kinds = plan.conversion.vocabularies_for(plan.config)
     if vocabulary == NO_VOCABULARY or not kinds:
-        plan.module.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
+        plan.conversion.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
         return
     wanted = plan.preset.source.get("vocabulary", {})
     places, paths = [*([Path(vocabulary)] if vocabulary else ()), *sources], []
@@ -374,7 +359,7 @@ def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabular
                 "pass 'none' to convert without a tokenizer."
             )
         paths.append(path)
-    plan.module.processor_for(plan.config, plan.settings, *paths).save_pretrained(folder)
+    plan.conversion.processor_for(plan.config, plan.settings, *paths).save_pretrained(folder)
 
 
 def write_record(
@@ -440,21 +425,20 @@ def export(folder: str | Path, output: str | Path, *, to: str = "transformers", 
         raise ValueError(f"Folders are exported to 'transformers', not to {to!r}.")
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    module = conversion_module(architecture_of(config.model_type).name)
-    if not hasattr(module, "config_to_transformers"):
+    conversion = conversion_of(architecture_of(config.model_type).name)
+    if (way := conversion.export) is None:
         raise UnsupportedOriginalError(f"{folder}: transformers has no classes of its own for {config.model_type}.")
     with new_folder(output, overwrite=overwrite) as target:
-        native = module.config_to_transformers(config)
-        rows = module.keys_for(config, "transformers")
+        native = way.config(config)
+        rows = conversion.keys_for(config, "transformers")
         own = read_checkpoint(folder).tensors
-        finish = getattr(module, "tensors_to_transformers", lambda tensors, _: tensors)
-        shapes = finish(restore_keys({key: tensor.to("meta") for key, tensor in own.items()}, rows), native)
+        shapes = way.tensors(restore_keys({key: tensor.to("meta") for key, tensor in own.items()}, rows), native)
         native.dtype = config.dtype
         about = {"format": "pt", "hfvlm": __version__}
-        save_tensors(target / "model.safetensors", dict(shapes), finish(restored(own, rows), native), about=about)
+        save_tensors(target / "model.safetensors", dict(shapes), way.tensors(restored(own, rows), native), about=about)
         native.save_pretrained(target)
         write_export_card(target, config, record_of(folder), Path(output).name)
-        module.processor_to_transformers(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
+        way.processor(AutoProcessor.from_pretrained(folder)).save_pretrained(target)
     return Path(output)
 
 
@@ -468,7 +452,7 @@ def _likely(checkpoint: Checkpoint | Source) -> str:
         family = (preset.architecture, layout, *towers)
         if layout and family not in tables:
             with contextlib.suppress(KeyError, ValueError):  # keys that this architecture cannot make rows of
-                rows = conversion_module(preset.architecture).keys_for(config, layout, checkpoint.tensors)
+                rows = conversion_of(preset.architecture).keys_for(config, layout, checkpoint.tensors)
                 tables[family] = fit(checkpoint.tensors, rows)
     best = sorted(tables.items(), key=lambda item: -item[1])[:3]
     known = [f"{family[0]} ({family[1]}) knows {score:.0%}" for family, score in best if score > 0.1]
@@ -480,7 +464,7 @@ def _likely(checkpoint: Checkpoint | Source) -> str:
 def _native(plan: Plan, main: Source) -> str:
     """What to do with a folder of transformers' own, which a preset for the authors' file does not fit."""
     try:
-        layout = plan.module.layout_of(main.settings)
+        layout = plan.conversion.layout_of(main.settings)
     except (KeyError, TypeError, AttributeError, ValueError):
         return ""
     if layout != "transformers" or plan.layout == "transformers":

@@ -65,11 +65,12 @@ def _first_class(architecture: str) -> str:
 
 
 def _parts(preset: Preset, changes: Mapping[str, Any], *vocabularies: Path, **settings: Any) -> tuple[Any, Any]:
-    from hfvlm.release.converter import conversion_module
+    from hfvlm.release.converter import conversion_of
 
-    module = conversion_module(preset.architecture)
     config = type(preset.make_config())(**{**preset.config, **changes})
-    return config, module.processor_for(config, {**preset.processor, **settings}, *vocabularies)
+    return config, conversion_of(preset.architecture).processor_for(
+        config, {**preset.processor, **settings}, *vocabularies
+    )
 
 
 def _with_bytes(preset: Preset, scratch: Path) -> tuple[Any, Any]:

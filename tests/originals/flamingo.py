@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from hfvlm.checkpoints.key_table import Table, restore_keys
-from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.conversion.blocks import LLAMA_FIELDS, transformers_vision_rows
 from hfvlm.conversion.flamingo import (
     MPT_FIELDS,
     NEOX_FIELDS,
@@ -17,7 +17,6 @@ from hfvlm.conversion.flamingo import (
     table_rows,
     tables_for,
 )
-from hfvlm.conversion.language_models import LLAMA_FIELDS
 from hfvlm.modeling.captioning import padded_right
 from hfvlm.models.flamingo import (
     HfvlmFlamingoConfig,

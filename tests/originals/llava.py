@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from hfvlm.checkpoints.key_table import Table, convert_tables
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.llava import config_from_original, config_to_transformers, layout_of, tables_for
+from hfvlm.conversion.blocks import LLAMA_FIELDS
+from hfvlm.conversion.interop.llava import config_to_transformers
+from hfvlm.conversion.llava import config_from_original, layout_of, tables_for
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.llava import (
     HfvlmLLaVAConfig,

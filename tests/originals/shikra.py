@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hfvlm.checkpoints.key_table import Table, convert_tables
-from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.blocks import LLAMA_FIELDS
 from hfvlm.conversion.shikra import MARKS, PATCH, config_from_original, tables_for
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.shikra import (

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hfvlm.checkpoints.key_table import Table, convert_tables
 from hfvlm.conversion import video_chatgpt as conversion
-from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.blocks import LLAMA_FIELDS
 from hfvlm.media import read_video
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAProcessor

@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
 from hfvlm.checkpoints.key_table import KeyTableError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.configuration import ConfigurationError
-from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.release.verification import sample_inputs
 from tests.conftest import SHIPPED
 

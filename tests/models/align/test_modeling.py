@@ -25,8 +25,9 @@ from transformers import (
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.align import EFFICIENTNETS, config_from_original, config_to_transformers, keys_for
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.align import EFFICIENTNETS, config_from_original, keys_for
+from hfvlm.conversion.interop.align import config_to_transformers
 from hfvlm.models.align import (
     HfvlmALIGNConfig,
     HfvlmALIGNForImageClassification,

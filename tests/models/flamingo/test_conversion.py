@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, convert_keys, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.flamingo import keys_for, language_rows, text_config_of
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.presets.licences import LicenceError

@@ -27,8 +27,9 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.flava import config_from_original, config_to_transformers, keys_for
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.flava import config_from_original, keys_for
+from hfvlm.conversion.interop.flava import config_to_transformers
 from hfvlm.models.flava import HfvlmFLAVAImageProcessor
 from tests.support.paths import EXAMPLES
 from tests.support.suite import close

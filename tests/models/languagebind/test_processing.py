@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.cli.commands import app
-from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion.languagebind import config_from_original, keys_for, processor_for
 from hfvlm.media import MediaError
 from hfvlm.models.languagebind import (

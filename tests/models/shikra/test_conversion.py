@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.blocks import transformers_vision_rows
 from hfvlm.conversion.shikra import config_from_original, keys_for
 from hfvlm.models.shikra import HfvlmShikraConfig, HfvlmShikraForConditionalGeneration
 from hfvlm.presets import load_preset

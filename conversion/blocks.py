@@ -1,6 +1,126 @@
-"""The language models that others are built around, in transformers' names, which authors' files keep."""
+"""Rows that several architectures share: OpenAI's, timm's and transformers' layers, BERT, and the language models that
+others are built around, in transformers' names, which authors' files keep.
 
-from hfvlm.checkpoints.key_table import Row, split, tied
+Sources and targets end before the dot that follows on them; a `{}` in them stands for the number of the layer.
+"""
+
+from hfvlm.checkpoints.key_table import Row, split, tied, transpose
+
+
+def row(source: str, *targets: str) -> Row:
+    """Return the row to one parameter, or to several that the model ties."""
+    return Row(source, targets, tied(len(targets))) if len(targets) > 1 else Row(source, targets[0])
+
+
+def openai_layers(source: str, target: str) -> list[Row]:
+    """OpenAI's transformer layers, which open_clip's models share."""
+    block, layer = f"{source}.{{}}", f"{target}.{{}}"
+    return [
+        Row(f"{block}.attn.in_proj_{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
+        Row(f"{block}.attn.out_proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
+        Row(f"{block}.ln_1.{{}}", f"{layer}.attention_norm.{{}}"),
+        Row(f"{block}.mlp.c_fc.{{}}", f"{layer}.mlp.fc1.{{}}"),
+        Row(f"{block}.mlp.c_proj.{{}}", f"{layer}.mlp.fc2.{{}}"),
+        Row(f"{block}.ln_2.{{}}", f"{layer}.mlp_norm.{{}}"),
+    ]
+
+
+def openai_tower(source: str, target: str) -> list[Row]:
+    """OpenAI's vision transformer without what follows on its layers; `source` ends in a dot or is empty."""
+    return [
+        Row(f"{source}conv1.weight", f"{target}.patches.projection.weight"),
+        Row(f"{source}class_embedding", f"{target}.class_token"),
+        Row(f"{source}positional_embedding", f"{target}.position"),
+        Row(f"{source}ln_pre.{{}}", f"{target}.pre_norm.{{}}"),
+        *openai_layers(f"{source}transformer.resblocks", f"{target}.layers"),
+    ]
+
+
+def openai_vision_rows(source: str, target: str) -> list[Row]:
+    """OpenAI's vision transformer."""
+    return [
+        *openai_tower(f"{source}.", target),
+        Row(f"{source}.ln_post.{{}}", f"{target}.post_norm.{{}}"),
+        Row(f"{source}.proj", f"{target}.projection.weight", transpose),
+    ]
+
+
+def timm_layers(source: str, target: str) -> list[Row]:
+    """The blocks of timm's vision transformer."""
+    block, layer = f"{source}.{{}}", f"{target}.{{}}"
+    return [
+        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
+        Row(f"{block}.attn.qkv.{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
+        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
+        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+    ]
+
+
+def transformers_layers(source: str, target: str = "") -> list[Row]:
+    """The layers of transformers' CLIP, which its SigLIP shares."""
+    source, target = f"{source}.encoder.layers.{{}}", f"{target or source}.layers.{{}}"
+    return [
+        Row(f"{source}.self_attn.{{}}.{{}}", f"{target}.attention.{{}}.{{}}"),
+        Row(f"{source}.layer_norm1.{{}}", f"{target}.attention_norm.{{}}"),
+        Row(f"{source}.mlp.{{}}.{{}}", f"{target}.mlp.{{}}.{{}}"),
+        Row(f"{source}.layer_norm2.{{}}", f"{target}.mlp_norm.{{}}"),
+    ]
+
+
+def transformers_vision_rows(source: str, target: str) -> list[Row]:
+    """The vision tower of transformers' CLIP without its projection, in whose names authors store frozen towers."""
+    return [
+        Row(f"{source}.embeddings.position_ids", None, optional=True),
+        Row(f"{source}.embeddings.patch_embedding.weight", f"{target}.patches.projection.weight"),
+        Row(f"{source}.embeddings.class_embedding", f"{target}.class_token"),
+        Row(f"{source}.embeddings.position_embedding.weight", f"{target}.position"),
+        Row(f"{source}.pre_layrnorm.{{}}", f"{target}.pre_norm.{{}}"),
+        *transformers_layers(source, target),
+        Row(f"{source}.post_layernorm.{{}}", f"{target}.post_norm.{{}}"),
+    ]
+
+
+def transformers_text_rows() -> list[Row]:
+    """The text tower of transformers' CLIP."""
+    text = "text_model"
+    return [
+        # Files from before transformers 4.31 store the counting numbers.
+        Row(f"{text}.embeddings.position_ids", None, optional=True),
+        Row(f"{text}.embeddings.token_embedding.weight", f"{text}.embeddings.token.weight"),
+        Row(f"{text}.embeddings.position_embedding.weight", f"{text}.embeddings.position"),
+        *transformers_layers(text),
+        Row(f"{text}.final_layer_norm.{{}}", f"{text}.post_norm.{{}}"),
+        Row("text_projection.weight", f"{text}.projection.weight"),
+    ]
+
+
+# BERT's names of the projections of an attention, and of the norm behind it.
+BERT_ATTENTION = {
+    "self.query": ".q_proj",
+    "self.key": ".k_proj",
+    "self.value": ".v_proj",
+    "output.dense": ".out_proj",
+    "output.LayerNorm": "_norm",
+}
+
+
+def bert_attention(source: str, *targets: str, inner: str = "self") -> list[Row]:
+    """An attention of BERT's with its norm; `inner` is where its queries, keys and values are."""
+    return [
+        row(f"{source}.{part.replace('self', inner)}.{{}}", *(f"{target}{ours}.{{}}" for target in targets))
+        for part, ours in BERT_ATTENTION.items()
+    ]
+
+
+def bert_mlp(source: str, *targets: str, kind: str = "") -> list[Row]:
+    """An MLP of BERT's with its norm, in a layer `source`; `kind` follows on its names, where a layer has several."""
+    names = {"intermediate{}.dense": ".fc1", "output{}.dense": ".fc2", "output{}.LayerNorm": "_norm"}
+    return [
+        row(f"{source}.{theirs.format(kind)}.{{}}", *(f"{target}{ours}.{{}}" for target in targets))
+        for theirs, ours in names.items()
+    ]
+
 
 # What decides the shape and the numbers of a LLaMA or a Mistral, in config.json of every version of transformers.
 LLAMA_FIELDS = (
@@ -121,3 +241,10 @@ def t5_rows(source: str = "", target: str = "language_model", *, own_head: bool 
         ),
         *([Row(f"{source}lm_head.weight", head)] if own_head else ()),
     ]
+
+
+def language_rows(kind: str, source: str = "") -> list[Row]:
+    """A language model by its model_type, in transformers' names; `source` ends in a dot."""
+    if kind == "opt":
+        return opt_rows(f"{source}model.decoder", f"{source}lm_head")
+    return t5_rows(source) if kind == "t5" else llama_rows(f"{source}model", f"{source}lm_head")
