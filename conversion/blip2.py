@@ -9,11 +9,11 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, T5Config
 
 from hfvlm.checkpoints import CheckpointError
+from hfvlm.checkpoints.compositions import lengthened
 from hfvlm.checkpoints.conversion import Conversion, Names, Source, head_of, part_of
 from hfvlm.checkpoints.key_table import Row, Table, flat, scalar, split, unbatched
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
@@ -161,22 +161,14 @@ def vision_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Tab
 
 
 def language_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Table:
-    """Of a language model's folder; OPT's first files leave out the name of the whole."""
+    """Of a language model's folder; OPT's first files leave out the name of the whole, and tokens that were added and
+    never trained get the average token's rows."""
     if config.text_config.model_type == "opt":
         tensors = {f"model.{key}" if key.startswith("decoder.") else key: t for key, t in tensors.items()}
     if config.text_config.model_type == "llama":
-        tensors = with_rows(tensors, config.text_config.vocab_size)
+        tables = ("model.embed_tokens.weight", "lm_head.weight")
+        tensors = lengthened(tensors, tables, config.text_config.vocab_size)
     return Table(tensors, language_rows(config.text_config.model_type), "base")
-
-
-def with_rows(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Tables of words with rows for tokens that were added and never trained: the average token's."""
-    longer = dict(tensors)
-    for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        if (missing := size - len(tensors[key])) > 0:
-            mean = tensors[key].float().mean(dim=0, keepdim=True).to(tensors[key].dtype)
-            longer[key] = torch.cat([tensors[key], mean.expand(missing, -1)])
-    return longer
 
 
 # Configuration

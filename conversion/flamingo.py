@@ -16,6 +16,7 @@ from hfvlm.checkpoints.compositions import with_average_rows
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, split, tied
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion.blocks import LLAMA_FIELDS, gpt_neox_rows, llama_rows, mpt_rows, openai_vision_rows
 from hfvlm.conversion.interop import clip as clip_interop
 from hfvlm.conversion.llava import vision_table
@@ -160,18 +161,19 @@ def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, S
     trained = {key.removeprefix(LANGUAGE) for key in main}
     size = config.text_config.vocab_size
     # Tables that were trained replace the base's; the others get rows for the tokens that were added.
-    beneath = {key: resized(tensor, size) if key in tables else tensor for key, tensor in base.items()}
+    longer = LazyTensors({key: partial(resized, base, key, size) for key in tables & set(base)})
     rows = [Row(row.source, None) if row.source in tables & trained else row for row in language_rows(config)]
     return [
         Table(main, keys_for(config, layout), "trained"),
-        Table(beneath, rows, "base"),
+        Table(LazyTensors.of(base) | longer, rows, "base"),
         vision_table(sources, PARTS),
     ]
 
 
-def resized(table: Tensor, size: int) -> Tensor:
-    """With a row for each token. Language models have rows to spare; for tokens that were added after the last, where
-    the original has noise, the logits are as good as the average token's, and so never the largest."""
+def resized(base: Mapping[str, Tensor], key: str, size: int) -> Tensor:
+    """Give a table a row for each token. Language models have rows to spare; tokens that were added after the last,
+    for which the original has noise, get the average token's, whose logits are never the largest."""
+    table = base[key]
     return table[:size] if len(table) >= size else with_average_rows(table, size - len(table))
 
 

@@ -17,6 +17,7 @@ from hfvlm.checkpoints.compositions import merge_lora
 from hfvlm.checkpoints.conversion import Conversion, Source, always
 from hfvlm.checkpoints.key_table import Change, Row, Table, scalar, unbatched
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.configuration import config_of
 from hfvlm.conversion.blocks import transformers_text_rows, transformers_vision_rows
 from hfvlm.conversion.clip import VOCABULARIES
@@ -138,8 +139,8 @@ TEXTS_LEFT_OUT = [Row("text_model.{...}", None), Row("text_projection.weight", N
 
 def compare_texts(main: Mapping[str, Tensor], other: Mapping[str, Tensor], role: str) -> None:
     """Warn of a release that was trained to meet other texts."""
-    texts = {key: tensor for key, tensor in main.items() if key.startswith("text_") and tensor.is_floating_point()}
-    differing = [key for key, tensor in texts.items() if not same(tensor, other.get(key))]
+    texts = [key for key in main if key.startswith("text_") and main[key].is_floating_point()]
+    differing = [key for key in texts if not same(main[key], other.get(key))]
     if differing:
         logger.warning(
             f"{role}: its tower of texts is not the main source's; {len(differing)} tensors differ, the first is "
@@ -171,7 +172,7 @@ def merged(source: Any) -> Mapping[str, Tensor]:
     inside = {key.removeprefix(wrapped): tensor for key, tensor in base.items() if key.startswith(wrapped)}
     whole = merge_lora(inside, adapter, {"r": rank, "lora_alpha": vision["lora_alpha"]})
     beside = {key: tensor for key, tensor in base.items() if not key.startswith(wrapped)}
-    return {**beside, **{ENCODER + key: tensor for key, tensor in whole.items()}}
+    return LazyTensors.of(beside) | LazyTensors({ENCODER + key: make for key, make in whole.makers.items()})
 
 
 def releases_of(original: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

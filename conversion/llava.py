@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.checkpoints.compositions import add_delta, merge_lora, with_average_rows
+from hfvlm.checkpoints.compositions import add_delta, lengthened, merge_lora
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion import clip as clip_conversion
 from hfvlm.conversion.blocks import LLAMA_FIELDS, llama_rows, transformers_vision_rows
 from hfvlm.conversion.interop import llava as interop
@@ -119,14 +120,15 @@ def adapted(config: HfvlmLLaVAConfig, trained: Mapping[str, Tensor], base: Mappi
     return [Table(beside, [*projector_rows(config), *tower], "projector"), Table(base, llama_rows(), "base")]
 
 
-def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
-    """The base with tokens for the start and the end of a picture, the last two rows of what was trained. They are not
-    answered with: their logits are as good as the average token's."""
-    rows = {
-        EMBEDDING: torch.cat([base[EMBEDDING], embedding[-2:].to(base[EMBEDDING].dtype)]),
-        HEAD: with_average_rows(base[HEAD], 2),
-    }
-    return {**base, **rows}
+def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> LazyTensors:
+    """Add tokens for the start and the end of an image, the last two rows of what was trained, to the base. They are
+    never generated: their logits are as good as the average token's."""
+
+    def marked() -> Tensor:
+        table = base[EMBEDDING]
+        return torch.cat([table, embedding[-2:].to(table.dtype)])
+
+    return lengthened(base, [HEAD], len(base[HEAD]) + 2) | LazyTensors({EMBEDDING: marked})
 
 
 def projector_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ def trained_with_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
-def merged(sources: Mapping[str, Source]) -> dict[str, Tensor]:
+def merged(sources: Mapping[str, Source]) -> LazyTensors:
     adapter = sources["adapter"]
     return merge_lora(part_of(sources, "base", PARTS), adapter.tensors, adapter.settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfvlm.checkpoints.compositions import add_delta, with_average_rows
+from hfvlm.checkpoints.compositions import add_delta, lengthened
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
@@ -68,7 +68,8 @@ def tables_for(
         base = add_delta(base, sources["delta"].tensors)
     return [
         Table(trained, keys_for(config, layout), "projector"),
-        Table(beneath(base, len(trained[EMBEDDING])), base_rows(), "base"),
+        # The release has no outputs for the tokens that were added, which the original fills with noise.
+        Table(lengthened(base, [HEAD], len(trained[EMBEDDING])), base_rows(), "base"),
         vision,
     ]
 
@@ -80,12 +81,6 @@ def base_rows() -> list[Row]:
         Row(EMBEDDING, None),
         Row("model.mm_projector.{...}", None, optional=True),
     ]
-
-
-def beneath(base: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-    """The base with an output for each token. The release has none for the tokens that were added, which the original
-    fills with noise; here their logits are as good as the average token's, and so never the largest."""
-    return {**base, HEAD: with_average_rows(base[HEAD], vocabulary - len(base[HEAD]))}
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmVideoChatGPTConfig:

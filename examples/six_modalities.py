@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from hfvlm.presets import Preset, load_preset
-from hfvlm.release.converter import conversion_of
+from hfvlm.release.sources import conversion_of
 from hfvlm.samples.scenes import COLOURS, SHAPES, SIZES, Scene
 
 EVENTS = list(product(COLOURS, SHAPES))

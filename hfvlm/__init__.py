@@ -18,7 +18,7 @@ from hfvlm.versions import __version__, warn_if_untested
 
 _LAZY = {
     "convert": "hfvlm.release.converter",
-    "export": "hfvlm.release.converter",
+    "export": "hfvlm.release.export",
     "merge": "hfvlm.inference.adapters",
     "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",

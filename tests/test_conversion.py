@@ -10,7 +10,8 @@ from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, conv
 from hfvlm.conversion.processors import special_tokens
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
-from hfvlm.release.converter import conversion_of, empty_model
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sources import conversion_of
 from tests.support.golden import key_lists, name_of, notes_of, read_key_list
 
 

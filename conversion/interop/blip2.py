@@ -2,14 +2,13 @@
 InstructBlipForConditionalGeneration, to hfvlm and back."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.compositions import lengthened
 from hfvlm.checkpoints.conversion import Export, head_of
 from hfvlm.checkpoints.key_table import Change, Row, flat, scalar, split, unbatched
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
@@ -202,13 +201,10 @@ def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mappi
     """With rows for the placeholder, which transformers looks up; the average token's logit is never the largest.
     Without the temperature, since transformers compares cosines as they are."""
     ends = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
-
-    def longer(name: str) -> Tensor:
-        return with_average_rows(tensors[name], native.text_config.vocab_size - len(tensors[name]))
-
-    makers = {name: partial(tensors.__getitem__, name) for name in tensors if name != "temp"}
-    tables = [name for name in makers if name.startswith("language_model.") and name.endswith(ends)]
-    return LazyTensors(makers | {name: partial(longer, name) for name in tables})
+    names = [name for name in tensors if name != "temp"]
+    tables = [name for name in names if name.startswith("language_model.") and name.endswith(ends)]
+    size = native.text_config.vocab_size if tables else 0
+    return lengthened(LazyTensors.of(tensors, names), tables, size)
 
 
 def processor_to_transformers(processor: Any) -> Any:

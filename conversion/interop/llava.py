@@ -1,17 +1,15 @@
 """transformers' LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
 
-from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.compositions import lengthened
 from hfvlm.checkpoints.conversion import Export
 from hfvlm.checkpoints.key_table import Row
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
-from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion.blocks import llama_rows, transformers_vision_rows
 from hfvlm.conversion.interop.clip import vision_config_of
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig
@@ -101,13 +99,7 @@ def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
 def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
     """With rows for the placeholder, which transformers looks up. The average token's logit is never the largest."""
     names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    size = native.text_config.vocab_size
-
-    def longer(name: str) -> Tensor:
-        return with_average_rows(tensors[name], size - len(tensors[name]))
-
-    makers = {name: partial(tensors.__getitem__, name) for name in tensors}
-    return LazyTensors(makers | {name: partial(longer, name) for name in names})
+    return lengthened(tensors, names, native.text_config.vocab_size)
 
 
 def processor_to_transformers(processor: HfvlmLLaVAProcessor) -> Any:

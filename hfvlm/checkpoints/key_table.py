@@ -7,7 +7,7 @@ on the way back.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -134,27 +134,46 @@ def convert_keys(
 
 
 def convert_tables(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """As `convert_keys`, for a model that is made of several files: what each of them contributes."""
+    """Do as `convert_keys`, for a model that is made of several files: what each of them contributes."""
     error = KeyTableError()
-    parts = [_convert(table, error) for table in tables]
-    # Batch norms count their batches; not every framework stores the count, and nothing reads it.
-    counts = {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
+    parts = []
+    for table in tables:
+        part: dict[str, Tensor] = {}
+        for key, row, names in _matches(table, error):
+            part |= _targets(row, names, table.tensors[key], error)
+        parts.append(part)
     whole: dict[str, Tensor] = {}
     for part in parts:
         error.ambiguous += [f"{key}, from several files" for key in part if key in whole]
         whole |= part
+    counts = _counts(expected)
     _compare(counts | whole, expected, error)
     if error:
         raise error
     return [counts | parts[0], *parts[1:]]
 
 
-def _convert(table: Table, error: KeyTableError) -> dict[str, Tensor]:
+def converted(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> LazyTensors:
+    """Return what `convert_tables` makes of tables that fit, each tensor read and rearranged when it is taken."""
+    makers = LazyTensors.of(_counts(expected)).makers
+    for table in tables:
+        for key, row, names in _matches(table, KeyTableError()):
+            for i, target in enumerate(_as_tuple(row.target)):
+                makers[_fill(target, names)] = partial(_part, table.tensors, key, row.change, i)
+    return LazyTensors(makers)
+
+
+def _counts(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batch norms count their batches; not every framework stores the count, and nothing reads it."""
+    return {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
+
+
+def _matches(table: Table, error: KeyTableError) -> Iterator[tuple[str, Row, tuple[str, ...]]]:
+    """Yield each key with its row and the names that fill it."""
     rows = [Row(*row) for row in table.rows]
     patterns = [_pattern(row.source) for row in rows]
     prefix = f"{table.name}: " if table.name else ""
     unused = set(range(len(rows)))
-    converted: dict[str, Tensor] = {}
     for key in table.tensors:
         hits = [(i, match) for i, pattern in enumerate(patterns) if (match := pattern.fullmatch(key))]
         unused -= {i for i, _ in hits}
@@ -162,9 +181,17 @@ def _convert(table: Table, error: KeyTableError) -> dict[str, Tensor]:
             (error.ambiguous if hits else error.unknown).append(prefix + key)
             continue
         (i, match) = hits[0]
-        converted |= _targets(rows[i], match.groups(), table.tensors[key], error)
+        yield key, rows[i], match.groups()
     error.unused += [prefix + rows[i].source for i in sorted(unused) if not rows[i].optional]
-    return converted
+
+
+def _as_tuple(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return target if isinstance(target, tuple) else () if target is None else (target,)
+
+
+def _part(tensors: Mapping[str, Tensor], key: str, change: Change | None, index: int) -> Tensor:
+    parts = change.apply(tensors[key]) if change else tensors[key]
+    return parts[index] if isinstance(parts, tuple) else parts
 
 
 def _targets(row: Row, names: tuple[str, ...], tensor: Tensor, error: KeyTableError) -> dict[str, Tensor]:
@@ -175,7 +202,7 @@ def _targets(row: Row, names: tuple[str, ...], tensor: Tensor, error: KeyTableEr
     except RuntimeError:
         error.misshapen.append(f"{row.source} {tuple(tensor.shape)} cannot be rearranged")
         return {}
-    targets = row.target if isinstance(row.target, tuple) else (row.target,)
+    targets = _as_tuple(row.target)
     parts = parts if isinstance(parts, tuple) else (parts,)
     if len(parts) != len(targets):
         error.misshapen.append(f"{row.source} {tuple(tensor.shape)} has {len(parts)} parts, expected {len(targets)}")
@@ -209,7 +236,7 @@ def restored(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> 
     for row in (Row(*row) for row in rows):
         if row.target is None or (row.change and row.change.undo is None):
             continue
-        targets = row.target if isinstance(row.target, tuple) else (row.target,)
+        targets = _as_tuple(row.target)
         if not targets and row.change and row.change.undo:
             makers[row.source] = row.change.undo
             continue

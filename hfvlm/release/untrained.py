@@ -65,7 +65,7 @@ def _first_class(architecture: str) -> str:
 
 
 def _parts(preset: Preset, changes: Mapping[str, Any], *vocabularies: Path, **settings: Any) -> tuple[Any, Any]:
-    from hfvlm.release.converter import conversion_of
+    from hfvlm.release.sources import conversion_of
 
     config = type(preset.make_config())(**{**preset.config, **changes})
     return config, conversion_of(preset.architecture).processor_for(

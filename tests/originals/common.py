@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
 from hfvlm.presets import Preset, list_presets, load_preset
-from hfvlm.release.converter import conversion_of, empty_model, fresh_tensors
+from hfvlm.release.plans import empty_model, fresh_tensors
+from hfvlm.release.sources import conversion_of
 from tests.support.golden import UnknownOptionError
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
-from hfvlm.release.converter import conversion_of, empty_model
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sources import conversion_of
 
 PRESETS = list_presets()
 

@@ -86,7 +86,7 @@ def test_folders_go_both_ways(name, native, tmp_path):
 def back(ours, name, native_class, tmp_path):
     """`export` without a tokenizer: the weights and the configuration."""
     from hfvlm.checkpoints.key_table import restore_keys
-    from hfvlm.release.converter import conversion_of
+    from hfvlm.release.sources import conversion_of
 
     conversion = conversion_of(name)
     tensors = restore_keys(ours.state_dict(), conversion.keys_for(ours.config, "transformers"))

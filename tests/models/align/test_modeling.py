@@ -40,7 +40,7 @@ from hfvlm.models.align import (
     HfvlmALIGNVisionModel,
 )
 from hfvlm.presets import load_preset
-from hfvlm.release.converter import empty_model
+from hfvlm.release.plans import empty_model
 from tests.conftest import SHIPPED
 from tests.support.paths import EXAMPLES, OURS
 from tests.support.suite import ImageClassifierSuite, ModelSuite, close

@@ -81,7 +81,8 @@ def preset(model, monkeypatch):
     known = load_preset("shikra/shikra-7b-delta-v1")
     sizes = {name: getattr(model.config, name).to_dict() for name in ("vision_config", "text_config")}
     small = known.__class__(**{**vars(known), "config": sizes | {"image_token_id": PIECES}})
-    monkeypatch.setattr("hfvlm.release.converter.load_preset", lambda name: small)
+    for module in ("sources", "plans"):
+        monkeypatch.setattr(f"hfvlm.release.{module}.load_preset", lambda name: small)
     return "shikra/shikra-7b-delta-v1"
 
 
