@@ -12,12 +12,12 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
 
-from hfvlm.checks.files import NamedErrors
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
 from hfvlm.media.sources import as_batch, name_of, parallel
 from hfvlm.processing.batches import flat_images, is_empty, of_sources
+from hfvlm.processing.publishing import Published
 from hfvlm.processing.settings import (
     LOADING,
     STORED,
@@ -371,7 +371,7 @@ def call_keywords(part: Any) -> frozenset[str]:
     return frozenset(known.__annotations__ if known else set().union(*GROUPS.values()))
 
 
-class HfvlmProcessor(NamedErrors, ProcessorMixin):
+class HfvlmProcessor(Published, ProcessorMixin):
     """Base of every processor. `parts` says which of its parts prepares a modality."""
 
     parts: dict[str, str] = {"image": "image_processor", "text": "tokenizer"}
@@ -496,6 +496,15 @@ class HfvlmProcessor(NamedErrors, ProcessorMixin):
         for group, words in known.items():
             options[group] = {word: value for word, value in common.items() if word in words} | options[group]
         return options
+
+    def check_licence(self, *places: Any) -> None:
+        """Check the licences of the processor's origins, and of its parts'.
+
+        Raises:
+            LicenceError: one is not open.
+        """
+        parts = [getattr(self, name, None) for name in self.get_attributes()]
+        super().check_licence(*places, *(origin for part in parts for origin in getattr(part, "origins", ())))
 
     def asked(self, question: str) -> str:
         """A question about one image, as the model was trained on it."""

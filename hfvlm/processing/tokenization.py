@@ -21,10 +21,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import logging
 
-from hfvlm.checks.files import NamedErrors, read_bytes, read_json, refusing
+from hfvlm.checks.files import read_bytes, read_json, refusing
 from hfvlm.checks.messages import cut, shown
 from hfvlm.processing.batches import texts_of
 from hfvlm.processing.protection import PROTECTED, unprotected
+from hfvlm.processing.publishing import Published
 from hfvlm.processing.settings import LOADING, STORED, check_keywords, flag, shared, whole
 
 logger = logging.get_logger(__name__)
@@ -187,7 +188,7 @@ class EngineLock:
         return EngineLock, ()
 
 
-class HfvlmTokenizer(NamedErrors, TokenizersBackend):
+class HfvlmTokenizer(Published, TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless told otherwise.
 
     One tokenizer may be called by several threads at once. Special tokens that `hfvlm.processing.protection`
