@@ -46,7 +46,7 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmALIGNConfig, layout: str = "tensorflow", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`: "tensorflow" or "transformers"."""
+    """Return the rows for a file of `layout`: "tensorflow" or "transformers"."""
     return interop.rows(config) if layout == "transformers" else tensorflow_rows(config, set(keys))
 
 
@@ -69,18 +69,19 @@ def tensorflow_rows(config: HfvlmALIGNConfig, keys: set[str]) -> list[Row]:
 
 
 def dense_layers(keys: Iterable[str]) -> list[str]:
-    """Keras numbers layers of a kind in the order of their making: the image projection, if any, then the text's."""
+    """Name the dense layers, which Keras numbers in the order of their making: the image projection, if any, then the
+    text's."""
     names = {key.split("/")[0] for key in keys if re.fullmatch(r"dense(_\d+)?/kernel", key)}
     return sorted(names, key=lambda name: (len(name), name)) or ["dense"]
 
 
 def bert_name(keys: Iterable[str]) -> str:
-    """Keras numbers this too, if it is not the first that a program makes."""
+    """Name the BERT, which Keras numbers too, if it is not the first that a program makes."""
     return next((key.split("/")[0] for key in keys if "/bert/" in key), "tf_bert_model")
 
 
 def block_names(config: HfvlmALIGNVisionConfig) -> list[str]:
-    """A number for the stage, a letter for the block in it."""
+    """Name the blocks: a number for the stage, a letter for the block in it."""
     return [f"block{i + 1}{chr(ord('a') + j)}" for i, depth in enumerate(config.stage_depths) for j in range(depth)]
 
 
@@ -142,7 +143,8 @@ def norm(source: str, target: str) -> list[Row]:
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmALIGNConfig:
-    """The constructor's arguments, or none: the shapes tell which EfficientNet it is; or transformers' config.json."""
+    """Read the constructor's arguments, or none: the shapes define the EfficientNet; or transformers'
+    config.json."""
     if original.get("model_type") == "align":
         return interop.config_from_transformers(original)
     arguments = original.get("arguments", original)
@@ -169,7 +171,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 def _efficientnet(
     arguments: Mapping[str, Any], shapes: Mapping[str, Any], projection_dim: int | None
 ) -> HfvlmALIGNVisionConfig:
-    """The one that was named or, if none was, the one of those sizes."""
+    """Return the EfficientNet that was named or, if none was, the one of those sizes."""
     own = arguments.get("efficientnet")
     if own is not None:
         return _own_efficientnet(own, projection_dim)
@@ -215,7 +217,8 @@ def _own_efficientnet(own: Mapping[str, Any], projection_dim: int | None) -> Hfv
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from transformers' preprocessor_config.json; its antialiasing is not taken over."""
+    """Return the processor's settings, from transformers' preprocessor_config.json; its antialiasing is not taken
+    over."""
     settings = preprocessing.get("image_processor", preprocessing)
     pixels: dict[str, Any] = {}
     if "crop_size" in settings:

@@ -16,7 +16,7 @@ from hfvlm.checkpoints.originals import check_options, count_layers
 from hfvlm.conversion.blocks import BERT_ATTENTION, bert_attention, bert_mlp, row, timm_layers
 from hfvlm.conversion.interop import blip as interop
 from hfvlm.conversion.interop.blip import special_tokens
-from hfvlm.conversion.processors import sized, transformers_pixels
+from hfvlm.conversion.processors import check_vocabulary, sized, transformers_pixels
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 
@@ -31,7 +31,7 @@ CLASSES = {
     "BLIP_Retrieval": "HfvlmBLIPForImageTextRetrieval",
     "BLIP_VQA": "HfvlmBLIPForQuestionAnswering",
 }
-# Parameters that begin anew in a model that begins with the file of another class, and what a file calls them.
+# Parameters that are initialised in a model that starts from the file of another class, and what a file calls them.
 FRESH = {
     "HfvlmBLIPForVisualReasoning": {"classifier.": "cls_head.", ".merge_layer.": ".merge_layer."},
     "HfvlmBLIPForRetrievalTraining": {"teacher.id_queue": "idx_queue", "teacher.pointer": "ptr_queue"},
@@ -63,7 +63,7 @@ def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable
         return rows
     if head == "HfvlmBLIPForVisualReasoning":
         rows = [*vision, *both_rows("text_encoder", "text_model")]
-    return [*(row._replace(optional=True) for row in rows), *unread_rows(rows, heads[theirs], keys)]
+    return [*(row._replace(optional=True) for row in rows), *unused_rows(rows, heads[theirs], keys)]
 
 
 def head_of_another(config: HfvlmBLIPConfig, keys: Iterable[str]) -> str | None:
@@ -76,7 +76,7 @@ def head_of_another(config: HfvlmBLIPConfig, keys: Iterable[str]) -> str | None:
 
 
 def fresh_parameters(config: HfvlmBLIPConfig, layout: str, keys: Iterable[str], expected: Iterable[str]) -> list[str]:
-    """Name the parameters that begin anew, as in the original, since a file of another head lacks them."""
+    """Name the parameters that are initialised, as in the original, since a file of another head lacks them."""
     fresh, keys = FRESH.get(head_of(config, "HfvlmBLIPModel"), {}), list(keys)
     if layout == "transformers" or head_of_another(config, keys) is None:
         return []
@@ -84,7 +84,7 @@ def fresh_parameters(config: HfvlmBLIPConfig, layout: str, keys: Iterable[str], 
     return [name for name in expected if any(part in name for part in missing)]
 
 
-def unread_rows(rows: list[Row], theirs: list[Row], keys: Iterable[str]) -> list[Row]:
+def unused_rows(rows: list[Row], theirs: list[Row], keys: Iterable[str]) -> list[Row]:
     """Drop what another head's table knows and this one's does not."""
     theirs = [*theirs, *(Row(name, None) for name in ("vision_proj.{}", "text_proj.{}", "temp"))]
     return [Row(key, None) for key in keys if not fit([key], rows) and fit([key], theirs)]
@@ -101,7 +101,7 @@ def vision_rows(source: str, target: str) -> list[Row]:
 
 
 def text_rows(source: str, target: str) -> list[Row]:
-    """A BERT with cross-attention."""
+    """Return the rows of a BERT with cross-attention."""
     return [
         row(f"{source}.embeddings.word_embeddings.weight", f"{target}.embeddings.token.weight"),
         *bert_attention(f"{source}.encoder.layer.{{}}.attention", f"{target}.layers.{{}}.attention"),
@@ -111,7 +111,7 @@ def text_rows(source: str, target: str) -> list[Row]:
 
 
 def shared_rows(source: str, *targets: str) -> list[Row]:
-    """What is neither attention nor the table of words."""
+    """Return the rows of what is neither attention nor the table of words."""
     table, ours = f"{source}.embeddings", [f"{target}.embeddings" for target in targets]
     return [
         # The counting numbers.
@@ -140,7 +140,8 @@ def language_head_rows(name: str) -> list[Row]:
 
 
 def pretraining_rows() -> list[Row]:
-    """The decoder's tensors are the encoder's, under a second name, but for its self-attention and its head."""
+    """Return the rows of pretraining: the decoder's tensors are the encoder's, under a second name, but for its
+    self-attention and its head."""
     both, decoder = ("text_model", "text_decoder"), "text_decoder.bert"
     layer = f"{decoder}.encoder.layer.{{}}"
     words = [*(f"{name}.embeddings.token.weight" for name in both), "text_decoder.lm_head.decoder.weight"]
@@ -167,7 +168,8 @@ def pretraining_rows() -> list[Row]:
 
 
 def pair_rows(source: str, target: str) -> list[Row]:
-    """NLVR2's encoder: a cross-attention for each picture, one norm, and from the seventh layer on a merging layer."""
+    """Return the rows of NLVR2's encoder: a cross-attention for each image, one norm, and from the seventh layer on a
+    merging layer."""
     theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
     pairs = [
         row
@@ -184,7 +186,8 @@ def pair_rows(source: str, target: str) -> list[Row]:
 
 
 def both_rows(source: str, target: str) -> list[Row]:
-    """NLVR2's encoder out of one that attends to one image: both cross-attentions begin with the one that is there."""
+    """Return the rows of NLVR2's encoder out of one that attends to one image: both cross-attentions start from the
+    one that is there."""
     theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
     pairs = [
         row(f"{theirs}.{part}.{{}}", *(f"{ours}.{place}{name}.{{}}" for place in ("first", "second")))
@@ -195,7 +198,7 @@ def both_rows(source: str, target: str) -> list[Row]:
 
 
 def merging_rows(theirs: str, ours: str) -> list[Row]:
-    """What is done with the two cross-attentions' outputs, and the head."""
+    """Return the rows of what is done with the two cross-attentions' outputs, and the head."""
     return [
         Row(f"{theirs}.output.merge_layer.{{}}", f"{ours}.merge_layer.{{}}", optional=True),
         Row(f"{theirs}.output.LayerNorm.{{}}", f"{ours}_norm.{{}}"),
@@ -220,7 +223,8 @@ def matching_rows(config: HfvlmBLIPConfig) -> list[Row]:
 
 
 def untrained_rows() -> list[Row]:
-    """Of use in training alone, which `HfvlmBLIPForRetrievalTraining` goes on with a new copy and an empty queue."""
+    """Drop what is of use in training alone, which `HfvlmBLIPForRetrievalTraining` goes on with a new copy and an
+    empty queue."""
     towers = ("visual_encoder_m", "text_encoder_m", "vision_proj_m", "text_proj_m")
     queues = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
     return [
@@ -248,7 +252,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     """Read the constructor's arguments (none are needed for released files), or transformers' config.json.
 
     The head is that of the original's `class`, or else the one that the tensors are for. The position of [SEP] in a
-    vocabulary that is not BERT's is no argument of the original's: say it as `sep_token_id`.
+    vocabulary that is not BERT's is no argument of the original's: give it as `sep_token_id`.
     """
     if original.get("model_type") == "blip":
         return interop.config_from_transformers(original)
@@ -311,7 +315,8 @@ def _head_of_file(keys: Collection[str]) -> str:
 def _vision_config(
     shapes: Mapping[str, Any], arguments: Mapping[str, Any], joint: int | None
 ) -> HfvlmBLIPVisionConfig:
-    """`image_size` is the file's; for another, `resize_positions` does what the original does when it loads a file."""
+    """Return the configuration of the vision tower. `image_size` is the file's; for another, `resize_positions` does
+    what the original does when it loads a file."""
     width, channels, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
     return HfvlmBLIPVisionConfig(
         image_size=patch * isqrt(shapes["visual_encoder.pos_embed"][1] - 1),
@@ -349,7 +354,7 @@ def _text_config(
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from the constructor's prompt or transformers' preprocessor_config.json."""
+    """Return the processor's settings, from the constructor's prompt or transformers' preprocessor_config.json."""
     prompt = original.get("arguments", {}).get("prompt", "")
     return {"image_processor": transformers_pixels(preprocessing), "prompt": prompt}
 
@@ -358,17 +363,13 @@ image_processor_for = sized(HfvlmBLIPImageProcessor)
 
 
 def processor_for(config: HfvlmBLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmBLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     text = config.text_config
     length = {"model_max_length": min(35, text.max_position_embeddings)}
     tokenizer = HfvlmBLIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
     ours = len(tokenizer), tokenizer.bos_token_id, tokenizer.sep_token_id
-    if ours != (text.vocab_size, text.bos_token_id, text.eos_token_id):
-        raise ValueError(
-            f"{vocabulary}: its pieces, [DEC] and [SEP] are {ours}, the model's "
-            f"{(text.vocab_size, text.bos_token_id, text.eos_token_id)} (text_config.vocab_size, bos_token_id, "
-            "eos_token_id): this is the vocabulary of another model."
-        )
+    wanted, fields = (text.vocab_size, text.bos_token_id, text.eos_token_id), "vocab_size, bos_token_id, eos_token_id"
+    check_vocabulary(vocabulary, ours, wanted, "pieces, [DEC] and [SEP] are", f"text_config.{fields}")
     return HfvlmBLIPProcessor(image_processor_for(config, settings), tokenizer, prompt=settings.get("prompt", ""))
 
 

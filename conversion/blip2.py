@@ -20,7 +20,7 @@ from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options,
 from hfvlm.conversion.blocks import LLAMA_FIELDS, language_rows, openai_tower, row, timm_layers
 from hfvlm.conversion.interop import blip2 as interop
 from hfvlm.conversion.interop.blip2 import GENERATIVE, LANGUAGE_MODELS, qformer_layers
-from hfvlm.conversion.processors import sized, transformers_pixels
+from hfvlm.conversion.processors import check_vocabulary, sized, transformers_pixels
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,
@@ -40,7 +40,7 @@ PARTS = {
     "vision": "eva_vit_g.pth or clip_vit_L.pth, the frozen tower that a release leaves out",
     "base": "the language model that a release leaves out, in transformers' format",
 }
-# OPT ends what it writes about a picture with a new line.
+# OPT ends a caption with a new line.
 OPT_NEWLINE = 50118
 
 
@@ -49,7 +49,7 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmBLIP2Config, layout: str = "lavis", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a released file, or for transformers' folder."""
+    """Return the rows for a released file, or for transformers' folder."""
     if layout == "transformers":
         return interop.rows(config, keys)
     keys = list(keys)
@@ -71,7 +71,7 @@ def holds_language_model(config: HfvlmBLIP2Config, keys: Iterable[str]) -> bool:
 
 
 def vision_rows(config: HfvlmBLIP2Config, source: str = "") -> list[Row]:
-    """Of the tower that the configuration names; `source` ends in a dot."""
+    """Return the rows of the tower that the configuration names; `source` ends in a dot."""
     if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
         return openai_tower(source, "vision_model")
     block, layer = f"{source}blocks.{{}}", "vision_model.layers.{}"
@@ -128,7 +128,7 @@ def first_stage_rows(config: HfvlmBLIP2Config) -> list[Row]:
 
 
 def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """The released file with the tower and the language model that it leaves out.
+    """Return the tables of the released file, and of the tower and the language model that it leaves out.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -152,17 +152,18 @@ def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Sour
 
 
 def vision_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Table:
-    """Of a tower's own file, without what follows on the layers that are read: the last one, a norm, a projection."""
+    """Return the table of a tower's own file, without what follows on the layers that are used: the last one, a norm,
+    a projection."""
     depth = config.vision_config.num_hidden_layers
     after = tuple(f"{name}.{depth}." for name in ("blocks", "transformer.resblocks"))
-    unread = (*after, "norm.", "fc_norm.", "head.", "ln_post.", "proj")
-    read = {key: tensor for key, tensor in tensors.items() if not key.startswith(unread)}
+    unused = (*after, "norm.", "fc_norm.", "head.", "ln_post.", "proj")
+    read = {key: tensor for key, tensor in tensors.items() if not key.startswith(unused)}
     return Table(read, vision_rows(config), "vision")
 
 
 def language_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Table:
-    """Of a language model's folder; OPT's first files leave out the name of the whole, and tokens that were added and
-    never trained get the average token's rows."""
+    """Return the table of a language model's folder; OPT's first files leave out the name of the whole, and tokens
+    that were added and never trained get the average token's rows."""
     if config.text_config.model_type == "opt":
         tensors = {f"model.{key}" if key.startswith("decoder.") else key: t for key, t in tensors.items()}
     if config.text_config.model_type == "llama":
@@ -179,7 +180,7 @@ ARGUMENTS = (
     "vision_override",
     # What is stored in half precision, frozen, recomputed, or done to answers changes none of the model's values.
     *("vit_precision", "freeze_vit", "use_grad_checkpoint", "apply_lemmatizer"),
-    # Examples with pictures before a question are texts with several pictures.
+    # Examples with images before a question are texts with several images.
     *("num_few_shot_examples", "few_shot_prob"),
 )
 BERT_FIELDS = (
@@ -191,8 +192,9 @@ BERT_FIELDS = (
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIP2Config:
-    """The sizes are the tensors'; `original` may say the constructor's `arguments`, the configuration of the language
-    model (`base_config`, or beside the arguments), and of the tokenizers `sep_token_id` and `newline_token_id`."""
+    """Read the sizes of the tensors; `original` may give the constructor's `arguments`, the configuration of the
+    language model (`base_config`, or next to the arguments), and of the tokenizers `sep_token_id` and
+    `newline_token_id`."""
     if original.get("model_type") in interop.NATIVE_TYPES:
         return interop.config_from_transformers(original)
     arguments = original.get("arguments", {})
@@ -233,7 +235,7 @@ VISION_FIELDS = {
 
 
 def _vision_config(shapes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """Of the tower in the file; for one that is left out, of the released towers."""
+    """Return the configuration of the tower in the file; for one that is left out, of the released towers."""
     given, start = arguments.get("vision_override", {}), "visual_encoder."
     size = arguments.get("img_size", 224)
     if f"{start}conv1.weight" in shapes:
@@ -263,7 +265,7 @@ def _vision_config(shapes: Mapping[str, Any], arguments: Mapping[str, Any]) -> A
     if "width" in given or arguments.get("vit_model") == "clip_L" or shapes["ln_vision.weight"][0] == 1024:
         wide = {"intermediate_size": 4 * given["width"]} if "width" in given else {}
         return HfvlmBLIP2CLIPVisionConfig(image_size=size, **sizes, **wide)
-    # EVA's MLP is so many times as wide.
+    # EVA's MLP is 4.3637 times as wide.
     wide = {"intermediate_size": int(given["embed_dim"] * 4.3637)} if "embed_dim" in given else {}
     return HfvlmBLIP2VisionConfig(image_size=size, **sizes, **wide)
 
@@ -274,13 +276,13 @@ def _qformer_config(
     start, bert = "Qformer.bert.encoder.layer.", arguments.get("bert_config", {})
     _, queries, width = shapes["query_tokens"]
     depth = count_layers(shapes, start)
-    looking = [i for i in range(depth) if f"{start}{i}.crossattention.self.query.weight" in shapes]
+    crossed = [i for i in range(depth) if f"{start}{i}.crossattention.self.query.weight" in shapes]
     table, words = "Qformer.bert.embeddings", shapes.get("Qformer.bert.embeddings.word_embeddings.weight", (None,))[0]
     positions = shapes.get(f"{table}.position_embeddings.weight", shapes.get(f"{table}.position_ids", (512,))[-1:])[0]
     return HfvlmBLIP2QFormerConfig(
         num_queries=queries,
         context_size=context,
-        cross_attention_frequency=looking[1] if len(looking) > 1 else depth,
+        cross_attention_frequency=crossed[1] if len(crossed) > 1 else depth,
         hidden_size=width,
         intermediate_size=shapes[f"{start}0.intermediate_query.dense.weight"][0],
         num_hidden_layers=depth,
@@ -299,7 +301,7 @@ def _qformer_config(
 
 
 def _text_config(kind: str, original: Mapping[str, Any], shapes: Mapping[str, Any]) -> Any:
-    """What the language model's own folder says, with what the original changes of it."""
+    """Read the configuration in the language model's own folder, with what the original changes of it."""
     arguments, model = original.get("arguments", {}), LANGUAGE_MODELS[kind][0]
     given = (value for name, value in arguments.items() if name.endswith("_config") and name != "bert_config")
     fields = original.get("base_config") or next(given, None)
@@ -315,14 +317,15 @@ def _text_config(kind: str, original: Mapping[str, Any], shapes: Mapping[str, An
         return OPTConfig(**fields | {"eos_token_id": original.get("newline_token_id", OPT_NEWLINE)})
     if kind == "t5":
         return erf_t5_config(**fields)
-    kept = {name: fields[name] for name in LLAMA_FIELDS if fields.get(name) is not None}
+    known = {name: fields[name] for name in LLAMA_FIELDS if fields.get(name) is not None}
     if not size:  # the original adds a token for padding to the language model's own
-        kept["vocab_size"] += 1
-    return LlamaConfig(**kept | {"pad_token_id": kept["vocab_size"] - 1})
+        known["vocab_size"] += 1
+    return LlamaConfig(**known | {"pad_token_id": known["vocab_size"] - 1})
 
 
 def erf_t5_config(**fields: Any) -> T5Config:
-    """FLAN-T5's with the exact GELU, which the original runs it with, where T5 means the approximate one."""
+    """Return FLAN-T5's configuration with the exact GELU, which the original runs it with, where T5 means the
+    approximate one."""
     config = T5Config(**fields)
     if config.dense_act_fn == "gelu_new":
         config.dense_act_fn = "gelu"
@@ -335,7 +338,7 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "t
 
 
 def vocabularies_for(config: HfvlmBLIP2Config) -> list[Names]:
-    """Names of the files: of what is written, and of what InstructBLIP's Q-Former reads."""
+    """Name the files: of what is generated, and of what InstructBLIP's Q-Former reads."""
     words = ("vocab.txt", "tokenizer.json")
     if config.text_config is None:
         return [words]
@@ -345,7 +348,7 @@ def vocabularies_for(config: HfvlmBLIP2Config) -> list[Names]:
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from the constructor's prompt or transformers' preprocessor_config.json."""
+    """Return the processor's settings, from the constructor's prompt or transformers' preprocessor_config.json."""
     arguments = original.get("arguments", {})
     prompt = {"prompt": arguments["prompt"]} if "prompt" in arguments else {}
     return {"image_processor": transformers_pixels(preprocessing), **prompt}
@@ -355,19 +358,19 @@ image_processor_for = sized(HfvlmBLIP2ImageProcessor)
 
 
 def processor_for(config: HfvlmBLIP2Config, settings: Mapping[str, Any], vocabulary: Path, *more: Path) -> Any:
-    """The processor; the files are those of `vocabularies_for`."""
-    pictures, text = image_processor_for(config, settings), config.text_config
+    """Return the processor; the files are those of `vocabularies_for`."""
+    images, text = image_processor_for(config, settings), config.text_config
     options = settings.get("tokenizer", {})
     if text is None:
-        return HfvlmBLIP2RetrievalProcessor(pictures, qformer_tokenizer_for(config, vocabulary, options))
+        return HfvlmBLIP2RetrievalProcessor(images, qformer_tokenizer_for(config, vocabulary, options))
     own = {name: settings[name] for name in ("prompt", "question") if name in settings}
     own |= {"num_queries": config.qformer_config.num_queries, "kind": text.model_type}
     tokenizer = HfvlmBLIP2Tokenizer.from_vocabulary(vocabulary, kind=text.model_type, size=config.image_token_id)
     if config.qformer_config.vocab_size is None:
-        return HfvlmBLIP2Processor(pictures, tokenizer, **own)
+        return HfvlmBLIP2Processor(images, tokenizer, **own)
     # Instructions that are too long lose their beginning.
     longest = {"model_max_length": 128, "truncation_side": "left"} | settings.get("qformer_tokenizer", {})
-    return HfvlmInstructBLIPProcessor(pictures, tokenizer, qformer_tokenizer_for(config, more[0], longest), **own)
+    return HfvlmInstructBLIPProcessor(images, tokenizer, qformer_tokenizer_for(config, more[0], longest), **own)
 
 
 def qformer_tokenizer_for(
@@ -376,12 +379,8 @@ def qformer_tokenizer_for(
     qformer = config.qformer_config
     tokenizer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(vocabulary, **options)
     ours = len(tokenizer), tokenizer.bos_token_id, tokenizer.sep_token_id
-    if ours != (qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id):
-        raise ValueError(
-            f"{vocabulary}: its pieces, [DEC] and [SEP] are {ours}, the model's "
-            f"{(qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id)} (qformer_config.vocab_size, "
-            "bos_token_id, eos_token_id): this is the vocabulary of another model."
-        )
+    wanted, fields = (qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id), "vocab_size, bos_token_id"
+    check_vocabulary(vocabulary, ours, wanted, "pieces, [DEC] and [SEP] are", f"qformer_config.{fields}, eos_token_id")
     return tokenizer
 
 

@@ -13,7 +13,7 @@ def row(source: str, *targets: str) -> Row:
 
 
 def openai_layers(source: str, target: str) -> list[Row]:
-    """OpenAI's transformer layers, which open_clip's models share."""
+    """Return the rows of OpenAI's transformer layers, which open_clip's models share."""
     block, layer = f"{source}.{{}}", f"{target}.{{}}"
     return [
         Row(f"{block}.attn.in_proj_{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
@@ -26,7 +26,8 @@ def openai_layers(source: str, target: str) -> list[Row]:
 
 
 def openai_tower(source: str, target: str) -> list[Row]:
-    """OpenAI's vision transformer without what follows on its layers; `source` ends in a dot or is empty."""
+    """Return the rows of OpenAI's vision transformer without what follows on its layers; `source` ends in a dot or is
+    empty."""
     return [
         Row(f"{source}conv1.weight", f"{target}.patches.projection.weight"),
         Row(f"{source}class_embedding", f"{target}.class_token"),
@@ -37,7 +38,7 @@ def openai_tower(source: str, target: str) -> list[Row]:
 
 
 def openai_vision_rows(source: str, target: str) -> list[Row]:
-    """OpenAI's vision transformer."""
+    """Return the rows of OpenAI's vision transformer."""
     return [
         *openai_tower(f"{source}.", target),
         Row(f"{source}.ln_post.{{}}", f"{target}.post_norm.{{}}"),
@@ -46,7 +47,7 @@ def openai_vision_rows(source: str, target: str) -> list[Row]:
 
 
 def timm_layers(source: str, target: str) -> list[Row]:
-    """The blocks of timm's vision transformer."""
+    """Return the rows of the blocks of timm's vision transformer."""
     block, layer = f"{source}.{{}}", f"{target}.{{}}"
     return [
         Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
@@ -58,7 +59,7 @@ def timm_layers(source: str, target: str) -> list[Row]:
 
 
 def transformers_layers(source: str, target: str = "") -> list[Row]:
-    """The layers of transformers' CLIP, which its SigLIP shares."""
+    """Return the rows of the layers of transformers' CLIP, which its SigLIP shares."""
     source, target = f"{source}.encoder.layers.{{}}", f"{target or source}.layers.{{}}"
     return [
         Row(f"{source}.self_attn.{{}}.{{}}", f"{target}.attention.{{}}.{{}}"),
@@ -69,7 +70,8 @@ def transformers_layers(source: str, target: str = "") -> list[Row]:
 
 
 def transformers_vision_rows(source: str, target: str) -> list[Row]:
-    """The vision tower of transformers' CLIP without its projection, in whose names authors store frozen towers."""
+    """Return the rows of the vision tower of transformers' CLIP without its projection, in whose names authors store
+    frozen towers."""
     return [
         Row(f"{source}.embeddings.position_ids", None, optional=True),
         Row(f"{source}.embeddings.patch_embedding.weight", f"{target}.patches.projection.weight"),
@@ -82,7 +84,7 @@ def transformers_vision_rows(source: str, target: str) -> list[Row]:
 
 
 def transformers_text_rows() -> list[Row]:
-    """The text tower of transformers' CLIP."""
+    """Return the rows of the text tower of transformers' CLIP."""
     text = "text_model"
     return [
         # Files from before transformers 4.31 store the counting numbers.
@@ -106,7 +108,7 @@ BERT_ATTENTION = {
 
 
 def bert_attention(source: str, *targets: str, inner: str = "self") -> list[Row]:
-    """An attention of BERT's with its norm; `inner` is where its queries, keys and values are."""
+    """Return the rows of an attention of BERT's with its norm; `inner` is where its queries, keys and values are."""
     return [
         row(f"{source}.{part.replace('self', inner)}.{{}}", *(f"{target}{ours}.{{}}" for target in targets))
         for part, ours in BERT_ATTENTION.items()
@@ -114,7 +116,8 @@ def bert_attention(source: str, *targets: str, inner: str = "self") -> list[Row]
 
 
 def bert_mlp(source: str, *targets: str, kind: str = "") -> list[Row]:
-    """An MLP of BERT's with its norm, in a layer `source`; `kind` follows on its names, where a layer has several."""
+    """Return the rows of an MLP of BERT's with its norm, in a layer `source`; `kind` follows on its names, where a
+    layer has several."""
     names = {"intermediate{}.dense": ".fc1", "output{}.dense": ".fc2", "output{}.LayerNorm": "_norm"}
     return [
         row(f"{source}.{theirs.format(kind)}.{{}}", *(f"{target}{ours}.{{}}" for target in targets))
@@ -132,7 +135,7 @@ LLAMA_FIELDS = (
 
 
 def llama_rows(source: str = "model", head: str = "lm_head", target: str = "language_model") -> list[Row]:
-    """LLaMA, and whatever shares its names: Vicuna, Mistral, Yi."""
+    """Return the rows of LLaMA, and whatever shares its names: Vicuna, Mistral, Yi."""
     layer, ours = f"{source}.layers.{{}}", f"{target}.model.layers.{{}}"
     return [
         Row(f"{source}.embed_tokens.weight", f"{target}.model.embed_tokens.weight"),
@@ -156,7 +159,7 @@ MOSAIC_NAMES = {
 
 
 def mpt_rows(target: str = "language_model", *, normalised: bool = False) -> list[Row]:
-    """MPT, whose output layer is its table of words; `normalised` are its queries and keys."""
+    """Return the rows of MPT, whose output layer is its table of words; `normalised` are its queries and keys."""
     words = (f"{target}.transformer.wte.weight", f"{target}.lm_head.weight")
     block, ours = "transformer.blocks.{}", f"{target}.transformer.blocks.{{}}"
     attention = [Row(f"{block}.attn.Wqkv.weight", f"{ours}.attn.Wqkv.weight")]
@@ -183,7 +186,7 @@ def mpt_rows(target: str = "language_model", *, normalised: bool = False) -> lis
 
 
 def gpt_neox_rows(target: str = "language_model") -> list[Row]:
-    """GPT-NeoX, and whatever shares its names: Pythia, RedPajama."""
+    """Return the rows of GPT-NeoX, and whatever shares its names: Pythia, RedPajama."""
     from transformers import GPTNeoXForCausalLM
 
     # Versions of transformers differ in its name.
@@ -210,7 +213,7 @@ def gpt_neox_rows(target: str = "language_model") -> list[Row]:
 
 
 def opt_rows(source: str, head: str, target: str = "language_model") -> list[Row]:
-    """OPT; `source` is its decoder."""
+    """Return the rows of OPT; `source` is its decoder."""
     ours, layer = f"{target}.model.decoder", f"{source}.layers.{{}}"
     words = (f"{ours}.embed_tokens.weight", f"{target}.lm_head.weight")
     return [
@@ -225,7 +228,7 @@ def opt_rows(source: str, head: str, target: str = "language_model") -> list[Row
 
 
 def t5_rows(source: str = "", target: str = "language_model", *, own_head: bool = True) -> list[Row]:
-    """A T5, in general with an output layer of its own; `source` ends in a dot."""
+    """Return the rows of a T5, in general with an output layer of its own; `source` ends in a dot."""
     coders = ("encoder", "decoder")
     words = (f"{target}.shared.weight", *(f"{target}.{coder}.embed_tokens.weight" for coder in coders))
     head = f"{target}.lm_head.weight"
@@ -244,7 +247,7 @@ def t5_rows(source: str = "", target: str = "language_model", *, own_head: bool 
 
 
 def language_rows(kind: str, source: str = "") -> list[Row]:
-    """A language model by its model_type, in transformers' names; `source` ends in a dot."""
+    """Return the rows of a language model by its model_type, in transformers' names; `source` ends in a dot."""
     if kind == "opt":
         return opt_rows(f"{source}model.decoder", f"{source}lm_head")
     return t5_rows(source) if kind == "t5" else llama_rows(f"{source}model", f"{source}lm_head")

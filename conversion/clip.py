@@ -36,7 +36,7 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`: "openai", which is also open_clip's, or "transformers"."""
+    """Return the rows for a file of `layout`: "openai", which is also open_clip's, or "transformers"."""
     if layout == "transformers":
         return interop.rows(config)
     resnet = isinstance(config.vision_config, HfvlmCLIPResNetConfig)
@@ -69,7 +69,8 @@ def resnet_rows() -> list[Row]:
 
 
 def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
-    """For models that read a CLIP's vision transformer: its rows without the projection, and what they leave out.
+    """Return the rows for models that read a CLIP's vision transformer: those without the projection, and what they
+    leave out.
 
     `layout` is "openai", "transformers" (CLIPModel's or CLIPVisionModel's folder) or "hfvlm".
     """
@@ -93,12 +94,13 @@ def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
         parts = ("patches.{...}", "class_token", "position", "pre_norm.{}", "layers.{...}", "post_norm.{}")
         rows = [Row(f"vision_model.{part}", f"vision_model.{part}") for part in parts]
         left_out = ["vision_model.projection.weight", "text_model.{...}", "logit_scale.{}"]
-    # The text tower, the temperature and the projections are for comparing pictures with texts.
+    # The text tower, the temperature and the projections are for comparing images with texts.
     return [*rows, *(Row(name, None, optional=True) for name in left_out)]
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
-    """OpenAI's constructor arguments (none are needed), open_clip's model config, or transformers' config.json."""
+    """Read OpenAI's constructor arguments (none are needed), open_clip's model config, or transformers'
+    config.json."""
     original = original_config(original)
     if original.get("model_type") == "clip":
         return interop.config_from_transformers(original)
@@ -142,7 +144,7 @@ def _vision_config(
 
 
 def vision_sizes(shapes: Mapping[str, Any], head_width: int | None = None, image_size: Any = None) -> dict[str, Any]:
-    """Of OpenAI's vision transformer, which open_clip's other models share."""
+    """Return the sizes of OpenAI's vision transformer, which open_clip's other models share."""
     width, channels, patch, _ = shapes["visual.conv1.weight"]
     return {
         "image_size": image_size or patch * isqrt(shapes["visual.positional_embedding"][0] - 1),
@@ -173,7 +175,7 @@ def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) 
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
+    """Return the processor's settings, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
     if "preprocess_cfg" in original:
         return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
     return {"image_processor": transformers_pixels(preprocessing)}

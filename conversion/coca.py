@@ -19,7 +19,7 @@ from hfvlm.models.coca.processing_coca import HfvlmCoCaImageProcessor, HfvlmCoCa
 
 
 def keys_for(config: HfvlmCoCaConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "open_clip"."""
+    """Return the rows for a file of `layout`, which is "open_clip"."""
     if layout != "open_clip":
         raise UnsupportedOriginalError("transformers has no CoCa; its files are open_clip's.")
     return [
@@ -41,7 +41,8 @@ def keys_for(config: HfvlmCoCaConfig, layout: str = "open_clip", keys: Iterable[
 
 
 def pooler_rows(config: HfvlmCoCaVisionConfig) -> list[Row]:
-    """One tensor holds the weights of query, key and value, where they are equally wide."""
+    """Return the rows of the pooler: one tensor holds the weights of query, key and value, where they are equally
+    wide."""
     theirs, ours = "visual.attn_pool", "vision_model.pool"
     parts = [f"{ours}.attention.{part}_proj" for part in "qkv"]
     weights = [Row(f"{theirs}.attn.{part}_proj_weight", f"{ours}.attention.{part}_proj.weight") for part in "qkv"]
@@ -57,29 +58,24 @@ def pooler_rows(config: HfvlmCoCaVisionConfig) -> list[Row]:
     ]
 
 
-MODEL = ("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "pad_id")
-# How a fresh model starts; a file's tensors say where it is.
+# How a fresh model starts; trained values are in a file's tensors.
 START = ("init_logit_scale", "nonscalar_logit_scale")
-VISION = (
-    *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "output_tokens"),
-)
-TEXT = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    *("embed_cls", "correct_cls_mask", "output_tokens", "pad_id"),
-)
-MULTIMODAL = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    # Nothing in the original reads these.
-    *("attn_pooler_heads", "n_queries", "dim_head", "output_tokens"),
-)
+TOWER = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
+DECODER = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+# Nothing in the original reads these.
+UNUSED = ("attn_pooler_heads", "n_queries", "dim_head")
+MODEL = (*START, "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "pad_id")
+POOLER = ("attentional_pool", "attn_pooler_queries", "attn_pooler_heads")
+VISION = (*TOWER, *POOLER, "patch_dropout", "output_tokens")
+TEXT = (*DECODER, "embed_cls", "correct_cls_mask", "output_tokens", "pad_id")
+MULTIMODAL = (*DECODER, *UNUSED, "output_tokens")
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCoCaConfig:
-    """open_clip's model config; what it leaves out has the defaults of open_clip's classes."""
+    """Read open_clip's model config; what it leaves out has the defaults of open_clip's classes."""
     original = original_config(original)
     vision, text, multimodal = (original[f"{name}_cfg"] for name in ("vision", "text", "multimodal"))
-    check_options("open_clip's model config", original, (*MODEL, *START))
+    check_options("open_clip's model config", original, MODEL)
     check_options("open_clip's vision_cfg", vision, VISION)
     check_options("open_clip's text_cfg", text, TEXT)
     check_options("open_clip's multimodal_cfg", multimodal, MULTIMODAL)
@@ -132,7 +128,7 @@ def _text_config(
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from open_clip's `preprocess_cfg`."""
+    """Return the processor's settings, from open_clip's `preprocess_cfg`."""
     return {"image_processor": open_clip_pixels(original["preprocess_cfg"])} if "preprocess_cfg" in original else {}
 
 

@@ -19,7 +19,7 @@ from hfvlm.models.filip.processing_filip import HfvlmFILIPImageProcessor, HfvlmF
 
 
 def keys_for(config: HfvlmFILIPConfig, layout: str = "declip", keys: Collection[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "declip"."""
+    """Return the rows for a file of `layout`, which is "declip"."""
     prefix = prefix_of(keys)
     visual, text = f"{prefix}visual", f"{prefix}encode_text"
     return [
@@ -41,12 +41,12 @@ def keys_for(config: HfvlmFILIPConfig, layout: str = "declip", keys: Collection[
 
 
 def prefix_of(keys: Collection[str]) -> str:
-    """The training code's wrapper puts "module." before every name."""
+    """Return "module.", which the training code's wrapper puts before every name, or nothing."""
     return "module." if keys and all(key.startswith("module.") for key in keys) else ""
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmFILIPConfig:
-    """The constructor's arguments; none are needed."""
+    """Read the constructor's arguments; none are needed."""
     original = original_config(original)
     image, text, model = (original.get(part, {}) for part in ("image_encode", "text_encode", "clip"))
     kind = text.get("text_encode_type", "Transformer")

@@ -26,6 +26,7 @@ from hfvlm.conversion.interop.flava import (
     pooled_rows,
     to_multimodal_rows,
 )
+from hfvlm.conversion.processors import check_vocabulary
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVACodebookConfig,
     HfvlmFLAVAConfig,
@@ -44,7 +45,7 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: AnyConfig, layout: str = "torchmultimodal", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, "torchmultimodal" or "transformers", for the class that `config` is for.
+    """Return the rows for a file of `layout`, "torchmultimodal" or "transformers", for the class that `config` is for.
 
     OpenAI's file of the codebook has torchmultimodal's names, which are OpenAI's.
     """
@@ -58,7 +59,7 @@ def torchmultimodal_rows(config: AnyConfig) -> list[Row]:
     head = head_of(config)
     heads: dict[str, list[Row]] = {
         "HfvlmFLAVAModel": joint_rows(""),
-        "HfvlmFLAVAForClassification": [*unread_rows("model."), *classifier_rows(config)],
+        "HfvlmFLAVAForClassification": [*unused_rows("model."), *classifier_rows(config)],
         "HfvlmFLAVAForPreTraining": [
             *joint_rows("model."),
             Row("loss.contrastive_loss.logit_scale", "logit_scale.scale", scalar),
@@ -108,8 +109,8 @@ def layer_rows(config: Any, source: str, target: str) -> list[Row]:
     ]
 
 
-def unread_rows(prefix: str) -> list[Row]:
-    """A classifier reads the first tokens before they enter the joint space."""
+def unused_rows(prefix: str) -> list[Row]:
+    """Drop the projections: a classifier reads the first tokens before they enter the joint space."""
     return [Row(f"{prefix}{kind}_projection.{{}}", None) for kind in ("image", "text")]
 
 
@@ -157,7 +158,7 @@ ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "tanh": "tanh", "
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> AnyConfig:
-    """The constructor's arguments (none are needed for released files), or transformers' config.json.
+    """Read the constructor's arguments (none are needed for released files), or transformers' config.json.
 
     The class is the one that the tensors are for.
     """
@@ -227,7 +228,7 @@ def _encoder_sizes(shapes: Mapping[str, Any], arguments: Mapping[str, Any], sour
 
 
 def _activation(name: Any) -> str:
-    """By torch's class or function, or its name with or without its module."""
+    """Return an activation by torch's class or function, or its name with or without its module."""
     short = str(getattr(name, "__name__", name)).rpartition(".")[2].lower()
     if short not in ACTIVATIONS:
         raise UnsupportedOriginalError(f"hfvlm knows no activation {name}; it knows {', '.join(ACTIVATIONS)}.")
@@ -275,8 +276,8 @@ def _codebook(shapes: Mapping[str, Any], prefix: str, arguments: Mapping[str, An
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from transformers' preprocessor_config.json; its codebook reads pictures as they come, ours
-    as they were squashed, as the original's."""
+    """Return the processor's settings, from transformers' preprocessor_config.json; its codebook reads images as they
+    come, ours as they were squashed, as the original's."""
     settings = preprocessing.get("image_processor", preprocessing)
     return {"image_processor": {name: settings[name] for name in SAME_SETTINGS if name in settings}}
 
@@ -291,21 +292,18 @@ def image_processor_for(config: AnyConfig, settings: Mapping[str, Any]) -> Hfvlm
 
 
 def vocabularies_for(config: AnyConfig) -> list[Names]:
-    """None of the codebook alone, which reads no texts."""
+    """Name the file; none of the codebook alone, which reads no texts."""
     return [VOCABULARIES] if isinstance(config, HfvlmFLAVAConfig) else []
 
 
 def processor_for(config: HfvlmFLAVAConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmFLAVAProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     text = config.text_config
     length = {"model_max_length": min(77, text.max_position_embeddings)}
     tokenizer = HfvlmFLAVATokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
     ours = len(tokenizer), tokenizer.pad_token_id
-    if ours != (text.vocab_size, text.pad_token_id):
-        raise ValueError(
-            f"{vocabulary}: its pieces and [PAD] are {ours}, the model's {(text.vocab_size, text.pad_token_id)} "
-            "(text_config.vocab_size, pad_token_id): this is the vocabulary of another model."
-        )
+    wanted, fields = (text.vocab_size, text.pad_token_id), "text_config.vocab_size, pad_token_id"
+    check_vocabulary(vocabulary, ours, wanted, "pieces and [PAD] are", fields)
     return HfvlmFLAVAProcessor(image_processor_for(config, settings), tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""LLaVA's releases: whole models, projectors, adapters and differences to a base; and transformers' own folders.
+"""LLaVA's releases: whole models, projectors, adapters and deltas to a base; and transformers' own folders.
 
 Source: https://github.com/haotian-liu/LLaVA at c121f04.
 """
@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfi
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import add_delta, lengthened, merge_lora
-from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
+from hfvlm.checkpoints.conversion import Conversion, Names, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
 from hfvlm.checkpoints.saving import LazyTensors
@@ -27,11 +27,11 @@ from hfvlm.models.llava.processing_llava import HfvlmLLaVAImageProcessor, HfvlmL
 
 VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 PARTS = {
-    "base": "the language model that a projector, an adapter or a difference was trained on, in transformers' format",
+    "base": "the language model that a projector, an adapter or a delta was trained on, in transformers' format",
     "vision": "the CLIP that the release leaves out, transformers' folder or OpenAI's file",
 }
 # What a release consists of, where it is more than one weights file.
-FILES = {
+FILES: dict[str, dict[str, Names]] = {
     "lora": {"main": ("non_lora_trainables.bin",), "adapter": ("adapter_model.safetensors", "adapter_model.bin")},
     "projector": {"main": ("mm_projector.bin",)},
 }
@@ -44,12 +44,12 @@ PROJECTORS = {"linear": 1, "identity": 0, **{f"mlp{n}x_gelu": n for n in range(1
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original" or "transformers"; the others are told by the files they consist of, or by a preset."""
+    """Return "original" or "transformers"; the others are recognised by the files they consist of, or by a preset."""
     return "transformers" if interop.is_native(original) else "original"
 
 
 def keys_for(config: HfvlmLLaVAConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the main file of a release."""
+    """Return the rows for the main file of a release."""
     keys = list(keys)
     if layout == "transformers":
         return interop.rows(config, keys)
@@ -68,14 +68,14 @@ def projector_rows(config: HfvlmLLaVAConfig) -> list[Row]:
 
 
 def linear_rows(depth: int) -> list[Row]:
-    """Of the projector's layers, between which activations stand in the original's Sequential."""
+    """Return the rows of the projector's layers, between which activations stand in the original's Sequential."""
     if depth == 1:
         return [Row("model.mm_projector.{}", "projector.layers.0.{}")]
     return [Row(f"model.mm_projector.{2 * i}.{{}}", f"projector.layers.{i}.{{}}") for i in range(depth)]
 
 
 def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """Each source's tensors with their rows.
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -86,7 +86,7 @@ def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Sour
         return [Table(main, keys_for(config, layout, main))]
     tables = {
         "original": lambda: [Table(main, keys_for(config, layout, main))],
-        "delta": lambda: [difference(config, main, part_of(sources, "base", PARTS))],
+        "delta": lambda: [delta_table(config, main, part_of(sources, "base", PARTS))],
         "projector": lambda: adapted(config, projector_of(main), part_of(sources, "base", PARTS)),
         "lora": lambda: adapted(config, trained_with_adapter(main), merged(sources)),
     }[layout]()
@@ -106,13 +106,13 @@ def vision_table(sources: Mapping[str, Source], parts: Mapping[str, str] = PARTS
     return Table(tensors, rows, "vision")
 
 
-def difference(config: HfvlmLLaVAConfig, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Table:
+def delta_table(config: HfvlmLLaVAConfig, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Table:
     whole = add_delta(base, delta)
     return Table(whole, keys_for(config, "original", whole))
 
 
 def adapted(config: HfvlmLLaVAConfig, trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Table]:
-    """A base and what was trained beside it: the projector, at times the tower too."""
+    """Return the tables of a base and what was trained next to it: the projector, at times the tower too."""
     inside = any(key.startswith(TOWER) for key in trained)
     tower = transformers_vision_rows(TOWER, "vision_model") if inside else []
     beside = {key: tensor for key, tensor in trained.items() if key != EMBEDDING}
@@ -132,7 +132,8 @@ def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> LazyTensors:
 
 
 def projector_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of mm_projector.bin, whose names begin with whatever the trainer had wrapped the model into."""
+    """Return the tensors of mm_projector.bin, whose names begin with whatever the trainer had wrapped the model
+    into."""
     return {f"model.{key[_start(key) :]}": tensor for key, tensor in tensors.items()}
 
 
@@ -141,7 +142,7 @@ def _start(key: str) -> int:
 
 
 def trained_with_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of non_lora_trainables.bin, by the names of the model inside PEFT's."""
+    """Return the tensors of non_lora_trainables.bin, by the names of the model inside PEFT's."""
     names = {key: key.removeprefix("base_model.") for key in tensors}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {key: name.removeprefix("model.") for key, name in names.items()}
@@ -154,7 +155,7 @@ def merged(sources: Mapping[str, Source]) -> LazyTensors:
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmLLaVAConfig:
-    """LLaVA's config.json (with "vision_config", where the tower is at hand), or transformers' LLaVA's."""
+    """Read LLaVA's config.json (with "vision_config", where the tower is at hand), or transformers' LLaVA's."""
     if interop.is_native(original):
         return interop.config_from_transformers(original)
     own = {**original.get("base_config", {}), **original, **original.get("config", {})}
@@ -171,14 +172,14 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
         vision_feature_layer=own.get("mm_vision_select_layer", -2),
         keep_class_token=own.get("mm_vision_select_feature", "patch") == "cls_patch",
         projector_depth=PROJECTORS[projector],
-        # The original says widths and heights.
+        # The original has widths and heights.
         grid_pinpoints=[list(size[::-1]) for size in _pinpoints(own["image_grid_pinpoints"])] if tiled else None,
         patch_merge=own.get("mm_patch_merge_type", "flat"),
     )
 
 
 def _pinpoints(value: Any) -> list[tuple[int, int]]:
-    """A list, or one as text."""
+    """Return a list, or parse one from a text."""
     import ast
 
     return ast.literal_eval(value) if isinstance(value, str) else value
@@ -187,7 +188,7 @@ def _pinpoints(value: Any) -> list[tuple[int, int]]:
 def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | MistralConfig:
     kind: Any = LANGUAGE_MODELS.get(original.get("model_type", ""), LlamaConfig)
     fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
-    if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions say -1 for "none"
+    if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions have -1 for "none"
         del fields["pad_token_id"]
     if kind is MistralConfig:
         fields |= {"sliding_window": original.get("sliding_window")}
@@ -195,7 +196,7 @@ def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig 
 
 
 def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
-    """Of the tower that is given, or of the OpenAI's that config.json names."""
+    """Return the configuration of the tower that is given, or of the OpenAI's that config.json names."""
     given, name = original.get("vision_config"), original.get("mm_vision_tower", original.get("vision_tower", ""))
     if given:
         native: Any = AutoConfig.for_model(**given) if given.get("model_type") else CLIPVisionConfig(**given)
@@ -210,7 +211,7 @@ def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. The conversation is in no file but for the names that the authors load by."""
+    """Return the processor's settings. The conversation is in no file but for the names that the authors load by."""
     if interop.is_native(original):
         tiled = original["model_type"] == "llava_next"
         native = preprocessing.get("image_processor", preprocessing)
@@ -235,7 +236,7 @@ def image_processor_for(config: HfvlmLLaVAConfig, settings: Mapping[str, Any]) -
 
 
 def processor_for(config: HfvlmLLaVAConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmLLaVAProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """Return the processor; `vocabulary` is the language model's."""
     options = dict(settings.get("tokenizer", {}))
     added, size = list(options.pop("added", ())), config.image_token_id
     plain = HfvlmLLaVATokenizer.from_vocabulary(vocabulary, added=added, **options)

@@ -13,7 +13,7 @@ from hfvlm.checkpoints.key_table import Row, scalar, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
 from hfvlm.conversion.blocks import openai_layers, openai_vision_rows
 from hfvlm.conversion.clip import VOCABULARIES, vision_sizes
-from hfvlm.conversion.coca import settings_from_original
+from hfvlm.conversion.coca import DECODER, START, TOWER, UNUSED, settings_from_original
 from hfvlm.conversion.processors import paired, sized, special_tokens
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
@@ -28,7 +28,7 @@ from hfvlm.models.mammut.processing_mammut import (
 
 
 def keys_for(config: HfvlmMaMMUTConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "open_clip"."""
+    """Return the rows for a file of `layout`, which is "open_clip"."""
     if layout != "open_clip":
         raise UnsupportedOriginalError("transformers has no MaMMUT; its files are open_clip's.")
     text = config.text_config
@@ -49,26 +49,16 @@ def keys_for(config: HfvlmMaMMUTConfig, layout: str = "open_clip", keys: Iterabl
     ]
 
 
-MODEL = ("embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu", "pad_id")
-# How a fresh model starts; a file's tensors say where it is.
-START = ("init_logit_scale", "nonscalar_logit_scale")
-VISION = (
-    *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    *("output_tokens", "pool_type", "final_ln_after_pool"),
-)
-TEXT = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    *("output_tokens", "cross_attn_ratio", "does_full_decoding", "has_mlp", "pad_id"),
-    # Nothing in the original reads these.
-    *("attn_pooler_heads", "n_queries", "dim_head"),
-)
+MODEL = (*START, "embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu", "pad_id")
+VISION = (*TOWER, "patch_dropout", "output_tokens", "pool_type", "final_ln_after_pool")
+TEXT = (*DECODER, *UNUSED, "output_tokens", "cross_attn_ratio", "does_full_decoding", "has_mlp", "pad_id")
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmMaMMUTConfig:
-    """openMaMMUT's model config; what it leaves out has the defaults of its classes."""
+    """Read openMaMMUT's model config; what it leaves out has the defaults of its classes."""
     original = original_config(original)
     vision, text = original["vision_cfg"], original["text_cfg"]
-    check_options("openMaMMUT's model config", original, (*MODEL, *START))
+    check_options("openMaMMUT's model config", original, MODEL)
     check_options("openMaMMUT's vision_cfg", vision, VISION)
     check_options("openMaMMUT's text_cfg", text, TEXT)
     wanted = vision.get("pool_type") == "avg_all", vision.get("final_ln_after_pool"), text.get("does_full_decoding")

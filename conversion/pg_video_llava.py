@@ -35,36 +35,36 @@ KINDS = (HfvlmPGVideoLLaVAFeatureExtractor, HfvlmPGVideoLLaVATokenizer, HfvlmPGV
 
 
 def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """Each source's tensors with their rows; see Video-ChatGPT's."""
+    """Return each source's tensors with their rows; see Video-ChatGPT's."""
     return video_chatgpt.tables_for(config, layout, sources, PARTS)
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmPGVideoLLaVAConfig:
-    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    """Read the base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
     own = {**original.get("base_config", {}), **original}
     fields = video_chatgpt.fields_from(original, state_dict)
     projector = own.get("mm_projector_type", "mlp2x_gelu")
     if projector not in PROJECTORS:
         raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_projector_type {projector!r}.")
-    # At 224 pixels the authors' projector is one layer, whatever their configuration says.
+    # At 224 pixels the authors' projector is one layer, whatever their configuration has.
     depth = 1 if fields["vision_config"].image_size == 224 else PROJECTORS[projector]
     return HfvlmPGVideoLLaVAConfig(**fields, projector_depth=depth)
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. LLaVA-1.5 has no tokens of its own."""
+    """Return the processor's settings. LLaVA-1.5 has no tokens of its own."""
     return video_chatgpt.settings_from_original(original, preprocessing) | {"tokenizer": {}}
 
 
 def image_processor_for(config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any]) -> Any:
-    """The processor of films, alone."""
+    """Return the processor of videos alone."""
     return video_chatgpt.image_processor_for(config, settings, HfvlmPGVideoLLaVAFeatureExtractor)
 
 
 def processor_for(
     config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any], vocabulary: Path
 ) -> HfvlmPGVideoLLaVAProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """Return the processor; `vocabulary` is the language model's."""
     processor: Any = video_chatgpt.processor_for(config, settings, vocabulary, KINDS)
     return processor
 

@@ -53,6 +53,26 @@ def tokenizer_for(
     return tokenizer
 
 
+def check_vocabulary(vocabulary: Path, found: Any, wanted: Any, what: str, fields: str) -> None:
+    """Refuse the vocabulary of another model.
+
+    Args:
+        vocabulary: the file.
+        found: what its tokenizer has.
+        wanted: the same of the configuration.
+        what: what these are, with a verb.
+        fields: where `wanted` is in the configuration.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    if found != wanted:
+        raise ValueError(
+            f"{vocabulary}: its {what} {found}, the model's {wanted} ({fields}): this is the vocabulary of another "
+            "model."
+        )
+
+
 def special_tokens(vocabulary: int, pad: int | None = None) -> dict[str, Any]:
     """Return the ids of OpenAI's vocabulary, whose start and end are the last two. Without `pad`, padding is the end:
     CLIP reads nothing that comes after it."""

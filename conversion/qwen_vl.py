@@ -10,7 +10,7 @@ from hfvlm.checkpoints.compositions import merge_lora
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, grouped, split, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
-from hfvlm.conversion.processors import sized
+from hfvlm.conversion.processors import check_vocabulary, sized
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
@@ -33,7 +33,7 @@ RESAMPLER_HEAD = 128
 
 
 def keys_for(config: HfvlmQwenVLConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows of a whole model."""
+    """Return the rows of a whole model."""
     return [*vision_rows(config.vision_config.num_attention_heads), *resampler_rows(config), *language_rows(config)]
 
 
@@ -99,7 +99,7 @@ def language_rows(config: HfvlmQwenVLConfig) -> list[Row]:
 
 
 def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """Of a whole model, or of an adapter merged into its base.
+    """Return the table of a whole model, or of an adapter merged into its base.
 
     Raises:
         FileNotFoundError: an adapter came without its base.
@@ -111,7 +111,7 @@ def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Sou
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmQwenVLConfig:
-    """config.json of the release; of an adapter, its base's."""
+    """Read config.json of the release; of an adapter, its base's."""
     own = original.get("base_config") or original.get("config") or original
     check_options("Qwen-VL's config.json", {name: own.get(name) for name in ("quantization_config",)}, ())
     check_options("Qwen-VL's config.json", {"tie_word_embeddings": own.get("tie_word_embeddings")}, ())
@@ -166,18 +166,14 @@ image_processor_for = sized(HfvlmQwenVLImageProcessor)
 
 
 def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmQwenVLProcessor:
-    """The processor; `vocabulary` is the release's `qwen.tiktoken`."""
+    """Return the processor; `vocabulary` is the release's `qwen.tiktoken`."""
     processor = HfvlmQwenVLProcessor(
         image_processor_for(config, settings),
         HfvlmQwenVLTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {})),
         num_queries=config.projector_config.num_queries,
         **{name: settings[name] for name in ("conversation", "picture_colon") if name in settings},
     )
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"{vocabulary}: its placeholder is {processor.image_token_id}, the model's {config.image_token_id} "
-            "(image_token_id): this is the vocabulary of another model."
-        )
+    check_vocabulary(vocabulary, processor.image_token_id, config.image_token_id, "placeholder is", "image_token_id")
     return processor
 
 

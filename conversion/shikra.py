@@ -1,4 +1,4 @@
-"""Shikra's releases, differences to LLaMA, and what its authors' scripts make of them.
+"""Shikra's releases, deltas to LLaMA, and what its authors' scripts make of them.
 
 Source: https://github.com/shikras/shikra at ff79a4c.
 """
@@ -22,7 +22,7 @@ from hfvlm.conversion.llava import (
     vision_config_from,
     vision_table,
 )
-from hfvlm.conversion.processors import sized
+from hfvlm.conversion.processors import check_vocabulary, sized
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 from hfvlm.models.shikra.processing_shikra import (
     HfvlmShikraImageProcessor,
@@ -32,20 +32,20 @@ from hfvlm.models.shikra.processing_shikra import (
 from hfvlm.models.shikra.regions import Bins
 
 PARTS = {
-    "base": "LLaMA 7B, to which the release is a difference, in transformers' format",
+    "base": "LLaMA 7B, to which the release is a delta, in transformers' format",
     "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
 }
-# Of pictures, in the order of their ids; they follow LLaMA's.
+# Around images, in the order of their ids; they follow LLaMA's.
 PATCH, MARKS = "<im_patch>", ("<im_start>", "<im_end>")
 
 
 def keys_for(config: HfvlmShikraConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows of the language model and the projector, which are one file."""
+    """Return the rows of the language model and the projector, which are one file."""
     return [*llama_rows(), *linear_rows(1)]
 
 
 def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """Each source's tensors with their rows.
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -55,12 +55,12 @@ def tables_for(config: HfvlmShikraConfig, layout: str, sources: Mapping[str, Sou
     if layout == "delta":
         tensors = add_delta(part_of(sources, "base", PARTS), tensors)
     elif "base" in sources:
-        raise CheckpointError("This is a whole model: leave `base` out, or choose the preset of a difference.")
+        raise CheckpointError("This is a whole model: leave `base` out, or choose the preset of a delta.")
     return [Table(tensors, keys_for(config)), vision_table(sources, PARTS)]
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmShikraConfig:
-    """The release's config.json (with "vision_config", where the tower is at hand)."""
+    """Read the release's config.json (with "vision_config", where the tower is at hand)."""
     vocabulary = len(state_dict[EMBEDDING]) if EMBEDDING in state_dict else original["vocab_size"]
     added = 1 + (len(MARKS) if has_marks(original) else 0)
     return HfvlmShikraConfig(
@@ -72,12 +72,12 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def has_marks(original: Mapping[str, Any]) -> bool:
-    """Whether pictures have tokens around them."""
+    """Tell whether images have tokens around them."""
     return original.get("mm_use_im_start_end", True)
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor."""
+    """Return the processor's settings."""
     return {} if has_marks(original) else {"image_start": "", "image_end": ""}
 
 
@@ -85,7 +85,7 @@ image_processor_for = sized(HfvlmShikraImageProcessor)
 
 
 def processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmShikraProcessor:
-    """The processor; `vocabulary` is LLaMA's, or the release's own."""
+    """Return the processor; `vocabulary` is LLaMA's, or the release's own."""
     options = dict(settings.get("tokenizer", {}))
     known = HfvlmShikraTokenizer.from_vocabulary(vocabulary, **options).get_vocab()
     marks = [mark for mark in (settings.get("image_start", MARKS[0]), settings.get("image_end", MARKS[1])) if mark]
@@ -100,11 +100,7 @@ def processor_for(config: HfvlmShikraConfig, settings: Mapping[str, Any], vocabu
         patch_size=config.vision_config.patch_size,
         **{name: settings[name] for name in names if name in settings},
     )
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"{vocabulary}: its placeholder is {processor.image_token_id}, the model's {config.image_token_id} "
-            "(image_token_id): this is the vocabulary of another model."
-        )
+    check_vocabulary(vocabulary, processor.image_token_id, config.image_token_id, "placeholder is", "image_token_id")
     return processor
 
 

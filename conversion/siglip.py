@@ -37,7 +37,7 @@ TANH, ERF = "gelu_pytorch_tanh", "gelu"
 # timm's vision transformers that were registered with the tanh approximation; the others use the exact function,
 # although all weights were trained with tanh.
 TIMM_TANH = ("vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so400m_patch16_", "vit_giantopt_")
-# Options of the original configurations that are read, or that say what this architecture always does.
+# Options of the original configurations that are read, or that name what this architecture always does.
 TEXT_OPTIONS = (
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers"),
     *("mlp_ratio", "no_causal_mask", "proj_bias", "proj_type", "pool_type", "norm_kwargs", "act_kwargs"),
@@ -53,7 +53,7 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmSigLIPConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`: "open_clip", "big_vision" or "transformers"."""
+    """Return the rows for a file of `layout`: "open_clip", "big_vision" or "transformers"."""
     tables = {"open_clip": open_clip_rows, "transformers": interop.rows}
     return big_vision_rows(config, set(keys)) if layout == "big_vision" else tables[layout](config)
 
@@ -121,7 +121,8 @@ def big_vision_rows(config: HfvlmSigLIPConfig, keys: set[str]) -> list[Row]:
 
 
 def flax_encoder(source: str, target: str, config: Any, keys: set[str]) -> list[Row]:
-    """A tower's layers, a set of arrays each or, where flax scanned over them, stacked into one set."""
+    """Return the rows of a tower's layers, a set of arrays each or, where flax scanned over them, stacked into one
+    set."""
     depth = config.num_hidden_layers
     stacked = any(key.startswith(f"{source}/encoderblock/") for key in keys)
     block = f"{source}/encoderblock" if stacked else f"{source}/encoderblock_{{}}"
@@ -141,7 +142,8 @@ def flax_encoder(source: str, target: str, config: Any, keys: set[str]) -> list[
 
 
 def flax_attention(source: str, target: str, config: Any) -> list[Row]:
-    """Flax keeps the heads as an axis of their own: (width, heads, head size) in, (heads, head size, width) out."""
+    """Return the rows of an attention, whose heads flax keeps as an axis of their own: (width, heads, head size) in,
+    (heads, head size, width) out."""
     width = config.hidden_size
     into = Change(lambda kernel: kernel.reshape(width, width).t())
     return [
@@ -171,7 +173,7 @@ def flax_norm(source: str, target: str) -> list[Row]:
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmSigLIPConfig:
-    """open_clip's model config, big_vision's constructor arguments, or transformers' config.json."""
+    """Read open_clip's model config, big_vision's constructor arguments, or transformers' config.json."""
     original = original_config(original)
     if original.get("model_type") in ("siglip", "siglip2"):
         return interop.config_from_transformers(original)
@@ -276,7 +278,7 @@ def image_processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any]) 
 
 
 def processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmSigLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     tokens: dict[str, Any] = {"model_max_length": config.text_config.max_position_embeddings}
     if config.text_config.pad_token_id == 0:
         tokens["pad_token"] = "<pad>"

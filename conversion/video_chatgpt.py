@@ -33,19 +33,19 @@ from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
 
 PARTS = {
     "base": "LLaVA-Lightning 7B v1.1, or with `delta` LLaMA 7B, in transformers' format",
-    "delta": "LLaVA-Lightning as its authors released it: its difference to `base`",
+    "delta": "LLaVA-Lightning as its authors released it: its delta to `base`",
     "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
 }
 FILES = {"projector": {"main": ("video_chatgpt-7B.bin", "mm_projector.bin")}}
 KINDS = (HfvlmVideoChatGPTFeatureExtractor, HfvlmVideoChatGPTTokenizer, HfvlmVideoChatGPTProcessor)
-# Around films, in the order of their ids, the last of the vocabulary.
+# Around videos, in the order of their ids, the last of the vocabulary.
 MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 # LLaVA's, which come before.
-PICTURE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
+IMAGE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
 
 
 def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
+    """Return the rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
     if layout == "projector":
         return [Row(EMBEDDING, "language_model.model.embed_tokens.weight"), *linear_rows(config.projector_depth)]
     return [*llama_rows(), *linear_rows(config.projector_depth)]
@@ -54,7 +54,7 @@ def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: It
 def tables_for(
     config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Source], parts: Mapping[str, str] = PARTS
 ) -> list[Table]:
-    """Each source's tensors with their rows.
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -75,7 +75,7 @@ def tables_for(
 
 
 def base_rows() -> list[Row]:
-    """LLaVA without what was trained anew: its embeddings and its projector."""
+    """Return the rows of LLaVA without what was trained: its embeddings and its projector."""
     return [
         *(row for row in llama_rows() if row.source != EMBEDDING),
         Row(EMBEDDING, None),
@@ -84,12 +84,12 @@ def base_rows() -> list[Row]:
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmVideoChatGPTConfig:
-    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    """Read the base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
     return HfvlmVideoChatGPTConfig(**fields_from(original, state_dict))
 
 
 def fields_from(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of the configuration, as the authors' settings and the shapes say."""
+    """Return the fields of the configuration, as the authors' settings and the shapes define them."""
     own = {**original.get("base_config", {}), **original}
     if own.get("mm_resampler_type"):
         raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_resampler_type {own['mm_resampler_type']!r}.")
@@ -104,19 +104,19 @@ def fields_from(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor."""
+    """Return the processor's settings."""
     own = {**original.get("base_config", {}), **original}
     marks = {} if own.get("mm_use_vid_start_end", own.get("use_vid_start_end", True)) else unmarked()
-    return {"tokenizer": {"added": list(PICTURE_MARKS)}, **marks}
+    return {"tokenizer": {"added": list(IMAGE_MARKS)}, **marks}
 
 
 def unmarked() -> dict[str, str]:
-    """Settings of a processor that puts no tokens around films."""
+    """Return the settings of a processor that puts no tokens around videos."""
     return {"video_start": "", "video_end": ""}
 
 
 def image_processor_for(config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], kind: Any = None) -> Any:
-    """The processor of films, alone."""
+    """Return the processor of videos alone."""
     own = {"size": config.vision_config.image_size}
     return (kind or HfvlmVideoChatGPTFeatureExtractor)(**own | settings.get("video_feature_extractor", {}))
 
@@ -124,7 +124,7 @@ def image_processor_for(config: HfvlmVideoChatGPTConfig, settings: Mapping[str, 
 def processor_for(
     config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], vocabulary: Path, kinds: Any = KINDS
 ) -> HfvlmVideoChatGPTProcessor:
-    """The processor; `vocabulary` is the language model's. `kinds` are the classes of its parts and its own."""
+    """Return the processor; `vocabulary` is the language model's. `kinds` are the classes of its parts and its own."""
     extractor, tokenizer, processor = kinds
     options = dict(settings.get("tokenizer", {}))
     added, size = list(options.pop("added", ())), config.video_token_id

@@ -19,7 +19,7 @@ from hfvlm.versions import __version__, warn_if_untested
 _LAZY = {
     "convert": "hfvlm.release.converter",
     "export": "hfvlm.release.export",
-    "merge": "hfvlm.inference.adapters",
+    "merge": "hfvlm.release.merging",
     "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",

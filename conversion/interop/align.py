@@ -64,7 +64,7 @@ def rows(config: HfvlmALIGNConfig) -> list[Row]:
 
 
 def zeros(*shape: int) -> Change:
-    """A tensor that is dropped, and that an exported file has zeros for."""
+    """Drop a tensor that an exported file has zeros for."""
     return Change(lambda _: (), lambda: torch.zeros(shape))
 
 
@@ -97,7 +97,7 @@ def config_from_transformers(original: Mapping[str, Any]) -> HfvlmALIGNConfig:
 
 
 def config_to_transformers(config: HfvlmALIGNConfig) -> Any:
-    """transformers' AlignConfig of the same model."""
+    """Return transformers' AlignConfig of the same model."""
     vision, text = config.vision_config, config.text_config
     if vision.projection_dim is not None:
         raise UnsupportedOriginalError("transformers' AlignModel has no image projection; this model has one.")
@@ -128,9 +128,9 @@ def config_to_transformers(config: HfvlmALIGNConfig) -> Any:
 
 
 def processor_to_transformers(processor: HfvlmALIGNProcessor) -> Any:
-    """transformers' AlignProcessor of the same vocabulary and sizes.
+    """Return transformers' AlignProcessor of the same vocabulary and sizes.
 
-    It averages when it shrinks pictures, where the original samples, and folds fewer letters; see `antialias` and
+    It averages when it shrinks images, where the original samples, and folds fewer letters; see `antialias` and
     `clean` of ours.
     """
     from transformers import AlignProcessor, BertTokenizer

@@ -32,7 +32,7 @@ def check_native(head: str) -> None:
 
 
 def vision_rows(head: str) -> list[Row]:
-    """The rows of the vision tower of a model with `head`; texts go by the authors' names."""
+    """Return the rows of the vision tower of a model with `head`; texts go by the authors' names."""
     check_native(head)
     embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
     return [
@@ -49,7 +49,7 @@ def vision_rows(head: str) -> list[Row]:
 
 
 def special_tokens(vocabulary: int, sep: int | None = None) -> dict[str, Any]:
-    """[DEC] and [ENC] are the last two ids; [SEP] is BERT's."""
+    """Return the ids of special tokens: [DEC] and [ENC] are the last two, [SEP] is BERT's."""
     end = 102 if sep is None and vocabulary == 30524 else sep
     return {"bos_token_id": vocabulary - 2, "encoder_token_id": vocabulary - 1, "eos_token_id": end}
 
@@ -85,7 +85,7 @@ def config_from_transformers(original: Mapping[str, Any]) -> HfvlmBLIPConfig:
 
 
 def config_to_transformers(config: HfvlmBLIPConfig) -> Any:
-    """transformers' BlipConfig of the same model."""
+    """Return transformers' BlipConfig of the same model."""
     head, vision, text = head_of(config, "HfvlmBLIPModel"), config.vision_config, config.text_config
     check_native(head)
     if head == "HfvlmBLIPForQuestionAnswering" and vision.hidden_size != text.hidden_size:
@@ -109,7 +109,8 @@ def config_to_transformers(config: HfvlmBLIPConfig) -> Any:
 
 
 def processor_to_transformers(processor: HfvlmBLIPProcessor) -> Any:
-    """transformers' BlipProcessor of the same vocabulary and pixels; it neither cleans texts nor knows a prompt."""
+    """Return transformers' BlipProcessor of the same vocabulary and pixels; it neither cleans texts nor knows a
+    prompt."""
     from transformers import BertTokenizer, BlipImageProcessorPil, BlipProcessor
 
     pixels, tokenizer = processor.image_processor, processor.tokenizer

@@ -40,7 +40,7 @@ two_biases = Change(without_keys, lambda query, value: torch.cat([query, torch.z
 
 
 def rows(config: HfvlmBLIP2Config, keys: Iterable[str] = ()) -> list[Row]:
-    """Of Blip2ForConditionalGeneration, Blip2Model, InstructBlipForConditionalGeneration and
+    """Return the rows of Blip2ForConditionalGeneration, Blip2Model, InstructBlipForConditionalGeneration and
     Blip2ForImageTextRetrieval; without `keys`, in the names that all versions of transformers load."""
     check_native(config)
     keys, read = list(keys), config.qformer_config.vocab_size is not None
@@ -64,7 +64,7 @@ JOINT = {"vision": "image", "text": "text"}
 
 
 def start_of(config: HfvlmBLIP2Config, keys: list[str]) -> str:
-    """What comes before the language model's own names, which differ between versions of transformers."""
+    """Return what comes before the language model's own names, which differ between versions of transformers."""
     known = {"opt": "model.decoder.embed_positions.weight", "t5": "shared.weight", "llama": "model.norm.weight"}
     end = known[config.text_config.model_type]
     return next((key.removesuffix(end) for key in keys if key.endswith(f".{end}")), "language_model.")
@@ -99,7 +99,8 @@ def qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
 
 
 def qformer_layers(source: str, inner: str, *, read: bool) -> list[Row]:
-    """The Q-Former's layers, with an MLP for texts if it reads them; `inner` as of `bert_attention`."""
+    """Return the rows of the Q-Former's layers, with an MLP for texts if it reads them; `inner` as of
+    `bert_attention`."""
     ours = "qformer_model.layers.{}"
     return [
         *bert_attention(f"{source}.attention", f"{ours}.attention", inner=inner),
@@ -160,15 +161,15 @@ def check_native(config: HfvlmBLIP2Config) -> None:
     """Refuse what transformers' classes do not compute."""
     if head_of(config, GENERATIVE[0]) == "HfvlmBLIP2ForPreTraining":
         raise UnsupportedOriginalError(
-            f"transformers' BLIP-2 has no head that writes in the first stage: load it as {RETRIEVAL}, and save that."
+            f"transformers' BLIP-2 has no generative head of the first stage: load it as {RETRIEVAL}, and save that."
         )
     if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
         raise UnsupportedOriginalError("transformers' BLIP-2 has no tower but EVA-CLIP's.")
 
 
 def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
-    """transformers' Blip2Config or InstructBlipConfig of the same model. It has one epsilon for the norms of the tower
-    and the one behind it, which is that of the tower here."""
+    """Return transformers' Blip2Config or InstructBlipConfig of the same model. It has one epsilon for the norms of
+    the tower and the one behind it, which is that of the tower here."""
     from transformers import Blip2Config, InstructBlipConfig
 
     check_native(config)
@@ -198,8 +199,8 @@ def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
 
 
 def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
-    """With rows for the placeholder, which transformers looks up; the average token's logit is never the largest.
-    Without the temperature, since transformers compares cosines as they are."""
+    """Return tensors with rows for the placeholder, which transformers looks up; the average token's logit is never
+    the largest. Without the temperature, since transformers compares cosines as they are."""
     ends = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
     names = [name for name in tensors if name != "temp"]
     tables = [name for name in names if name.startswith("language_model.") and name.endswith(ends)]
@@ -208,20 +209,21 @@ def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mappi
 
 
 def processor_to_transformers(processor: Any) -> Any:
-    """transformers' Blip2Processor or InstructBlipProcessor. It knows neither a prompt nor how questions are put."""
+    """Return transformers' Blip2Processor or InstructBlipProcessor. It knows neither a prompt nor a template of
+    questions."""
     from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     pixels = processor.image_processor
-    pictures = BlipImageProcessorPil(
+    images = BlipImageProcessorPil(
         size=pixels.size, resample=pixels.resample, image_mean=pixels.image_mean, image_std=pixels.image_std
     )
     tokenizer = native_tokenizer(processor.tokenizer)
     if isinstance(processor, HfvlmBLIP2RetrievalProcessor):
-        return Blip2Processor(pictures, tokenizer)
+        return Blip2Processor(images, tokenizer)
     options = {"num_query_tokens": processor.num_queries}
     if isinstance(processor, HfvlmInstructBLIPProcessor):
-        return InstructBlipProcessor(pictures, tokenizer, native_tokenizer(processor.qformer_tokenizer), **options)
-    return Blip2Processor(pictures, tokenizer, **options)
+        return InstructBlipProcessor(images, tokenizer, native_tokenizer(processor.qformer_tokenizer), **options)
+    return Blip2Processor(images, tokenizer, **options)
 
 
 def native_tokenizer(own: Any) -> Any:

@@ -35,7 +35,7 @@ def check_native(config: HfvlmCLIPConfig) -> None:
 
 
 def rows(config: HfvlmCLIPConfig) -> list[Row]:
-    """The rows of CLIPModel."""
+    """Return the rows of CLIPModel."""
     check_native(config)
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
@@ -60,19 +60,21 @@ def config_from_transformers(original: Mapping[str, Any]) -> HfvlmCLIPConfig:
 
 
 def vision_config_of(native: Any, projection_dim: int | None = None) -> HfvlmCLIPVisionConfig:
-    """Of transformers' CLIPVisionConfig; without a projection the tower is one that other models read."""
+    """Return the configuration of transformers' CLIPVisionConfig; without a projection the tower is one that other
+    models read."""
     sizes = {name: getattr(native, name) for name in (*NATIVE_SIZES, "image_size", "patch_size", "num_channels")}
     return HfvlmCLIPVisionConfig(projection_dim=projection_dim, **sizes)
 
 
 def _native_tokens(text: Any) -> dict[str, Any]:
-    """Released folders say that end-of-text is 2, which transformers itself reads as "the largest id"."""
+    """Return the ids of transformers' configuration, but for end-of-text 2 in released folders, which transformers
+    itself reads as "the largest id"."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {} if text.eos_token_id == 2 else {name: getattr(text, name) for name in names}
 
 
 def config_to_transformers(config: HfvlmCLIPConfig) -> Any:
-    """transformers' CLIPConfig of the same model."""
+    """Return transformers' CLIPConfig of the same model."""
     check_native(config)
     vision, text = config.vision_config.to_diff_dict(), config.text_config.to_diff_dict()
     return CLIPConfig(
@@ -85,7 +87,7 @@ def config_to_transformers(config: HfvlmCLIPConfig) -> Any:
 
 
 def processor_to_transformers(processor: HfvlmCLIPProcessor) -> Any:
-    """transformers' CLIPProcessor of the same vocabulary and pixels.
+    """Return transformers' CLIPProcessor of the same vocabulary and pixels.
 
     Its tokenizer does not repair broken text (ftfy), and its image processor converts to RGB before it resizes and
     crops odd margins one pixel off; both differ from the originals on such inputs.

@@ -149,7 +149,8 @@ def rows(config: AnyConfig) -> list[Row]:
 
 
 def native_scale(config: HfvlmFLAVAConfig, prefix: str) -> Row:
-    """A file of torchmultimodal's FLAVAModel has none; transformers' class then multiplies by one."""
+    """Return the row of the scale; a file of torchmultimodal's FLAVAModel has none, and transformers' class then
+    multiplies by one."""
     if config.logit_scale_init_value is None:
         return Row(f"{prefix}logit_scale", (), Change(lambda _: (), lambda: torch.zeros(())))
     return Row(f"{prefix}logit_scale", "logit_scale.scale", scalar)
@@ -247,7 +248,7 @@ def config_from_transformers(original: Mapping[str, Any], shapes: Mapping[str, A
 
 
 def config_to_transformers(config: AnyConfig) -> Any:
-    """transformers' configuration of the same model."""
+    """Return transformers' configuration of the same model."""
     if isinstance(config, HfvlmFLAVACodebookConfig):
         native = {theirs: getattr(config, ours) for ours, theirs in CODEBOOK.items()}
         return FlavaImageCodebookConfig(architectures=["FlavaImageCodebook"], **native)
@@ -278,9 +279,9 @@ def _to_native(config: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def processor_to_transformers(processor: Any) -> Any:
-    """transformers' FlavaProcessor of the same vocabulary and pixels, or its image processor alone.
+    """Return transformers' FlavaProcessor of the same vocabulary and pixels, or its image processor alone.
 
-    Its codebook reads pictures as they come, ours as they were squashed.
+    Its codebook reads images as they come, ours as they were squashed.
     """
     from transformers import BertTokenizer, FlavaProcessor
     from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil

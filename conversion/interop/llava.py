@@ -17,13 +17,13 @@ from hfvlm.models.llava.processing_llava import HfvlmLLaVAProcessor
 
 
 def is_native(original: Mapping[str, Any]) -> bool:
-    """transformers' own configuration; the authors' first release called itself "llava" too."""
+    """Tell whether a configuration is transformers' own; the authors' first release called itself "llava" too."""
     return original.get("model_type") in ("llava", "llava_next") and "text_config" in original
 
 
 def rows(config: HfvlmLLaVAConfig, keys: Iterable[str] = ()) -> list[Row]:
-    """Of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration, whose parts each version of transformers
-    saves under other names; without `keys`, under those that all of them load."""
+    """Return the rows of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration, whose parts each version
+    of transformers saves under other names; without `keys`, under those that all of them load."""
     keys = list(keys)
 
     def start(part: str, otherwise: str = "") -> str:
@@ -67,7 +67,7 @@ def config_from_transformers(original: Mapping[str, Any]) -> HfvlmLLaVAConfig:
 
 
 def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
-    """transformers' LlavaConfig, or LlavaNextConfig of a model that cuts tiles."""
+    """Return transformers' LlavaConfig, or LlavaNextConfig of a model that cuts tiles."""
     if config.projector_depth != 2:
         raise UnsupportedOriginalError(
             f"projector_depth {config.projector_depth}: transformers' LLaVA has a projector of two layers."
@@ -97,15 +97,16 @@ def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
 
 
 def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
-    """With rows for the placeholder, which transformers looks up. The average token's logit is never the largest."""
+    """Return tensors with rows for the placeholder, which transformers looks up. The average token's logit is never
+    the largest."""
     names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     return lengthened(tensors, names, native.text_config.vocab_size)
 
 
 def processor_to_transformers(processor: HfvlmLLaVAProcessor) -> Any:
-    """transformers' LlavaProcessor or LlavaNextProcessor.
+    """Return transformers' LlavaProcessor or LlavaNextProcessor.
 
-    It encodes a text with its pictures in one piece, which can differ from the authors' at the edges of pictures.
+    It encodes a text with its images in one piece, which can differ from the authors' at the edges of images.
     """
     from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -114,7 +115,7 @@ def processor_to_transformers(processor: HfvlmLLaVAProcessor) -> Any:
 
     own, pixels = processor.tokenizer, processor.image_processor
     if processor.image_start or processor.image_end:
-        raise UnsupportedOriginalError("image_start: transformers' LlavaProcessor puts no tokens around pictures.")
+        raise UnsupportedOriginalError("image_start: transformers' LlavaProcessor puts no tokens around images.")
     special = {name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=own.backend_tokenizer,

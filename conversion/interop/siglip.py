@@ -71,7 +71,7 @@ def config_from_transformers(original: Mapping[str, Any]) -> HfvlmSigLIPConfig:
 
 
 def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
-    """transformers' SiglipConfig, or Siglip2Config for NaFlex, of the same model."""
+    """Return transformers' SiglipConfig, or Siglip2Config for NaFlex, of the same model."""
     vision, text = config.vision_config.to_diff_dict(), config.text_config.to_diff_dict()
     if text.pop("projection_dim", None) is None:
         raise UnsupportedOriginalError("transformers' SiglipModel always has a text head; this model has none.")
@@ -85,7 +85,7 @@ def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
 
 
 def processor_to_transformers(processor: HfvlmSigLIPProcessor) -> Any:
-    """transformers' processor of the same vocabulary and pixels.
+    """Return transformers' processor of the same vocabulary and pixels.
 
     The vocabulary goes along as tokenizer.json: transformers' class for SigLIP 1 needs the sentencepiece file, which
     an hfvlm folder does not keep. Its cleaning is built in but for the repair of broken text (ftfy).

@@ -36,7 +36,7 @@ def part_of(sources: Mapping[str, Source], name: str, parts: Mapping[str, str]) 
     """Return the tensors of a part.
 
     Raises:
-        FileNotFoundError: it was not given; the message says from where it comes.
+        FileNotFoundError: it was not given; the message names where it comes from.
     """
     if name not in sources:
         raise FileNotFoundError(

@@ -2,8 +2,8 @@
 
 A row is `(source, target)` or `(source, target, change)`. In a source, `{}` stands for one name between separators
 and `{...}` for any rest; the target repeats them in the same order. A tuple of targets takes the parts of a `split`.
-Target None drops a key; a comment beside the row says why. So does a target of (), whose change makes the tensor anew
-on the way back.
+Target None drops a key; a comment beside the row gives the reason. So does a target of (), whose change makes the
+tensor again on the way back.
 """
 
 import re
@@ -36,17 +36,18 @@ class Row(NamedTuple):
 
 
 def split(parts: int) -> Change:
-    """One tensor holds several, one after the other: fused query, key and value."""
+    """Split one tensor that holds several, one after the other: fused query, key and value."""
     return Change(lambda tensor: tensor.chunk(parts), lambda *tensors: torch.cat(tensors))
 
 
 def tied(parameters: int) -> Change:
-    """One tensor fills several parameters, which the model ties."""
+    """Fill several parameters, which the model ties, with one tensor."""
     return Change(lambda tensor: (tensor,) * parameters, lambda first, *_: first)
 
 
 def grouped(groups: int, parts: int) -> Change:
-    """As `split`, of groups that hold a share of each part: Megatron puts a head's query, key and value together."""
+    """Do as `split`, of groups that hold a share of each part: Megatron puts a head's query, key and value
+    together."""
 
     def together(*tensors: Tensor) -> Tensor:
         return torch.stack([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 2)
@@ -66,7 +67,7 @@ def permute(*axes: int) -> Change:
 
 
 def unstack(change: Change | None = None) -> Change:
-    """A leading axis holds the layers; each goes its own way after `change`."""
+    """Split a leading axis that holds the layers; each goes its own way after `change`."""
     return Change(lambda tensor: tuple(change.apply(part) if change else part for part in tensor.unbind()))
 
 
@@ -164,7 +165,7 @@ def converted(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> LazyTe
 
 
 def _counts(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Batch norms count their batches; not every framework stores the count, and nothing reads it."""
+    """Make the counts of batches of batch norms; not every framework stores them, and nothing reads them."""
     return {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
 
 
@@ -220,7 +221,7 @@ def _compare(converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], er
 
 
 def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Our state dict in the original's layout: the table read from right to left.
+    """Restore the original's layout of our state dict: the table read from right to left.
 
     Raises:
         KeyTableError: the table has no way back for a tensor.
@@ -229,7 +230,7 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
 
 
 def restored(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> LazyTensors:
-    """As `restore_keys`, each tensor made when it is asked for."""
+    """Do as `restore_keys`, each tensor made when it is taken."""
     makers: dict[str, Callable[[], Tensor]] = {}
     error = KeyTableError()
     remaining = dict.fromkeys(tensors)
@@ -260,7 +261,7 @@ def _undone(tensors: Mapping[str, Tensor], keys: list[str | None], undo: Callabl
 
 
 def fit(tensors: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> float:
-    """Share of a file's keys that a table knows, for messages about files of another architecture."""
+    """Return the share of a file's keys that a table knows, for messages about files of another architecture."""
     keys = list(tensors)
     patterns = [_pattern(row[0]) for row in rows]
     return sum(any(pattern.fullmatch(key) for pattern in patterns) for key in keys) / max(len(keys), 1)

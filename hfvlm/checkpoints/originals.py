@@ -1,4 +1,4 @@
-"""What an original's own configuration says, and what the names of its tensors count."""
+"""An original's own configuration, and the layers that the names of its tensors count."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -12,7 +12,7 @@ from hfvlm.presets import Preset, list_presets, load_preset
 UNKNOWN = "unknown"
 # How far adapters on adapters are followed.
 DEPTH = 8
-# Of a repository in the cache, files that tell where it is: of models, and of processors without one.
+# Of a repository in the cache, files that locate it: of models, and of processors without one.
 MODEL = ("config.json",)
 PROCESSING = (*MODEL, "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -97,7 +97,7 @@ def licences_of_base(base: Any, depth: int = DEPTH) -> Iterator[tuple[Any, str]]
 
 
 def licence_of_preset(name: Any) -> str:
-    """What a preset says; "unknown" for one that there is not."""
+    """Return a preset's licence; "unknown" for one that there is not."""
     if not isinstance(name, str) or name not in list_presets():
         return UNKNOWN
     return _licence_id(load_preset(name))
@@ -105,7 +105,7 @@ def licence_of_preset(name: Any) -> str:
 
 @cache
 def presets_by_repository() -> dict[str, list[str]]:
-    """Names of presets by the repository, in lower case, that holds their files."""
+    """Return the names of presets by the repository, in lower case, that holds their files."""
     found: dict[str, list[str]] = {}
     for name in list_presets():
         repository = load_preset(name).source.get("repository")
@@ -124,12 +124,12 @@ def _licences_of_record(record: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     if licence is not None:
         yield licence.get("id") or UNKNOWN if isinstance(licence, Mapping) else licence, "conversion.json"
     if isinstance(preset, str) and "/" not in preset and licence is not None:
-        return  # an architecture's name, and what the record says of the licence
+        return  # an architecture's name, and the record's licence
     yield licence_of_preset(preset), f"preset {preset} in conversion.json"
 
 
 def _licence_of_card(path: Path) -> Any:
-    """The licence in a card's metadata; None where there is none, or no metadata that can be read."""
+    """Return the licence in a card's metadata; None where there is none, or no metadata that can be read."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -156,7 +156,7 @@ def _folder_of(base: Any, names: Iterable[str] = MODEL) -> Path | None:
 
 
 def _is_own(folder: Path | None) -> bool:
-    """Whether a folder holds a model of hfvlm's that names no licence: one's own."""
+    """Tell whether a folder holds a model of hfvlm's that names no licence: one's own."""
     return folder is not None and str(_read(folder / "config.json").get("model_type")).startswith("hfvlm_")
 
 

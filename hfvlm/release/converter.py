@@ -63,7 +63,7 @@ def convert(  # noqa: PLR0913 (options)
     Raises:
         CheckpointError: the file cannot be read, asks for code to be run, or holds weights that are NaN or infinite.
         KeyTableError: its tensors are not the preset's; the message lists every offender.
-        FileNotFoundError: a file is missing; the message says which, and where to get it.
+        FileNotFoundError: a file is missing; the message names it, and where to get it.
         FileExistsError: there is an output already.
     """
     source = Path(source)
@@ -110,7 +110,7 @@ def write_model(folder: Path, found: Translation, dtype: str | None = None) -> t
 
 def written_types(shapes: Mapping[str, Tensor], model: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
     """Return meta tensors of the types that are written: floating-point tensors as `dtype`, but for those that the
-    model keeps in float32.
+    model has in float32.
 
     Sets the model's configured dtype: without `dtype`, the widest that occurs, which loses nothing.
     """

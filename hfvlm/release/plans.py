@@ -163,8 +163,8 @@ def fresh_tensors(
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        begun = AutoModel.from_config(config).state_dict()
-    return {name: begun[name] for name in names}
+        initial = AutoModel.from_config(config).state_dict()
+    return {name: initial[name] for name in names}
 
 
 def _likely(main: Source) -> str:

@@ -39,7 +39,7 @@ def read_sources(source: Path, name: str, parts: Mapping[str, str | Path]) -> di
     if unknown := sorted(set(parts) - set(conversion.parts)):
         has = "; ".join(f"{part}: {what}" for part, what in conversion.parts.items()) or "it is one file"
         raise ValueError(f"{architecture} has no part {', '.join(unknown)} ({has}).")
-    roles = conversion.files.get(released_layout(source, name), {})
+    roles = conversion.files.get(released_layout(source, name) or "", {})
     paths = {role: beside(source, names) for role, names in roles.items()}
     if source.is_file() and not any(source.name in names for names in roles.values()):
         paths["main"] = source

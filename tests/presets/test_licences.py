@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoProcessor, AutoTokenizer
-from transformers.utils.hub import PushToHubMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from hfvlm.configuration import LicenceError
 from hfvlm.models.clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
@@ -18,7 +17,8 @@ from tests.conftest import SHIPPED
 def pushed(monkeypatch):
     """What would have gone to the Hub."""
     seen = []
-    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda self, repo_id, **options: seen.append(repo_id))
+    for kind in (ProcessorMixin, PreTrainedTokenizerBase):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, repo_id, **options: seen.append(repo_id))
     return seen
 
 

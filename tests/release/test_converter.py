@@ -266,7 +266,7 @@ def test_verify_notices_what_is_wrong(clip_folder, tmp_path):
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     failed = {check.name for check in hfvlm.verify(broken) if not check.passed}
     assert "every weight of the model is in the file" in failed
-    assert "another picture gives another answer" in failed
+    assert "another image gives another answer" in failed
 
 
 def test_converted_inputs_work_end_to_end(clip_folder):

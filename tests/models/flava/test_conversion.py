@@ -153,7 +153,7 @@ def test_the_codebook_goes_both_ways(tmp_path):
         assert torch.equal(
             ours(pixels["codebook_pixel_values"]).codes, back.get_codebook_indices(pixels["codebook_pixel_values"])
         )
-    with pytest.raises(ValueError, match="no processor of texts and pictures"):
+    with pytest.raises(ValueError, match="no processor of texts and images"):
         hfvlm.verify(tmp_path / "ours")
     card = write_card(tmp_path / "ours").read_text()
     assert "FLAVA" in card
