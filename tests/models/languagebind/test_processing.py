@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_said(model, tmp_path, caplog, monkeypatch):
     warned = []
     monkeypatch.setattr("hfvlm.conversion.languagebind.logger.warning", warned.append)
     convert(folders["image"], audio=folders["audio"])
-    assert "audio: its tower of texts is not the main source's; 1 tensors differ" in warned[0]
+    assert "audio: its text tower is not the main source's; 1 tensors differ" in warned[0]
 
 
 def test_options_of_no_release_are_refused():
