@@ -21,7 +21,8 @@ from transformers import CLIPModel
 import hfvlm
 from benchmarks.measuring import interleaved, machine, ratio
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion.clip import config_to_transformers, keys_for
+from hfvlm.conversion.clip import keys_for
+from hfvlm.conversion.interop.clip import config_to_transformers
 from hfvlm.models.clip import HfvlmCLIPModel
 
 CONTEXT, SHORTEST, LONGEST = 77, 8, 20

@@ -5,16 +5,16 @@ Source: https://github.com/kakaobrain/coyo-align at 8cea82e. Google released no 
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, transpose
-from hfvlm.conversion import UnsupportedOriginalError, count_layers, tokenizer_for
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, count_layers
+from hfvlm.conversion.interop import align as interop
+from hfvlm.conversion.processors import paired
 from hfvlm.models.align.configuration_align import (
-    STEM_CHANNELS,
     HfvlmALIGNConfig,
     HfvlmALIGNTextConfig,
     HfvlmALIGNVisionConfig,
@@ -22,9 +22,6 @@ from hfvlm.models.align.configuration_align import (
 from hfvlm.models.align.processing_align import HfvlmALIGNImageProcessor, HfvlmALIGNProcessor, HfvlmALIGNTokenizer
 
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
-# Fields of the vision tower that transformers calls the same: numbers of each stage, and others.
-STAGES = ("kernel_sizes", "out_channels", "strides", "num_block_repeats", "expand_ratios")
-SAME = ("num_channels", "width_coefficient", "depth_coefficient", "depth_divisor", "hidden_act", "batch_norm_eps")
 # Width and depth of EfficientNet-B0 to B7 (https://arxiv.org/abs/1905.11946), as multiples of B0's.
 EFFICIENTNETS = {
     "efficientnet-b0": (1.0, 1.0),
@@ -40,9 +37,8 @@ EFFICIENTNETS = {
 convolution, depthwise = permute(3, 2, 0, 1), permute(2, 3, 0, 1)
 # One value a channel: (C,), or (1, 1, 1, 1, C) since the original's batch norms see a batch in parts.
 channels = reshape(-1)
-# Our squeeze-and-excitation is linear on the mean, the originals' are convolutions on a map of one pixel.
+# Our squeeze-and-excitation is linear on the mean, the original's is convolutions on a map of one pixel.
 kernel_to_linear = Change(lambda kernel: kernel[0, 0].t(), lambda weight: weight.t()[None, None])
-pixel_to_linear = Change(lambda kernel: kernel[:, :, 0, 0], lambda weight: weight[:, :, None, None])
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
@@ -50,8 +46,8 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmALIGNConfig, layout: str = "tensorflow", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`: "tensorflow" or "transformers"."""
-    return transformers_rows(config) if layout == "transformers" else tensorflow_rows(config, set(keys))
+    """Return the rows for a file of `layout`: "tensorflow" or "transformers"."""
+    return interop.rows(config) if layout == "transformers" else tensorflow_rows(config, set(keys))
 
 
 def tensorflow_rows(config: HfvlmALIGNConfig, keys: set[str]) -> list[Row]:
@@ -73,18 +69,19 @@ def tensorflow_rows(config: HfvlmALIGNConfig, keys: set[str]) -> list[Row]:
 
 
 def dense_layers(keys: Iterable[str]) -> list[str]:
-    """Keras numbers layers of a kind in the order of their making: the image projection, if any, then the text's."""
+    """Name the dense layers, which Keras numbers in the order of their making: the image projection, if any, then the
+    text's."""
     names = {key.split("/")[0] for key in keys if re.fullmatch(r"dense(_\d+)?/kernel", key)}
     return sorted(names, key=lambda name: (len(name), name)) or ["dense"]
 
 
 def bert_name(keys: Iterable[str]) -> str:
-    """Keras numbers this too, if it is not the first that a program makes."""
+    """Name the BERT, which Keras numbers too, if it is not the first that a program makes."""
     return next((key.split("/")[0] for key in keys if "/bert/" in key), "tf_bert_model")
 
 
 def block_names(config: HfvlmALIGNVisionConfig) -> list[str]:
-    """A number for the stage, a letter for the block in it."""
+    """Name the blocks: a number for the stage, a letter for the block in it."""
     return [f"block{i + 1}{chr(ord('a') + j)}" for i, depth in enumerate(config.stage_depths) for j in range(depth)]
 
 
@@ -145,55 +142,11 @@ def norm(source: str, target: str) -> list[Row]:
     return [Row(f"{source}/gamma", f"{target}.weight"), Row(f"{source}/beta", f"{target}.bias")]
 
 
-def transformers_rows(config: HfvlmALIGNConfig) -> list[Row]:
-    width = config.text_config.hidden_size
-    source, target = "vision_model.encoder.blocks.{}", "vision_model.layers.{}"
-    layer, ours = "text_model.encoder.layer.{}", "text_model.layers.{}"
-    return [
-        Row("temperature", "logit_scale.scale", scalar),
-        # Files of 2023 store the counting numbers.
-        Row("text_model.embeddings.position_ids", None, optional=True),
-        Row("vision_model.embeddings.convolution.weight", "vision_model.stem.conv.weight"),
-        Row("vision_model.embeddings.batchnorm.{}", "vision_model.stem.norm.{}"),
-        Row(f"{source}.expansion.expand_conv.weight", f"{target}.expand.conv.weight"),
-        Row(f"{source}.expansion.expand_bn.{{}}", f"{target}.expand.norm.{{}}"),
-        Row(f"{source}.depthwise_conv.depthwise_conv.weight", f"{target}.depthwise.conv.weight"),
-        Row(f"{source}.depthwise_conv.depthwise_norm.{{}}", f"{target}.depthwise.norm.{{}}"),
-        Row(f"{source}.squeeze_excite.reduce.weight", f"{target}.excite.fc1.weight", pixel_to_linear),
-        Row(f"{source}.squeeze_excite.reduce.bias", f"{target}.excite.fc1.bias"),
-        Row(f"{source}.squeeze_excite.expand.weight", f"{target}.excite.fc2.weight", pixel_to_linear),
-        Row(f"{source}.squeeze_excite.expand.bias", f"{target}.excite.fc2.bias"),
-        Row(f"{source}.projection.project_conv.weight", f"{target}.project.conv.weight"),
-        Row(f"{source}.projection.project_bn.{{}}", f"{target}.project.norm.{{}}"),
-        Row("text_model.embeddings.word_embeddings.weight", "text_model.embeddings.token.weight"),
-        Row("text_model.embeddings.position_embeddings.weight", "text_model.embeddings.position"),
-        Row("text_model.embeddings.token_type_embeddings.weight", "text_model.embeddings.token_type.weight"),
-        Row("text_model.embeddings.LayerNorm.{}", "text_model.embeddings.norm.{}"),
-        *(
-            Row(f"{layer}.attention.self.{theirs}.{{}}", f"{ours}.attention.{part}_proj.{{}}")
-            for theirs, part in (("query", "q"), ("key", "k"), ("value", "v"))
-        ),
-        Row(f"{layer}.attention.output.dense.{{}}", f"{ours}.attention.out_proj.{{}}"),
-        Row(f"{layer}.attention.output.LayerNorm.{{}}", f"{ours}.attention_norm.{{}}"),
-        Row(f"{layer}.intermediate.dense.{{}}", f"{ours}.mlp.fc1.{{}}"),
-        Row(f"{layer}.output.dense.{{}}", f"{ours}.mlp.fc2.{{}}"),
-        Row(f"{layer}.output.LayerNorm.{{}}", f"{ours}.mlp_norm.{{}}"),
-        # BERT's pooler is never read, nor trained; transformers' class has one all the same.
-        Row("text_model.pooler.dense.weight", (), zeros(width, width)),
-        Row("text_model.pooler.dense.bias", (), zeros(width)),
-        Row("text_projection.{}", "text_model.projection.{}"),
-    ]
-
-
-def zeros(*shape: int) -> Change:
-    """A tensor that is dropped, and that an exported file has zeros for."""
-    return Change(lambda _: (), lambda: torch.zeros(shape))
-
-
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmALIGNConfig:
-    """The constructor's arguments, or none: the shapes tell which EfficientNet it is; or transformers' config.json."""
+    """Read the constructor's arguments, or none: the shapes define the EfficientNet; or transformers'
+    config.json."""
     if original.get("model_type") == "align":
-        return _from_transformers(original)
+        return interop.config_from_transformers(original)
     arguments = original.get("arguments", original)
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     *image, text = dense_layers(shapes)
@@ -218,7 +171,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 def _efficientnet(
     arguments: Mapping[str, Any], shapes: Mapping[str, Any], projection_dim: int | None
 ) -> HfvlmALIGNVisionConfig:
-    """The one that was named or, if none was, the one of those sizes."""
+    """Return the EfficientNet that was named or, if none was, the one of those sizes."""
     own = arguments.get("efficientnet")
     if own is not None:
         return _own_efficientnet(own, projection_dim)
@@ -245,7 +198,7 @@ def _has_sizes(shapes: Mapping[str, Any], config: HfvlmALIGNVisionConfig) -> boo
 
 def _own_efficientnet(own: Mapping[str, Any], projection_dim: int | None) -> HfvlmALIGNVisionConfig:
     stages = own["blocks_args"]
-    _check_chain([stage["filters_in"] for stage in stages], [stage["filters_out"] for stage in stages])
+    interop.check_chain([stage["filters_in"] for stage in stages], [stage["filters_out"] for stage in stages])
     ratios = {stage["se_ratio"] for stage in stages}
     if len(ratios) > 1 or not all(stage["id_skip"] for stage in stages):
         raise UnsupportedOriginalError("hfvlm's blocks all have shortcuts and the same se_ratio.")
@@ -263,43 +216,9 @@ def _own_efficientnet(own: Mapping[str, Any], projection_dim: int | None) -> Hfv
     )
 
 
-def _check_chain(into: list[int], out: list[int]) -> None:
-    if into != [STEM_CHANNELS, *out[:-1]]:
-        raise UnsupportedOriginalError(f"Stages that take {into} channels do not follow on stages that give {out}.")
-
-
-def _from_transformers(original: Mapping[str, Any]) -> HfvlmALIGNConfig:
-    from transformers import AlignConfig
-
-    native: Any = AlignConfig(**original)
-    vision, text = native.vision_config, native.text_config
-    _check_chain(list(vision.in_channels), list(vision.out_channels))
-    if vision.depthwise_padding or vision.pooling_type != "mean":
-        raise UnsupportedOriginalError(
-            "hfvlm pads as the original and pools by the mean: no depthwise_padding, no max."
-        )
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    tables = ("layer_norm_eps", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
-    stages: dict[str, Any] = {name: tuple(getattr(vision, name)) for name in STAGES}
-    return HfvlmALIGNConfig(
-        vision_config=HfvlmALIGNVisionConfig(
-            squeeze_ratio=vision.squeeze_expansion_ratio,
-            drop_connect_rate=vision.drop_connect_rate,
-            **{name: getattr(vision, name) for name in SAME},
-            **stages,
-        ),
-        text_config=HfvlmALIGNTextConfig(
-            hidden_dropout=text.hidden_dropout_prob,
-            attention_dropout=text.attention_probs_dropout_prob,
-            projection_dim=native.projection_dim,
-            **{name: getattr(text, name) for name in (*sizes, *tables)},
-        ),
-        temperature_init_value=native.temperature_init_value,
-    )
-
-
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from transformers' preprocessor_config.json; its antialiasing is not taken over."""
+    """Return the processor's settings, from transformers' preprocessor_config.json; its antialiasing is not taken
+    over."""
     settings = preprocessing.get("image_processor", preprocessing)
     pixels: dict[str, Any] = {}
     if "crop_size" in settings:
@@ -313,66 +232,14 @@ def image_processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any]) -
     return HfvlmALIGNImageProcessor(**settings.get("image_processor", {}))
 
 
-def processor_for(config: HfvlmALIGNConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmALIGNProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
-    tokenizer = tokenizer_for(HfvlmALIGNTokenizer, config.text_config, settings, vocabulary, longest=64)
-    return HfvlmALIGNProcessor(image_processor_for(config, settings), tokenizer)
-
-
-def config_to_transformers(config: HfvlmALIGNConfig) -> Any:
-    """transformers' AlignConfig of the same model."""
-    from transformers import AlignConfig
-
-    vision, text = config.vision_config, config.text_config
-    if vision.projection_dim is not None:
-        raise UnsupportedOriginalError("transformers' AlignModel has no image projection; this model has one.")
-    native = text.to_diff_dict() | {
-        "model_type": "align_text_model",
-        "hidden_dropout_prob": text.hidden_dropout,
-        "attention_probs_dropout_prob": text.attention_dropout,
-    }
-    return AlignConfig(
-        architectures=["AlignModel"],
-        projection_dim=text.projection_dim,
-        temperature_init_value=float(config.temperature_init_value),
-        vision_config={
-            "model_type": "align_vision_model",
-            "in_channels": [STEM_CHANNELS, *vision.out_channels[:-1]],
-            "squeeze_expansion_ratio": float(vision.squeeze_ratio),
-            "drop_connect_rate": vision.drop_connect_rate,
-            # transformers' momentum is the share of the new batch, the original's 0.99 that of the past.
-            "batch_norm_momentum": 0.01,
-            **{name: list(getattr(vision, name)) for name in STAGES},
-            **{name: getattr(vision, name) for name in SAME},
-            **{name: float(getattr(vision, name)) for name in ("width_coefficient", "depth_coefficient")},
-        },
-        text_config={
-            name: value for name, value in native.items() if name not in ("hidden_dropout", "projection_dim")
-        },
-    )
-
-
-def processor_to_transformers(processor: HfvlmALIGNProcessor) -> Any:
-    """transformers' AlignProcessor of the same vocabulary and sizes.
-
-    It averages when it shrinks pictures, where the original samples, and folds fewer letters; see `antialias` and
-    `clean` of ours.
-    """
-    from transformers import AlignProcessor, BertTokenizer
-    from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
-
-    pixels = processor.image_processor
-    image_processor = EfficientNetImageProcessorPil(
-        size={"height": pixels.resized, "width": pixels.resized},
-        crop_size=pixels.size,
-        resample=pixels.resample,
-        do_center_crop=True,
-        rescale_factor=1 / 127.5,
-        rescale_offset=True,
-        do_normalize=False,
-        include_top=False,
-    )
-    tokenizer = BertTokenizer(
-        vocab=processor.tokenizer.get_vocab(), model_max_length=processor.tokenizer.model_max_length
-    )
-    return AlignProcessor(image_processor, tokenizer)
+processor_for = paired(HfvlmALIGNProcessor, image_processor_for, HfvlmALIGNTokenizer, longest=64)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    export=interop.EXPORT,
+)

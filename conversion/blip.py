@@ -10,20 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from hfvlm.checkpoints.key_table import Row, fit, flat, scalar, split, tied, transpose, unbatched
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
+from hfvlm.checkpoints.conversion import Conversion, always, head_of
+from hfvlm.checkpoints.key_table import Row, fit, flat, scalar, transpose, unbatched
+from hfvlm.checkpoints.originals import check_options, count_layers
+from hfvlm.conversion.blocks import BERT_ATTENTION, bert_attention, bert_mlp, row, timm_layers
+from hfvlm.conversion.interop import blip as interop
+from hfvlm.conversion.interop.blip import special_tokens
+from hfvlm.conversion.processors import check_vocabulary, sized, transformers_pixels
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
-# transformers' classes for these heads; it has none for the others. Its BlipModel has projections of its own.
-NATIVE = {
-    "HfvlmBLIPForConditionalGeneration": "BlipForConditionalGeneration",
-    "HfvlmBLIPForQuestionAnswering": "BlipForQuestionAnswering",
-    "HfvlmBLIPForImageTextRetrieval": "BlipForImageTextRetrieval",
-}
-
-
 # The authors' classes; any of them loads the file of another, as far as it has its parts.
 CLASSES = {
     "BLIP_Base": "HfvlmBLIPModel",
@@ -34,7 +31,7 @@ CLASSES = {
     "BLIP_Retrieval": "HfvlmBLIPForImageTextRetrieval",
     "BLIP_VQA": "HfvlmBLIPForQuestionAnswering",
 }
-# Parameters that begin anew in a model that begins with the file of another class, and what a file calls them.
+# Parameters that are initialised in a model that starts from the file of another class, and what a file calls them.
 FRESH = {
     "HfvlmBLIPForVisualReasoning": {"classifier.": "cls_head.", ".merge_layer.": ".merge_layer."},
     "HfvlmBLIPForRetrievalTraining": {"teacher.id_queue": "idx_queue", "teacher.pointer": "ptr_queue"},
@@ -48,10 +45,8 @@ def layout_of(original: Mapping[str, Any]) -> str:
 def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable[str] = ()) -> list[Row]:
     """Give the rows for a file of `layout`, "salesforce" or "transformers", for the head in `config.architectures`;
     with `keys`, also for a file of another head that has the parts of this one."""
-    vision = native_vision_rows() if layout == "transformers" else vision_rows("visual_encoder", "vision_model")
-    head = head_of(config)
-    if layout == "transformers" and head not in NATIVE:
-        raise UnsupportedOriginalError(f"transformers has no BLIP like {head}; it has {', '.join(NATIVE.values())}.")
+    native, head = layout == "transformers", head_of(config, "HfvlmBLIPModel")
+    vision = interop.vision_rows(head) if native else vision_rows("visual_encoder", "vision_model")
     encoder, decoder = text_rows("text_encoder", "text_model"), decoder_rows("text_decoder")
     heads = {
         "HfvlmBLIPModel": [*encoder, *joint_rows(config)],
@@ -63,17 +58,17 @@ def keys_for(config: HfvlmBLIPConfig, layout: str = "salesforce", keys: Iterable
         "HfvlmBLIPForVisualReasoning": pair_rows("text_encoder", "text_model"),
     }
     rows = [*vision, *heads[head]]
-    theirs = None if layout == "transformers" else head_of_another(config, keys)
+    theirs = None if native else head_of_another(config, keys)
     if theirs is None:
         return rows
     if head == "HfvlmBLIPForVisualReasoning":
         rows = [*vision, *both_rows("text_encoder", "text_model")]
-    return [*(row._replace(optional=True) for row in rows), *unread_rows(rows, heads[theirs], keys)]
+    return [*(row._replace(optional=True) for row in rows), *unused_rows(rows, heads[theirs], keys)]
 
 
 def head_of_another(config: HfvlmBLIPConfig, keys: Iterable[str]) -> str | None:
     """Give the head that a file's keys are for, if it is not the configuration's."""
-    head = head_of(config)
+    head = head_of(config, "HfvlmBLIPModel")
     keys = {key for key in keys if key.startswith(("text_encoder.", "text_decoder.", "itm_head."))}
     own = "HfvlmBLIPForImageTextRetrieval" if head == "HfvlmBLIPForRetrievalTraining" else head
     theirs = _head_of_file(keys) if keys else own
@@ -81,99 +76,50 @@ def head_of_another(config: HfvlmBLIPConfig, keys: Iterable[str]) -> str | None:
 
 
 def fresh_parameters(config: HfvlmBLIPConfig, layout: str, keys: Iterable[str], expected: Iterable[str]) -> list[str]:
-    """Name the parameters that begin anew, as in the original, since a file of another head lacks them."""
-    fresh, keys = FRESH.get(head_of(config), {}), list(keys)
+    """Name the parameters that are initialised, as in the original, since a file of another head lacks them."""
+    fresh, keys = FRESH.get(head_of(config, "HfvlmBLIPModel"), {}), list(keys)
     if layout == "transformers" or head_of_another(config, keys) is None:
         return []
     missing = [ours for ours, theirs in fresh.items() if not any(theirs in key for key in keys)]
     return [name for name in expected if any(part in name for part in missing)]
 
 
-def unread_rows(rows: list[Row], theirs: list[Row], keys: Iterable[str]) -> list[Row]:
+def unused_rows(rows: list[Row], theirs: list[Row], keys: Iterable[str]) -> list[Row]:
     """Drop what another head's table knows and this one's does not."""
     theirs = [*theirs, *(Row(name, None) for name in ("vision_proj.{}", "text_proj.{}", "temp"))]
     return [Row(key, None) for key in keys if not fit([key], rows) and fit([key], theirs)]
 
 
-def head_of(config: HfvlmBLIPConfig) -> str:
-    return (config.architectures or ["HfvlmBLIPModel"])[0]
-
-
 def vision_rows(source: str, target: str) -> list[Row]:
-    block, layer = f"{source}.blocks.{{}}", f"{target}.layers.{{}}"
     return [
         Row(f"{source}.cls_token", f"{target}.class_token", flat),
         Row(f"{source}.pos_embed", f"{target}.position", unbatched),
         Row(f"{source}.patch_embed.proj.{{}}", f"{target}.patches.projection.{{}}"),
-        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
-        Row(f"{block}.attn.qkv.{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
-        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
-        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+        *timm_layers(f"{source}.blocks", f"{target}.layers"),
         Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
     ]
 
 
-def native_vision_rows() -> list[Row]:
-    embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
-    return [
-        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flat),
-        Row(f"{embeddings}.position_embedding", "vision_model.position", unbatched),
-        Row(f"{embeddings}.patch_embedding.{{}}", "vision_model.patches.projection.{}"),
-        Row(f"{block}.layer_norm1.{{}}", f"{layer}.attention_norm.{{}}"),
-        Row(f"{block}.self_attn.qkv.{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
-        Row(f"{block}.self_attn.projection.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.layer_norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
-        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
-        Row("vision_model.post_layernorm.{}", "vision_model.post_norm.{}"),
-    ]
-
-
-def row(source: str, *targets: str) -> Row:
-    """To one parameter, or to several that the model ties."""
-    return Row(source, targets, tied(len(targets))) if len(targets) > 1 else Row(source, targets[0])
-
-
 def text_rows(source: str, target: str) -> list[Row]:
-    """A BERT with cross-attention."""
+    """Return the rows of a BERT with cross-attention."""
     return [
         row(f"{source}.embeddings.word_embeddings.weight", f"{target}.embeddings.token.weight"),
-        *attention_rows(source, target, "attention", "attention"),
+        *bert_attention(f"{source}.encoder.layer.{{}}.attention", f"{target}.layers.{{}}.attention"),
         *shared_rows(source, target),
-        *attention_rows(source, target, "crossattention", "cross_attention"),
+        *bert_attention(f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"),
     ]
 
 
 def shared_rows(source: str, *targets: str) -> list[Row]:
-    """What is neither attention nor the table of words."""
-    names = {
-        "embeddings.position_embeddings.weight": "embeddings.position",
-        "embeddings.LayerNorm.{}": "embeddings.norm.{}",
-        "encoder.layer.{}.intermediate.dense.{}": "layers.{}.mlp.fc1.{}",
-        "encoder.layer.{}.output.dense.{}": "layers.{}.mlp.fc2.{}",
-        "encoder.layer.{}.output.LayerNorm.{}": "layers.{}.mlp_norm.{}",
-    }
+    """Return the rows of what is neither attention nor the table of words."""
+    table, ours = f"{source}.embeddings", [f"{target}.embeddings" for target in targets]
     return [
         # The counting numbers.
-        Row(f"{source}.embeddings.position_ids", None, optional=True),
-        *(row(f"{source}.{key}", *(f"{target}.{name}" for target in targets)) for key, name in names.items()),
+        Row(f"{table}.position_ids", None, optional=True),
+        row(f"{table}.position_embeddings.weight", *(f"{name}.position" for name in ours)),
+        row(f"{table}.LayerNorm.{{}}", *(f"{name}.norm.{{}}" for name in ours)),
+        *bert_mlp(f"{source}.encoder.layer.{{}}", *(f"{target}.layers.{{}}.mlp" for target in targets)),
     ]
-
-
-def attention_rows(source: str, target: str, kind: str, name: str) -> list[Row]:
-    return [
-        row(f"{source}.encoder.layer.{{}}.{kind}.{part}.{{}}", f"{target}.layers.{{}}.{name}{place}.{{}}")
-        for part, place in ATTENTION.items()
-    ]
-
-
-ATTENTION = {
-    "self.query": ".q_proj",
-    "self.key": ".k_proj",
-    "self.value": ".v_proj",
-    "output.dense": ".out_proj",
-    "output.LayerNorm": "_norm",
-}
 
 
 def decoder_rows(name: str) -> list[Row]:
@@ -194,7 +140,8 @@ def language_head_rows(name: str) -> list[Row]:
 
 
 def pretraining_rows() -> list[Row]:
-    """The decoder's tensors are the encoder's, under a second name, but for its self-attention and its head."""
+    """Return the rows of pretraining: the decoder's tensors are the encoder's, under a second name, but for its
+    self-attention and its head."""
     both, decoder = ("text_model", "text_decoder"), "text_decoder.bert"
     layer = f"{decoder}.encoder.layer.{{}}"
     words = [*(f"{name}.embeddings.token.weight" for name in both), "text_decoder.lm_head.decoder.weight"]
@@ -209,15 +156,11 @@ def pretraining_rows() -> list[Row]:
     ]
     return [
         row("text_encoder.embeddings.word_embeddings.weight", *words),
-        *attention_rows("text_encoder", "text_model", "attention", "attention"),
-        *attention_rows(decoder, "text_decoder", "attention", "attention"),
+        *bert_attention("text_encoder.encoder.layer.{}.attention", "text_model.layers.{}.attention"),
+        *bert_attention(f"{layer}.attention", "text_decoder.layers.{}.attention"),
         *shared_rows("text_encoder", *both),
-        *(
-            row(
-                f"text_encoder.encoder.layer.{{}}.crossattention.{part}.{{}}",
-                *(f"{name}.layers.{{}}.cross_attention{place}.{{}}" for name in both),
-            )
-            for part, place in ATTENTION.items()
+        *bert_attention(
+            "text_encoder.encoder.layer.{}.crossattention", *(f"{name}.layers.{{}}.cross_attention" for name in both)
         ),
         *(Row(name, None, optional=True) for name in second_names),
         *language_head_rows("text_decoder"),
@@ -225,7 +168,8 @@ def pretraining_rows() -> list[Row]:
 
 
 def pair_rows(source: str, target: str) -> list[Row]:
-    """NLVR2's encoder: a cross-attention for each picture, one norm, and from the seventh layer on a merging layer."""
+    """Return the rows of NLVR2's encoder: a cross-attention for each image, one norm, and from the seventh layer on a
+    merging layer."""
     theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
     pairs = [
         row
@@ -238,22 +182,23 @@ def pair_rows(source: str, target: str) -> list[Row]:
             Row(f"{theirs}.output.dense{i}.{{}}", f"{ours}.{place}.out_proj.{{}}"),
         )
     ]
-    return [*text_rows(source, target)[: -len(ATTENTION)], *pairs, *merging_rows(theirs, ours)]
+    return [*text_rows(source, target)[: -len(BERT_ATTENTION)], *pairs, *merging_rows(theirs, ours)]
 
 
 def both_rows(source: str, target: str) -> list[Row]:
-    """NLVR2's encoder out of one that attends to one image: both cross-attentions begin with the one that is there."""
+    """Return the rows of NLVR2's encoder out of one that attends to one image: both cross-attentions start from the
+    one that is there."""
     theirs, ours = f"{source}.encoder.layer.{{}}.crossattention", f"{target}.layers.{{}}.cross_attention"
     pairs = [
         row(f"{theirs}.{part}.{{}}", *(f"{ours}.{place}{name}.{{}}" for place in ("first", "second")))
-        for part, name in ATTENTION.items()
+        for part, name in BERT_ATTENTION.items()
         if not name.endswith("_norm")
     ]
-    return [*text_rows(source, target)[: -len(ATTENTION)], *pairs, *merging_rows(theirs, ours)]
+    return [*text_rows(source, target)[: -len(BERT_ATTENTION)], *pairs, *merging_rows(theirs, ours)]
 
 
 def merging_rows(theirs: str, ours: str) -> list[Row]:
-    """What is done with the two cross-attentions' outputs, and the head."""
+    """Return the rows of what is done with the two cross-attentions' outputs, and the head."""
     return [
         Row(f"{theirs}.output.merge_layer.{{}}", f"{ours}.merge_layer.{{}}", optional=True),
         Row(f"{theirs}.output.LayerNorm.{{}}", f"{ours}_norm.{{}}"),
@@ -278,7 +223,8 @@ def matching_rows(config: HfvlmBLIPConfig) -> list[Row]:
 
 
 def untrained_rows() -> list[Row]:
-    """Of use in training alone, which `HfvlmBLIPForRetrievalTraining` goes on with a new copy and an empty queue."""
+    """Drop what is of use in training alone, which `HfvlmBLIPForRetrievalTraining` goes on with a new copy and an
+    empty queue."""
     towers = ("visual_encoder_m", "text_encoder_m", "vision_proj_m", "text_proj_m")
     queues = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
     return [
@@ -306,10 +252,10 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     """Read the constructor's arguments (none are needed for released files), or transformers' config.json.
 
     The head is that of the original's `class`, or else the one that the tensors are for. The position of [SEP] in a
-    vocabulary that is not BERT's is no argument of the original's: say it as `sep_token_id`.
+    vocabulary that is not BERT's is no argument of the original's: give it as `sep_token_id`.
     """
     if original.get("model_type") == "blip":
-        return _from_transformers(original)
+        return interop.config_from_transformers(original)
     arguments = original.get("arguments", {})
     check_options("BLIP's constructor", arguments, ARGUMENTS)
     med, vit = arguments.get("med_config", {}), arguments.get("create_vit_override", {})
@@ -369,7 +315,8 @@ def _head_of_file(keys: Collection[str]) -> str:
 def _vision_config(
     shapes: Mapping[str, Any], arguments: Mapping[str, Any], joint: int | None
 ) -> HfvlmBLIPVisionConfig:
-    """`image_size` is the file's; for another, `resize_positions` does what the original does when it loads a file."""
+    """Return the configuration of the vision tower. `image_size` is the file's; for another, `resize_positions` does
+    what the original does when it loads a file."""
     width, channels, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
     return HfvlmBLIPVisionConfig(
         image_size=patch * isqrt(shapes["visual_encoder.pos_embed"][1] - 1),
@@ -406,119 +353,34 @@ def _text_config(
     )
 
 
-def special_tokens(vocabulary: int, sep: int | None = None) -> dict[str, Any]:
-    """[DEC] and [ENC] are the last two ids; [SEP] is BERT's."""
-    end = 102 if sep is None and vocabulary == 30524 else sep
-    return {"bos_token_id": vocabulary - 2, "encoder_token_id": vocabulary - 1, "eos_token_id": end}
-
-
-def _from_transformers(original: Mapping[str, Any]) -> HfvlmBLIPConfig:
-    from transformers import BlipConfig
-
-    native: Any = BlipConfig(**original)
-    ours = {theirs: name for name, theirs in NATIVE.items()}
-    head = ours.get(next(iter(native.architectures or ()), ""))
-    if head is None:
-        raise UnsupportedOriginalError(
-            f"transformers' {native.architectures} is no model that BLIP's authors released; of its classes, "
-            f"{', '.join(ours)} can be converted."
-        )
-    vision, text = native.vision_config, native.text_config
-    joint = native.image_text_hidden_size if head == "HfvlmBLIPForImageTextRetrieval" else None
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    return HfvlmBLIPConfig(
-        architectures=[head],
-        vision_config=HfvlmBLIPVisionConfig(
-            projection_dim=joint,
-            **{name: getattr(vision, name) for name in (*sizes, "layer_norm_eps", "attention_dropout")},
-            **{name: getattr(vision, name) for name in ("image_size", "patch_size")},
-        ),
-        text_config=HfvlmBLIPTextConfig(
-            projection_dim=joint,
-            context_size=text.encoder_hidden_size,
-            hidden_dropout=text.hidden_dropout_prob,
-            attention_dropout=text.attention_probs_dropout_prob,
-            **{name: getattr(text, name) for name in (*sizes, "layer_norm_eps", "vocab_size", "pad_token_id")},
-            max_position_embeddings=text.max_position_embeddings,
-            **special_tokens(text.vocab_size, text.sep_token_id) | {"bos_token_id": text.bos_token_id},
-        ),
-        similarity_temperature=0.07 if joint is None else None,
-        label_smoothing=native.label_smoothing,
-    )
-
-
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from the constructor's prompt or transformers' preprocessor_config.json."""
+    """Return the processor's settings, from the constructor's prompt or transformers' preprocessor_config.json."""
     prompt = original.get("arguments", {}).get("prompt", "")
     return {"image_processor": transformers_pixels(preprocessing), "prompt": prompt}
 
 
-def image_processor_for(config: HfvlmBLIPConfig, settings: Mapping[str, Any]) -> HfvlmBLIPImageProcessor:
-    return HfvlmBLIPImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmBLIPImageProcessor)
 
 
 def processor_for(config: HfvlmBLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmBLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     text = config.text_config
     length = {"model_max_length": min(35, text.max_position_embeddings)}
     tokenizer = HfvlmBLIPTokenizer.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
     ours = len(tokenizer), tokenizer.bos_token_id, tokenizer.sep_token_id
-    if ours != (text.vocab_size, text.bos_token_id, text.eos_token_id):
-        raise ValueError(
-            f"{vocabulary}: its pieces, [DEC] and [SEP] are {ours}, the model's "
-            f"{(text.vocab_size, text.bos_token_id, text.eos_token_id)} (text_config.vocab_size, bos_token_id, "
-            "eos_token_id): this is the vocabulary of another model."
-        )
+    wanted, fields = (text.vocab_size, text.bos_token_id, text.eos_token_id), "vocab_size, bos_token_id, eos_token_id"
+    check_vocabulary(vocabulary, ours, wanted, "pieces, [DEC] and [SEP] are", f"text_config.{fields}")
     return HfvlmBLIPProcessor(image_processor_for(config, settings), tokenizer, prompt=settings.get("prompt", ""))
 
 
-def config_to_transformers(config: HfvlmBLIPConfig) -> Any:
-    """transformers' BlipConfig of the same model."""
-    from transformers import BlipConfig
-
-    head, vision, text = head_of(config), config.vision_config, config.text_config
-    if head not in NATIVE:
-        raise UnsupportedOriginalError(f"transformers has no BLIP like {head}; it has {', '.join(NATIVE.values())}.")
-    if head == "HfvlmBLIPForQuestionAnswering" and vision.hidden_size != text.hidden_size:
-        raise UnsupportedOriginalError("transformers' BlipForQuestionAnswering needs towers of the same width.")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    return BlipConfig(
-        architectures=[NATIVE[head]],
-        vision_config={
-            name: getattr(vision, name)
-            for name in (*sizes, "layer_norm_eps", "attention_dropout", "image_size", "patch_size")
-        },
-        text_config={
-            **{name: getattr(text, name) for name in (*sizes, "layer_norm_eps", "vocab_size", "pad_token_id")},
-            "max_position_embeddings": text.max_position_embeddings,
-            "encoder_hidden_size": text.context_size,
-            "hidden_dropout_prob": text.hidden_dropout,
-            "attention_probs_dropout_prob": text.attention_dropout,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "sep_token_id": text.eos_token_id,
-            "label_smoothing": config.label_smoothing,
-        },
-        image_text_hidden_size=vision.projection_dim or 256,
-        label_smoothing=config.label_smoothing,
-    )
-
-
-def processor_to_transformers(processor: HfvlmBLIPProcessor) -> Any:
-    """transformers' BlipProcessor of the same vocabulary and pixels; it neither cleans texts nor knows a prompt."""
-    import json
-
-    from transformers import BertTokenizer, BlipImageProcessorPil, BlipProcessor
-
-    pixels, tokenizer = processor.image_processor, processor.tokenizer
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    native = BertTokenizer(
-        vocab=model["vocab"],
-        model_max_length=tokenizer.model_max_length,
-        bos_token="[DEC]",
-        extra_special_tokens=["[ENC]"],
-    )
-    image_processor = BlipImageProcessorPil(
-        size=pixels.size, resample=pixels.resample, image_mean=pixels.image_mean, image_std=pixels.image_std
-    )
-    return BlipProcessor(image_processor, native)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    fresh_parameters=fresh_parameters,
+    export=interop.EXPORT,
+)

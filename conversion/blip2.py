@@ -9,32 +9,18 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, T5Config
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.checkpoints.key_table import Row, Table, scalar, split, tied
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, transformers_pixels
-from hfvlm.conversion.blip2_transformers import (
-    NATIVE_TYPES,
-    config_to_transformers,
-    from_transformers,
-    processor_to_transformers,
-    tensors_to_transformers,
-    transformers_rows,
-)
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.qformer import (
-    GENERATIVE,
-    LANGUAGE_MODELS,
-    attention_rows,
-    flattened,
-    head_of,
-    language_rows,
-    mlp_rows,
-    unbatched,
-)
+from hfvlm.checkpoints.compositions import lengthened
+from hfvlm.checkpoints.conversion import Conversion, Names, Source, head_of, part_of
+from hfvlm.checkpoints.key_table import Row, Table, flat, scalar, split, unbatched
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion.blocks import LLAMA_FIELDS, language_rows, openai_tower, row, timm_layers
+from hfvlm.conversion.interop import blip2 as interop
+from hfvlm.conversion.interop.blip2 import GENERATIVE, LANGUAGE_MODELS, qformer_layers
+from hfvlm.conversion.processors import check_vocabulary, sized, transformers_pixels
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,
@@ -50,33 +36,31 @@ from hfvlm.models.blip2.processing_blip2 import (
     HfvlmInstructBLIPProcessor,
 )
 
-__all__ = ["config_to_transformers", "processor_to_transformers", "tensors_to_transformers"]
-
 PARTS = {
     "vision": "eva_vit_g.pth or clip_vit_L.pth, the frozen tower that a release leaves out",
     "base": "the language model that a release leaves out, in transformers' format",
 }
-# OPT ends what it writes about a picture with a new line.
+# OPT ends a caption with a new line.
 OPT_NEWLINE = 50118
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
-    return "transformers" if original.get("model_type") in NATIVE_TYPES else "lavis"
+    return "transformers" if original.get("model_type") in interop.NATIVE_TYPES else "lavis"
 
 
 def keys_for(config: HfvlmBLIP2Config, layout: str = "lavis", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a released file, or for transformers' folder."""
+    """Return the rows for a released file, or for transformers' folder."""
     if layout == "transformers":
-        return transformers_rows(config, keys)
+        return interop.rows(config, keys)
     keys = list(keys)
     inside = any(key.startswith("visual_encoder.") for key in keys)
     rows = [*(vision_rows(config, "visual_encoder.") if inside else ()), *qformer_rows(config)]
-    if head_of(config) not in GENERATIVE:
+    if head_of(config, GENERATIVE[0]) not in GENERATIVE:
         return [*rows, *first_stage_rows(config)]
     model, bridge = LANGUAGE_MODELS[config.text_config.model_type]
     rows.append(Row(f"{bridge}.{{}}", "projector.layers.0.{}"))
     if holds_language_model(config, keys):
-        return [*rows, *language_rows(config, f"{model}.")]
+        return [*rows, *language_rows(config.text_config.model_type, f"{model}.")]
     # A tied output layer can slip through the filter that leaves the language model out.
     return [*rows, Row(f"{model}.{{...}}", None, optional=True)]
 
@@ -87,62 +71,39 @@ def holds_language_model(config: HfvlmBLIP2Config, keys: Iterable[str]) -> bool:
 
 
 def vision_rows(config: HfvlmBLIP2Config, source: str = "") -> list[Row]:
-    """Of the tower that the configuration names; `source` ends in a dot."""
+    """Return the rows of the tower that the configuration names; `source` ends in a dot."""
     if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
-        return clip_rows(source)
+        return openai_tower(source, "vision_model")
     block, layer = f"{source}blocks.{{}}", "vision_model.layers.{}"
     return [
-        Row(f"{source}cls_token", "vision_model.class_token", flattened),
+        Row(f"{source}cls_token", "vision_model.class_token", flat),
         Row(f"{source}pos_embed", "vision_model.position", unbatched),
         Row(f"{source}patch_embed.proj.{{}}", "vision_model.patches.projection.{}"),
-        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
         *(Row(f"{block}.attn.{part}_bias", f"{layer}.attention.{part}_proj.bias") for part in "qv"),
         Row(f"{block}.attn.qkv.weight", tuple(f"{layer}.attention.{part}_proj.weight" for part in "qkv"), split(3)),
-        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
-        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
-    ]
-
-
-def clip_rows(source: str) -> list[Row]:
-    block, layer = f"{source}transformer.resblocks.{{}}", "vision_model.layers.{}"
-    return [
-        Row(f"{source}class_embedding", "vision_model.class_token"),
-        Row(f"{source}positional_embedding", "vision_model.position"),
-        Row(f"{source}conv1.weight", "vision_model.patches.projection.weight"),
-        Row(f"{source}ln_pre.{{}}", "vision_model.pre_norm.{}"),
-        Row(f"{block}.attn.in_proj_{{}}", tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv"), split(3)),
-        Row(f"{block}.attn.out_proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.ln_1.{{}}", f"{layer}.attention_norm.{{}}"),
-        Row(f"{block}.mlp.c_fc.{{}}", f"{layer}.mlp.fc1.{{}}"),
-        Row(f"{block}.mlp.c_proj.{{}}", f"{layer}.mlp.fc2.{{}}"),
-        Row(f"{block}.ln_2.{{}}", f"{layer}.mlp_norm.{{}}"),
+        *(one for one in timm_layers(f"{source}blocks", "vision_model.layers") if ".qkv." not in one.source),
     ]
 
 
 def qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
-    theirs, ours = "Qformer.bert.encoder.layer.{}", "qformer_model.layers.{}"
-    parts = {"self.query": ".q_proj", "self.key": ".k_proj", "self.value": ".v_proj"}
+    read, table = config.qformer_config.vocab_size is not None, "Qformer.bert.embeddings"
     rows = [
         Row("query_tokens", "qformer_model.embeddings.queries", unbatched),
         Row("ln_vision.{}", "qformer_model.context_norm.{}"),
         # The counting numbers.
-        Row("Qformer.bert.embeddings.position_ids", None, optional=True),
-        Row("Qformer.bert.embeddings.LayerNorm.{}", "qformer_model.embeddings.norm.{}"),
-        *attention_rows(theirs, ours, parts),
-        *mlp_rows(theirs, ours, "_query", "query_mlp"),
+        Row(f"{table}.position_ids", None, optional=True),
+        Row(f"{table}.LayerNorm.{{}}", "qformer_model.embeddings.norm.{}"),
+        *qformer_layers("Qformer.bert.encoder.layer.{}", "self", read=read),
     ]
-    if config.qformer_config.vocab_size is None:
+    if not read:
         return rows
-    table = "Qformer.bert.embeddings"
     words = ["qformer_model.embeddings.token.weight"]
-    if head_of(config) == "HfvlmBLIP2ForPreTraining":
+    if head_of(config, GENERATIVE[0]) == "HfvlmBLIP2ForPreTraining":
         words.append("lm_head.decoder.weight")
     return [
         *rows,
-        Row(f"{table}.word_embeddings.weight", tuple(words), tied(len(words))),
+        row(f"{table}.word_embeddings.weight", *words),
         Row(f"{table}.position_embeddings.weight", "qformer_model.embeddings.position"),
-        *mlp_rows(theirs, ours, "", "mlp"),
     ]
 
 
@@ -154,7 +115,7 @@ def first_stage_rows(config: HfvlmBLIP2Config) -> list[Row]:
         Row("temp", "logit_scale.scale", scalar),
         Row("itm_head.{}", "itm_head.{}"),
     ]
-    if head_of(config) != "HfvlmBLIP2ForPreTraining":
+    if head_of(config, GENERATIVE[0]) != "HfvlmBLIP2ForPreTraining":
         return [*rows, Row(f"{head}.{{...}}", None, optional=True)]
     return [
         *rows,
@@ -166,8 +127,8 @@ def first_stage_rows(config: HfvlmBLIP2Config) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """The released file with the tower and the language model that it leaves out.
+def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return the tables of the released file, and of the tower and the language model that it leaves out.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -178,48 +139,37 @@ def tables_for(config: HfvlmBLIP2Config, layout: str, sources: Mapping[str, Any]
     if layout == "transformers":
         return tables
     inside = {"vision": any(key.startswith("visual_encoder.") for key in main)}
-    if head_of(config) in GENERATIVE:
+    if head_of(config, GENERATIVE[0]) in GENERATIVE:
         inside["base"] = holds_language_model(config, main)
     for part in PARTS:
-        if inside.get(part, True) == (part in sources):
-            if part in sources:
-                raise CheckpointError(f"This release has its own {part}, or needs none: leave `{part}` out.")
-            raise FileNotFoundError(
-                f"This release needs its {part} (--{part}, or parts={{{part!r}: ...}}): {PARTS[part]}."
-            )
+        if inside.get(part, True) and part in sources:
+            raise CheckpointError(f"This release has its own {part}, or needs none: leave `{part}` out.")
     if not inside["vision"]:
-        tables.append(vision_table(config, sources["vision"].tensors))
+        tables.append(vision_table(config, part_of(sources, "vision", PARTS)))
     if not inside.get("base", True):
-        tables.append(language_table(config, sources["base"].tensors))
+        tables.append(language_table(config, part_of(sources, "base", PARTS)))
     return tables
 
 
 def vision_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Table:
-    """Of a tower's own file, without what follows on the layers that are read: the last one, a norm, a projection."""
+    """Return the table of a tower's own file, without what follows on the layers that are used: the last one, a norm,
+    a projection."""
     depth = config.vision_config.num_hidden_layers
     after = tuple(f"{name}.{depth}." for name in ("blocks", "transformer.resblocks"))
-    unread = (*after, "norm.", "fc_norm.", "head.", "ln_post.", "proj")
-    read = {key: tensor for key, tensor in tensors.items() if not key.startswith(unread)}
+    unused = (*after, "norm.", "fc_norm.", "head.", "ln_post.", "proj")
+    read = {key: tensor for key, tensor in tensors.items() if not key.startswith(unused)}
     return Table(read, vision_rows(config), "vision")
 
 
 def language_table(config: HfvlmBLIP2Config, tensors: Mapping[str, Tensor]) -> Table:
-    """Of a language model's folder; OPT's first files leave out the name of the whole."""
+    """Return the table of a language model's folder; OPT's first files leave out the name of the whole, and tokens
+    that were added and never trained get the average token's rows."""
     if config.text_config.model_type == "opt":
         tensors = {f"model.{key}" if key.startswith("decoder.") else key: t for key, t in tensors.items()}
     if config.text_config.model_type == "llama":
-        tensors = with_rows(tensors, config.text_config.vocab_size)
-    return Table(tensors, language_rows(config), "base")
-
-
-def with_rows(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Tables of words with rows for tokens that were added and never trained: the average token's."""
-    longer = dict(tensors)
-    for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        if (missing := size - len(tensors[key])) > 0:
-            mean = tensors[key].float().mean(dim=0, keepdim=True).to(tensors[key].dtype)
-            longer[key] = torch.cat([tensors[key], mean.expand(missing, -1)])
-    return longer
+        tables = ("model.embed_tokens.weight", "lm_head.weight")
+        tensors = lengthened(tensors, tables, config.text_config.vocab_size)
+    return Table(tensors, language_rows(config.text_config.model_type), "base")
 
 
 # Configuration
@@ -230,7 +180,7 @@ ARGUMENTS = (
     "vision_override",
     # What is stored in half precision, frozen, recomputed, or done to answers changes none of the model's values.
     *("vit_precision", "freeze_vit", "use_grad_checkpoint", "apply_lemmatizer"),
-    # Examples with pictures before a question are texts with several pictures.
+    # Examples with images before a question are texts with several images.
     *("num_few_shot_examples", "few_shot_prob"),
 )
 BERT_FIELDS = (
@@ -242,10 +192,11 @@ BERT_FIELDS = (
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmBLIP2Config:
-    """The sizes are the tensors'; `original` may say the constructor's `arguments`, the configuration of the language
-    model (`base_config`, or beside the arguments), and of the tokenizers `sep_token_id` and `newline_token_id`."""
-    if original.get("model_type") in NATIVE_TYPES:
-        return from_transformers(original)
+    """Read the sizes of the tensors; `original` may give the constructor's `arguments`, the configuration of the
+    language model (`base_config`, or next to the arguments), and of the tokenizers `sep_token_id` and
+    `newline_token_id`."""
+    if original.get("model_type") in interop.NATIVE_TYPES:
+        return interop.config_from_transformers(original)
     arguments = original.get("arguments", {})
     own = {name: value for name, value in arguments.items() if not name.partition(".")[0].endswith("_config")}
     check_options("BLIP-2's constructor", own, ARGUMENTS)
@@ -284,7 +235,7 @@ VISION_FIELDS = {
 
 
 def _vision_config(shapes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """Of the tower in the file; for one that is left out, of the released towers."""
+    """Return the configuration of the tower in the file; for one that is left out, of the released towers."""
     given, start = arguments.get("vision_override", {}), "visual_encoder."
     size = arguments.get("img_size", 224)
     if f"{start}conv1.weight" in shapes:
@@ -314,7 +265,7 @@ def _vision_config(shapes: Mapping[str, Any], arguments: Mapping[str, Any]) -> A
     if "width" in given or arguments.get("vit_model") == "clip_L" or shapes["ln_vision.weight"][0] == 1024:
         wide = {"intermediate_size": 4 * given["width"]} if "width" in given else {}
         return HfvlmBLIP2CLIPVisionConfig(image_size=size, **sizes, **wide)
-    # EVA's MLP is so many times as wide.
+    # EVA's MLP is 4.3637 times as wide.
     wide = {"intermediate_size": int(given["embed_dim"] * 4.3637)} if "embed_dim" in given else {}
     return HfvlmBLIP2VisionConfig(image_size=size, **sizes, **wide)
 
@@ -325,13 +276,13 @@ def _qformer_config(
     start, bert = "Qformer.bert.encoder.layer.", arguments.get("bert_config", {})
     _, queries, width = shapes["query_tokens"]
     depth = count_layers(shapes, start)
-    looking = [i for i in range(depth) if f"{start}{i}.crossattention.self.query.weight" in shapes]
+    crossed = [i for i in range(depth) if f"{start}{i}.crossattention.self.query.weight" in shapes]
     table, words = "Qformer.bert.embeddings", shapes.get("Qformer.bert.embeddings.word_embeddings.weight", (None,))[0]
     positions = shapes.get(f"{table}.position_embeddings.weight", shapes.get(f"{table}.position_ids", (512,))[-1:])[0]
     return HfvlmBLIP2QFormerConfig(
         num_queries=queries,
         context_size=context,
-        cross_attention_frequency=looking[1] if len(looking) > 1 else depth,
+        cross_attention_frequency=crossed[1] if len(crossed) > 1 else depth,
         hidden_size=width,
         intermediate_size=shapes[f"{start}0.intermediate_query.dense.weight"][0],
         num_hidden_layers=depth,
@@ -350,7 +301,7 @@ def _qformer_config(
 
 
 def _text_config(kind: str, original: Mapping[str, Any], shapes: Mapping[str, Any]) -> Any:
-    """What the language model's own folder says, with what the original changes of it."""
+    """Read the configuration in the language model's own folder, with what the original changes of it."""
     arguments, model = original.get("arguments", {}), LANGUAGE_MODELS[kind][0]
     given = (value for name, value in arguments.items() if name.endswith("_config") and name != "bert_config")
     fields = original.get("base_config") or next(given, None)
@@ -366,14 +317,15 @@ def _text_config(kind: str, original: Mapping[str, Any], shapes: Mapping[str, An
         return OPTConfig(**fields | {"eos_token_id": original.get("newline_token_id", OPT_NEWLINE)})
     if kind == "t5":
         return erf_t5_config(**fields)
-    kept = {name: fields[name] for name in LLAMA_FIELDS if fields.get(name) is not None}
+    known = {name: fields[name] for name in LLAMA_FIELDS if fields.get(name) is not None}
     if not size:  # the original adds a token for padding to the language model's own
-        kept["vocab_size"] += 1
-    return LlamaConfig(**kept | {"pad_token_id": kept["vocab_size"] - 1})
+        known["vocab_size"] += 1
+    return LlamaConfig(**known | {"pad_token_id": known["vocab_size"] - 1})
 
 
 def erf_t5_config(**fields: Any) -> T5Config:
-    """FLAN-T5's with the exact GELU, which the original runs it with, where T5 means the approximate one."""
+    """Return FLAN-T5's configuration with the exact GELU, which the original runs it with, where T5 means the
+    approximate one."""
     config = T5Config(**fields)
     if config.dense_act_fn == "gelu_new":
         config.dense_act_fn = "gelu"
@@ -385,8 +337,8 @@ def erf_t5_config(**fields: Any) -> T5Config:
 VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "tokenizer.json")
 
 
-def vocabularies_for(config: HfvlmBLIP2Config) -> list[tuple[str, ...]]:
-    """Names of the files: of what is written, and of what InstructBLIP's Q-Former reads."""
+def vocabularies_for(config: HfvlmBLIP2Config) -> list[Names]:
+    """Name the files: of what is generated, and of what InstructBLIP's Q-Former reads."""
     words = ("vocab.txt", "tokenizer.json")
     if config.text_config is None:
         return [words]
@@ -396,30 +348,29 @@ def vocabularies_for(config: HfvlmBLIP2Config) -> list[tuple[str, ...]]:
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from the constructor's prompt or transformers' preprocessor_config.json."""
+    """Return the processor's settings, from the constructor's prompt or transformers' preprocessor_config.json."""
     arguments = original.get("arguments", {})
     prompt = {"prompt": arguments["prompt"]} if "prompt" in arguments else {}
     return {"image_processor": transformers_pixels(preprocessing), **prompt}
 
 
-def image_processor_for(config: HfvlmBLIP2Config, settings: Mapping[str, Any]) -> HfvlmBLIP2ImageProcessor:
-    return HfvlmBLIP2ImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmBLIP2ImageProcessor)
 
 
 def processor_for(config: HfvlmBLIP2Config, settings: Mapping[str, Any], vocabulary: Path, *more: Path) -> Any:
-    """The processor; the files are those of `vocabularies_for`."""
-    pictures, text = image_processor_for(config, settings), config.text_config
+    """Return the processor; the files are those of `vocabularies_for`."""
+    images, text = image_processor_for(config, settings), config.text_config
     options = settings.get("tokenizer", {})
     if text is None:
-        return HfvlmBLIP2RetrievalProcessor(pictures, qformer_tokenizer_for(config, vocabulary, options))
+        return HfvlmBLIP2RetrievalProcessor(images, qformer_tokenizer_for(config, vocabulary, options))
     own = {name: settings[name] for name in ("prompt", "question") if name in settings}
     own |= {"num_queries": config.qformer_config.num_queries, "kind": text.model_type}
     tokenizer = HfvlmBLIP2Tokenizer.from_vocabulary(vocabulary, kind=text.model_type, size=config.image_token_id)
     if config.qformer_config.vocab_size is None:
-        return HfvlmBLIP2Processor(pictures, tokenizer, **own)
+        return HfvlmBLIP2Processor(images, tokenizer, **own)
     # Instructions that are too long lose their beginning.
     longest = {"model_max_length": 128, "truncation_side": "left"} | settings.get("qformer_tokenizer", {})
-    return HfvlmInstructBLIPProcessor(pictures, tokenizer, qformer_tokenizer_for(config, more[0], longest), **own)
+    return HfvlmInstructBLIPProcessor(images, tokenizer, qformer_tokenizer_for(config, more[0], longest), **own)
 
 
 def qformer_tokenizer_for(
@@ -428,10 +379,20 @@ def qformer_tokenizer_for(
     qformer = config.qformer_config
     tokenizer = HfvlmBLIP2QFormerTokenizer.from_vocabulary(vocabulary, **options)
     ours = len(tokenizer), tokenizer.bos_token_id, tokenizer.sep_token_id
-    if ours != (qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id):
-        raise ValueError(
-            f"{vocabulary}: its pieces, [DEC] and [SEP] are {ours}, the model's "
-            f"{(qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id)} (qformer_config.vocab_size, "
-            "bos_token_id, eos_token_id): this is the vocabulary of another model."
-        )
+    wanted, fields = (qformer.vocab_size, qformer.bos_token_id, qformer.eos_token_id), "vocab_size, bos_token_id"
+    check_vocabulary(vocabulary, ours, wanted, "pieces, [DEC] and [SEP] are", f"qformer_config.{fields}, eos_token_id")
     return tokenizer
+
+
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=vocabularies_for,
+    parts=PARTS,
+    compose=tables_for,
+    export=interop.EXPORT,
+)

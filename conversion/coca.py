@@ -4,46 +4,36 @@ Source: https://github.com/mlfoundations/open_clip at 89fb801.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, scalar, split, transpose
-from hfvlm.conversion import (
-    UnsupportedOriginalError,
-    check_options,
-    count_layers,
-    open_clip_pixels,
-    original_config,
-    tokenizer_for,
-)
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
-from hfvlm.conversion.clip import resblocks, vision_rows, vision_sizes
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.conversion.blocks import openai_layers, openai_vision_rows
+from hfvlm.conversion.clip import VOCABULARIES, vision_sizes
+from hfvlm.conversion.processors import open_clip_pixels, paired, sized, special_tokens
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.models.coca.processing_coca import HfvlmCoCaImageProcessor, HfvlmCoCaProcessor, HfvlmCoCaTokenizer
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    return "open_clip"
-
-
 def keys_for(config: HfvlmCoCaConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "open_clip"."""
+    """Return the rows for a file of `layout`, which is "open_clip"."""
     if layout != "open_clip":
         raise UnsupportedOriginalError("transformers has no CoCa; its files are open_clip's.")
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
-        *vision_rows("visual", "vision_model"),
+        *openai_vision_rows("visual", "vision_model"),
         *pooler_rows(config.vision_config),
         Row("text.cls_emb", "text_model.class_token"),
         Row("text.positional_embedding", "text_model.position"),
         Row("text.token_embedding.weight", "text_model.token.weight"),
-        *resblocks("text.transformer.resblocks", "text_model.layers"),
+        *openai_layers("text.transformer.resblocks", "text_model.layers"),
         Row("text.ln_final.{}", "text_model.post_norm.{}"),
         Row("text.text_projection", "text_model.projection.weight", transpose),
-        *resblocks("text_decoder.resblocks", "text_model.multimodal_layers"),
-        *resblocks("text_decoder.cross_attn", "text_model.grounding_layers"),
+        *openai_layers("text_decoder.resblocks", "text_model.multimodal_layers"),
+        *openai_layers("text_decoder.cross_attn", "text_model.grounding_layers"),
         Row("text_decoder.cross_attn.{}.ln_1_kv.{}", "text_model.grounding_layers.{}.context_norm.{}"),
         Row("text_decoder.ln_final.{}", "text_model.multimodal_norm.{}"),
         Row("text_decoder.text_projection", "text_model.lm_head.weight", transpose),
@@ -51,7 +41,8 @@ def keys_for(config: HfvlmCoCaConfig, layout: str = "open_clip", keys: Iterable[
 
 
 def pooler_rows(config: HfvlmCoCaVisionConfig) -> list[Row]:
-    """One tensor holds the weights of query, key and value, where they are equally wide."""
+    """Return the rows of the pooler: one tensor holds the weights of query, key and value, where they are equally
+    wide."""
     theirs, ours = "visual.attn_pool", "vision_model.pool"
     parts = [f"{ours}.attention.{part}_proj" for part in "qkv"]
     weights = [Row(f"{theirs}.attn.{part}_proj_weight", f"{ours}.attention.{part}_proj.weight") for part in "qkv"]
@@ -67,29 +58,24 @@ def pooler_rows(config: HfvlmCoCaVisionConfig) -> list[Row]:
     ]
 
 
-MODEL = ("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "pad_id")
-# How a fresh model starts; a file's tensors say where it is.
+# How a fresh model starts; trained values are in a file's tensors.
 START = ("init_logit_scale", "nonscalar_logit_scale")
-VISION = (
-    *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "output_tokens"),
-)
-TEXT = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    *("embed_cls", "correct_cls_mask", "output_tokens", "pad_id"),
-)
-MULTIMODAL = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    # Nothing in the original reads these.
-    *("attn_pooler_heads", "n_queries", "dim_head", "output_tokens"),
-)
+TOWER = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
+DECODER = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+# Nothing in the original reads these.
+UNUSED = ("attn_pooler_heads", "n_queries", "dim_head")
+MODEL = (*START, "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "pad_id")
+POOLER = ("attentional_pool", "attn_pooler_queries", "attn_pooler_heads")
+VISION = (*TOWER, *POOLER, "patch_dropout", "output_tokens")
+TEXT = (*DECODER, "embed_cls", "correct_cls_mask", "output_tokens", "pad_id")
+MULTIMODAL = (*DECODER, *UNUSED, "output_tokens")
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCoCaConfig:
-    """open_clip's model config; what it leaves out has the defaults of open_clip's classes."""
+    """Read open_clip's model config; what it leaves out has the defaults of open_clip's classes."""
     original = original_config(original)
     vision, text, multimodal = (original[f"{name}_cfg"] for name in ("vision", "text", "multimodal"))
-    check_options("open_clip's model config", original, (*MODEL, *START))
+    check_options("open_clip's model config", original, MODEL)
     check_options("open_clip's vision_cfg", vision, VISION)
     check_options("open_clip's text_cfg", text, TEXT)
     check_options("open_clip's multimodal_cfg", multimodal, MULTIMODAL)
@@ -141,21 +127,19 @@ def _text_config(
     )
 
 
-def special_tokens(vocabulary: int, pad: int = 0) -> dict[str, Any]:
-    """Start and end are the tokenizer's last two ids."""
-    return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": pad}
-
-
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor, from open_clip's `preprocess_cfg`."""
+    """Return the processor's settings, from open_clip's `preprocess_cfg`."""
     return {"image_processor": open_clip_pixels(original["preprocess_cfg"])} if "preprocess_cfg" in original else {}
 
 
-def image_processor_for(config: HfvlmCoCaConfig, settings: Mapping[str, Any]) -> HfvlmCoCaImageProcessor:
-    return HfvlmCoCaImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
-
-
-def processor_for(config: HfvlmCoCaConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmCoCaProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
-    tokenizer = tokenizer_for(HfvlmCoCaTokenizer, config.text_config, settings, vocabulary)
-    return HfvlmCoCaProcessor(image_processor_for(config, settings), tokenizer)
+image_processor_for = sized(HfvlmCoCaImageProcessor)
+processor_for = paired(HfvlmCoCaProcessor, image_processor_for, HfvlmCoCaTokenizer)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("open_clip"),
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+)

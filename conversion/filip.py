@@ -4,41 +4,34 @@ Source: https://github.com/Sense-GVT/DeCLIP at 5d99a85. The paper's authors rele
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, scalar, transpose
-from hfvlm.conversion import UnsupportedOriginalError, count_layers, original_config, tokenizer_for
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
-from hfvlm.conversion.clip import resblocks, vision_sizes
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, count_layers, original_config
+from hfvlm.conversion.blocks import openai_layers, openai_tower
+from hfvlm.conversion.clip import VOCABULARIES, vision_sizes
+from hfvlm.conversion.processors import paired
 from hfvlm.models.filip.configuration_filip import HfvlmFILIPConfig, HfvlmFILIPTextConfig, HfvlmFILIPVisionConfig
 from hfvlm.models.filip.processing_filip import HfvlmFILIPImageProcessor, HfvlmFILIPProcessor, HfvlmFILIPTokenizer
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    return "declip"
-
-
 def keys_for(config: HfvlmFILIPConfig, layout: str = "declip", keys: Collection[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "declip"."""
+    """Return the rows for a file of `layout`, which is "declip"."""
     prefix = prefix_of(keys)
     visual, text = f"{prefix}visual", f"{prefix}encode_text"
     return [
         Row(f"{prefix}logit_scale_dense", "logit_scale.scale", scalar),
         Row(f"{prefix}logit_scale", "summary_scale.scale"),
-        Row(f"{visual}.conv1.weight", "vision_model.patches.projection.weight"),
-        Row(f"{visual}.class_embedding", "vision_model.class_token"),
-        Row(f"{visual}.positional_embedding", "vision_model.position"),
-        Row(f"{visual}.ln_pre.{{}}", "vision_model.pre_norm.{}"),
-        *resblocks(f"{visual}.transformer.resblocks", "vision_model.layers"),
+        *openai_tower(f"{visual}.", "vision_model"),
         Row(f"{prefix}image_mapping.{{}}", "vision_model.projection.{}"),
         Row(f"{visual}.ln_post.{{}}", "image_summary.norm.{}"),
         Row(f"{visual}.proj", "image_summary.projection.weight", transpose),
         Row(f"{text}.token_embedding.weight", "text_model.embeddings.token.weight"),
         Row(f"{text}.positional_embedding", "text_model.embeddings.position"),
-        *resblocks(f"{text}.transformer.resblocks", "text_model.layers"),
+        *openai_layers(f"{text}.transformer.resblocks", "text_model.layers"),
         Row(f"{text}.ln_final.{{}}", "text_model.post_norm.{}"),
         Row(f"{prefix}text_mapping.{{}}", "text_model.projection.{}"),
         Row(f"{text}.text_projection.{{}}", "text_summary.{}"),
@@ -48,12 +41,12 @@ def keys_for(config: HfvlmFILIPConfig, layout: str = "declip", keys: Collection[
 
 
 def prefix_of(keys: Collection[str]) -> str:
-    """The training code's wrapper puts "module." before every name."""
+    """Return "module.", which the training code's wrapper puts before every name, or nothing."""
     return "module." if keys and all(key.startswith("module.") for key in keys) else ""
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmFILIPConfig:
-    """The constructor's arguments; none are needed."""
+    """Read the constructor's arguments; none are needed."""
     original = original_config(original)
     image, text, model = (original.get(part, {}) for part in ("image_encode", "text_encode", "clip"))
     kind = text.get("text_encode_type", "Transformer")
@@ -88,11 +81,6 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     )
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor: DeCLIP's are always the same."""
-    return {}
-
-
 def image_processor_for(config: HfvlmFILIPConfig, settings: Mapping[str, Any]) -> HfvlmFILIPImageProcessor:
     size = config.vision_config.image_size
     # 256 for 224: the short edge is an eighth longer than what is cut out.
@@ -101,7 +89,13 @@ def image_processor_for(config: HfvlmFILIPConfig, settings: Mapping[str, Any]) -
     return HfvlmFILIPImageProcessor(**defaults | settings.get("image_processor", {}))
 
 
-def processor_for(config: HfvlmFILIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmFILIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
-    tokenizer = tokenizer_for(HfvlmFILIPTokenizer, config.text_config, settings, vocabulary)
-    return HfvlmFILIPProcessor(image_processor_for(config, settings), tokenizer)
+layout_of = always("declip")
+processor_for = paired(HfvlmFILIPProcessor, image_processor_for, HfvlmFILIPTokenizer)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+)

@@ -13,16 +13,14 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import with_average_rows
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, split, tied
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers
-from hfvlm.conversion import clip as clip_conversion
-from hfvlm.conversion.language_models import (
-    LLAMA_FIELDS,
-    gpt_neox_rows,
-    llama_rows,
-    mpt_rows,
-)
-from hfvlm.conversion.llava import part_of, vision_table
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.checkpoints.saving import LazyTensors
+from hfvlm.conversion.blocks import LLAMA_FIELDS, gpt_neox_rows, llama_rows, mpt_rows, openai_vision_rows
+from hfvlm.conversion.interop import clip as clip_interop
+from hfvlm.conversion.llava import vision_table
+from hfvlm.conversion.processors import check_vocabulary, sized
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.flamingo.configuration_flamingo import (
     HfvlmFlamingoConfig,
@@ -53,7 +51,7 @@ KINDS: dict[str, tuple[str, str, str | None, Any]] = {
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in.weight", "embed_out.weight", gpt_neox_rows),
     "llama": ("model.layers", "model.embed_tokens.weight", "lm_head.weight", llama_rows),
 }
-# What stands for the language model in a whole checkpoint, and for a layer of it that looks at pictures.
+# Prefixes of the language model in a whole checkpoint, and of a layer of it with cross-attention to images.
 LANGUAGE, LAYER = "lang_encoder.", "decoder_layer."
 # Layers that are there a second time, under the names that they had while the model was put together.
 REPEATED = [
@@ -61,15 +59,10 @@ REPEATED = [
 ]
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original", all weights in one file; what was trained alone is told by its file, or by a preset."""
-    return "original"
-
-
 def keys_for(config: HfvlmFlamingoConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the main file: of a whole model, or of what was trained."""
+    """Return the rows for the main file: of a whole model, or of what was trained."""
     if layout == "original":
-        vision = clip_conversion.vision_rows("vision_encoder", "vision_model")
+        vision = openai_vision_rows("vision_encoder", "vision_model")
         return [
             *(row if row.source != "vision_encoder.proj" else Row(row.source, None) for row in vision),
             *trained_rows(config),
@@ -78,15 +71,15 @@ def keys_for(config: HfvlmFlamingoConfig, layout: str = "original", keys: Iterab
         ]
     # The output layer is in files of language models that call it an embedding.
     heads = [Row(row.source, row.target, row.change, optional=True) for row in table_rows(config, LANGUAGE)]
-    # What is computed anew is in files that keep the buffers of layers whose weights they leave out.
+    # What is computed is in files that keep the buffers of layers whose weights they leave out.
     computed = [row for row in language_rows(config, LANGUAGE, LAYER) if row.target is None and row not in heads]
     return [*trained_rows(config), *heads, *computed, *REPEATED]
 
 
 def trained_rows(config: HfvlmFlamingoConfig) -> list[Row]:
-    """The resampler and the layers that look at pictures."""
+    """Return the rows of the resampler and the layers of cross-attention to images."""
     layers, *_ = kind_of(config)
-    look, gate = f"{LANGUAGE}{layers}.{{}}.gated_cross_attn_layer", "gates.{}"
+    cross, gate = f"{LANGUAGE}{layers}.{{}}.gated_cross_attn_layer", "gates.{}"
     latents, ours = "perceiver.layers.{}", "resampler.layers.{}"
     return [
         Row("perceiver.latents", "resampler.latents"),
@@ -95,11 +88,11 @@ def trained_rows(config: HfvlmFlamingoConfig) -> list[Row]:
         *attention_rows(f"{latents}.0", f"{ours}.attention"),
         *feed_forward_rows(f"{latents}.1", ours),
         Row("perceiver.norm.{}", "resampler.post_norm.{}"),
-        Row(f"{look}.attn_gate", f"{gate}.attention_gate.weight"),
-        Row(f"{look}.ff_gate", f"{gate}.mlp_gate.weight"),
-        Row(f"{look}.attn.norm.{{}}", f"{gate}.attention_norm.{{}}"),
-        *attention_rows(f"{look}.attn", f"{gate}.attention"),
-        *feed_forward_rows(f"{look}.ff", gate),
+        Row(f"{cross}.attn_gate", f"{gate}.attention_gate.weight"),
+        Row(f"{cross}.ff_gate", f"{gate}.mlp_gate.weight"),
+        Row(f"{cross}.attn.norm.{{}}", f"{gate}.attention_norm.{{}}"),
+        *attention_rows(f"{cross}.attn", f"{gate}.attention"),
+        *feed_forward_rows(f"{cross}.ff", gate),
     ]
 
 
@@ -129,7 +122,7 @@ def kind_of(config: HfvlmFlamingoConfig) -> tuple[str, str, str | None, Any]:
 
 
 def language_rows(config: HfvlmFlamingoConfig, prefix: str = "", layer: str = "") -> list[Row]:
-    """The language model, whose layers are inside those that look at pictures."""
+    """Return the rows of the language model, whose layers are inside those of cross-attention."""
     layers, words, head, make = kind_of(config)
     place, rows = f"{layers}.{{}}.", make()
     if head and config.text_config.tie_word_embeddings:
@@ -146,13 +139,13 @@ def language_rows(config: HfvlmFlamingoConfig, prefix: str = "", layer: str = ""
 
 
 def table_rows(config: HfvlmFlamingoConfig, prefix: str = "") -> list[Row]:
-    """The tables with a row for each token: of the embeddings, and of an output layer."""
+    """Return the rows of the tables with a row for each token: of the embeddings, and of an output layer."""
     _, words, head, _ = kind_of(config)
     return [row for row in language_rows(config, prefix) if row.source in (f"{prefix}{words}", f"{prefix}{head}")]
 
 
-def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """Each source's tensors with their rows.
+def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -168,28 +161,29 @@ def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, A
     trained = {key.removeprefix(LANGUAGE) for key in main}
     size = config.text_config.vocab_size
     # Tables that were trained replace the base's; the others get rows for the tokens that were added.
-    beneath = {key: resized(tensor, size) if key in tables else tensor for key, tensor in base.items()}
+    longer = LazyTensors({key: partial(resized, base, key, size) for key in tables & set(base)})
     rows = [Row(row.source, None) if row.source in tables & trained else row for row in language_rows(config)]
     return [
         Table(main, keys_for(config, layout), "trained"),
-        Table(beneath, rows, "base"),
+        Table(LazyTensors.of(base) | longer, rows, "base"),
         vision_table(sources, PARTS),
     ]
 
 
-def resized(table: Tensor, size: int) -> Tensor:
-    """With a row for each token. Language models have rows to spare; for tokens that were added after the last, where
-    the original has noise, the logits are as good as the average token's, and so never the largest."""
+def resized(base: Mapping[str, Tensor], key: str, size: int) -> Tensor:
+    """Give a table a row for each token. Language models have rows to spare; tokens that were added after the last,
+    for which the original has noise, get the average token's, whose logits are never the largest."""
+    table = base[key]
     return table[:size] if len(table) >= size else with_average_rows(table, size - len(table))
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmFlamingoConfig:
-    """What the original's `create_model_and_transforms` is told: "cross_attn_every_n_layers" and the token ids, with
-    the configurations of the language model, "base_config", and of the tower, "vision_config", where they are at hand;
-    the rest from the shapes."""
+    """Read the arguments of the original's `create_model_and_transforms`: "cross_attn_every_n_layers" and the token
+    ids, with the configurations of the language model, "base_config", and of the tower, "vision_config", where they
+    are at hand; the rest from the shapes."""
     vision, text = vision_config_of(original), language_settings(original)
     vocabulary = vocabulary_of(text, state_dict)
-    # The factory adds an end, a picture's place and, to vocabularies that have none, padding.
+    # The factory adds an end, a placeholder of images and, to vocabularies that have none, padding.
     end = original.get("eoc_token_id", vocabulary - 3)
     return HfvlmFlamingoConfig(
         vision_config=vision,
@@ -203,7 +197,8 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def vocabulary_of(text: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> int:
-    """Rows of the table of words, in whatever the language model calls it; or as its configuration says."""
+    """Count the rows of the table of words, in whatever the language model calls it; or as its configuration has
+    it."""
     names = tuple(f"{LANGUAGE}{words}" for _, words, _, _ in KINDS.values())
     return next((len(state_dict[name]) for name in names if name in state_dict), 0) or text["vocab_size"]
 
@@ -217,7 +212,7 @@ def resampler_config_of(width: int, state_dict: Mapping[str, Tensor]) -> HfvlmFl
 
 
 def interval_of(state_dict: Mapping[str, Tensor]) -> int:
-    """The first of the layers that look at pictures, counted from one."""
+    """Return the first of the layers with cross-attention, counted from one."""
     gate = ".gated_cross_attn_layer.attn_gate"
     gates = [key.removesuffix(gate).rpartition(".")[2] for key in state_dict if key.endswith(gate)]
     if not gates:
@@ -226,7 +221,7 @@ def interval_of(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def language_settings(original: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the language model, as its own configuration has them."""
+    """Return the settings of the language model, as its own configuration has them."""
     given = original.get("lang_encoder")
     if given:
         return {"model_type": given["type"], **given["config"]}
@@ -236,7 +231,7 @@ def language_settings(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
-    """Of the tower as open_clip describes it, as transformers does, or OpenAI's ViT-L/14."""
+    """Return the configuration of the tower as open_clip describes it, as transformers does, or OpenAI's ViT-L/14."""
     own = original.get("vision_encoder")
     if own:
         known = ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "quick_gelu")
@@ -255,7 +250,7 @@ def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     if not given:
         return openai_vision_config(224)
     native: Any = AutoConfig.for_model(**given)
-    return clip_conversion.vision_config_of(getattr(native, "vision_config", native))
+    return clip_interop.vision_config_of(getattr(native, "vision_config", native))
 
 
 # What decides the shape and the numbers of an MPT, and of a GPT-NeoX.
@@ -269,7 +264,7 @@ NEOX_FIELDS = (
 
 
 def text_config_of(settings: Mapping[str, Any], vocabulary: int) -> Any:
-    """The language model's configuration, with a row for each token that was added."""
+    """Return the language model's configuration, with a row for each token that was added."""
     kind, shared = settings["model_type"], {"vocab_size": vocabulary, "use_cache": True}
     if kind in ("mpt", "mosaic_gpt", "hfvlm_flamingo_mpt"):
         return mpt_config_of(settings, shared)
@@ -277,7 +272,7 @@ def text_config_of(settings: Mapping[str, Any], vocabulary: int) -> Any:
         return GPTNeoXConfig(**chosen(settings, NEOX_FIELDS) | shared)
     if kind == "llama":
         fields = chosen(settings, LLAMA_FIELDS)
-        if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions say -1 for "none"
+        if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions have -1 for "none"
             del fields["pad_token_id"]
         return LlamaConfig(**fields | shared)
     raise UnsupportedOriginalError(f"Flamingo on {kind!r}: hfvlm converts MPT, MosaicGPT, GPT-NeoX and LLaMA.")
@@ -288,7 +283,8 @@ def chosen(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def mpt_config_of(settings: Mapping[str, Any], shared: dict[str, Any]) -> MptConfig:
-    """MPT's own configuration, or that of MosaicGPT, which says `attn_` before each name of the attention's."""
+    """Return MPT's own configuration, or read that of MosaicGPT, which has `attn_` before each name of the
+    attention's."""
     flat = {name.removeprefix("attn_"): value for name, value in settings.items() if name.startswith("attn_")}
     attention = dict(settings.get("attn_config") or {}) | {n: v for n, v in flat.items() if n != "config"}
     attention |= {name: settings[name] for name in ("alibi", "alibi_bias_max", "softmax_scale") if name in settings}
@@ -310,28 +306,30 @@ def mpt_config_of(settings: Mapping[str, Any], shared: dict[str, Any]) -> MptCon
     return kind(**fields | shared)
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor; the releases have none."""
-    return {}
-
-
-def image_processor_for(config: HfvlmFlamingoConfig, settings: Mapping[str, Any]) -> HfvlmFlamingoImageProcessor:
-    return HfvlmFlamingoImageProcessor(
-        **{"size": config.vision_config.image_size} | settings.get("image_processor", {})
-    )
+image_processor_for = sized(HfvlmFlamingoImageProcessor)
 
 
 def processor_for(
     config: HfvlmFlamingoConfig, settings: Mapping[str, Any], vocabulary: Path
 ) -> HfvlmFlamingoProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """Return the processor; `vocabulary` is the language model's."""
     tokenizer = HfvlmFlamingoTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {}))
     tokens = {"eos_token_id": ENDOFCHUNK, "image_token_id": IMAGE, "pad_token_id": PADDING}
     known = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     wanted = {name: getattr(config, name) for name in tokens}
-    if known != wanted:
-        raise ValueError(
-            f"{vocabulary}: its ids of {', '.join(tokens.values())} are {known}, the model's {wanted}: this is the "
-            "vocabulary of another model."
-        )
+    check_vocabulary(vocabulary, known, wanted, f"ids of {', '.join(tokens.values())} are", ", ".join(tokens))
     return HfvlmFlamingoProcessor(image_processor_for(config, settings), tokenizer)
+
+
+# What was trained alone is recognised by its file, or by a preset.
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("original"),
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, flat, scalar, split, unbatched
-from hfvlm.conversion import check_options, count_layers, tokenizer_for
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
+from hfvlm.checkpoints.originals import check_options, count_layers
+from hfvlm.conversion.clip import VOCABULARIES
+from hfvlm.conversion.processors import sized, tokenizer_for
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -30,7 +32,7 @@ from hfvlm.models.imagebind.processing_imagebind import (
     HfvlmImageBindVideoFeatureExtractor,
 )
 
-# Of the original's constructor, whose other arguments the shapes say.
+# Of the original's constructor, whose other arguments are in the shapes.
 DEFAULTS: dict[str, Any] = {
     "video_frames": 2,
     "kernel_size": (2, 14, 14),
@@ -54,12 +56,8 @@ SIZES = ("embed_dim", "num_blocks", "kernel_size")
 TOWERS = ("vision", "text", "audio", "depth", "thermal", "imu")
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    return "imagebind"
-
-
 def keys_for(config: HfvlmImageBindConfig, layout: str = "imagebind", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the released file."""
+    """Return the rows for the released file."""
     return [
         Row("modality_preprocessors.vision.rgbt_stem.proj.1.weight", "vision_model.patches.projection.weight"),
         Row("modality_preprocessors.vision.cls_token", "vision_model.class_token", flat),
@@ -84,7 +82,7 @@ def keys_for(config: HfvlmImageBindConfig, layout: str = "imagebind", keys: Iter
 
 
 def sensor(tower: str, stem: str, position: str, head: int) -> list[Row]:
-    """A tower without its layers."""
+    """Return the rows of a tower without its layers."""
     source, target = f"modality_preprocessors.{tower}", f"{tower}_model"
     return [
         Row(f"{source}.{stem}.proj.weight", f"{target}.patches.projection.weight"),
@@ -97,7 +95,7 @@ def sensor(tower: str, stem: str, position: str, head: int) -> list[Row]:
 
 
 def blocks(source: str, target: str) -> list[Row]:
-    """The original's transformer layers."""
+    """Return the rows of the original's transformer layers."""
     qkv = tuple(f"{target}.attention.{part}_proj.{{}}" for part in "qkv")
     return [
         Row(f"{source}.attn.in_proj_{{}}", qkv, split(3)),
@@ -110,8 +108,8 @@ def blocks(source: str, target: str) -> list[Row]:
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmImageBindConfig:
-    """The arguments of the original's `ImageBindModel`, as they are or under "config"; without any, those of
-    `imagebind_huge`. What they leave open, the shapes of the tensors say."""
+    """Read the arguments of the original's `ImageBindModel`, as they are or under "config"; without any, those of
+    `imagebind_huge`. What they leave open is in the shapes of the tensors."""
     options = original.get("config", original)
     sizes = {f"{tower}_{size}" for tower in TOWERS for size in SIZES} | {"out_embed_dim"}
     given = {name: value for name, value in options.items() if name in DEFAULTS or name in sizes}
@@ -120,13 +118,13 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     options = DEFAULTS | (given or HUGE)
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     vision = _vision(options, shapes)
-    pictures = vision.image_size
+    size = vision.image_size
     return HfvlmImageBindConfig(
         vision_config=vision,
         text_config=_text(options, shapes),
         audio_config=_audio(options, shapes),
-        depth_config=HfvlmImageBindDepthConfig(**_map("depth", "depth_stem", options, shapes, pictures)),
-        thermal_config=HfvlmImageBindThermalConfig(**_map("thermal", "rgbt_stem", options, shapes, pictures)),
+        depth_config=HfvlmImageBindDepthConfig(**_map("depth", "depth_stem", options, shapes, size)),
+        thermal_config=HfvlmImageBindThermalConfig(**_map("thermal", "rgbt_stem", options, shapes, size)),
         imu_config=_imu(options, shapes),
     )
 
@@ -149,9 +147,9 @@ def _trunk(tower: str, options: Mapping[str, Any], shapes: Shapes) -> dict[str, 
 
 def _vision(options: Mapping[str, Any], shapes: Shapes) -> HfvlmImageBindVisionConfig:
     _, channels, moments, patch, _ = shapes["modality_preprocessors.vision.rgbt_stem.proj.1.weight"]
-    places = shapes["modality_preprocessors.vision.pos_embedding_helper.pos_embed"][1] - 1
+    positions = shapes["modality_preprocessors.vision.pos_embedding_helper.pos_embed"][1] - 1
     return HfvlmImageBindVisionConfig(
-        image_size=patch * isqrt(places // (options["video_frames"] // moments)),
+        image_size=patch * isqrt(positions // (options["video_frames"] // moments)),
         patch_size=patch,
         num_channels=channels,
         num_frames=options["video_frames"],
@@ -181,11 +179,12 @@ def _audio(options: Mapping[str, Any], shapes: Shapes) -> HfvlmImageBindAudioCon
     )
 
 
-def _map(tower: str, stem: str, options: Mapping[str, Any], shapes: Shapes, pictures: Any) -> dict[str, Any]:
-    """The original feeds maps of the size of `pictures`, whose last pixels may not fill a patch."""
+def _map(tower: str, stem: str, options: Mapping[str, Any], shapes: Shapes, images: Any) -> dict[str, Any]:
+    """Return the sizes of a tower of maps, which have the size of `images` in the original and whose last pixels may
+    not fill a patch."""
     patch = shapes[f"modality_preprocessors.{tower}.{stem}.proj.weight"][2]
     edge = isqrt(shapes[f"modality_preprocessors.{tower}.pos_embedding_helper.pos_embed"][1] - 1)
-    size = pictures if pictures // patch == edge else edge * patch
+    size = images if images // patch == edge else edge * patch
     return _trunk(tower, options, shapes) | {"patch_size": patch, "image_size": size}
 
 
@@ -195,19 +194,18 @@ def _imu(options: Mapping[str, Any], shapes: Shapes) -> HfvlmImageBindIMUConfig:
     return HfvlmImageBindIMUConfig(num_samples=pieces * patch, patch_size=patch, **_trunk("imu", options, shapes))
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's preprocessing has no options that a checkpoint sets."""
-    return {}
-
-
-def image_processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any]) -> HfvlmImageBindImageProcessor:
-    return HfvlmImageBindImageProcessor(
-        **{"size": config.vision_config.image_size} | settings.get("image_processor", {})
-    )
+EXTRACTORS: dict[str, Any] = {
+    "feature_extractor": HfvlmImageBindFeatureExtractor,
+    "video_feature_extractor": HfvlmImageBindVideoFeatureExtractor,
+    "depth_feature_extractor": HfvlmImageBindDepthFeatureExtractor,
+    "thermal_feature_extractor": HfvlmImageBindThermalFeatureExtractor,
+    "imu_feature_extractor": HfvlmImageBindIMUFeatureExtractor,
+}
+image_processor_for = sized(HfvlmImageBindImageProcessor)
 
 
 def processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any], vocabulary: Path) -> Any:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     tokenizer = tokenizer_for(HfvlmImageBindTokenizer, config.text_config, settings, vocabulary)
     vision, audio, imu = config.vision_config, config.audio_config, config.imu_config
     sizes: dict[str, dict[str, Any]] = {
@@ -224,10 +222,12 @@ def processor_for(config: HfvlmImageBindConfig, settings: Mapping[str, Any], voc
     )
 
 
-EXTRACTORS: dict[str, Any] = {
-    "feature_extractor": HfvlmImageBindFeatureExtractor,
-    "video_feature_extractor": HfvlmImageBindVideoFeatureExtractor,
-    "depth_feature_extractor": HfvlmImageBindDepthFeatureExtractor,
-    "thermal_feature_extractor": HfvlmImageBindThermalFeatureExtractor,
-    "imu_feature_extractor": HfvlmImageBindIMUFeatureExtractor,
-}
+layout_of = always("imagebind")
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+)

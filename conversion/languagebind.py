@@ -14,10 +14,15 @@ from transformers.utils import logging
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.conversion import Conversion, Source, always
 from hfvlm.checkpoints.key_table import Change, Row, Table, scalar, unbatched
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.configuration import config_of
-from hfvlm.conversion import UnsupportedOriginalError, tokenizer_for
-from hfvlm.conversion import clip as clip_conversion
+from hfvlm.conversion.blocks import transformers_text_rows, transformers_vision_rows
+from hfvlm.conversion.clip import VOCABULARIES
+from hfvlm.conversion.interop.clip import NATIVE_SIZES
+from hfvlm.conversion.processors import special_tokens, tokenizer_for
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -40,15 +45,14 @@ from hfvlm.models.languagebind.processing_languagebind import (
 
 logger = logging.get_logger(__name__)
 
-VOCABULARIES = clip_conversion.VOCABULARIES
 PARTS = {
     modality: f"the released folder of a LanguageBind of {things}, with its config.json"
     for modality, things in {
         "image": "images",
-        "video": "films",
-        "audio": "sounds",
+        "video": "videos",
+        "audio": "audio",
         "depth": "depth maps",
-        "thermal": "thermal pictures",
+        "thermal": "thermal images",
     }.items()
 }
 TOWERS: dict[str, type[HfvlmCLIPVisionConfig]] = {
@@ -73,7 +77,7 @@ flat_patches = Change(lambda tensor: tensor.squeeze(2) if tensor.ndim == 5 else 
 
 
 def layout_of(original: Mapping[str, Any]) -> str:
-    """What a release embeds beside texts: "image", "video", "audio", "depth" or "thermal"."""
+    """Return what a release embeds next to texts: "image", "video", "audio", "depth" or "thermal"."""
     modality = original.get("modality") or original["model_type"].removeprefix("LanguageBind").lower()
     if modality not in TOWERS:
         raise UnsupportedOriginalError(f"config.json: model_type {modality!r} is no LanguageBind.")
@@ -81,15 +85,14 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmLanguageBindConfig, layout: str = "image", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a release of the modality `layout`, its adapter merged."""
-    text = [row for row in clip_conversion.transformers_rows() if row.source.startswith("text_")]
-    return [*text, *tower_rows(config, layout)]
+    """Return the rows for a release of the modality `layout`, its adapter merged."""
+    return [*transformers_text_rows(), *tower_rows(config, layout)]
 
 
 def tower_rows(config: HfvlmLanguageBindConfig, modality: str) -> list[Row]:
-    """A release without its text tower."""
+    """Return the rows of a release without its text tower."""
     target = config.towers[modality]
-    rows = clip_conversion.transformers_vision_rows("vision_model", target)
+    rows = transformers_vision_rows("vision_model", target)
     if modality == "video":
         layer, ours = f"{ENCODER}layers.{{}}", f"{target}.layers.{{}}"
         changes = {f"{target}.class_token": class_tokens, f"{target}.patches.projection.weight": flat_patches}
@@ -106,8 +109,8 @@ def tower_rows(config: HfvlmLanguageBindConfig, modality: str) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmLanguageBindConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """Each release's tensors with their rows; texts are embedded by the main source's tower.
+def tables_for(config: HfvlmLanguageBindConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return each release's tensors with their rows; texts are embedded by the main source's tower.
 
     Raises:
         FileNotFoundError: a release that the model is made of was not given.
@@ -130,17 +133,17 @@ def tables_for(config: HfvlmLanguageBindConfig, layout: str, sources: Mapping[st
     return tables
 
 
-# Every release repeats the tower of texts, which was not trained.
+# Every release repeats the text tower, which was not trained.
 TEXTS_LEFT_OUT = [Row("text_model.{...}", None), Row("text_projection.weight", None)]
 
 
 def compare_texts(main: Mapping[str, Tensor], other: Mapping[str, Tensor], role: str) -> None:
     """Warn of a release that was trained to meet other texts."""
-    texts = {key: tensor for key, tensor in main.items() if key.startswith("text_") and tensor.is_floating_point()}
-    differing = [key for key, tensor in texts.items() if not same(tensor, other.get(key))]
+    texts = [key for key in main if key.startswith("text_") and main[key].is_floating_point()]
+    differing = [key for key in texts if not same(main[key], other.get(key))]
     if differing:
         logger.warning(
-            f"{role}: its tower of texts is not the main source's; {len(differing)} tensors differ, the first is "
+            f"{role}: its text tower is not the main source's; {len(differing)} tensors differ, the first is "
             f"{differing[0]!r}. Its embeddings may not meet those of texts."
         )
 
@@ -150,10 +153,10 @@ def same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def merged(source: Any) -> Mapping[str, Tensor]:
-    """A release's tensors; where it is an adapter on CLIP, what they come to.
+    """Merge a release that is an adapter on CLIP; return the tensors of any other.
 
     Raises:
-        CheckpointError: config.json, which alone says how much the adapter counts, is not beside the file.
+        CheckpointError: config.json, which has the scale of the adapter, is not beside the file.
     """
     tensors, wrapped = source.tensors, ENCODER + WRAPPED
     adapter = {key.removeprefix(ENCODER): tensor for key, tensor in tensors.items() if ".lora_" in key}
@@ -169,17 +172,17 @@ def merged(source: Any) -> Mapping[str, Tensor]:
     inside = {key.removeprefix(wrapped): tensor for key, tensor in base.items() if key.startswith(wrapped)}
     whole = merge_lora(inside, adapter, {"r": rank, "lora_alpha": vision["lora_alpha"]})
     beside = {key: tensor for key, tensor in base.items() if not key.startswith(wrapped)}
-    return {**beside, **{ENCODER + key: tensor for key, tensor in whole.items()}}
+    return LazyTensors.of(beside) | LazyTensors({ENCODER + key: make for key, make in whole.makers.items()})
 
 
 def releases_of(original: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The configurations of a model's releases by their modalities, the main one first."""
+    """Return the configurations of a model's releases by their modalities, the main one first."""
     parts = {role: original[f"{role}_config"] for role in PARTS if f"{role}_config" in original}
     return {layout_of(original): original.get("config", original), **parts}
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmLanguageBindConfig:
-    """A release's config.json, with those of further ones as "video_config" and so on."""
+    """Read a release's config.json, with those of further ones as "video_config" and so on."""
     releases = releases_of(original)
     main = next(iter(releases.values()))
     fields: dict[str, Any] = dict.fromkeys(HfvlmLanguageBindConfig.sub_configs)
@@ -192,31 +195,31 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def text_config(release: Mapping[str, Any]) -> HfvlmLanguageBindTextConfig:
-    names = (*clip_conversion.NATIVE_SIZES, "vocab_size", "max_position_embeddings")
+    names = (*NATIVE_SIZES, "vocab_size", "max_position_embeddings")
     given = release["text_config"]
     native = CLIPTextConfig(**{name: given[name] for name in names if name in given})
     return HfvlmLanguageBindTextConfig(
         **{name: getattr(native, name) for name in names},
         projection_dim=release.get("projection_dim", 512),
-        **clip_conversion.special_tokens(native.vocab_size),
+        **special_tokens(native.vocab_size),
     )
 
 
 def tower_config(modality: str, release: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
-    """The tower of one release.
+    """Return the tower of one release.
 
     Raises:
         UnsupportedOriginalError: it has an option that no release uses.
     """
-    names, given = (*clip_conversion.NATIVE_SIZES, "patch_size", "num_channels"), release["vision_config"]
-    said = {"add_time_attn": given.get("add_time_attn", False), "tube_size": given.get("tube_size", 1)}
-    if said != {"add_time_attn": modality == "video", "tube_size": 1}:
+    names, given = (*NATIVE_SIZES, "patch_size", "num_channels"), release["vision_config"]
+    found = {"add_time_attn": given.get("add_time_attn", False), "tube_size": given.get("tube_size", 1)}
+    if found != {"add_time_attn": modality == "video", "tube_size": 1}:
         raise UnsupportedOriginalError(
-            f"vision_config: {said} is what no released tower of this kind ({modality}) has."
+            f"vision_config: {found} is what no released tower of this kind ({modality}) has."
         )
     native = CLIPVisionConfig(**{name: given[name] for name in names if name in given})
     options: dict[str, Any] = {name: getattr(native, name) for name in names}
-    options |= {"image_size": picture_size(given), "patch_dropout": given.get("force_patch_dropout", 0.0)}
+    options |= {"image_size": image_size_of(given), "patch_dropout": given.get("force_patch_dropout", 0.0)}
     if modality == "video":
         frames = given.get("num_frames", 1)
         tokens = frames if given.get("clip_type", "vl") == "vl_new" else 1
@@ -224,8 +227,9 @@ def tower_config(modality: str, release: Mapping[str, Any]) -> HfvlmCLIPVisionCo
     return TOWERS[modality](projection_dim=release.get("projection_dim", 512), **options)
 
 
-def picture_size(vision: Mapping[str, Any]) -> int | tuple[int, int]:
-    """One edge, or height and width, of what the positions are for; those of spectrograms are said elsewhere."""
+def image_size_of(vision: Mapping[str, Any]) -> int | tuple[int, int]:
+    """Return one edge, or height and width, of what the positions are for; spectrograms have theirs in other
+    fields."""
     size = vision.get("image_size", 224)
     if vision.get("num_mel_bins") and vision.get("target_length"):
         size = (int(vision["num_mel_bins"]), int(vision["target_length"]))
@@ -235,7 +239,7 @@ def picture_size(vision: Mapping[str, Any]) -> int | tuple[int, int]:
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the extractors of sounds and depth maps; the others' have no options that a release sets."""
+    """Return the settings of the extractors of audio and depth maps; a release sets no options of the others."""
     settings: dict[str, Any] = {}
     for modality, release in releases_of(original).items():
         part, names = SETTINGS.get(modality, ("", {}))
@@ -243,6 +247,14 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
         if given := {name: value for name, value in given.items() if value is not None}:
             settings[part] = given
     return settings
+
+
+EXTRACTORS: dict[str, Any] = {
+    "feature_extractor": HfvlmLanguageBindFeatureExtractor,
+    "video_feature_extractor": HfvlmLanguageBindVideoFeatureExtractor,
+    "depth_feature_extractor": HfvlmLanguageBindDepthFeatureExtractor,
+    "thermal_feature_extractor": HfvlmLanguageBindThermalFeatureExtractor,
+}
 
 
 def image_processor_for(
@@ -253,7 +265,7 @@ def image_processor_for(
 
 
 def processor_for(config: HfvlmLanguageBindConfig, settings: Mapping[str, Any], vocabulary: Path) -> Any:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     tokenizer = tokenizer_for(HfvlmLanguageBindTokenizer, config.text_config, settings, vocabulary)
     extractors = {
         part: extractor(**sizes_of(config, part) | settings.get(part, {})) for part, extractor in EXTRACTORS.items()
@@ -262,7 +274,7 @@ def processor_for(config: HfvlmLanguageBindConfig, settings: Mapping[str, Any], 
 
 
 def sizes_of(config: HfvlmLanguageBindConfig, part: str) -> dict[str, Any]:
-    """What a part of the processor takes over from the tower it feeds; nothing where the model lacks it."""
+    """Return what a part of the processor takes over from the tower it feeds; nothing where the model lacks it."""
     modality = next(name for name, other in HfvlmLanguageBindProcessor.parts.items() if other == part)
     tower = getattr(config, config_of(config.towers[modality]))
     if tower is None:
@@ -274,9 +286,14 @@ def sizes_of(config: HfvlmLanguageBindConfig, part: str) -> dict[str, Any]:
     return {"size": tower.image_size} | ({"num_frames": tower.num_frames} if modality == "video" else {})
 
 
-EXTRACTORS: dict[str, Any] = {
-    "feature_extractor": HfvlmLanguageBindFeatureExtractor,
-    "video_feature_extractor": HfvlmLanguageBindVideoFeatureExtractor,
-    "depth_feature_extractor": HfvlmLanguageBindDepthFeatureExtractor,
-    "thermal_feature_extractor": HfvlmLanguageBindThermalFeatureExtractor,
-}
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    compose=tables_for,
+)

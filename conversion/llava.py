@@ -1,10 +1,9 @@
-"""LLaVA's releases: whole models, projectors, adapters and differences to a base; and transformers' own folders.
+"""LLaVA's releases: whole models, projectors, adapters and deltas to a base; and transformers' own folders.
 
 Source: https://github.com/haotian-liu/LLaVA at c121f04.
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,26 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.checkpoints.compositions import add_delta, merge_lora, with_average_rows
+from hfvlm.checkpoints.compositions import add_delta, lengthened, merge_lora
+from hfvlm.checkpoints.conversion import Conversion, Names, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
 from hfvlm.checkpoints.saving import LazyTensors
-from hfvlm.conversion import UnsupportedOriginalError, check_options
 from hfvlm.conversion import clip as clip_conversion
-from hfvlm.conversion.language_models import LLAMA_FIELDS, llama_rows
+from hfvlm.conversion.blocks import LLAMA_FIELDS, llama_rows, transformers_vision_rows
+from hfvlm.conversion.interop import llava as interop
+from hfvlm.conversion.interop.clip import vision_config_of
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig, openai_vision_config
 from hfvlm.models.llava.processing_llava import HfvlmLLaVAImageProcessor, HfvlmLLaVAProcessor, HfvlmLLaVATokenizer
 
 VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 PARTS = {
-    "base": "the language model that a projector, an adapter or a difference was trained on, in transformers' format",
+    "base": "the language model that a projector, an adapter or a delta was trained on, in transformers' format",
     "vision": "the CLIP that the release leaves out, transformers' folder or OpenAI's file",
 }
 # What a release consists of, where it is more than one weights file.
-FILES = {
+FILES: dict[str, dict[str, Names]] = {
     "lora": {"main": ("non_lora_trainables.bin",), "adapter": ("adapter_model.safetensors", "adapter_model.bin")},
     "projector": {"main": ("mm_projector.bin",)},
 }
@@ -41,24 +43,19 @@ LANGUAGE_MODELS = {"llava_mistral": MistralConfig, "mistral": MistralConfig}
 PROJECTORS = {"linear": 1, "identity": 0, **{f"mlp{n}x_gelu": n for n in range(1, 9)}}
 
 
-def is_native(original: Mapping[str, Any]) -> bool:
-    """transformers' own configuration; the authors' first release called itself "llava" too."""
-    return original.get("model_type") in ("llava", "llava_next") and "text_config" in original
-
-
 def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original" or "transformers"; the others are told by the files they consist of, or by a preset."""
-    return "transformers" if is_native(original) else "original"
+    """Return "original" or "transformers"; the others are recognised by the files they consist of, or by a preset."""
+    return "transformers" if interop.is_native(original) else "original"
 
 
 def keys_for(config: HfvlmLLaVAConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the main file of a release."""
+    """Return the rows for the main file of a release."""
     keys = list(keys)
     if layout == "transformers":
-        return transformers_rows(config, keys)
+        return interop.rows(config, keys)
     if layout in ("projector", "lora"):
         return projector_rows(config)
-    tower = clip_conversion.transformers_vision_rows(TOWER, "vision_model")
+    tower = transformers_vision_rows(TOWER, "vision_model")
     inside = any(key.startswith(TOWER) for key in keys)
     return [*llama_rows(), *projector_rows(config), *(tower if inside else ())]
 
@@ -71,37 +68,14 @@ def projector_rows(config: HfvlmLLaVAConfig) -> list[Row]:
 
 
 def linear_rows(depth: int) -> list[Row]:
-    """Of the projector's layers, between which activations stand in the original's Sequential."""
+    """Return the rows of the projector's layers, between which activations stand in the original's Sequential."""
     if depth == 1:
         return [Row("model.mm_projector.{}", "projector.layers.0.{}")]
     return [Row(f"model.mm_projector.{2 * i}.{{}}", f"projector.layers.{i}.{{}}") for i in range(depth)]
 
 
-def transformers_rows(config: HfvlmLLaVAConfig, keys: Iterable[str] = ()) -> list[Row]:
-    """Of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration, whose parts each version of transformers
-    saves under other names; without `keys`, under those that all of them load."""
-    keys = list(keys)
-
-    def start(part: str, otherwise: str = "") -> str:
-        return next((key.removesuffix(part) for key in keys if key.endswith(part)), otherwise)
-
-    language = start(".embed_tokens.weight", "language_model.model")
-    head = start("lm_head.weight", "language_model.")
-    tower = start(".embeddings.class_embedding", "vision_tower.vision_model")
-    projector = start("multi_modal_projector.linear_1.weight")
-    layers = [(f"{projector}multi_modal_projector.linear_{i + 1}.{{}}", f"projector.layers.{i}.{{}}") for i in (0, 1)]
-    rows = [
-        *llama_rows(language, f"{head}lm_head"),
-        *clip_conversion.transformers_vision_rows(tower, "vision_model"),
-        *(Row(*layer) for layer in layers),
-    ]
-    if config.patch_merge == "spatial_unpad":
-        rows.append(Row(f"{start('image_newline')}image_newline", "projector.newline.weight"))
-    return rows
-
-
-def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """Each source's tensors with their rows.
+def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
@@ -112,8 +86,8 @@ def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Any]
         return [Table(main, keys_for(config, layout, main))]
     tables = {
         "original": lambda: [Table(main, keys_for(config, layout, main))],
-        "delta": lambda: [difference(config, main, part_of(sources, "base"))],
-        "projector": lambda: adapted(config, projector_of(main), part_of(sources, "base")),
+        "delta": lambda: [delta_table(config, main, part_of(sources, "base", PARTS))],
+        "projector": lambda: adapted(config, projector_of(main), part_of(sources, "base", PARTS)),
         "lora": lambda: adapted(config, trained_with_adapter(main), merged(sources)),
     }[layout]()
     if layout == "original" and "base" in sources:
@@ -126,38 +100,40 @@ def tables_for(config: HfvlmLLaVAConfig, layout: str, sources: Mapping[str, Any]
     return tables if inside else [*tables, vision_table(sources)]
 
 
-def vision_table(sources: Mapping[str, Any], parts: Mapping[str, str] = PARTS) -> Table:
+def vision_table(sources: Mapping[str, Source], parts: Mapping[str, str] = PARTS) -> Table:
     tensors = part_of(sources, "vision", parts)
     rows = clip_conversion.tower_rows(clip_conversion.layout_of(sources["vision"].settings), tensors)
     return Table(tensors, rows, "vision")
 
 
-def difference(config: HfvlmLLaVAConfig, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Table:
+def delta_table(config: HfvlmLLaVAConfig, delta: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Table:
     whole = add_delta(base, delta)
     return Table(whole, keys_for(config, "original", whole))
 
 
 def adapted(config: HfvlmLLaVAConfig, trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Table]:
-    """A base and what was trained beside it: the projector, at times the tower too."""
+    """Return the tables of a base and what was trained next to it: the projector, at times the tower too."""
     inside = any(key.startswith(TOWER) for key in trained)
-    tower = clip_conversion.transformers_vision_rows(TOWER, "vision_model") if inside else []
+    tower = transformers_vision_rows(TOWER, "vision_model") if inside else []
     beside = {key: tensor for key, tensor in trained.items() if key != EMBEDDING}
     base = with_marks(base, trained[EMBEDDING]) if EMBEDDING in trained else base
     return [Table(beside, [*projector_rows(config), *tower], "projector"), Table(base, llama_rows(), "base")]
 
 
-def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
-    """The base with tokens for the start and the end of a picture, the last two rows of what was trained. They are not
-    answered with: their logits are as good as the average token's."""
-    rows = {
-        EMBEDDING: torch.cat([base[EMBEDDING], embedding[-2:].to(base[EMBEDDING].dtype)]),
-        HEAD: with_average_rows(base[HEAD], 2),
-    }
-    return {**base, **rows}
+def with_marks(base: Mapping[str, Tensor], embedding: Tensor) -> LazyTensors:
+    """Add tokens for the start and the end of an image, the last two rows of what was trained, to the base. They are
+    never generated: their logits are as good as the average token's."""
+
+    def marked() -> Tensor:
+        table = base[EMBEDDING]
+        return torch.cat([table, embedding[-2:].to(table.dtype)])
+
+    return lengthened(base, [HEAD], len(base[HEAD]) + 2) | LazyTensors({EMBEDDING: marked})
 
 
 def projector_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of mm_projector.bin, whose names begin with whatever the trainer had wrapped the model into."""
+    """Return the tensors of mm_projector.bin, whose names begin with whatever the trainer had wrapped the model
+    into."""
     return {f"model.{key[_start(key) :]}": tensor for key, tensor in tensors.items()}
 
 
@@ -166,31 +142,22 @@ def _start(key: str) -> int:
 
 
 def trained_with_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of non_lora_trainables.bin, by the names of the model inside PEFT's."""
+    """Return the tensors of non_lora_trainables.bin, by the names of the model inside PEFT's."""
     names = {key: key.removeprefix("base_model.") for key in tensors}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {key: name.removeprefix("model.") for key, name in names.items()}
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
-def merged(sources: Mapping[str, Any]) -> dict[str, Tensor]:
+def merged(sources: Mapping[str, Source]) -> LazyTensors:
     adapter = sources["adapter"]
-    return merge_lora(part_of(sources, "base"), adapter.tensors, adapter.settings)
-
-
-def part_of(sources: Mapping[str, Any], name: str, parts: Mapping[str, str] = PARTS) -> Mapping[str, Tensor]:
-    """The tensors of a part, or an error that says from where it comes."""
-    if name not in sources:
-        raise FileNotFoundError(
-            f"This release needs its {name} (--{name}, or parts={{{name!r}: ...}}): {parts[name]}."
-        )
-    return sources[name].tensors
+    return merge_lora(part_of(sources, "base", PARTS), adapter.tensors, adapter.settings)
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmLLaVAConfig:
-    """LLaVA's config.json (with "vision_config", where the tower is at hand), or transformers' LLaVA's."""
-    if is_native(original):
-        return _from_transformers(original)
+    """Read LLaVA's config.json (with "vision_config", where the tower is at hand), or transformers' LLaVA's."""
+    if interop.is_native(original):
+        return interop.config_from_transformers(original)
     own = {**original.get("base_config", {}), **original, **original.get("config", {})}
     check_options("LLaVA's config.json", {name: own.get(name) for name in ("s2", "mm_resampler_type")}, ())
     projector = own.get("mm_projector_type", "linear")
@@ -205,14 +172,14 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
         vision_feature_layer=own.get("mm_vision_select_layer", -2),
         keep_class_token=own.get("mm_vision_select_feature", "patch") == "cls_patch",
         projector_depth=PROJECTORS[projector],
-        # The original says widths and heights.
+        # The original has widths and heights.
         grid_pinpoints=[list(size[::-1]) for size in _pinpoints(own["image_grid_pinpoints"])] if tiled else None,
         patch_merge=own.get("mm_patch_merge_type", "flat"),
     )
 
 
 def _pinpoints(value: Any) -> list[tuple[int, int]]:
-    """A list, or one as text."""
+    """Return a list, or parse one from a text."""
     import ast
 
     return ast.literal_eval(value) if isinstance(value, str) else value
@@ -221,7 +188,7 @@ def _pinpoints(value: Any) -> list[tuple[int, int]]:
 def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | MistralConfig:
     kind: Any = LANGUAGE_MODELS.get(original.get("model_type", ""), LlamaConfig)
     fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
-    if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions say -1 for "none"
+    if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions have -1 for "none"
         del fields["pad_token_id"]
     if kind is MistralConfig:
         fields |= {"sliding_window": original.get("sliding_window")}
@@ -229,12 +196,12 @@ def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig 
 
 
 def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
-    """Of the tower that is given, or of the OpenAI's that config.json names."""
+    """Return the configuration of the tower that is given, or of the OpenAI's that config.json names."""
     given, name = original.get("vision_config"), original.get("mm_vision_tower", original.get("vision_tower", ""))
     if given:
         native: Any = AutoConfig.for_model(**given) if given.get("model_type") else CLIPVisionConfig(**given)
         native = getattr(native, "vision_config", native)
-        return clip_conversion.vision_config_of(native)
+        return vision_config_of(native)
     if name not in OPENAI_TOWERS:
         raise UnsupportedOriginalError(
             f"LLaVA's config.json: mm_vision_tower {name!r} is none of {', '.join(OPENAI_TOWERS)}: give its folder as "
@@ -243,75 +210,9 @@ def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     return openai_vision_config(OPENAI_TOWERS[name])
 
 
-def _from_transformers(original: Mapping[str, Any]) -> HfvlmLLaVAConfig:
-    native: Any = AutoConfig.for_model(**original)
-    if native.vision_config.model_type != "clip_vision_model":
-        raise UnsupportedOriginalError(
-            f"vision_config: hfvlm's LLaVA reads CLIP, not {native.vision_config.model_type}."
-        )
-    if native.projector_hidden_act != "gelu" or not native.multimodal_projector_bias:
-        raise UnsupportedOriginalError("hfvlm's projector has GELU and biases.")
-    if not isinstance(native.vision_feature_layer, int):
-        raise UnsupportedOriginalError("vision_feature_layer: hfvlm's LLaVA reads one layer.")
-    tiled = native.model_type == "llava_next"
-    return HfvlmLLaVAConfig(
-        vision_config=clip_conversion.vision_config_of(native.vision_config),
-        text_config=native.text_config,
-        image_token_id=native.image_token_index,
-        vision_feature_layer=native.vision_feature_layer,
-        keep_class_token=native.vision_feature_select_strategy == "full",
-        grid_pinpoints=[list(size) for size in native.image_grid_pinpoints] if tiled else None,
-        patch_merge="spatial_unpad" if tiled else "flat",
-    )
-
-
-def config_to_transformers(config: HfvlmLLaVAConfig) -> Any:
-    """transformers' LlavaConfig, or LlavaNextConfig of a model that cuts tiles."""
-    from transformers import LlavaConfig, LlavaNextConfig
-
-    if config.projector_depth != 2:
-        raise UnsupportedOriginalError(
-            f"projector_depth {config.projector_depth}: transformers' LLaVA has a projector of two layers."
-        )
-    tiled = config.grid_pinpoints is not None
-    if tiled != (config.patch_merge == "spatial_unpad"):
-        raise UnsupportedOriginalError(
-            f"patch_merge {config.patch_merge!r}: transformers' LLaVA-NeXT has none but its own."
-        )
-    vision = config.vision_config.to_diff_dict() | {"model_type": "clip_vision_model"}
-    vision = {name: value for name, value in vision.items() if value is not None}
-    text = config.text_config.to_dict()
-    text["vocab_size"] = max(text["vocab_size"], config.image_token_id + 1)
-    fields = {
-        "vision_config": vision,
-        "text_config": text,
-        "image_token_index": config.image_token_id,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
-        "image_seq_length": config.count_tokens(),
-    }
-    if tiled:
-        pinpoints = [list(size) for size in config.grid_pinpoints or ()]
-        kind = "LlavaNextForConditionalGeneration"
-        return LlavaNextConfig(architectures=[kind], image_grid_pinpoints=pinpoints, **fields)
-    return LlavaConfig(architectures=["LlavaForConditionalGeneration"], **fields)
-
-
-def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
-    """With rows for the placeholder, which transformers looks up. The average token's logit is never the largest."""
-    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    size = native.text_config.vocab_size
-
-    def longer(name: str) -> Tensor:
-        return with_average_rows(tensors[name], size - len(tensors[name]))
-
-    makers = {name: partial(tensors.__getitem__, name) for name in tensors}
-    return LazyTensors(makers | {name: partial(longer, name) for name in names})
-
-
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. The conversation is in no file but for the names that the authors load by."""
-    if is_native(original):
+    """Return the processor's settings. The conversation is in no file but for the names that the authors load by."""
+    if interop.is_native(original):
         tiled = original["model_type"] == "llava_next"
         native = preprocessing.get("image_processor", preprocessing)
         crop = "pad" if native.get("do_pad") and not tiled else "crop"
@@ -335,7 +236,7 @@ def image_processor_for(config: HfvlmLLaVAConfig, settings: Mapping[str, Any]) -
 
 
 def processor_for(config: HfvlmLLaVAConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmLLaVAProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """Return the processor; `vocabulary` is the language model's."""
     options = dict(settings.get("tokenizer", {}))
     added, size = list(options.pop("added", ())), config.image_token_id
     plain = HfvlmLLaVATokenizer.from_vocabulary(vocabulary, added=added, **options)
@@ -359,44 +260,16 @@ def processor_for(config: HfvlmLLaVAConfig, settings: Mapping[str, Any], vocabul
     )
 
 
-def processor_to_transformers(processor: HfvlmLLaVAProcessor) -> Any:
-    """transformers' LlavaProcessor or LlavaNextProcessor.
-
-    It encodes a text with its pictures in one piece, which can differ from the authors' at the edges of pictures.
-    """
-    from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    own, pixels = processor.tokenizer, processor.image_processor
-    if processor.image_start or processor.image_end:
-        raise UnsupportedOriginalError("image_start: transformers' LlavaProcessor puts no tokens around pictures.")
-    special = {name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=own.backend_tokenizer,
-        padding_side="left",
-        extra_special_tokens={"image_token": processor.image_token},
-        **special,
-    )
-    edge = pixels.size["height"]
-    shared = {
-        "size": {"shortest_edge": edge},
-        "crop_size": pixels.size,
-        "resample": pixels.resample,
-        "image_mean": pixels.image_mean,
-        "image_std": pixels.image_std,
-    }
-    options = {
-        "patch_size": processor.patch_size,
-        "vision_feature_select_strategy": "full" if processor.keep_class_token else "default",
-        "image_token": processor.image_token,
-        "num_additional_image_tokens": 1,
-        "chat_template": processor.chat_template,
-    }
-    if pixels.resize_mode == "tiles":
-        tiled = LlavaNextImageProcessorPil(image_grid_pinpoints=pixels.grid_pinpoints, **shared)
-        return LlavaNextProcessor(tiled, tokenizer, **options)
-    padded = pixels.resize_mode == "pad"
-    native = LlavaImageProcessorPil(do_pad=True, **shared) if padded else CLIPImageProcessorPil(**shared)
-    return LlavaProcessor(native, tokenizer, **options)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+    export=interop.EXPORT,
+)

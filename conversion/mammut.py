@@ -4,17 +4,17 @@ Source: https://github.com/LAION-AI/open_clip_mammut at ed2d1f6.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, scalar, transpose
-from hfvlm.conversion import UnsupportedOriginalError, check_options, count_layers, original_config, tokenizer_for
-from hfvlm.conversion.clip import VOCABULARIES as VOCABULARIES
-from hfvlm.conversion.clip import resblocks, vision_rows, vision_sizes
-from hfvlm.conversion.coca import settings_from_original as settings_from_original
-from hfvlm.conversion.coca import special_tokens
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.conversion.blocks import openai_layers, openai_vision_rows
+from hfvlm.conversion.clip import VOCABULARIES, vision_sizes
+from hfvlm.conversion.coca import DECODER, START, TOWER, UNUSED, settings_from_original
+from hfvlm.conversion.processors import paired, sized, special_tokens
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
     HfvlmMaMMUTTextConfig,
@@ -27,52 +27,38 @@ from hfvlm.models.mammut.processing_mammut import (
 )
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    return "open_clip"
-
-
 def keys_for(config: HfvlmMaMMUTConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`, which is "open_clip"."""
+    """Return the rows for a file of `layout`, which is "open_clip"."""
     if layout != "open_clip":
         raise UnsupportedOriginalError("transformers has no MaMMUT; its files are open_clip's.")
     text = config.text_config
-    layers = resblocks("text.resblocks", "text_model.layers")
+    layers = openai_layers("text.resblocks", "text_model.layers")
     if not text.grounded_mlp and len(text.grounded) == text.num_hidden_layers:
         layers = [row for row in layers if ".mlp." not in row.source and ".ln_2." not in row.source]
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
-        *vision_rows("visual", "vision_model"),
+        *openai_vision_rows("visual", "vision_model"),
         Row("map_viz2txt_kv", "projector.weight", transpose),
         Row("text.token_embedding.weight", "text_model.token.weight"),
         Row("text.positional_embedding", "text_model.position"),
         *layers,
-        *resblocks("text.cross_attn", "text_model.grounding_layers"),
+        *openai_layers("text.cross_attn", "text_model.grounding_layers"),
         Row("text.cross_attn.{}.ln_1_kv.{}", "text_model.grounding_layers.{}.context_norm.{}"),
         Row("text.ln_final.{}", "text_model.post_norm.{}"),
         Row("text.text_projection", "text_model.lm_head.weight", transpose),
     ]
 
 
-MODEL = ("embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu", "pad_id")
-# How a fresh model starts; a file's tensors say where it is.
-START = ("init_logit_scale", "nonscalar_logit_scale")
-VISION = (
-    *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    *("output_tokens", "pool_type", "final_ln_after_pool"),
-)
-TEXT = (
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
-    *("output_tokens", "cross_attn_ratio", "does_full_decoding", "has_mlp", "pad_id"),
-    # Nothing in the original reads these.
-    *("attn_pooler_heads", "n_queries", "dim_head"),
-)
+MODEL = (*START, "embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu", "pad_id")
+VISION = (*TOWER, "patch_dropout", "output_tokens", "pool_type", "final_ln_after_pool")
+TEXT = (*DECODER, *UNUSED, "output_tokens", "cross_attn_ratio", "does_full_decoding", "has_mlp", "pad_id")
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmMaMMUTConfig:
-    """openMaMMUT's model config; what it leaves out has the defaults of its classes."""
+    """Read openMaMMUT's model config; what it leaves out has the defaults of its classes."""
     original = original_config(original)
     vision, text = original["vision_cfg"], original["text_cfg"]
-    check_options("openMaMMUT's model config", original, (*MODEL, *START))
+    check_options("openMaMMUT's model config", original, MODEL)
     check_options("openMaMMUT's vision_cfg", vision, VISION)
     check_options("openMaMMUT's text_cfg", text, TEXT)
     wanted = vision.get("pool_type") == "avg_all", vision.get("final_ln_after_pool"), text.get("does_full_decoding")
@@ -122,11 +108,14 @@ def _text_config(shapes: Mapping[str, Any], text: Mapping[str, Any], act: str, p
     return config
 
 
-def image_processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any]) -> HfvlmMaMMUTImageProcessor:
-    return HfvlmMaMMUTImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
-
-
-def processor_for(config: HfvlmMaMMUTConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmMaMMUTProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
-    tokenizer = tokenizer_for(HfvlmMaMMUTTokenizer, config.text_config, settings, vocabulary)
-    return HfvlmMaMMUTProcessor(image_processor_for(config, settings), tokenizer)
+image_processor_for = sized(HfvlmMaMMUTImageProcessor)
+processor_for = paired(HfvlmMaMMUTProcessor, image_processor_for, HfvlmMaMMUTTokenizer)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("open_clip"),
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+)

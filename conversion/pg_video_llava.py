@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, Source, always
 from hfvlm.checkpoints.key_table import Table
-from hfvlm.conversion import UnsupportedOriginalError, video_chatgpt
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion import video_chatgpt
 from hfvlm.conversion.llava import PROJECTORS
 from hfvlm.conversion.video_chatgpt import VOCABULARIES, keys_for, layout_of
 from hfvlm.models.pg_video_llava.configuration_pg_video_llava import HfvlmPGVideoLLaVAConfig
@@ -19,8 +21,6 @@ from hfvlm.models.pg_video_llava.processing_pg_video_llava import (
     HfvlmPGVideoLLaVAProcessor,
     HfvlmPGVideoLLaVATokenizer,
 )
-
-__all__ = ["VOCABULARIES", "keys_for", "layout_of"]
 
 PARTS = {
     "base": "LLaVA-1.5 of the same size, as its authors released it",
@@ -34,36 +34,50 @@ FILES = {
 KINDS = (HfvlmPGVideoLLaVAFeatureExtractor, HfvlmPGVideoLLaVATokenizer, HfvlmPGVideoLLaVAProcessor)
 
 
-def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """Each source's tensors with their rows; see Video-ChatGPT's."""
+def tables_for(config: HfvlmPGVideoLLaVAConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return each source's tensors with their rows; see Video-ChatGPT's."""
     return video_chatgpt.tables_for(config, layout, sources, PARTS)
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmPGVideoLLaVAConfig:
-    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    """Read the base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
     own = {**original.get("base_config", {}), **original}
     fields = video_chatgpt.fields_from(original, state_dict)
     projector = own.get("mm_projector_type", "mlp2x_gelu")
     if projector not in PROJECTORS:
         raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_projector_type {projector!r}.")
-    # At 224 pixels the authors' projector is one layer, whatever their configuration says.
+    # At 224 pixels the authors' projector is one layer, whatever their configuration has.
     depth = 1 if fields["vision_config"].image_size == 224 else PROJECTORS[projector]
     return HfvlmPGVideoLLaVAConfig(**fields, projector_depth=depth)
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. LLaVA-1.5 has no tokens of its own."""
+    """Return the processor's settings. LLaVA-1.5 has no tokens of its own."""
     return video_chatgpt.settings_from_original(original, preprocessing) | {"tokenizer": {}}
 
 
 def image_processor_for(config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any]) -> Any:
-    """The processor of films, alone."""
+    """Return the processor of videos alone."""
     return video_chatgpt.image_processor_for(config, settings, HfvlmPGVideoLLaVAFeatureExtractor)
 
 
 def processor_for(
     config: HfvlmPGVideoLLaVAConfig, settings: Mapping[str, Any], vocabulary: Path
 ) -> HfvlmPGVideoLLaVAProcessor:
-    """The processor; `vocabulary` is the language model's."""
+    """Return the processor; `vocabulary` is the language model's."""
     processor: Any = video_chatgpt.processor_for(config, settings, vocabulary, KINDS)
     return processor
+
+
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.compositions import merge_lora
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, grouped, split, transpose
-from hfvlm.conversion import UnsupportedOriginalError, check_options
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
+from hfvlm.conversion.processors import check_vocabulary, sized
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
@@ -30,13 +32,8 @@ FILES = {"lora": {"main": ("adapter_model.safetensors", "adapter_model.bin")}}
 RESAMPLER_HEAD = 128
 
 
-def layout_of(original: Mapping[str, Any]) -> str:
-    """ "original"; an adapter is told by its file."""
-    return "original"
-
-
 def keys_for(config: HfvlmQwenVLConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows of a whole model."""
+    """Return the rows of a whole model."""
     return [*vision_rows(config.vision_config.num_attention_heads), *resampler_rows(config), *language_rows(config)]
 
 
@@ -101,22 +98,20 @@ def language_rows(config: HfvlmQwenVLConfig) -> list[Row]:
     ]
 
 
-def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Any]) -> list[Table]:
-    """Of a whole model, or of an adapter merged into its base.
+def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
+    """Return the table of a whole model, or of an adapter merged into its base.
 
     Raises:
         FileNotFoundError: an adapter came without its base.
     """
     tensors: Mapping[str, Tensor] = sources["main"].tensors
     if layout == "lora":
-        if "base" not in sources:
-            raise FileNotFoundError(f"An adapter needs its base (--base, or parts={{'base': ...}}): {PARTS['base']}.")
-        tensors = merge_lora(sources["base"].tensors, tensors, sources["main"].settings)
+        tensors = merge_lora(part_of(sources, "base", PARTS), tensors, sources["main"].settings)
     return [Table(tensors, keys_for(config, layout, tensors))]
 
 
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmQwenVLConfig:
-    """config.json of the release; of an adapter, its base's."""
+    """Read config.json of the release; of an adapter, its base's."""
     own = original.get("base_config") or original.get("config") or original
     check_options("Qwen-VL's config.json", {name: own.get(name) for name in ("quantization_config",)}, ())
     check_options("Qwen-VL's config.json", {"tie_word_embeddings": own.get("tie_word_embeddings")}, ())
@@ -167,26 +162,31 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     )
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor. Qwen-VL and Qwen-VL-Chat have the same config.json; this is the latter's."""
-    return {"conversation": "chatml"}
-
-
-def image_processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any]) -> HfvlmQwenVLImageProcessor:
-    return HfvlmQwenVLImageProcessor(**{"size": config.vision_config.image_size} | settings.get("image_processor", {}))
+image_processor_for = sized(HfvlmQwenVLImageProcessor)
 
 
 def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmQwenVLProcessor:
-    """The processor; `vocabulary` is the release's `qwen.tiktoken`."""
+    """Return the processor; `vocabulary` is the release's `qwen.tiktoken`."""
     processor = HfvlmQwenVLProcessor(
         image_processor_for(config, settings),
         HfvlmQwenVLTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {})),
         num_queries=config.projector_config.num_queries,
         **{name: settings[name] for name in ("conversation", "picture_colon") if name in settings},
     )
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"{vocabulary}: its placeholder is {processor.image_token_id}, the model's {config.image_token_id} "
-            "(image_token_id): this is the vocabulary of another model."
-        )
+    check_vocabulary(vocabulary, processor.image_token_id, config.image_token_id, "placeholder is", "image_token_id")
     return processor
+
+
+# An adapter is recognised by its file. Qwen-VL and Qwen-VL-Chat have one config.json; the settings are the latter's.
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=always("original"),
+    settings_from_original=always({"conversation": "chatml"}),
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

@@ -11,15 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
-from hfvlm.conversion import (
-    UnsupportedOriginalError,
-    check_options,
-    count_layers,
-    original_config,
-)
-from hfvlm.conversion.clip import resblocks, transformers_layers
-from hfvlm.conversion.clip import settings_from_original as settings_from_original
+from hfvlm.checkpoints.originals import check_options, count_layers, original_config
+from hfvlm.conversion.blocks import openai_layers, timm_layers
+from hfvlm.conversion.clip import settings_from_original
+from hfvlm.conversion.interop import siglip as interop
+from hfvlm.conversion.interop.siglip import GEMMA_VOCABULARY, is_naflex
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -39,20 +37,10 @@ TANH, ERF = "gelu_pytorch_tanh", "gelu"
 # timm's vision transformers that were registered with the tanh approximation; the others use the exact function,
 # although all weights were trained with tanh.
 TIMM_TANH = ("vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so400m_patch16_", "vit_giantopt_")
-GEMMA_VOCABULARY = 256000
-# Options of the original configurations that are read, or that say what this architecture always does.
+# Options of the original configurations that are read, or that name what this architecture always does.
 TEXT_OPTIONS = (
-    *(
-        "context_length",
-        "vocab_size",
-        "hf_tokenizer_name",
-        "tokenizer_kwargs",
-        "width",
-        "heads",
-        "layers",
-        "mlp_ratio",
-    ),
-    *("no_causal_mask", "proj_bias", "proj_type", "pool_type", "norm_kwargs", "act_kwargs"),
+    *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers"),
+    *("mlp_ratio", "no_causal_mask", "proj_bias", "proj_type", "pool_type", "norm_kwargs", "act_kwargs"),
 )
 TIMM_OPTIONS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "act_layer")
 TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
@@ -65,25 +53,19 @@ def layout_of(original: Mapping[str, Any]) -> str:
 
 
 def keys_for(config: HfvlmSigLIPConfig, layout: str = "open_clip", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for a file of `layout`: "open_clip", "big_vision" or "transformers"."""
-    tables = {"open_clip": open_clip_rows, "transformers": transformers_rows}
+    """Return the rows for a file of `layout`: "open_clip", "big_vision" or "transformers"."""
+    tables = {"open_clip": open_clip_rows, "transformers": interop.rows}
     return big_vision_rows(config, set(keys)) if layout == "big_vision" else tables[layout](config)
 
 
 def open_clip_rows(config: HfvlmSigLIPConfig) -> list[Row]:
     source, target = "visual.trunk", "vision_model"
-    block, layer = f"{source}.blocks.{{}}", f"{target}.layers.{{}}"
     pool, ours = f"{source}.attn_pool", f"{target}.pool"
-    qkv = tuple(f"{layer}.attention.{part}_proj.{{}}" for part in "qkv")
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
         Row("logit_bias", "logit_scale.bias", scalar),
-        *(naflex_embeddings() if _naflex(config) else patch_embeddings()),
-        Row(f"{block}.norm1.{{}}", f"{layer}.attention_norm.{{}}"),
-        Row(f"{block}.attn.qkv.{{}}", qkv, split(3)),
-        Row(f"{block}.attn.proj.{{}}", f"{layer}.attention.out_proj.{{}}"),
-        Row(f"{block}.norm2.{{}}", f"{layer}.mlp_norm.{{}}"),
-        Row(f"{block}.mlp.{{}}.{{}}", f"{layer}.mlp.{{}}.{{}}"),
+        *(naflex_embeddings() if is_naflex(config) else patch_embeddings()),
+        *timm_layers(f"{source}.blocks", f"{target}.layers"),
         Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
         Row(f"{pool}.latent", f"{ours}.probe"),
         Row(f"{pool}.q.{{}}", f"{ours}.attention.q_proj.{{}}"),
@@ -93,7 +75,7 @@ def open_clip_rows(config: HfvlmSigLIPConfig) -> list[Row]:
         Row(f"{pool}.mlp.{{}}.{{}}", f"{ours}.mlp.{{}}.{{}}"),
         Row("text.token_embedding.weight", "text_model.embeddings.token.weight"),
         Row("text.positional_embedding", "text_model.embeddings.position"),
-        *resblocks("text.transformer.resblocks", "text_model.layers"),
+        *openai_layers("text.transformer.resblocks", "text_model.layers"),
         Row("text.ln_final.{}", "text_model.post_norm.{}"),
         *([Row("text.text_projection.{}", "text_model.projection.{}")] if config.text_config.projection_dim else []),
     ]
@@ -114,8 +96,8 @@ def naflex_embeddings() -> list[Row]:
 
 
 def big_vision_rows(config: HfvlmSigLIPConfig, keys: set[str]) -> list[Row]:
-    vision = [Row("params/img/pos_embedding", "vision_model.position", None if _naflex(config) else unbatched)]
-    if _naflex(config):
+    vision = [Row("params/img/pos_embedding", "vision_model.position", None if is_naflex(config) else unbatched)]
+    if is_naflex(config):
         vision += [Row("params/img/embedding/kernel", "vision_model.patches.weight", transpose)]
         vision += [Row("params/img/embedding/bias", "vision_model.patches.bias")]
     else:
@@ -139,7 +121,8 @@ def big_vision_rows(config: HfvlmSigLIPConfig, keys: set[str]) -> list[Row]:
 
 
 def flax_encoder(source: str, target: str, config: Any, keys: set[str]) -> list[Row]:
-    """A tower's layers, a set of arrays each or, where flax scanned over them, stacked into one set."""
+    """Return the rows of a tower's layers, a set of arrays each or, where flax scanned over them, stacked into one
+    set."""
     depth = config.num_hidden_layers
     stacked = any(key.startswith(f"{source}/encoderblock/") for key in keys)
     block = f"{source}/encoderblock" if stacked else f"{source}/encoderblock_{{}}"
@@ -159,7 +142,8 @@ def flax_encoder(source: str, target: str, config: Any, keys: set[str]) -> list[
 
 
 def flax_attention(source: str, target: str, config: Any) -> list[Row]:
-    """Flax keeps the heads as an axis of their own: (width, heads, head size) in, (heads, head size, width) out."""
+    """Return the rows of an attention, whose heads flax keeps as an axis of their own: (width, heads, head size) in,
+    (heads, head size, width) out."""
     width = config.hidden_size
     into = Change(lambda kernel: kernel.reshape(width, width).t())
     return [
@@ -188,42 +172,11 @@ def flax_norm(source: str, target: str) -> list[Row]:
     return [Row(f"{source}/scale", f"{target}.weight"), Row(f"{source}/bias", f"{target}.bias")]
 
 
-def transformers_rows(config: HfvlmSigLIPConfig) -> list[Row]:
-    vision, text = "vision_model", "text_model"
-    pool, ours = f"{vision}.head", f"{vision}.pool"
-    naflex = _naflex(config)
-    edge = isqrt(config.vision_config.num_patches) if naflex else 0
-    table = Change(lambda t: t.unflatten(0, (edge, edge)), lambda t: t.flatten(0, 1)) if naflex else None
-    patches = f"{vision}.patches" if naflex else f"{vision}.patches.projection"
-    return [
-        Row("logit_scale", "logit_scale.scale"),
-        Row("logit_bias", "logit_scale.bias"),
-        Row(f"{vision}.embeddings.patch_embedding.{{}}", f"{patches}.{{}}"),
-        Row(f"{vision}.embeddings.position_embedding.weight", f"{vision}.position", table),
-        *transformers_layers(vision),
-        Row(f"{vision}.post_layernorm.{{}}", f"{vision}.post_norm.{{}}"),
-        Row(f"{pool}.probe", f"{ours}.probe"),
-        Row(f"{pool}.attention.in_proj_{{}}", tuple(f"{ours}.attention.{p}_proj.{{}}" for p in "qkv"), split(3)),
-        Row(f"{pool}.attention.out_proj.{{}}", f"{ours}.attention.out_proj.{{}}"),
-        Row(f"{pool}.layernorm.{{}}", f"{ours}.mlp_norm.{{}}"),
-        Row(f"{pool}.mlp.{{}}.{{}}", f"{ours}.mlp.{{}}.{{}}"),
-        Row(f"{text}.embeddings.token_embedding.weight", f"{text}.embeddings.token.weight"),
-        Row(f"{text}.embeddings.position_embedding.weight", f"{text}.embeddings.position"),
-        *transformers_layers(text),
-        Row(f"{text}.final_layer_norm.{{}}", f"{text}.post_norm.{{}}"),
-        Row(f"{text}.head.{{}}", f"{text}.projection.{{}}"),
-    ]
-
-
-def _naflex(config: HfvlmSigLIPConfig) -> bool:
-    return isinstance(config.vision_config, HfvlmSigLIPNaFlexVisionConfig)
-
-
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmSigLIPConfig:
-    """open_clip's model config, big_vision's constructor arguments, or transformers' config.json."""
+    """Read open_clip's model config, big_vision's constructor arguments, or transformers' config.json."""
     original = original_config(original)
     if original.get("model_type") in ("siglip", "siglip2"):
-        return _from_transformers(original)
+        return interop.config_from_transformers(original)
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     if "vision_cfg" in original:
         return _from_open_clip(original, shapes)
@@ -232,17 +185,9 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 def _from_open_clip(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> HfvlmSigLIPConfig:
     vision, text = original["vision_cfg"], original["text_cfg"]
-    check_options(
-        "open_clip's text_cfg",
-        text,
-        TEXT_OPTIONS,
-    )
+    check_options("open_clip's text_cfg", text, TEXT_OPTIONS)
     name, options = vision["timm_model_name"], vision.get("timm_model_kwargs", {})
-    check_options(
-        "open_clip's timm_model_kwargs",
-        options,
-        TIMM_OPTIONS,
-    )
+    check_options("open_clip's timm_model_kwargs", options, TIMM_OPTIONS)
     tanh = name.startswith((*TIMM_TANH, "naflexvit_")) or options.get("act_layer") == "gelu_tanh"
     layer = "visual.trunk.blocks"
     sizes = {
@@ -324,37 +269,16 @@ def _text_config(table: Any, head: Any, **sizes: Any) -> HfvlmSigLIPTextConfig:
     )
 
 
-def _from_transformers(original: Mapping[str, Any]) -> HfvlmSigLIPConfig:
-    from transformers import CONFIG_MAPPING
-
-    native = CONFIG_MAPPING[original["model_type"]](**original)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared = (*sizes, "hidden_act", "layer_norm_eps", "attention_dropout")
-    vision, text = native.vision_config, native.text_config
-    naflex = original["model_type"] == "siglip2"
-    kind = HfvlmSigLIPNaFlexVisionConfig if naflex else HfvlmSigLIPVisionConfig
-    extra = ("patch_size", "num_channels", "num_patches" if naflex else "image_size")
-    return HfvlmSigLIPConfig(
-        vision_config=kind(**{name: getattr(vision, name) for name in (*shared, *extra)}),
-        text_config=HfvlmSigLIPTextConfig(
-            projection_dim=text.projection_size,
-            pad_token_id=0 if text.vocab_size == GEMMA_VOCABULARY else 1,
-            eos_token_id=1,
-            **{name: getattr(text, name) for name in (*shared, "vocab_size", "max_position_embeddings")},
-        ),
-    )
-
-
 def image_processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any]) -> HfvlmImageProcessor:
     pixels = settings.get("image_processor", {})
-    if not _naflex(config):
+    if not is_naflex(config):
         return HfvlmSigLIPImageProcessor(**{"size": config.vision_config.image_size} | pixels)
     known = {name: pixels[name] for name in HfvlmSigLIPNaFlexImageProcessor.SETTINGS if name in pixels}
     return HfvlmSigLIPNaFlexImageProcessor(**{"patch_size": config.vision_config.patch_size} | known)
 
 
 def processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmSigLIPProcessor:
-    """The processor; `vocabulary` is one of VOCABULARIES."""
+    """Return the processor; `vocabulary` is one of VOCABULARIES."""
     tokens: dict[str, Any] = {"model_max_length": config.text_config.max_position_embeddings}
     if config.text_config.pad_token_id == 0:
         tokens["pad_token"] = "<pad>"
@@ -362,55 +286,13 @@ def processor_for(config: HfvlmSigLIPConfig, settings: Mapping[str, Any], vocabu
     return HfvlmSigLIPProcessor(image_processor_for(config, settings), tokenizer)
 
 
-def config_to_transformers(config: HfvlmSigLIPConfig) -> Any:
-    """transformers' SiglipConfig, or Siglip2Config for NaFlex, of the same model."""
-    from transformers import Siglip2Config, SiglipConfig
-
-    vision, text = config.vision_config.to_diff_dict(), config.text_config.to_diff_dict()
-    if text.pop("projection_dim", None) is None:
-        raise UnsupportedOriginalError("transformers' SiglipModel always has a text head; this model has none.")
-    text["projection_size"] = config.text_config.projection_dim
-    kind, name = (Siglip2Config, "siglip2") if _naflex(config) else (SiglipConfig, "siglip")
-    return kind(
-        architectures=[kind.__name__.replace("Config", "Model")],
-        vision_config=vision | {"model_type": f"{name}_vision_model"},
-        text_config=text | {"model_type": f"{name}_text_model"},
-    )
-
-
-def processor_to_transformers(processor: HfvlmSigLIPProcessor) -> Any:
-    """transformers' processor of the same vocabulary and pixels.
-
-    The vocabulary goes along as tokenizer.json: transformers' class for SigLIP 1 needs the sentencepiece file, which
-    an hfvlm folder does not keep. Its cleaning is built in but for the repair of broken text (ftfy).
-    """
-    from tokenizers import Regex, Tokenizer, normalizers
-    from transformers import Siglip2Processor, SiglipProcessor
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-    pixels, tokens = processor.image_processor, processor.tokenizer
-    shared = {"resample": pixels.resample, "image_mean": pixels.image_mean, "image_std": pixels.image_std}
-    engine = Tokenizer.from_str(tokens.backend_tokenizer.to_str())
-    steps: list[Any] = [normalizers.Lowercase()]
-    if tokens.clean == "canonical":
-        steps = [
-            normalizers.Replace("_", " "),
-            normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-            *steps,
-        ]
-    engine.normalizer = normalizers.Sequence([*steps, *([engine.normalizer] if engine.normalizer else [])])
-    tokenizer = TokenizersBackend(
-        tokenizer_object=engine,
-        eos_token=tokens.eos_token,
-        pad_token=tokens.pad_token,
-        model_max_length=tokens.model_max_length,
-        model_input_names=["input_ids"],
-    )
-    if isinstance(pixels, HfvlmSigLIPNaFlexImageProcessor):
-        sizes: dict[str, Any] = {"patch_size": pixels.patch_size, "max_num_patches": pixels.max_num_patches}
-        return Siglip2Processor(Siglip2ImageProcessorPil(**sizes, **shared), tokenizer)
-    return SiglipProcessor(SiglipImageProcessorPil(size=pixels.size, **shared), tokenizer)
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    export=interop.EXPORT,
+)

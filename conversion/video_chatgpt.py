@@ -9,12 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from hfvlm.checkpoints.compositions import add_delta, with_average_rows
+from hfvlm.checkpoints.compositions import add_delta, lengthened
+from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion import llava as llava_conversion
-from hfvlm.conversion.language_models import llama_rows
-from hfvlm.conversion.llava import EMBEDDING, HEAD, VOCABULARIES
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.blocks import llama_rows
+from hfvlm.conversion.llava import (
+    EMBEDDING,
+    HEAD,
+    VOCABULARIES,
+    linear_rows,
+    projector_of,
+    text_config_of,
+    vision_config_from,
+    vision_table,
+)
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
     HfvlmVideoChatGPTFeatureExtractor,
@@ -22,60 +31,51 @@ from hfvlm.models.video_chatgpt.processing_video_chatgpt import (
     HfvlmVideoChatGPTTokenizer,
 )
 
-__all__ = ["VOCABULARIES"]
-
 PARTS = {
     "base": "LLaVA-Lightning 7B v1.1, or with `delta` LLaMA 7B, in transformers' format",
-    "delta": "LLaVA-Lightning as its authors released it: its difference to `base`",
+    "delta": "LLaVA-Lightning as its authors released it: its delta to `base`",
     "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
 }
 FILES = {"projector": {"main": ("video_chatgpt-7B.bin", "mm_projector.bin")}}
 KINDS = (HfvlmVideoChatGPTFeatureExtractor, HfvlmVideoChatGPTTokenizer, HfvlmVideoChatGPTProcessor)
-# Around films, in the order of their ids, the last of the vocabulary.
+# Around videos, in the order of their ids, the last of the vocabulary.
 MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 # LLaVA's, which come before.
-PICTURE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
-
-
-def layout_of(original: Mapping[str, Any]) -> str:
-    """The projector alone is told by its file, or by a preset."""
-    return "original"
+IMAGE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")
 
 
 def keys_for(config: HfvlmVideoChatGPTConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
-    """The rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
+    """Return the rows for the main file: of a model trained in whole, or of the projector and its embeddings."""
     if layout == "projector":
-        return [
-            Row(EMBEDDING, "language_model.model.embed_tokens.weight"),
-            *llava_conversion.linear_rows(config.projector_depth),
-        ]
-    return [*llama_rows(), *llava_conversion.linear_rows(config.projector_depth)]
+        return [Row(EMBEDDING, "language_model.model.embed_tokens.weight"), *linear_rows(config.projector_depth)]
+    return [*llama_rows(), *linear_rows(config.projector_depth)]
 
 
 def tables_for(
-    config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Any], parts: Mapping[str, str] = PARTS
+    config: HfvlmVideoChatGPTConfig, layout: str, sources: Mapping[str, Source], parts: Mapping[str, str] = PARTS
 ) -> list[Table]:
-    """Each source's tensors with their rows.
+    """Return each source's tensors with their rows.
 
     Raises:
         FileNotFoundError: a part is needed, and was not given.
     """
-    vision, main = llava_conversion.vision_table(sources, parts), sources["main"].tensors
+    vision, main = vision_table(sources, parts), sources["main"].tensors
     if layout == "original":
         return [Table(main, keys_for(config, layout)), vision]
-    trained = llava_conversion.projector_of(main)
-    base = llava_conversion.part_of(sources, "base", parts)
+    trained = projector_of(main)
+    base = part_of(sources, "base", parts)
     if "delta" in sources:
         base = add_delta(base, sources["delta"].tensors)
     return [
         Table(trained, keys_for(config, layout), "projector"),
-        Table(beneath(base, len(trained[EMBEDDING])), base_rows(), "base"),
+        # The release has no outputs for the tokens that were added, which the original fills with noise.
+        Table(lengthened(base, [HEAD], len(trained[EMBEDDING])), base_rows(), "base"),
         vision,
     ]
 
 
 def base_rows() -> list[Row]:
-    """LLaVA without what was trained anew: its embeddings and its projector."""
+    """Return the rows of LLaVA without what was trained: its embeddings and its projector."""
     return [
         *(row for row in llama_rows() if row.source != EMBEDDING),
         Row(EMBEDDING, None),
@@ -83,46 +83,40 @@ def base_rows() -> list[Row]:
     ]
 
 
-def beneath(base: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-    """The base with an output for each token. The release has none for the tokens that were added, which the original
-    fills with noise; here their logits are as good as the average token's, and so never the largest."""
-    return {**base, HEAD: with_average_rows(base[HEAD], vocabulary - len(base[HEAD]))}
-
-
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmVideoChatGPTConfig:
-    """The base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
+    """Read the base's config.json (with "vision_config", where the tower is at hand) and the projector's file."""
     return HfvlmVideoChatGPTConfig(**fields_from(original, state_dict))
 
 
 def fields_from(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of the configuration, as the authors' settings and the shapes say."""
+    """Return the fields of the configuration, as the authors' settings and the shapes define them."""
     own = {**original.get("base_config", {}), **original}
     if own.get("mm_resampler_type"):
         raise UnsupportedOriginalError(f"config.json: hfvlm has no mm_resampler_type {own['mm_resampler_type']!r}.")
-    tensors = llava_conversion.projector_of(state_dict)
+    tensors = projector_of(state_dict)
     vocabulary = len(tensors[EMBEDDING]) if EMBEDDING in tensors else own["vocab_size"]
     return {
-        "vision_config": llava_conversion.vision_config_from(own),
-        "text_config": llava_conversion.text_config_of(own, vocabulary),
+        "vision_config": vision_config_from(own),
+        "text_config": text_config_of(own, vocabulary),
         "video_token_id": own.get("vid_patch_token", vocabulary - len(MARKS)),
         "vision_feature_layer": own.get("mm_vision_select_layer", -2),
     }
 
 
 def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the processor."""
+    """Return the processor's settings."""
     own = {**original.get("base_config", {}), **original}
     marks = {} if own.get("mm_use_vid_start_end", own.get("use_vid_start_end", True)) else unmarked()
-    return {"tokenizer": {"added": list(PICTURE_MARKS)}, **marks}
+    return {"tokenizer": {"added": list(IMAGE_MARKS)}, **marks}
 
 
 def unmarked() -> dict[str, str]:
-    """Settings of a processor that puts no tokens around films."""
+    """Return the settings of a processor that puts no tokens around videos."""
     return {"video_start": "", "video_end": ""}
 
 
 def image_processor_for(config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], kind: Any = None) -> Any:
-    """The processor of films, alone."""
+    """Return the processor of videos alone."""
     own = {"size": config.vision_config.image_size}
     return (kind or HfvlmVideoChatGPTFeatureExtractor)(**own | settings.get("video_feature_extractor", {}))
 
@@ -130,7 +124,7 @@ def image_processor_for(config: HfvlmVideoChatGPTConfig, settings: Mapping[str, 
 def processor_for(
     config: HfvlmVideoChatGPTConfig, settings: Mapping[str, Any], vocabulary: Path, kinds: Any = KINDS
 ) -> HfvlmVideoChatGPTProcessor:
-    """The processor; `vocabulary` is the language model's. `kinds` are the classes of its parts and its own."""
+    """Return the processor; `vocabulary` is the language model's. `kinds` are the classes of its parts and its own."""
     extractor, tokenizer, processor = kinds
     options = dict(settings.get("tokenizer", {}))
     added, size = list(options.pop("added", ())), config.video_token_id
@@ -152,3 +146,19 @@ def processor_for(
         patch_size=config.vision_config.patch_size,
         temporal_tokens=config.temporal_tokens,
     )
+
+
+# The projector alone is recognised by its file, or by a preset.
+layout_of = always("original")
+CONVERSION = Conversion(
+    config_from_original=config_from_original,
+    keys_for=keys_for,
+    layout_of=layout_of,
+    settings_from_original=settings_from_original,
+    image_processor_for=image_processor_for,
+    processor_for=processor_for,
+    vocabularies_for=always([VOCABULARIES]),
+    parts=PARTS,
+    files=FILES,
+    compose=tables_for,
+)

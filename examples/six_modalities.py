@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from hfvlm.presets import Preset, load_preset
-from hfvlm.release.converter import conversion_module
+from hfvlm.release.sources import conversion_of
 from hfvlm.samples.scenes import COLOURS, SHAPES, SIZES, Scene
 
 EVENTS = list(product(COLOURS, SHAPES))
@@ -120,7 +120,7 @@ def recall(model: Any, inputs: dict[str, dict[str, Tensor]]) -> dict[str, dict[s
 def build(preset: Preset) -> tuple[Any, Any]:
     """A new model, and a processor that suits these events; its defaults are of the released models' data."""
     config = preset.make_config()
-    processor = conversion_module(preset.architecture).processor_for(config, preset.processor, VOCABULARY)
+    processor = conversion_of(preset.architecture).processor_for(config, preset.processor, VOCABULARY)
     if preset.architecture == "imagebind":
         config.imu_config.drop_path_rate = config.audio_config.drop_path_rate = 0.0
         config.imu_config.projection_dropout = 0.0

@@ -18,8 +18,8 @@ from hfvlm.versions import __version__, warn_if_untested
 
 _LAZY = {
     "convert": "hfvlm.release.converter",
-    "export": "hfvlm.release.converter",
-    "merge": "hfvlm.inference.adapters",
+    "export": "hfvlm.release.export",
+    "merge": "hfvlm.release.merging",
     "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",

@@ -6,10 +6,12 @@ import importlib
 import pytest
 import torch
 
-from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables, restore_keys
+from hfvlm.conversion.processors import special_tokens
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
-from hfvlm.release.converter import conversion_module, empty_model
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sources import conversion_of
 from tests.support.golden import key_lists, name_of, notes_of, read_key_list
 
 
@@ -26,9 +28,9 @@ def test_every_key_is_accounted_for(path):
     if compose := composition(name):
         config, tables = compose(path)
     else:
-        tensors, original, module = read_key_list(path), notes_of(path), conversion_module(name)
-        config = module.config_from_original(original, tensors)
-        tables = [Table(tensors, module.keys_for(config, module.layout_of(original), tensors))]
+        tensors, original, conversion = read_key_list(path), notes_of(path), conversion_of(name)
+        config = conversion.config_from_original(original, tensors)
+        tables = [Table(tensors, conversion.keys_for(config, conversion.layout_of(original), tensors))]
     expected = empty_model(config).state_dict()
     converted = {key: t for part in convert_tables(tables, expected) for key, t in part.items()}
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
@@ -46,9 +48,9 @@ def test_a_preset_knows_the_file(path):
     name = path.parent.parent.name
     if name not in architectures():
         pytest.skip(f"hfvlm has no architecture called {name!r} yet")
-    module, original = conversion_module(name), notes_of(path)
-    config = module.config_from_original(original, read_key_list(path)).to_dict()
-    layout = module.layout_of(original)
+    conversion, original = conversion_of(name), notes_of(path)
+    config = conversion.config_from_original(original, read_key_list(path)).to_dict()
+    layout = conversion.layout_of(original)
     presets = [load_preset(known) for known in list_presets(name)]
     same = [p.name for p in presets if p.source.get("layout") == layout and p.make_config().to_dict() == config]
     assert same, f"no preset of {name} describes {path.name}"
@@ -57,18 +59,15 @@ def test_a_preset_knows_the_file(path):
 @pytest.fixture(scope="module")
 def small():
     """A table and a state dict that fit."""
-    module = conversion_module("clip")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = architectures()["clip"].HfvlmCLIPConfig(
         vision_config=sizes | {"image_size": 16, "patch_size": 8, "projection_dim": 32},
         text_config=sizes
         | {"vocab_size": 20, "max_position_embeddings": 6, "projection_dim": 32}
-        | module.special_tokens(20),
+        | special_tokens(20),
     )
     expected = empty_model(config).state_dict()
-    from hfvlm.checkpoints.key_table import restore_keys
-
-    rows = module.keys_for(config)
+    rows = conversion_of("clip").keys_for(config)
     return rows, restore_keys(expected, rows), expected
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from tests.support.golden import (
     OURS,
     SECTIONS,

@@ -2,12 +2,12 @@
 
 A row is `(source, target)` or `(source, target, change)`. In a source, `{}` stands for one name between separators
 and `{...}` for any rest; the target repeats them in the same order. A tuple of targets takes the parts of a `split`.
-Target None drops a key; a comment beside the row says why. So does a target of (), whose change makes the tensor anew
-on the way back.
+Target None drops a key; a comment beside the row gives the reason. So does a target of (), whose change makes the
+tensor again on the way back.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,17 +36,18 @@ class Row(NamedTuple):
 
 
 def split(parts: int) -> Change:
-    """One tensor holds several, one after the other: fused query, key and value."""
+    """Split one tensor that holds several, one after the other: fused query, key and value."""
     return Change(lambda tensor: tensor.chunk(parts), lambda *tensors: torch.cat(tensors))
 
 
 def tied(parameters: int) -> Change:
-    """One tensor fills several parameters, which the model ties."""
+    """Fill several parameters, which the model ties, with one tensor."""
     return Change(lambda tensor: (tensor,) * parameters, lambda first, *_: first)
 
 
 def grouped(groups: int, parts: int) -> Change:
-    """As `split`, of groups that hold a share of each part: Megatron puts a head's query, key and value together."""
+    """Do as `split`, of groups that hold a share of each part: Megatron puts a head's query, key and value
+    together."""
 
     def together(*tensors: Tensor) -> Tensor:
         return torch.stack([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 2)
@@ -66,7 +67,7 @@ def permute(*axes: int) -> Change:
 
 
 def unstack(change: Change | None = None) -> Change:
-    """A leading axis holds the layers; each goes its own way after `change`."""
+    """Split a leading axis that holds the layers; each goes its own way after `change`."""
     return Change(lambda tensor: tuple(change.apply(part) if change else part for part in tensor.unbind()))
 
 
@@ -134,27 +135,46 @@ def convert_keys(
 
 
 def convert_tables(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """As `convert_keys`, for a model that is made of several files: what each of them contributes."""
+    """Do as `convert_keys`, for a model that is made of several files: what each of them contributes."""
     error = KeyTableError()
-    parts = [_convert(table, error) for table in tables]
-    # Batch norms count their batches; not every framework stores the count, and nothing reads it.
-    counts = {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
+    parts = []
+    for table in tables:
+        part: dict[str, Tensor] = {}
+        for key, row, names in _matches(table, error):
+            part |= _targets(row, names, table.tensors[key], error)
+        parts.append(part)
     whole: dict[str, Tensor] = {}
     for part in parts:
         error.ambiguous += [f"{key}, from several files" for key in part if key in whole]
         whole |= part
+    counts = _counts(expected)
     _compare(counts | whole, expected, error)
     if error:
         raise error
     return [counts | parts[0], *parts[1:]]
 
 
-def _convert(table: Table, error: KeyTableError) -> dict[str, Tensor]:
+def converted(tables: Iterable[Table], expected: Mapping[str, Tensor]) -> LazyTensors:
+    """Return what `convert_tables` makes of tables that fit, each tensor read and rearranged when it is taken."""
+    makers = LazyTensors.of(_counts(expected)).makers
+    for table in tables:
+        for key, row, names in _matches(table, KeyTableError()):
+            for i, target in enumerate(_as_tuple(row.target)):
+                makers[_fill(target, names)] = partial(_part, table.tensors, key, row.change, i)
+    return LazyTensors(makers)
+
+
+def _counts(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make the counts of batches of batch norms; not every framework stores them, and nothing reads them."""
+    return {key: torch.tensor(0) for key in expected if key.endswith(".num_batches_tracked")}
+
+
+def _matches(table: Table, error: KeyTableError) -> Iterator[tuple[str, Row, tuple[str, ...]]]:
+    """Yield each key with its row and the names that fill it."""
     rows = [Row(*row) for row in table.rows]
     patterns = [_pattern(row.source) for row in rows]
     prefix = f"{table.name}: " if table.name else ""
     unused = set(range(len(rows)))
-    converted: dict[str, Tensor] = {}
     for key in table.tensors:
         hits = [(i, match) for i, pattern in enumerate(patterns) if (match := pattern.fullmatch(key))]
         unused -= {i for i, _ in hits}
@@ -162,9 +182,17 @@ def _convert(table: Table, error: KeyTableError) -> dict[str, Tensor]:
             (error.ambiguous if hits else error.unknown).append(prefix + key)
             continue
         (i, match) = hits[0]
-        converted |= _targets(rows[i], match.groups(), table.tensors[key], error)
+        yield key, rows[i], match.groups()
     error.unused += [prefix + rows[i].source for i in sorted(unused) if not rows[i].optional]
-    return converted
+
+
+def _as_tuple(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return target if isinstance(target, tuple) else () if target is None else (target,)
+
+
+def _part(tensors: Mapping[str, Tensor], key: str, change: Change | None, index: int) -> Tensor:
+    parts = change.apply(tensors[key]) if change else tensors[key]
+    return parts[index] if isinstance(parts, tuple) else parts
 
 
 def _targets(row: Row, names: tuple[str, ...], tensor: Tensor, error: KeyTableError) -> dict[str, Tensor]:
@@ -175,7 +203,7 @@ def _targets(row: Row, names: tuple[str, ...], tensor: Tensor, error: KeyTableEr
     except RuntimeError:
         error.misshapen.append(f"{row.source} {tuple(tensor.shape)} cannot be rearranged")
         return {}
-    targets = row.target if isinstance(row.target, tuple) else (row.target,)
+    targets = _as_tuple(row.target)
     parts = parts if isinstance(parts, tuple) else (parts,)
     if len(parts) != len(targets):
         error.misshapen.append(f"{row.source} {tuple(tensor.shape)} has {len(parts)} parts, expected {len(targets)}")
@@ -193,7 +221,7 @@ def _compare(converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], er
 
 
 def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Our state dict in the original's layout: the table read from right to left.
+    """Restore the original's layout of our state dict: the table read from right to left.
 
     Raises:
         KeyTableError: the table has no way back for a tensor.
@@ -202,14 +230,14 @@ def restore_keys(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]])
 
 
 def restored(tensors: Mapping[str, Tensor], rows: Iterable[tuple[Any, ...]]) -> LazyTensors:
-    """As `restore_keys`, each tensor made when it is asked for."""
+    """Do as `restore_keys`, each tensor made when it is taken."""
     makers: dict[str, Callable[[], Tensor]] = {}
     error = KeyTableError()
     remaining = dict.fromkeys(tensors)
     for row in (Row(*row) for row in rows):
         if row.target is None or (row.change and row.change.undo is None):
             continue
-        targets = row.target if isinstance(row.target, tuple) else (row.target,)
+        targets = _as_tuple(row.target)
         if not targets and row.change and row.change.undo:
             makers[row.source] = row.change.undo
             continue
@@ -233,7 +261,7 @@ def _undone(tensors: Mapping[str, Tensor], keys: list[str | None], undo: Callabl
 
 
 def fit(tensors: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> float:
-    """Share of a file's keys that a table knows, for messages about files of another architecture."""
+    """Return the share of a file's keys that a table knows, for messages about files of another architecture."""
     keys = list(tensors)
     patterns = [_pattern(row[0]) for row in rows]
     return sum(any(pattern.fullmatch(key) for pattern in patterns) for key in keys) / max(len(keys), 1)

@@ -222,7 +222,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be l
         return Storage(str(key), dtype, length)
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
-        """After checking that it lies inside its storage, and the storage inside the file."""
+        """Make a tensor after checking that it lies inside its storage, and the storage inside the file."""
         if not isinstance(storage, Storage):
             raise CheckpointError(f"{self.path}: a tensor lies in no storage, but in {shown(storage)}.")
         self.archive.check(storage)
@@ -257,7 +257,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be l
         target[self._key(key)] = value
 
     def _key(self, key: Any) -> Any:
-        """Names and numbers are keys; a tuple of tuples could take for ever to hash."""
+        """Refuse keys but names and numbers; a tuple of tuples could take for ever to hash."""
         flat = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
         if all(isinstance(k, str | bytes | float | None) or (isinstance(k, int) and abs(k) < 2**60) for k in flat):
             return key
@@ -327,7 +327,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose opcodes can be l
         self.stack.append(int.from_bytes(self.read(size), "little", signed=True))
 
     def load_number(self) -> None:
-        """INT, LONG and FLOAT: a number in letters, ended by a line's end."""
+        """Read INT, LONG and FLOAT: a number in letters, ended by a line's end."""
         text = self.readline().strip().removesuffix(b"L")
         if len(text) > 2 * LONGEST_INTEGER:
             raise CheckpointError(f"{self.path}: its pickle has a number of {len(text)} letters. Refused.")
@@ -361,7 +361,7 @@ def _is_size(number: Any) -> bool:
 
 
 def _paid(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """An opcode whose object is as long as the stream says."""
+    """Read an opcode whose object is as long as the stream has it."""
 
     def load(unpickler: Unpickler) -> None:
         original(unpickler)
@@ -371,7 +371,7 @@ def _paid(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _opcode(name: str) -> Any:
-    """What an opcode does: our own where it does more than a checkpoint needs, else Python's."""
+    """Return what an opcode does: our own where it does more than a checkpoint needs, else Python's."""
     own = {"INT": "load_number", "LONG": "load_number", "FLOAT": "load_number", "NEWOBJ": "load_reduce"}
     function = vars(Unpickler).get(own.get(name, f"load_{name.lower()}"))
     if function is None:

@@ -49,12 +49,12 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     """Open a released file, or a folder that holds one.
 
     Wrappers (`state_dict`, `model`, ...) are opened; what torch.compile, DDP and FSDP put into names is dropped. The
-    tensors stay in the file until they are asked for. A tensor that does not have its checksum raises a
+    tensors stay in the file until they are taken. A tensor that does not have its checksum raises a
     `CheckpointError` then.
 
     Raises:
         FileNotFoundError: there is no such file, or no weights in the folder.
-        CheckpointError: the file is damaged, or asks for code to be run; it says which.
+        CheckpointError: the file is damaged, or asks for code to be run; the message names which.
     """
     path = Path(source)
     if path.is_dir():
@@ -67,7 +67,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> Checkpoint:
-    """One regular file, its tensors under the names that it has for them."""
+    """Read one regular file, its tensors under the names that it has for them."""
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"PK"):
@@ -80,7 +80,7 @@ def _read_file(path: Path) -> Checkpoint:
 
 
 def _read_bundle(path: Path, head: bytes) -> Checkpoint:
-    """TensorFlow's index, which is told by its end; what is not even that is refused."""
+    """Read TensorFlow's index, which is recognised by its end; what is not even that is refused."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, len(TABLE_END)), io.SEEK_END)
         tail = file.read()
@@ -96,7 +96,7 @@ def _read_bundle(path: Path, head: bytes) -> Checkpoint:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of a folder, by the names that transformers and open_clip use."""
+    """Return the weights file of a folder, by the names that transformers and open_clip use."""
     for name in WEIGHTS:
         if (folder / name).exists():
             return folder / name
@@ -154,7 +154,7 @@ def _read_shards(index: Path) -> Checkpoint:
 
 
 def _shard(index: Path, name: str) -> Path:
-    """A shard's path: a regular file in the index's own folder, or where the Hub's cache keeps both."""
+    """Return a shard's path: a regular file in the index's own folder, or where the Hub's cache keeps both."""
     if name != Path(name).name or name in ("", "..") or "\\" in name or name.endswith(".index.json"):
         raise CheckpointError(f"{index}: shard {shown(name)} is not a file beside the index.")
     path = index.parent / name
@@ -197,7 +197,7 @@ def _unwrap(path: Path, file: TorchZip | TorchLegacy) -> Checkpoint:
 
 
 class _Extras(Mapping[str, Any]):
-    """What was stored beside the tensors; tensors among it are read when their entry is asked for."""
+    """What was stored beside the tensors; tensors among it are read when their entry is taken."""
 
     def __init__(self, file: TorchFile, values: Mapping[str, Any]):
         self.file, self.values_by_name = file, values
@@ -213,7 +213,7 @@ class _Extras(Mapping[str, Any]):
 
 
 class _Npz(Mapping[str, Tensor]):
-    """Arrays of an .npz, read when asked for."""
+    """Arrays of an .npz, read when taken."""
 
     def __init__(self, path: Path, entries: Mapping[str, zipfile.ZipInfo]):
         self.path = path
@@ -239,7 +239,7 @@ class _Npz(Mapping[str, Tensor]):
             return torch.from_numpy(array)
 
     def _check_claims(self, file: Any, info: zipfile.ZipInfo) -> None:
-        """The array that a header describes is what follows it, before memory is made for it."""
+        """Check that the array that a header describes is what follows it, before memory is made for it."""
         version = np.lib.format.read_magic(file)
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
         if read is None:

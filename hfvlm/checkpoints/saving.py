@@ -1,7 +1,8 @@
 """Writes safetensors one tensor after another, so that one alone is in memory beside the file they come from."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,15 +24,23 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-# How many numbers are looked at at a time.
+# Of numbers that are checked at a time.
 BLOCK = 2**20
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for, and not kept."""
+    """Tensors by name, each made when it is taken, and not cached."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
+    def __init__(self, makers: dict[str, Callable[[], Tensor]]):
         self.makers = makers
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> "LazyTensors":
+        """Take the named tensors of a mapping, by default all, each when it is taken from here."""
+        return cls({name: partial(tensors.__getitem__, name) for name in (tensors if names is None else names)})
+
+    def __or__(self, others: "LazyTensors") -> "LazyTensors":
+        return LazyTensors({**self.makers, **others.makers})
 
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]()
@@ -55,7 +64,7 @@ def save_tensors(
     Args:
         path: the new file.
         shapes: what is written, in shape and type; meta tensors will do.
-        tensors: the numbers, asked for one by one; they are cast to the types of `shapes`.
+        tensors: the numbers, taken one by one; they are cast to the types of `shapes`.
         visit: sees each tensor by its name as it is written, contiguous and in its type.
         about: the file's metadata.
     """
@@ -87,7 +96,7 @@ def save_tensors(
 
 
 def count_nonfinite(tensor: Tensor) -> int:
-    """How many numbers are NaN or infinite; a block is looked at at a time."""
+    """Count the numbers that are NaN or infinite, a block at a time."""
     if not tensor.is_floating_point():
         return 0
     return sum(block.numel() - int(block.isfinite().sum()) for block in tensor.reshape(-1).split(BLOCK))

@@ -54,7 +54,7 @@ class BundleError(ValueError):
 
 
 class TensorBundle(Mapping[str, Tensor]):
-    """Tensors by their variables' names, left in the file until they are asked for.
+    """Tensors by their variables' names, left in the file until they are taken.
 
     Args:
         index: the file `<prefix>.index`; the shards `<prefix>.data-00000-of-00001` lie beside it.
@@ -70,7 +70,7 @@ class TensorBundle(Mapping[str, Tensor]):
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Errors of the format, and whatever foreign bytes bring about, with the file's name."""
+        """Raise errors of the format, and whatever foreign bytes bring about, with the file's name."""
         try:
             yield
         except BundleError as error:
@@ -93,7 +93,7 @@ class TensorBundle(Mapping[str, Tensor]):
 
 
 def read_index(index: Path) -> tuple["Shards", dict[str, "Entry"]]:
-    """The shards, and where each variable is in them."""
+    """Return the shards, and where each variable is in them."""
     if index.stat().st_size > LARGEST_INDEX:
         raise BundleError(f"the index has {index.stat().st_size} bytes, more than any index needs")
     rows = dict(table(index.read_bytes()))
@@ -141,7 +141,7 @@ class Entry:
         if entry.dtype not in DTYPES:
             raise BundleError(f"{shown(key)} has the data type {entry.dtype}, which no model's weights have")
         if entry.size != prod(shape) * DTYPES[entry.dtype].itemsize:
-            raise BundleError(f"{shown(key)} of shape {entry.shape} is said to have {entry.size} bytes")
+            raise BundleError(f"{shown(key)} of shape {entry.shape} claims {entry.size} bytes")
         return entry
 
 
@@ -149,12 +149,12 @@ class Shards:
     """The bytes of the tensors."""
 
     def __init__(self, prefix: Path, count: int):
-        self.files: dict[int, mmap.mmap] = {}
+        self.files: dict[int, mmap.mmap | bytes] = {}
         self.prefix, self.count = prefix, count
         self.whole: set[str] = set()
 
     def path(self, shard: int) -> Path:
-        """A shard's file: a regular one in the index's own folder, or where the Hub's cache keeps both."""
+        """Return a shard's file: a regular one in the index's own folder, or where the Hub's cache keeps both."""
         path = self.prefix.with_name(f"{self.prefix.name}.data-{shard:05d}-of-{self.count:05d}")
         if not path.is_file():
             raise BundleError(f"the shard {path.name} is not beside it")
@@ -163,28 +163,34 @@ class Shards:
         return path
 
     def check_sizes(self, entries: Iterable[Entry]) -> None:
-        """All tensors together are no larger than the shards: none shares its bytes with another."""
+        """Check that all tensors together are no larger than the shards: none shares its bytes with another."""
         sizes: Counter[int] = Counter()
         for entry in entries:
             sizes[entry.shard] += entry.size
         for shard, size in sizes.items():
-            if size > self.path(shard).stat().st_size:
+            if size > len(self.data(shard)):
                 raise BundleError(f"the tensors of shard {shard} overlap")
 
+    def data(self, shard: int) -> memoryview:
+        """Map a shard's file; an empty one has nothing to map."""
+        if shard not in self.files:
+            path = self.path(shard)
+            with path.open("rb") as file:
+                empty = not path.stat().st_size
+                self.files[shard] = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return memoryview(self.files[shard])
+
     def view(self, entry: Entry) -> memoryview:
-        """The tensor's part of the file."""
-        path = self.path(entry.shard)
-        if entry.offset + entry.size > path.stat().st_size:
+        """Return the tensor's part of the file."""
+        data, end = self.data(entry.shard), entry.offset + entry.size
+        if end > len(data):
             raise BundleError(
                 f"shard {entry.shard} is cut off before the end of {shown(entry.key)}; download it again"
             )
-        if entry.shard not in self.files:
-            with path.open("rb") as file:
-                self.files[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return memoryview(self.files[entry.shard])[entry.offset : entry.offset + entry.size]
+        return data[entry.offset : end]
 
     def check(self, entry: Entry) -> None:
-        """The tensor lies inside its shard."""
+        """Check that the tensor lies inside its shard."""
         if entry.size:
             self.view(entry)
 
@@ -199,7 +205,7 @@ class Shards:
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
     def string(self, entry: Entry) -> bytes:
-        """A scalar string: its length, a checksum of the length, its bytes."""
+        """Read a scalar string: its length, a checksum of the length, its bytes."""
         if entry.size > LARGEST_GRAPH:
             raise BundleError(f"{shown(entry.key)} has {entry.size} bytes, more than any model's graph")
         data = bytes(self.view(entry))
@@ -216,7 +222,7 @@ def verify(entry: Entry, checksum: int) -> None:
 
 
 def variable_names(full_names: Mapping[str, str]) -> dict[str, str]:
-    """Full names of variables, by keys -> names that are unique: those that several keys have give way to the keys.
+    """Make full names of variables, by keys, unique: those that several keys have give way to the keys.
 
     What an optimizer keeps for a variable goes by its key too.
     """
@@ -228,7 +234,7 @@ def variable_names(full_names: Mapping[str, str]) -> dict[str, str]:
 
 
 def full_names(graph: bytes) -> dict[str, str]:
-    """A TrackableObjectGraph -> the variables' full names, by checkpoint keys."""
+    """Read a TrackableObjectGraph -> the variables' full names, by checkpoint keys."""
     names: dict[str, str] = {}
     for node in message(graph).get(1, []):
         for attribute in message(node).get(2, []):
@@ -243,7 +249,7 @@ def full_names(graph: bytes) -> dict[str, str]:
 
 
 def table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of a table."""
+    """Yield the keys and values of a table."""
     if len(data) < FOOTER or data[-8:] != TABLE_END:
         raise BundleError("the index has no footer; it is cut off")
     footer = data[-FOOTER:]
@@ -263,7 +269,7 @@ def table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Where a block is: its offset and size; and where the next handle begins."""
+    """Return where a block is: its offset and size; and where the next handle begins."""
     offset, at = varint(data, at)
     size, at = varint(data, at)
     return (offset, size), at
@@ -295,7 +301,7 @@ def block(data: bytes, place: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def message(data: bytes, most: int = MOST_FIELDS) -> dict[int, list[Any]]:
-    """The fields of a message by their numbers: integers, or the bytes of anything else."""
+    """Return the fields of a message by their numbers: integers, or the bytes of anything else."""
     fields: dict[int, list[Any]] = {}
     at, left = 0, most
     while at < len(data):
@@ -322,7 +328,7 @@ def message(data: bytes, most: int = MOST_FIELDS) -> dict[int, list[Any]]:
 
 
 def number(fields: Mapping[int, list[Any]], field: int) -> int:
-    """An integer field that is no less than zero, by default zero."""
+    """Return an integer field that is no less than zero, by default zero."""
     value = fields.get(field, [0])[-1]
     if not isinstance(value, int) or value >= 2**63:
         raise BundleError("a message has a number that makes no sense")
@@ -330,7 +336,7 @@ def number(fields: Mapping[int, list[Any]], field: int) -> int:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """Seven bits a byte, the lowest first; and where the next item begins."""
+    """Read a number of seven bits a byte, the lowest first; and where the next item begins."""
     value = 0
     for i in range(10):
         if at + i >= len(data):
@@ -345,7 +351,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def masked(checksum: int) -> int:
-    """As it is stored, so that the checksum of data that holds checksums is not weak."""
+    """Mask a checksum as it is stored, so that the checksum of data that holds checksums is not weak."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -357,13 +363,22 @@ def _byte_table() -> np.ndarray:
 
 
 BYTE = _byte_table()
+BYTES = BYTE.tolist()
+# In bytes: so little is faster taken one by one.
+SHORT = 2**11
 
 
 def crc32c(data: Any) -> int:
-    """Castagnoli's checksum. It is linear, so stretches of data are taken side by side, and then joined in pairs."""
+    """Compute Castagnoli's checksum. It is linear, so stretches of data are taken side by side, and then joined in
+    pairs."""
+    if len(data) <= SHORT:
+        register = 0xFFFFFFFF
+        for byte in bytes(data):
+            register = BYTES[(register ^ byte) & 255] ^ register >> 8
+        return register ^ 0xFFFFFFFF
     source = np.frombuffer(data, dtype=np.uint8)
-    lanes = 2 ** min(16, max(0, len(source).bit_length() - 6))
-    length = -(-max(len(source), 4) // lanes)
+    lanes = 2 ** min(16, len(source).bit_length() - 6)
+    length = -(-len(source) // lanes)
     # Zeros in front change nothing in a register of zeros; the usual register of ones is one more term of the sum.
     padded = np.zeros(lanes * length, dtype=np.uint8)
     padded[len(padded) - len(source) :] = source
@@ -380,7 +395,7 @@ def crc32c(data: Any) -> int:
 
 
 def shift_by(length: int) -> np.ndarray:
-    """What `length` bytes of zero do to a register: a table for each of its four bytes, `(4, 256)`."""
+    """Return what `length` bytes of zero do to a register: a table for each of its four bytes, `(4, 256)`."""
     byte = np.arange(256, dtype=np.uint32)
     power, result = np.stack([BYTE, byte, byte << 8, byte << 16]), np.stack([byte << 8 * i for i in range(4)])
     while length:

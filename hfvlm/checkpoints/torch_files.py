@@ -41,7 +41,7 @@ class TorchFile(ABC):
 
     @abstractmethod
     def place(self, key: str) -> tuple[int, int]:
-        """Where a storage's bytes begin, and how many there are."""
+        """Return where a storage's bytes begin, and how many there are."""
 
     @abstractmethod
     def verify(self, key: str) -> None:
@@ -52,12 +52,12 @@ class TorchFile(ABC):
             raise CheckpointError(f"{self.path}: storage {shown(storage.key)} is shorter than its tensors.")
 
     def check_views(self, views: Iterable[Stored]) -> None:
-        """Tensors that overlap, or repeat what they have, could unfold to any size."""
+        """Refuse tensors that overlap, or repeat what they have, and so could unfold to any size."""
         if sum(view.bytes for view in views) > 2 * self.size + 2**20:
             raise CheckpointError(f"{self.path}: its tensors would unfold to more than twice its size. Refused.")
 
     def tensor(self, stored: Stored) -> Tensor:
-        """A view of the file; the first one of a storage compares it with its checksum."""
+        """Return a view of the file; the first one of a storage compares it with its checksum."""
         storage, offset, size, stride = stored
         if storage.key not in self.storages:
             self.verify(storage.key)
@@ -68,7 +68,7 @@ class TorchFile(ABC):
         return numbers.as_strided(size, stride, offset)
 
     def with_tensors(self, tree: Any) -> Any:
-        """`tree`, whose levels are few, with the tensors themselves in the place of where they are."""
+        """Put the tensors themselves in the place of where they are into `tree`, whose levels are few."""
         if isinstance(tree, Stored):
             return self.tensor(tree)
         if isinstance(tree, Storage):
@@ -116,7 +116,7 @@ class TorchZip(TorchFile):
         return self._place(f"{self.prefix}/data/{key}")
 
     def verify(self, key: str) -> None:
-        """Blocks are read beside the mapping, so that what is compared does not count as memory in use."""
+        """Compare blocks that are read next to the mapping, so that they do not count as memory in use."""
         name = f"{self.prefix}/data/{key}"
         start, size = self._place(name)
         checksum, left = 0, size
@@ -195,7 +195,7 @@ class TorchLegacy(TorchFile):
             at += 8 + size
 
     def verify(self, key: str) -> None:
-        """Such files have no checksums."""
+        """Do nothing: such files have no checksums."""
 
     def place(self, key: str) -> tuple[int, int]:
         return self.places[key]
@@ -214,7 +214,7 @@ class _Wanted:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors by name, left in the file until they are asked for."""
+    """Tensors by name, left in the file until they are taken."""
 
     def __init__(self, file: TorchFile, names: Mapping[str, Stored]):
         self.file, self.names = file, names
@@ -230,7 +230,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def zip_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The entries of an archive by their names.
+    """Return the entries of an archive by their names.
 
     Raises:
         CheckpointError: it is damaged, has two entries of one name, or more than any checkpoint has.
@@ -247,7 +247,7 @@ def zip_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def _directory(path: Path) -> tuple[int, int]:
-    """How many bytes and entries the list of entries has, as the record at an archive's end says, or zeros."""
+    """Read how many bytes and entries the list of entries has from the record at an archive's end, or zeros."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 2**16 - 22 - 76))

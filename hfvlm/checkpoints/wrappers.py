@@ -18,12 +18,12 @@ AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", *AVERAGES)
 # What torch.compile, FSDP and activation checkpointing put between a module and its name: no module is called so.
 _MARKS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# What a pickled module keeps its state in.
+# Where a pickled module has its state.
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def unwrapped(path: Path, tree: Any) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The tensors inside whatever the authors saved around them, by name, and the rest.
+    """Unwrap the tensors inside whatever the authors saved around them, by name, and the rest.
 
     Raises:
         CheckpointError: there are no tensors, or they have no names.
@@ -53,7 +53,7 @@ def _checked(path: Path, tensors: dict[Any, Stored], tree: Mapping[Any, Any]) ->
 
 
 def _inner(path: Path, tree: Mapping[Any, Any]) -> str | None:
-    """The wrapper that leads to tensors; of several the first in the order above, which is said."""
+    """Find the wrapper that leads to tensors; of several the first in the order above, with a warning."""
     found = [name for name in WRAPPERS if _leads_to_tensors(tree.get(name))]
     if len(found) > 1:
         logger.warning(f"{path}: holds weights in {listed(found)}; took {found[0]!r}.")
@@ -72,7 +72,7 @@ def _kind(tree: Any) -> str:
 
 
 def _module_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    """Tensors of a TorchScript module or of a pickled one, named as its `state_dict()` would."""
+    """Yield tensors of a TorchScript module or of a pickled one, named as its `state_dict()` would."""
     attributes = module.attributes
     if all(isinstance(attributes.get(kind), Mapping) for kind in _MEMBERS):
         fleeting = attributes.get("_non_persistent_buffers_set")
@@ -87,7 +87,7 @@ def _module_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Stor
 
 
 def _plain(value: Any) -> Any:
-    """What was stored beside the tensors, with inert objects as the dictionaries of their attributes."""
+    """Return what was stored beside the tensors, with inert objects as the dictionaries of their attributes."""
     if isinstance(value, Inert):
         return {name: _plain(item) for name, item in value.attributes.items()}
     return value
@@ -110,7 +110,7 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def without_marks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors by the names they had before torch.compile, DDP, FSDP or an averaged model wrapped the model.
+    """Return the tensors by the names they had before torch.compile, DDP, FSDP or an averaged model wrapped the model.
 
     `module.` comes off where every name has it. Where two names would become one, all stay as they are.
     """
@@ -125,7 +125,7 @@ def without_marks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor] | None:
-    """Tensors by their names without `prefix`, if all have it; None otherwise."""
+    """Return the tensors by their names without `prefix`, if all have it; None otherwise."""
     if not tensors or not all(name.startswith(prefix) and name != prefix for name in tensors):
         return None
     return without_marks(_renamed(tensors, {name: name.removeprefix(prefix) for name in tensors}))

@@ -77,7 +77,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a folder that transformers' own classes load."""
-    from hfvlm.inference.adapters import whole
+    from hfvlm.release.merging import whole
 
     check_output(output, overwrite=overwrite)
     with status(f"exporting {folder}"), whole(folder) as model:
@@ -97,7 +97,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter and its base as one model, with its processor and card."""
-    from hfvlm.inference.adapters import merge as run
+    from hfvlm.release.merging import merge as run
 
     check_output(output, overwrite=overwrite)
     with status(f"merging {adapter}"):

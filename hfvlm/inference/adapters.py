@@ -1,23 +1,18 @@
 """Models by their folder, whether it holds all weights or only an adapter of PEFT's."""
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hfvlm.media.sources import import_extra
-from hfvlm.presets import Preset, load_preset
 from hfvlm.registry import find_class
-from hfvlm.writing import new_folder
 
 ADAPTER = "adapter_config.json"
 PROCESSOR = "processor_config.json"
 
 
 def adapter_settings(folder: str | Path) -> dict[str, Any] | None:
-    """What PEFT wrote about an adapter; None for a folder or a Hub id that is a whole model.
+    """Return what PEFT wrote about an adapter; None for a folder or a Hub id that is a whole model.
 
     Raises:
         ValueError: the file is damaged.
@@ -44,8 +39,8 @@ def adapter_settings(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_of(folder: str | Path, settings: dict[str, Any]) -> str:
-    """The folder or Hub id of the model that an adapter belongs to; a relative path may begin in the adapter's folder
-    or beside it.
+    """Return the folder or Hub id of the model that an adapter belongs to; a relative path may begin in the adapter's
+    folder or beside it.
 
     Raises:
         ValueError: the adapter names none, or one that is not there.
@@ -65,7 +60,7 @@ def base_of(folder: str | Path, settings: dict[str, Any]) -> str:
 
 
 def config_of(folder: str | Path, **options: Any) -> Any:
-    """The configuration of a model, or of the model that an adapter belongs to; `options` are of
+    """Return the configuration of a model, or of the model that an adapter belongs to; `options` are of
     `AutoConfig.from_pretrained`."""
     from transformers import AutoConfig
 
@@ -74,7 +69,7 @@ def config_of(folder: str | Path, **options: Any) -> Any:
 
 
 def processor_of(folder: str | Path, **options: Any) -> Any:
-    """The processor of a model; of an adapter the one beside it, else its base's."""
+    """Return the processor of a model; of an adapter the one beside it, else its base's."""
     from transformers import AutoProcessor
 
     settings = adapter_settings(folder)
@@ -114,48 +109,8 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
     return (merged, problems) if info else merged
 
 
-@contextmanager
-def whole(folder: str | Path) -> Iterator[Path]:
-    """A model's own folder, or one for the time of the block with an adapter and its base merged."""
-    if adapter_settings(folder) is None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield merge(folder, Path(temporary) / Path(folder).name)
-
-
-def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False) -> Path:
-    """Write an adapter and its base as one model, with its processor, its card and the base's licence.
-
-    Args:
-        adapter: the folder, as `hfvlm train` or PEFT's `save_pretrained` wrote it.
-        output: the new folder; it is written beside and moved into place.
-        base: a folder or Hub id; by default the one that the adapter names.
-        overwrite: replace an existing output.
-
-    Raises:
-        ValueError: the folder holds no adapter, or its base is not there.
-        FileExistsError: there is an output already.
-        ImportError: PEFT is not installed.
-    """
-    from hfvlm.presets.cards import write_card
-
-    settings = adapter_settings(adapter)
-    if settings is None:
-        raise ValueError(f"{adapter}: holds no adapter ({ADAPTER}); a whole model needs no merging.")
-    base = str(base or base_of(adapter, settings))
-    kind = model_class(base)
-    with new_folder(output, overwrite=overwrite) as folder:
-        load_model(adapter, kind, base=base, dtype="auto").save_pretrained(folder)
-        beside = (Path(adapter) / PROCESSOR).is_file()
-        processor_of(adapter if beside else base).save_pretrained(folder)
-        text = f"A {described(settings)}, `{Path(adapter).name}`, merged into `{Path(base).name}`."
-        write_card(folder, preset_of(base), name=Path(output).name, base_model=hub_name(base), text=text)
-    return Path(output)
-
-
 def model_class(folder: str) -> Any:
-    """The class that a model's configuration names.
+    """Return the class that a model's configuration names.
 
     Raises:
         ValueError: hfvlm has no such class.
@@ -166,16 +121,8 @@ def model_class(folder: str) -> Any:
     return kind
 
 
-def preset_of(base: str) -> Preset | None:
-    """The preset that a base was converted by, which knows its licence's notes; None where no file names one."""
-    from hfvlm.presets.cards import record_of
-
-    name = record_of(Path(base)).get("preset", "")
-    return load_preset(name) if "/" in name else None
-
-
 def hub_name(base: str) -> str | None:
-    """The Hub id of a base; of a local folder what its card names as its own base."""
+    """Return the Hub id of a base; of a local folder what its card names as its own base."""
     if not Path(base).is_dir():
         return base
     from huggingface_hub import ModelCard
@@ -183,10 +130,3 @@ def hub_name(base: str) -> str | None:
     card = Path(base) / "README.md"
     named = ModelCard.load(card).data.get("base_model") if card.is_file() else None
     return named[0] if isinstance(named, list) and named else named if isinstance(named, str) else None
-
-
-def described(settings: dict[str, Any]) -> str:
-    """An adapter in a few words, as "LoRA adapter of rank 16"."""
-    rank = settings.get("r")
-    kind = str(settings.get("peft_type", "PEFT")).upper().replace("LORA", "LoRA")
-    return f"{kind} adapter" + (f" of rank {rank}" if isinstance(rank, int) else "")

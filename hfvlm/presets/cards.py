@@ -21,7 +21,7 @@ NO_RESULTS = (
 )
 # The last line of a card of ours; a card without it is its user's, whose text stays.
 OURS = "Card written by hfvlm"
-# What the cards say that transformers and PEFT write from their templates.
+# Texts of the cards that transformers and PEFT write from their templates.
 TEMPLATES = ("This is the model card of a 🤗 transformers model", "<!-- Provide a quick summary of what the model is")
 
 
@@ -43,7 +43,7 @@ def write_card(
         base_model: on the Hub, what this model was made from; by default where the preset's file is.
         results: measured numbers, each a mapping of task, dataset, metric, value and protocol, and name, where one
             metric was measured in several ways.
-        text: what else there is to say, in Markdown.
+        text: further text, in Markdown.
     """
     folder = Path(folder)
     name = spelled(name or folder.resolve().name)
@@ -73,7 +73,7 @@ def write_card(
 
 
 def write_adapter_card(folder: Path, name: str) -> Path:
-    """Write the card of adapters, from what PEFT and their base's folder say."""
+    """Write the card of adapters, from what PEFT and their base's folder have."""
     adapter = _read_json(folder / "adapter_config.json")
     base = str(adapter.get("base_model_name_or_path") or "")
     settings = _read_json(Path(base) / "config.json") if base else {}
@@ -109,7 +109,7 @@ def write_export_card(folder: Path, config: Any, record: Mapping[str, Any], name
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What conversion.json says; nothing where it is damaged, which is no reason for a training to end unsaved."""
+    """Read conversion.json; nothing where it is damaged, which is no reason for a training to end unsaved."""
     try:
         record = _read_json(folder / "conversion.json")
     except ValueError:
@@ -127,7 +127,7 @@ def complete_card(path: Path, config: Any, name: str, adapter: Mapping[str, Any]
         path: of README.md.
         config: the model's, or for adapters, their base's.
         name: of the model, or of its repository.
-        adapter: for adapters, what PEFT says of them.
+        adapter: for adapters, PEFT's settings.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     data: Any = card.data
@@ -163,12 +163,12 @@ def complete(
 
 
 def template_of(architecture: str) -> ModelCard:
-    """The architecture's card in `model_cards/`."""
+    """Return the architecture's card in `model_cards/`."""
     return ModelCard(files("hfvlm.model_cards").joinpath(f"{architecture}.md").read_text(encoding="utf-8"))
 
 
 def describe(data: Any, preset: Preset, base_model: str | None) -> None:
-    """Set the metadata that say whose weights these are."""
+    """Set the metadata that name whose weights these are."""
     licence = preset.licence
     data.license = licence["id"] if licence["id"] != UNKNOWN else "other"
     data.license_name = licence.get("name", UNKNOWN if licence["id"] == UNKNOWN else None)
@@ -178,7 +178,7 @@ def describe(data: Any, preset: Preset, base_model: str | None) -> None:
 
 
 def rename(card: str, name: str) -> str:
-    """A card's text with the model under another name; a card that is not ours as it is."""
+    """Return a card's text with the model under another name; a card that is not ours as it is."""
     heading = next((line for line in card.splitlines() if line.startswith("# ")), "")
     old, name = heading.removeprefix("# "), spelled(name)
     if OURS not in card or not old:
@@ -193,7 +193,7 @@ def rename(card: str, name: str) -> str:
 
 
 def spelled(name: str) -> str:
-    """A name that ends no string of the card's code, and no line."""
+    """Spell a name so that it ends no string of the card's code, and no line."""
     return "".join("-" if sign in "\"'\\`$<>" or not sign.isprintable() else sign for sign in name)
 
 
@@ -203,12 +203,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def preset_of(config: Any, record: Mapping[str, Any]) -> Preset:
-    """What weights were converted from, by their record or configuration; with the licence that is the stricter."""
+    """Find what weights were converted from, by their record or configuration; with the licence that is the
+    stricter."""
     architecture = architecture_of(config.model_type).name
     names = [record.get("preset"), getattr(config, "preset", None)]
     name = next((name for name in names if name in list_presets()), None)
-    said = [licence for licence, _ in licences_of_settings(config.to_dict(), "")]
-    licence = next((one for one in said if not is_open(one)), said[0] if said else UNKNOWN)
+    found = [licence for licence, _ in licences_of_settings(config.to_dict(), "")]
+    licence = next((one for one in found if not is_open(one)), found[0] if found else UNKNOWN)
     if name is None:
         return Preset(name=architecture, architecture=architecture, licence={"id": licence})
     preset = replace(load_preset(name), architecture=architecture)

@@ -41,7 +41,7 @@ class Preset:
     notes: str = ""
 
     def make_config(self) -> "PreTrainedConfig":
-        """The configuration, in full."""
+        """Return the configuration, in full."""
         from transformers import AutoConfig
 
         fields = {"model_type": f"hfvlm_{self.architecture}"} | json.loads(json.dumps(self.config))
@@ -50,7 +50,7 @@ class Preset:
 
 @cache
 def list_presets(architecture: str | None = None) -> tuple[str, ...]:
-    """Names of all presets, or of one architecture's."""
+    """Return the names of all presets, or of one architecture's."""
     folder = files("hfvlm.modeling_configs")
     names = [
         f"{kind.name}/{file.name.removesuffix('.json')}"
@@ -63,7 +63,7 @@ def list_presets(architecture: str | None = None) -> tuple[str, ...]:
 
 
 def load_preset(name: str) -> Preset:
-    """A preset by its name; the architecture may be left out where one preset alone ends so.
+    """Return a preset by its name; the architecture may be left out where one preset alone ends so.
 
     Raises:
         ValueError: there is none, or there are several; the message lists the nearest names.

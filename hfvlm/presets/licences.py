@@ -1,7 +1,7 @@
 """Which weights may be published, by the licence that came with them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from hfvlm.presets import Preset, list_presets, load_preset
 UNKNOWN = "unknown"
 # How far adapters on adapters are followed.
 DEPTH = 8
+# Of a repository in the cache, files that locate it: of models, and of processors without one.
+MODEL = ("config.json",)
+PROCESSING = (*MODEL, "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def check_folder(folder: Path, *, accepted: bool) -> None:
@@ -37,6 +40,24 @@ def check_model(model: Any, *, accepted: bool = False) -> None:
     origin = getattr(model.config, "_name_or_path", None)
     if origin and Path(origin).is_dir():
         check_folder(Path(origin), accepted=False)
+
+
+def check_origins(origins: Iterable[str | Path]) -> None:
+    """Check what a processor or a tokenizer belongs to: the model beside it, wherever it was loaded from or saved.
+
+    A folder names licences as a model's does, and a repository of the Hub by its files in the cache or by the presets
+    that were made of it. Where nothing names one, it is one's own: unlike weights, a processor comes with no licence
+    but its model's.
+
+    Raises:
+        LicenceError: a licence is not open.
+    """
+    for origin in map(str, origins):
+        folder = _folder_of(origin, PROCESSING)
+        for licence, source in licences_in(folder) if folder is not None else ():
+            check_licence(licence, accepted=False, source=f"{source} of {origin}")
+        for name in presets_by_repository().get(origin.casefold(), ()):
+            check_licence(licence_of_preset(name), accepted=False, source=f"preset {name}")
 
 
 def licences_in(folder: Path, depth: int = DEPTH) -> Iterator[tuple[Any, str]]:
@@ -76,7 +97,7 @@ def licences_of_base(base: Any, depth: int = DEPTH) -> Iterator[tuple[Any, str]]
 
 
 def licence_of_preset(name: Any) -> str:
-    """What a preset says; "unknown" for one that there is not."""
+    """Return a preset's licence; "unknown" for one that there is not."""
     if not isinstance(name, str) or name not in list_presets():
         return UNKNOWN
     return _licence_id(load_preset(name))
@@ -84,7 +105,7 @@ def licence_of_preset(name: Any) -> str:
 
 @cache
 def presets_by_repository() -> dict[str, list[str]]:
-    """Names of presets by the repository, in lower case, that holds their files."""
+    """Return the names of presets by the repository, in lower case, that holds their files."""
     found: dict[str, list[str]] = {}
     for name in list_presets():
         repository = load_preset(name).source.get("repository")
@@ -103,12 +124,12 @@ def _licences_of_record(record: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     if licence is not None:
         yield licence.get("id") or UNKNOWN if isinstance(licence, Mapping) else licence, "conversion.json"
     if isinstance(preset, str) and "/" not in preset and licence is not None:
-        return  # an architecture's name, and what the record says of the licence
+        return  # an architecture's name, and the record's licence
     yield licence_of_preset(preset), f"preset {preset} in conversion.json"
 
 
 def _licence_of_card(path: Path) -> Any:
-    """The licence in a card's metadata; None where there is none, or no metadata that can be read."""
+    """Return the licence in a card's metadata; None where there is none, or no metadata that can be read."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -118,8 +139,8 @@ def _licence_of_card(path: Path) -> Any:
         return None
 
 
-def _folder_of(base: Any) -> Path | None:
-    """A model's folder: its own, or the one where the Hub's files are cached."""
+def _folder_of(base: Any, names: Iterable[str] = MODEL) -> Path | None:
+    """Find the folder of a model: its own, or the one where the Hub's files are cached, one of `names` among them."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -128,14 +149,14 @@ def _folder_of(base: Any) -> Path | None:
     if Path(base).is_dir():
         return Path(base)
     try:
-        cached = try_to_load_from_cache(base, "config.json")
+        cached = [try_to_load_from_cache(base, name) for name in names]
     except HFValidationError:
         return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    return next((Path(path).parent for path in cached if isinstance(path, str)), None)
 
 
 def _is_own(folder: Path | None) -> bool:
-    """Whether a folder holds a model of hfvlm's that names no licence: one's own."""
+    """Tell whether a folder holds a model of hfvlm's that names no licence: one's own."""
     return folder is not None and str(_read(folder / "config.json").get("model_type")).startswith("hfvlm_")
 
 

@@ -9,6 +9,7 @@ from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs,
 
 from hfvlm.checks.keywords import check_keywords, parameters
 from hfvlm.processing.batches import is_empty
+from hfvlm.processing.publishing import Published
 from hfvlm.processing.settings import LOADING, STORED, Checked, Settings, sharing
 from hfvlm.processing.tokenization import TOKENIZER_ARGUMENTS, HfvlmTokenizer
 
@@ -33,7 +34,7 @@ def call_keywords(part: Any) -> frozenset[str]:
     return frozenset(known.__annotations__ if known else set().union(*GROUPS.values()))
 
 
-class HfvlmProcessor(Checked, ProcessorMixin):
+class HfvlmProcessor(Published, Checked, ProcessorMixin):
     """Base of every processor: `parts` names the part that prepares a modality, and the constructor's other arguments
     are annotated with their checks."""
 
@@ -152,6 +153,15 @@ class HfvlmProcessor(Checked, ProcessorMixin):
         for group, words in known.items():
             options[group] = {word: value for word, value in common.items() if word in words} | options[group]
         return options
+
+    def check_licence(self, *places: Any) -> None:
+        """Check the licences of the processor's origins, and of its parts'.
+
+        Raises:
+            LicenceError: one is not open.
+        """
+        parts = [getattr(self, name, None) for name in self.get_attributes()]
+        super().check_licence(*places, *(origin for part in parts for origin in getattr(part, "origins", ())))
 
     def asked(self, question: str) -> str:
         """Return the prompt of a question about one image, as the model was trained on it."""

@@ -16,6 +16,7 @@ from hfvlm.checks.keywords import check_keywords, parameters
 from hfvlm.processing.batches import texts_of
 from hfvlm.processing.cleaning import CLEANINGS
 from hfvlm.processing.protection import PROTECTED, unprotected
+from hfvlm.processing.publishing import Published
 from hfvlm.processing.settings import LOADING, STORED, Checked, Flag, check_value, one_of, shared, whole
 from hfvlm.processing.vocabularies import (
     SPACE,
@@ -108,7 +109,7 @@ class EngineLock:
         return EngineLock, ()
 
 
-class HfvlmTokenizer(Checked, TokenizersBackend):
+class HfvlmTokenizer(Published, Checked, TokenizersBackend):
     """Cleans texts, and pads and truncates as the model was trained unless a call overrides it.
 
     One tokenizer may be called by several threads at once. Special tokens that `hfvlm.processing.protection`

@@ -16,7 +16,7 @@ from hfvlm.checkpoints.saving import DTYPES as WRITTEN
 RECORD = "conversion.json"
 # As safetensors' headers spell them.
 DTYPES = WRITTEN | {torch.complex64: "C64", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16"}
-# Files that say something about a model and change nothing that it computes.
+# Files that describe a model and change nothing that it computes.
 PROSE = {"README.md", "NOTICE", "LICENSE", RECORD}
 # What transformers may load from a folder.
 LOADED = {".json", ".jinja", ".safetensors", ".bin", ".pt", ".model", ".txt", ".tiktoken", ".py"}
@@ -26,7 +26,7 @@ BLOCK = 2**20
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
+    """Return SHA-256 of a tensor's dtype, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()
     digest = _begin(DTYPES[tensor.dtype], list(tensor.shape))
     if tensor.numel():
@@ -35,7 +35,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def stored_digests(folder: Path) -> dict[str, str]:
-    """The digest of every tensor in a folder's weights, read in blocks.
+    """Return the digest of every tensor in a folder's weights, read in blocks.
 
     Raises:
         CheckpointError: a file is cut off or damaged, or a shard is not there.
@@ -52,7 +52,7 @@ def stored_digests(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The file of a folder's weights, or the shards that its index names.
+    """Return the file of a folder's weights, or the shards that its index names.
 
     Raises:
         CheckpointError: the index is none, or names a file that is not beside it.
@@ -71,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_whole(path: Path) -> None:
-    """Check that a safetensors file has a header, and is as long as that says.
+    """Check that a safetensors file has a header, and is as long as that has it.
 
     Raises:
         CheckpointError: it has not, or is not.
@@ -112,18 +112,19 @@ def _begin(dtype: str, shape: list[int]) -> Any:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The contents of a folder's configurations: of the model, the processor, the tokenizer, of generation."""
+    """Return the contents of a folder's configurations: of the model, the processor, the tokenizer, of generation."""
     return {path.name: read_json(path) for path in sorted(folder.glob("*config.json")) if path.name != RECORD}
 
 
 def file_digests(folder: Path) -> dict[str, Any]:
-    """SHA-256 of every other file that a model may be loaded with; of a JSON file, one for each of its sections."""
+    """Return SHA-256 of every other file that a model may be loaded with; of a JSON file, one for each of its
+    sections."""
     skipped = {path.name for path in weight_files(folder)} | {weights_in(folder).name} | set(settings_of(folder))
     return {name: file_digest(folder / name) for name in loaded_files(folder) if name not in skipped}
 
 
 def loaded_files(folder: Path) -> list[str]:
-    """The files, by their paths in the folder, that transformers may load."""
+    """Return the files, by their paths in the folder, that transformers may load."""
     paths = [path for place in (folder, folder / "additional_chat_templates") for path in sorted(place.glob("*"))]
     return [
         path.relative_to(folder).as_posix()
@@ -146,12 +147,12 @@ def file_digest(path: Path) -> Any:
 
 
 def json_digest(content: Any) -> str:
-    """SHA-256 of a value, however it is indented and its keys are ordered."""
+    """Return SHA-256 of a value, however it is indented and its keys are ordered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with a hash of itself, which tells damage and edits, but is no signature."""
+    """Add a hash of itself to a record, which reveals damage and edits, but is no signature."""
     return {**record, "seal": seal_of(record)}
 
 
@@ -160,7 +161,7 @@ def seal_of(record: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content.
+    """Return a JSON file's content.
 
     Raises:
         CheckpointError: it is none.
@@ -174,7 +175,7 @@ def read_json(path: Path) -> Any:
 
 
 def flat(content: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by names such as "vision_config.patch_size"; without what saving changes."""
+    """Flatten nested mappings, by names such as "vision_config.patch_size"; without what saving changes."""
     if not isinstance(content, Mapping) or not content:
         return {name: content}
     parts = (

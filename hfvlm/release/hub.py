@@ -141,7 +141,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def reason_to_leave(path: Path) -> str:
-    """Say why a file or folder is not sent; empty if it is."""
+    """Return why a file or folder is not sent; empty if it is."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_symlink():
@@ -218,7 +218,7 @@ def write_stub(folder: str | Path) -> Path:
 
 
 def stub_text(folder: Path) -> str:
-    """The stub's code: one import of classes, each of which the registry knows.
+    """Return the stub's code: one import of classes, each of which the registry knows.
 
     Raises:
         UploadError: a class that the folder names is none of hfvlm's.
@@ -253,7 +253,7 @@ def known_class(name: Any, path: Path, field: str) -> str:
 
 
 def known_architecture(path: Path) -> Architecture:
-    """The architecture that a config.json names.
+    """Return the architecture that a config.json names.
 
     Raises:
         UploadError: it names none of hfvlm's.

@@ -33,7 +33,7 @@ def published_checks(folder: Path, examples: str | Path | None = None) -> list[C
 
 
 def files_of(published: Mapping[str, Any]) -> list[str]:
-    """Names of the media that the README feeds the model; texts are in the preset."""
+    """Return the names of the media that the README feeds the model; texts are in the preset."""
     return [name for modality, names in published["inputs"].items() if modality != "text" for name in names]
 
 

@@ -51,7 +51,7 @@ def guard_peft(module: ModuleType) -> None:
 
 
 def model_of_ours(model: Any) -> Any:
-    """The model of hfvlm inside what wraps it for training, or None."""
+    """Return the model of hfvlm inside what wraps it for training, or None."""
     while model is not None and not hasattr(type(model), "licence_accepted"):
         base = getattr(model, "get_base_model", None)
         inner = base() if callable(base) else getattr(model, "module", None)

@@ -64,7 +64,7 @@ def record_checks(folder: Path) -> list[Check]:
         check_whole(path)
     files, settings = file_digests(folder), settings_of(folder)
     if not (folder / RECORD).exists():
-        reason = f"the folder has no {RECORD}, so nothing says what was converted"
+        reason = f"the folder has no {RECORD}, so nothing records what was converted"
         return [unchecked(name, reason) for name in (WEIGHTS_NAME, SETTINGS_NAME, FILES_NAME)]
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not ("seal" in record or "preset" in record):
@@ -87,17 +87,17 @@ def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def seal_check(record: Mapping[str, Any]) -> Check:
     same = record["seal"] == seal_of(record)
-    detail = "its hash agrees" if same else "it was changed, so what follows compares with what it says now"
+    detail = "its hash agrees" if same else "it was changed, so what follows compares with what it records now"
     return Check(f"{RECORD} is as it was written", same, detail)
 
 
 def tensor_check(stored: Mapping[str, str], written: Mapping[str, str]) -> Check:
-    """Compare digests by name; a tensor that holds what was written under another name is told as such."""
+    """Compare digests by name; a tensor that holds what was written under another name is named as such."""
     changed = [key for key in written if stored.get(key, written[key]) != written[key]]
     origin = {digest: key for key, digest in written.items()}
-    told = [f"{key} (holds {origin[stored[key]]})" if stored[key] in origin else key for key in changed]
+    named = [f"{key} (holds {origin[stored[key]]})" if stored[key] in origin else key for key in changed]
     parts = [
-        listed(f"differs from the converted weights in {counted(changed, 'tensor')}", told),
+        listed(f"differs from the converted weights in {counted(changed, 'tensor')}", named),
         listed("lacks", [key for key in written if key not in stored]),
         listed("also has", [key for key in stored if key not in written]),
     ]
@@ -117,7 +117,7 @@ def settings_check(settings: Mapping[str, Any], written: Mapping[str, Any]) -> C
 
 
 def differing(now: Any, then: Any, skipped: Iterable[str] = ()) -> list[str]:
-    """Sentences about the settings whose values are not the ones of then."""
+    """Return the sentences about the settings whose values are not the ones of then."""
     now, then = without_inherited(flat(now)), without_inherited(flat(then))
     names = [name for name in sorted({*now, *then}) if name.rpartition(".")[2] not in skipped]
     return [
@@ -171,7 +171,7 @@ def changed_sections(now: Any, then: Any) -> str:
 
 
 def is_stub(path: Path) -> bool:
-    """Whether a file is what `hfvlm push --stub` adds."""
+    """Tell whether a file is what `hfvlm push --stub` adds."""
     from hfvlm.release.hub import STUB, stub_text
 
     return path.name == f"{STUB}.py" and path.read_text(encoding="utf-8") == stub_text(path.parent)

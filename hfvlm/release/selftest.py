@@ -80,7 +80,7 @@ class Result:
 
 
 def run(cases: Sequence[Case] = CASES, report: Callable[[Result], None] = lambda _: None) -> list[Result]:
-    """Test the architectures one after the other; `report` is told each result as it comes."""
+    """Test the architectures one after the other; `report` gets each result as it comes."""
     results = []
     with quiet(), one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode():
         for case in cases:
@@ -165,7 +165,7 @@ class Chat:
 
 
 def wrongs(model: Any, subject: Any) -> Iterator[str]:
-    """Say what is wrong."""
+    """Yield what is wrong."""
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     cached = subject.generate(**options, use_cache=True)
@@ -188,7 +188,7 @@ def wrongs(model: Any, subject: Any) -> Iterator[str]:
 
 
 def far(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by more than float32's rounding; NaN always does."""
+    """Tell whether two outputs differ by more than float32's rounding; NaN always does."""
     error = (actual.double() - expected.double()).abs().max()
     return not bool(error <= TOLERANCE * expected.double().abs().max())
 

@@ -65,21 +65,22 @@ def _first_class(architecture: str) -> str:
 
 
 def _parts(preset: Preset, changes: Mapping[str, Any], *vocabularies: Path, **settings: Any) -> tuple[Any, Any]:
-    from hfvlm.release.converter import conversion_module
+    from hfvlm.release.sources import conversion_of
 
-    module = conversion_module(preset.architecture)
     config = type(preset.make_config())(**{**preset.config, **changes})
-    return config, module.processor_for(config, {**preset.processor, **settings}, *vocabularies)
+    return config, conversion_of(preset.architecture).processor_for(
+        config, {**preset.processor, **settings}, *vocabularies
+    )
 
 
 def _with_bytes(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """The small CLIP's vocabulary."""
+    """Return the small CLIP's vocabulary."""
     with as_file(files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz") as path:
         return _parts(preset, {}, path)
 
 
 def _with_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """A vocabulary of BERT's kind: words, and letters for the others."""
+    """Return a vocabulary of BERT's kind: words, and letters for the others."""
     words = dict.fromkeys([*WORDS.split(), *" ".join(scene.caption() for scene in all_scenes()).split()])
     letters = [chr(code) for code in range(33, 127)]
     pieces = list(dict.fromkeys([*BERT, *words, *letters, *(f"##{letter}" for letter in letters)]))
@@ -91,7 +92,7 @@ def _with_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
 
 
 def _with_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """A vocabulary of LLaMA's kind, learned from the captions of scenes."""
+    """Return a vocabulary of LLaMA's kind, learned from the captions of scenes."""
     sentencepiece = import_extra("sentencepiece", "convert", "A vocabulary of LLaMA's kind")
     corpus = scratch / "corpus.txt"
     printable = "".join(chr(code) for code in range(33, 127))
@@ -105,7 +106,7 @@ def _with_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
 
 
 def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """A vocabulary of tiktoken's kind: single bytes, and pairs up to the number that the preset has."""
+    """Return a vocabulary of tiktoken's kind: single bytes, and pairs up to the number that the preset has."""
     size = preset.make_config().text_config.pad_token_id
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [bytes(pair) for pair in zip(b"eaitonsr" * 32, b"thaeinro" * 8 + b"stndlrcm" * 24, strict=True)]

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
-from hfvlm.inference.adapters import whole
 from hfvlm.processing.base import HfvlmProcessor
 from hfvlm.processing.media_text import MediaTextProcessor
+from hfvlm.release.merging import whole
 from hfvlm.release.published import published_checks
 from hfvlm.release.records import Check, record_checks
 
@@ -68,14 +68,14 @@ def verify_whole(folder: str | Path, examples: str | Path | None = None) -> list
 
 
 def consistency_checks(folder: Path) -> list[Check]:
-    """What running the model shows."""
+    """Check what running the model shows."""
     model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = [f"{len(keys)} {kind}" for kind, keys in info.items() if keys]
     checks = [Check("every weight of the model is in the file", not problems, ", ".join(problems) or "all")]
     processor = AutoProcessor.from_pretrained(folder)
     if not isinstance(processor, HfvlmProcessor):
         raise ValueError(
-            f"{folder}: has no processor of texts and pictures to verify it with, but {type(processor).__name__}."
+            f"{folder}: has no processor of texts and images to verify it with, but {type(processor).__name__}."
         )
     if isinstance(processor, MediaTextProcessor):
         return [*checks, *answering_checks(folder, model.eval(), processor)]
@@ -100,7 +100,7 @@ def consistency_checks(folder: Path) -> list[Check]:
 
 
 def sample_inputs(processor: Any, modalities: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Two examples of each modality, by default of all that the processor prepares: texts, and noise."""
+    """Return two examples of each modality, by default of all that the processor prepares: texts, and noise."""
     inputs: dict[str, Tensor] = {}
     for modality in processor.modalities if modalities is None else modalities:
         inputs |= processor.prepare(modality, samples(modality))
@@ -108,18 +108,16 @@ def sample_inputs(processor: Any, modalities: Iterable[str] | None = None) -> di
 
 
 def samples(modality: str) -> list[Any]:
-    """Two examples, as users would bring them."""
+    """Return two examples, as users would bring them."""
     noise = np.random.RandomState(0)
-    pictures = [
-        noise.randint(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((240, 320), (300, 180))
-    ]
+    images = [noise.randint(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((240, 320), (300, 180))]
     kinds: dict[str, Callable[[], list[Any]]] = {
-        "image": lambda: [Image.fromarray(picture) for picture in pictures],
-        "video": lambda: [(np.stack([picture, 255 - picture]), 1.0) for picture in pictures],
+        "image": lambda: [Image.fromarray(image) for image in images],
+        "video": lambda: [(np.stack([image, 255 - image]), 1.0) for image in images],
         "text": lambda: list(TEXTS),
         "audio": lambda: [(noise.uniform(-0.5, 0.5, 16_000 * seconds), 16_000) for seconds in (1, 3)],
-        "depth": lambda: [picture[..., 0] / 64 + 0.5 for picture in pictures],
-        "thermal": lambda: [picture[..., 0] for picture in pictures],
+        "depth": lambda: [image[..., 0] / 64 + 0.5 for image in images],
+        "thermal": lambda: [image[..., 0] for image in images],
         "imu": lambda: [(noise.standard_normal((6, 200 * seconds)), 200) for seconds in (3, 6)],
     }
     return kinds[modality]()
@@ -144,7 +142,7 @@ def with_attention(
 
 
 def row_by_row(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embeddings of each row alone, from which logits of pairs follow; or the logits of each."""
+    """Compute embeddings of each row alone, from which logits of pairs follow; or the logits of each."""
     rows = [outputs_of(model, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(TEXTS))]
     names = [name for name in rows[0] if name.endswith("_embeds") or name == "logits"]
     return {name: torch.cat([row[name] for row in rows]) for name in names}
@@ -172,10 +170,10 @@ def sensitivity(
     model: PreTrainedModel, modality: str, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Check:
     name = f"{modality}_embeds" if f"{modality}_embeds" in expected else "logits"
-    kept = ("input_ids", "attention_mask") if name == "logits" else ()
-    changed = {key: value if key in kept else value.flip(0) for key, value in inputs.items()}
+    same = ("input_ids", "attention_mask") if name == "logits" else ()
+    changed = {key: value if key in same else value.flip(0) for key, value in inputs.items()}
     difference = relative(outputs_of(model, changed)[name], expected[name])
-    kind = "picture" if modality == "image" else f"{modality} input"
+    kind = "image" if modality == "image" else f"{modality} input"
     return Check(f"another {kind} gives another answer", difference > 1e-3, f"differs by {difference:.1%}", difference)
 
 
@@ -190,7 +188,7 @@ def processor_check(processor: Any, modalities: Iterable[str]) -> Check:
 
 @torch.no_grad()
 def answering_checks(folder: Path, model: Any, processor: MediaTextProcessor) -> list[Check]:
-    """The same of a model that answers about pictures."""
+    """Check the same of a model that answers about images."""
     inputs = questions(processor, slice(None))
     expected = logits_of(model, inputs)
     rows = [questions(processor, slice(i, i + 1)) for i in range(len(TEXTS))]
@@ -211,7 +209,7 @@ def answering_checks(folder: Path, model: Any, processor: MediaTextProcessor) ->
     changed = logits_of(model, {**inputs, pixels: inputs[pixels].flip(0)})
     difference = relative(changed["logits"], expected["logits"])
     detail = f"differs by {difference:.1%}"
-    checks.append(Check("another picture gives another answer", difference > 1e-3, detail, difference))
+    checks.append(Check("another image gives another answer", difference > 1e-3, detail, difference))
     with tempfile.TemporaryDirectory() as temporary:
         processor.save_pretrained(temporary)
         again = questions(AutoProcessor.from_pretrained(temporary), slice(None))
@@ -221,14 +219,15 @@ def answering_checks(folder: Path, model: Any, processor: MediaTextProcessor) ->
 
 
 def questions(processor: MediaTextProcessor, rows: slice) -> dict[str, Tensor]:
-    """Two texts with a picture of noise each, or one of them."""
+    """Make two texts with an image of noise each, or one of them."""
     texts = [f"{processor.media_token}\n{text}" for text in TEXTS]
     media = {f"{processor.modality}s": samples(processor.modality)[rows]}
     return dict(processor(text=texts[rows], **media))
 
 
 def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the tokens that are no padding; of an encoder and a decoder, those of what is written."""
+    """Compute the logits of the tokens that are no padding; of an encoder and a decoder, those of what is
+    generated."""
     logits = model(**inputs).logits
     return {"logits": logits if model.config.is_encoder_decoder else logits[inputs["attention_mask"].bool()]}
 
@@ -240,6 +239,6 @@ def compare(name: str, actual: Callable[[], Mapping[str, Tensor]], expected: Map
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """max |a - b| / max |b|; NaN counts as infinite."""
+    """Compute max |a - b| / max |b|; NaN counts as infinite."""
     error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12))
     return error if error == error else float("inf")

@@ -210,8 +210,8 @@ def test_shards_that_are_cut_off_or_missing(tmp_path):
     ("lie", "words"),
     [
         ({"dtype": 8}, "data type 8"),
-        ({"size": 19}, r"shape \(5,\) is said to have 19 bytes"),
-        ({"shape": (2**40, 2**40)}, "is said to have 20 bytes"),
+        ({"size": 19}, r"shape \(5,\) claims 19 bytes"),
+        ({"shape": (2**40, 2**40)}, "claims 20 bytes"),
         ({"shape": (2**63,)}, "makes no sense"),
         ({"offset": 2**62}, "cut off"),
         ({"more": field(7, b"")}, "stored in slices"),

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
-from tests.checkpoints.test_tensor_bundle import write
+from hfvlm.checkpoints.tensor_bundle import table as rows_of
+from tests.checkpoints.test_tensor_bundle import table, write
 from tests.fuzz.mutations import Tally, mutated, mutated_json
 
 TENSORS = {
@@ -155,6 +156,21 @@ def test_damaged_bundles(tmp_path, fuzz_rounds, part):
     for seed in range(fuzz_rounds):
         path.write_bytes(mutated(data, random.Random(seed)))
         tally.attempt(f"{part} {seed}", lambda: read(tmp_path), accept)
+    tally.report()
+
+
+def test_damaged_entries_of_bundles_with_good_checksums(tmp_path, fuzz_rounds):
+    tally, path = Tally("entries", (CheckpointError,)), tmp_path / "weights.index"
+    tensors = {name.replace(".", "/"): value.contiguous() for name, value in TENSORS.items()}
+    write(tmp_path, tensors, graph={"ids": "numbers"})
+    rows = dict(rows_of(path.read_bytes()))
+    for seed in range(fuzz_rounds):
+        chance, damaged = random.Random(seed), dict(rows)
+        key = chance.choice(list(rows))
+        value = damaged.pop(key)
+        damaged |= {key: mutated(value, chance)} if chance.random() < 0.8 else {mutated(key, chance): value}
+        path.write_bytes(table(damaged))
+        tally.attempt(f"entries {seed}", lambda: read(tmp_path))
     tally.report()
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.inference.adapters import base_of, config_of, load_model, merge, whole
+from hfvlm.inference.adapters import base_of, config_of, load_model
+from hfvlm.release.merging import merge, whole
 from tests.models.llava.tiny import converted
 
 runner = CliRunner()

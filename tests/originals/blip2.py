@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, OPTConfig, T5Config
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Row, Table, convert_tables, restore_keys
 from hfvlm.conversion.blip2 import (
     ARGUMENTS,
@@ -37,7 +38,7 @@ from hfvlm.models.blip2 import (
 )
 from hfvlm.presets import Preset
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.originals.common import bert_vocabulary, fitting, made_of
 from tests.support.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.conversion import FILTERS, UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.clip import config_from_original, layout_of
+from hfvlm.conversion.processors import FILTERS
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPImageProcessor,

@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
 from hfvlm.presets import Preset, list_presets, load_preset
-from hfvlm.release.converter import conversion_module, empty_model, fresh_tensors
+from hfvlm.release.plans import empty_model, fresh_tensors
+from hfvlm.release.sources import conversion_of
 from tests.support.golden import UnknownOptionError
 
 
@@ -23,10 +24,10 @@ def converted(
     architecture: str, state_dict: dict[str, Tensor], config: PreTrainedConfig, layout: str
 ) -> PreTrainedModel:
     """The original's weights in our model, as a user's `from_pretrained` would give it."""
-    module, empty = conversion_module(architecture), empty_model(config)
+    conversion, empty = conversion_of(architecture), empty_model(config)
     expected = empty.state_dict()
-    fresh = fresh_tensors(module, config, layout, state_dict, expected)
-    rows = module.keys_for(config, layout, state_dict)
+    fresh = fresh_tensors(conversion, config, layout, state_dict, expected)
+    rows = conversion.keys_for(config, layout, state_dict)
     tensors = convert_keys(state_dict, rows, {key: t for key, t in expected.items() if key not in fresh})
     tensors = {key: tensor.contiguous().clone() for key, tensor in (tensors | fresh).items()}
     model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)

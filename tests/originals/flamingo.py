@@ -6,8 +6,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table, restore_keys
-from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.conversion.blocks import LLAMA_FIELDS, transformers_vision_rows
 from hfvlm.conversion.flamingo import (
     MPT_FIELDS,
     NEOX_FIELDS,
@@ -17,7 +18,6 @@ from hfvlm.conversion.flamingo import (
     table_rows,
     tables_for,
 )
-from hfvlm.conversion.language_models import LLAMA_FIELDS
 from hfvlm.modeling.captioning import padded_right
 from hfvlm.models.flamingo import (
     HfvlmFlamingoConfig,
@@ -27,7 +27,7 @@ from hfvlm.models.flamingo import (
     HfvlmFlamingoTokenizer,
 )
 from hfvlm.presets import Preset
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.originals.common import converted, fitting, vocabulary
 from tests.support.golden import Golden, Recorder, read_key_list, stem_of
 

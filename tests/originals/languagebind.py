@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table
 from hfvlm.conversion.languagebind import config_from_original, layout_of, merged, settings_from_original, tables_for
 from hfvlm.media import read_audio, read_video
@@ -22,7 +23,6 @@ from hfvlm.models.languagebind import (
 )
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.presets import Preset
-from hfvlm.release.converter import Source
 from tests.originals.common import converted, fitting, vocabulary
 from tests.support.golden import Golden, Recorder, notes_of, read_key_list, stem_of
 

@@ -8,9 +8,11 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table, convert_tables
-from hfvlm.conversion.language_models import LLAMA_FIELDS
-from hfvlm.conversion.llava import config_from_original, config_to_transformers, layout_of, tables_for
+from hfvlm.conversion.blocks import LLAMA_FIELDS
+from hfvlm.conversion.interop.llava import config_to_transformers
+from hfvlm.conversion.llava import config_from_original, layout_of, tables_for
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.llava import (
     HfvlmLLaVAConfig,
@@ -21,7 +23,7 @@ from hfvlm.models.llava import (
 from hfvlm.models.llava.processing_llava import HfvlmLLaVATokenizer
 from hfvlm.presets import Preset
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, UnknownOptionError, companions, notes_of, read_key_list, stem_of
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table, convert_keys
 from hfvlm.conversion.qwen_vl import config_from_original, keys_for, tables_for
 from hfvlm.modeling.compat import cache_of
@@ -16,7 +17,7 @@ from hfvlm.models.qwen_vl import (
     HfvlmQwenVLTokenizer,
 )
 from hfvlm.models.qwen_vl.processing_qwen_vl import JOINER
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.support.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
 
 PLACE = HfvlmQwenVLProcessor.image_token

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table, convert_tables
-from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.blocks import LLAMA_FIELDS
 from hfvlm.conversion.shikra import MARKS, PATCH, config_from_original, tables_for
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.shikra import (
@@ -20,7 +21,7 @@ from hfvlm.models.shikra import (
 )
 from hfvlm.models.shikra.regions import Bins, Decimals, Square
 from hfvlm.presets import Preset
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, UnknownOptionError, read_key_list, stem_of
 

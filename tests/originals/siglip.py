@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfvlm.conversion import FILTERS
+from hfvlm.conversion.processors import FILTERS
 from hfvlm.conversion.siglip import config_from_original, layout_of
 from hfvlm.models.siglip import HfvlmSigLIPImageProcessor, HfvlmSigLIPModel, HfvlmSigLIPTokenizer
 from hfvlm.modules.positions import ALIGNED_CORNERS, resize_grid

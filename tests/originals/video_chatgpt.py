@@ -10,9 +10,10 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import Table, convert_tables
 from hfvlm.conversion import video_chatgpt as conversion
-from hfvlm.conversion.language_models import LLAMA_FIELDS
+from hfvlm.conversion.blocks import LLAMA_FIELDS
 from hfvlm.media import read_video
 from hfvlm.modeling.image_text import Features
 from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAProcessor
@@ -25,7 +26,7 @@ from hfvlm.models.video_chatgpt import (
 from hfvlm.models.video_chatgpt.modeling_video_chatgpt import average
 from hfvlm.presets import Preset
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.release.plans import empty_model
 from tests.originals.common import fitting
 from tests.support.golden import Golden, Recorder, parts_of, read_key_list, stem_of
 

@@ -5,10 +5,10 @@ from importlib.resources import files
 
 import pytest
 
-from hfvlm.conversion import vocabularies_of
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
-from hfvlm.release.converter import conversion_module, empty_model
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sources import conversion_of
 
 PRESETS = list_presets()
 
@@ -22,8 +22,8 @@ def test_preset(name):
     config = preset.make_config()
     model = empty_model(config)
     assert preset.parameters == sum(p.numel() for p in model.parameters())
-    module = conversion_module(preset.architecture)
-    processor = module.image_processor_for(config, preset.processor)
+    conversion = conversion_of(preset.architecture)
+    processor = conversion.image_processor_for(config, preset.processor)
     size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is not None:
         assert processor.size == {"height": size, "width": size}
@@ -31,9 +31,9 @@ def test_preset(name):
     if preset.source:
         assert preset.source["files"]
         assert preset.source["url"].startswith("https://")
-        assert module.keys_for(config, preset.source["layout"])
-        if vocabularies_of(module, config):
-            assert preset.source["vocabulary"]["file"] in module.VOCABULARIES
+        assert conversion.keys_for(config, preset.source["layout"])
+        if vocabularies := conversion.vocabularies_for(config):
+            assert preset.source["vocabulary"]["file"] in vocabularies[0]
         assert len(preset.source.get("sha256", "0" * 64)) == 64
 
 

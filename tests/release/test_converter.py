@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
 from hfvlm.checkpoints.key_table import KeyTableError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.configuration import ConfigurationError
-from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.release.verification import sample_inputs
 from tests.conftest import SHIPPED
 
@@ -266,7 +266,7 @@ def test_verify_notices_what_is_wrong(clip_folder, tmp_path):
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     failed = {check.name for check in hfvlm.verify(broken) if not check.passed}
     assert "every weight of the model is in the file" in failed
-    assert "another picture gives another answer" in failed
+    assert "another image gives another answer" in failed
 
 
 def test_converted_inputs_work_end_to_end(clip_folder):

@@ -23,7 +23,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import hfvlm
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPImageProcessor, HfvlmCLIPModel
 from hfvlm.models.siglip import HfvlmSigLIPImageProcessor, HfvlmSigLIPNaFlexImageProcessor
 from tests.support.paths import OURS
@@ -86,11 +86,11 @@ def test_folders_go_both_ways(name, native, tmp_path):
 def back(ours, name, native_class, tmp_path):
     """`export` without a tokenizer: the weights and the configuration."""
     from hfvlm.checkpoints.key_table import restore_keys
-    from hfvlm.release.converter import conversion_module
+    from hfvlm.release.sources import conversion_of
 
-    module = conversion_module(name)
-    tensors = restore_keys(ours.state_dict(), module.keys_for(ours.config, "transformers"))
-    config = module.config_to_transformers(ours.config)
+    conversion = conversion_of(name)
+    tensors = restore_keys(ours.state_dict(), conversion.keys_for(ours.config, "transformers"))
+    config = conversion.export.config(ours.config)
     config.save_pretrained(tmp_path / "exported")
     save_file(
         {k: t.clone().contiguous() for k, t in tensors.items()},

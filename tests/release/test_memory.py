@@ -14,8 +14,14 @@ from transformers import AutoModel
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
 from hfvlm.conversion import clip
+from hfvlm.conversion.blocks import llama_rows, transformers_vision_rows
+from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows, projector_rows
 from hfvlm.models.clip import HfvlmCLIPConfig
+from hfvlm.models.llava import HfvlmLLaVAConfig
+from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig
 from tests.conftest import SHIPPED
+from tests.models.llava.tiny import VISION as TOWER
+from tests.models.llava.tiny import original_config, vision_settings, write
 
 MIB = 2**20
 RUN = """
@@ -24,13 +30,12 @@ from pathlib import Path
 import hfvlm
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-small, command, *arguments = json.loads(sys.argv[1])
+small, command, arguments, options = json.loads(sys.argv[1])
 hfvlm.convert(small, "clip/tiny", sys.argv[2] + "/small")  # imports what there is
 if command == "export":
     hfvlm.export(sys.argv[2] + "/small", sys.argv[2] + "/small-exported")
 open("/proc/self/clear_refs", "w").write("5")
 before = memory("VmRSS")
-options = {} if command == "export" else {"vocabulary": "none"}
 getattr(hfvlm, command)(*arguments, **options)
 print(memory("VmHWM") - before)
 """
@@ -43,11 +48,11 @@ pytestmark = [
 ]
 
 
-def peak(tmp_path, *arguments):
+def peak(tmp_path, command, *arguments, **options):
     """Of a command, in bytes above what the process took before."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     (tmp_path / "scratch").mkdir()
-    given = json.dumps([str(SHIPPED / "clip-tiny.pt"), *map(str, arguments)])
+    given = json.dumps([str(SHIPPED / "clip-tiny.pt"), command, arguments, options], default=str)
     command = [sys.executable, "-W", "ignore", "-c", RUN, given, str(tmp_path / "scratch")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -80,7 +85,8 @@ def released(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["pt", "legacy", "npz", "safetensors"])
 def test_converting(tmp_path, kind):
     source = released(tmp_path, kind)
-    assert peak(tmp_path, "convert", source, "clip", tmp_path / "out") < 1.2 * os.path.getsize(source)
+    used = peak(tmp_path, "convert", source, "clip", tmp_path / "out", vocabulary="none")
+    assert used < 1.2 * os.path.getsize(source)
 
 
 def test_exporting(tmp_path):
@@ -89,3 +95,61 @@ def test_exporting(tmp_path):
     folder = hfvlm.convert(source, "clip", tmp_path / "out", vocabulary=vocabulary)
     size = os.path.getsize(folder / "model.safetensors")
     assert peak(tmp_path, "export", folder, tmp_path / "exported") < 1.2 * size
+
+
+LANGUAGE = {"model_type": "llama", "vocab_size": 8000, "hidden_size": 768, "intermediate_size": 2304}
+LANGUAGE |= {"num_hidden_layers": 8, "num_attention_heads": 12, "max_position_embeddings": 512, "pad_token_id": 0}
+
+
+def composed(kind, **fields):
+    """The parts, in their authors' names, of a model around a language model of 270 MB."""
+    model = kind(vision_config=TOWER, text_config=LANGUAGE, **fields)
+    return AutoModel.from_config(model).eval()
+
+
+def named(model, start, rows):
+    return restore_keys({key: value for key, value in model.state_dict().items() if key.startswith(start)}, rows)
+
+
+def size_of(*folders):
+    return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+
+
+def test_merging_an_adapter(tmp_path):
+    model = composed(HfvlmLLaVAConfig, image_token_id=8000)
+    base = named(model, "language_model.", llama_rows())
+    adapter = {}
+    for key, value in base.items():
+        if ".layers." in key and value.ndim == 2:
+            name = f"base_model.model.{key.removesuffix('.weight')}"
+            adapter[f"{name}.lora_A.weight"] = torch.randn(4, value.shape[1])
+            adapter[f"{name}.lora_B.weight"] = torch.randn(value.shape[0], 4)
+    projector = named(model, "projector.", projector_rows(model.config))
+    projector = {f"base_model.model.{key}": value for key, value in projector.items()}
+    vision = named(model, "vision_model.", transformers_vision_rows("vision_model", "vision_model"))
+    source = write(tmp_path / "lora", "non_lora_trainables.bin", projector, original_config(model))
+    write(source, "adapter_model.safetensors", adapter, {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    parts = {
+        "base": write(tmp_path / "base", "model.safetensors", base, LANGUAGE),
+        "vision": write(tmp_path / "vision", "model.safetensors", vision, vision_settings(model)),
+    }
+    used = peak(tmp_path, "convert", source, "llava", tmp_path / "out", parts=parts, vocabulary="none")
+    assert used < 1.2 * size_of(source, *parts.values())
+
+
+def test_adding_a_delta(tmp_path):
+    model = composed(HfvlmVideoChatGPTConfig, video_token_id=7997)
+    language = named(model, "language_model.", llama_rows())
+    trained = named(model, "projector.", linear_rows(1)) | {EMBEDDING: language[EMBEDDING]}
+    base = language | {name: language[name][:7997] for name in (EMBEDDING, HEAD)}
+    vision = named(model, "vision_model.", transformers_vision_rows("vision_model", "vision_model"))
+    settings = LANGUAGE | {"vocab_size": 7997, "rms_norm_eps": 1e-6, "model_type": "llava"}
+    parts = {
+        "base": write(tmp_path / "llama", "model.safetensors", base, settings),
+        "delta": write(tmp_path / "delta", "pytorch_model.bin", base, settings),
+        "vision": write(tmp_path / "vision", "model.safetensors", vision, vision_settings(model)),
+    }
+    source = write(tmp_path / "release", "video_chatgpt-7B.bin", trained)
+    given = source / "video_chatgpt-7B.bin"
+    used = peak(tmp_path, "convert", given, "video_chatgpt", tmp_path / "out", parts=parts, vocabulary="none")
+    assert used < 1.2 * size_of(source, *parts.values())

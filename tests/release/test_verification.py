@@ -15,12 +15,12 @@ import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.cli.commands import app
 from hfvlm.presets import Preset
-from hfvlm.release import published
+from hfvlm.release import converter, published
 from hfvlm.release.converter import write_model
 from hfvlm.release.fingerprints import sealed, stored_digests, tensor_digest
+from hfvlm.release.plans import Translation
 from hfvlm.release.records import FILES_NAME, SETTINGS_NAME, WEIGHTS_NAME, record_checks
-
-from .tiny_llava import converted
+from tests.models.llava.tiny import converted
 
 LAYER = "vision_model.layers.{}.attention.{}.weight"
 
@@ -248,8 +248,6 @@ def test_a_file_that_is_cut_off_is_refused_by_name(folder, name, share, recorded
 @pytest.fixture
 def shards(folder, monkeypatch):
     """The folder with its weights in several files."""
-    import hfvlm.release.converter as converter
-
     split = converter.split_torch_state_dict_into_shards
     monkeypatch.setattr(
         converter,
@@ -260,7 +258,7 @@ def shards(folder, monkeypatch):
     written = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     settings = (folder / "config.json").read_text()
-    digests = write_model(folder, written, model)
+    digests = write_model(folder, Translation(None, model, written, written))
     (folder / "config.json").write_text(settings)
     assert digests == ({key: tensor_digest(tensor) for key, tensor in written.items()}, {})
     return sorted(folder.glob("model-*.safetensors"))

@@ -25,8 +25,9 @@ from transformers import (
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.align import EFFICIENTNETS, config_from_original, config_to_transformers, keys_for
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.align import EFFICIENTNETS, config_from_original, keys_for
+from hfvlm.conversion.interop.align import config_to_transformers
 from hfvlm.models.align import (
     HfvlmALIGNConfig,
     HfvlmALIGNForImageClassification,
@@ -39,7 +40,7 @@ from hfvlm.models.align import (
     HfvlmALIGNVisionModel,
 )
 from hfvlm.presets import load_preset
-from hfvlm.release.converter import empty_model
+from hfvlm.release.plans import empty_model
 from tests.conftest import SHIPPED
 from tests.support.paths import EXAMPLES, OURS
 from tests.support.suite import ImageClassifierSuite, ModelSuite, close

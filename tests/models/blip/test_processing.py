@@ -18,7 +18,8 @@ from transformers import (
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError, blip
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion import blip
 from hfvlm.models.blip import HfvlmBLIPConfig, HfvlmBLIPImageProcessor, HfvlmBLIPProcessor, HfvlmBLIPTokenizer
 from hfvlm.modules.context import Context
 from tests.support.suite import close, same
@@ -193,7 +194,7 @@ def test_natives_that_are_no_release_are_refused(tmp_path):
         hfvlm.convert(tmp_path / "native", "blip", tmp_path / "ours", vocabulary="none")
     config = hfvlm.load_preset("blip/model_base").make_config()
     with pytest.raises(UnsupportedOriginalError, match="transformers has no BLIP like HfvlmBLIPForPreTraining"):
-        blip.config_to_transformers(config)
+        blip.CONVERSION.export.config(config)
 
 
 @pytest.mark.parametrize("kind", NATIVES[:2], ids=lambda kind: kind.__name__)

@@ -25,7 +25,7 @@ from transformers import (
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import convert_keys, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion import blip2 as module
 from hfvlm.models.blip2 import (
     HfvlmBLIP2Config,
@@ -308,8 +308,8 @@ def test_folders_go_both_ways(kind, tmp_path):
         with torch.no_grad():
             close(ours(**batch, **more).logits, native(**batch, **more).logits, 1e-5, "logits")
     rows = module.keys_for(ours.config, "transformers")
-    config = module.config_to_transformers(ours.config)
-    tensors = module.tensors_to_transformers(restore_keys(ours.state_dict(), rows), config)
+    config = module.CONVERSION.export.config(ours.config)
+    tensors = module.CONVERSION.export.tensors(restore_keys(ours.state_dict(), rows), config)
     config.save_pretrained(tmp_path / "exported")
     tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, tmp_path / "exported" / "model.safetensors", {"format": "pt"})

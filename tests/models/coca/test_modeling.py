@@ -16,7 +16,8 @@ from transformers import (
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError, coca
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion import coca
 from hfvlm.models.coca import (
     HfvlmCoCaConfig,
     HfvlmCoCaModel,

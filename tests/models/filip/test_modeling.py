@@ -19,7 +19,7 @@ from transformers import (
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.filip import config_from_original, keys_for, processor_for
 from hfvlm.losses import contrastive_loss, late_interaction_loss
 from hfvlm.models.filip import (

@@ -9,11 +9,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, convert_keys, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.flamingo import keys_for, language_rows, text_config_of
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.presets.licences import LicenceError
-from hfvlm.release.converter import empty_model
+from hfvlm.release.plans import empty_model
 from tests.models.flamingo.tiny import LANGUAGES, PIECES, release, tiny_model, vocabulary
 from tests.models.llava.tiny import write
 from tests.support.suite import close
@@ -56,7 +56,8 @@ def test_a_preset(tmp_path, monkeypatch):
     config = {name: value for name, value in model.config.to_dict().items() if name in known.config or "_id" in name}
     config["resampler_config"] = model.config.resampler_config.to_dict()
     small = known.__class__(**{**vars(known), "config": config})
-    monkeypatch.setattr("hfvlm.release.converter.load_preset", lambda name: small)
+    for module in ("sources", "plans"):
+        monkeypatch.setattr(f"hfvlm.release.{module}.load_preset", lambda name: small)
     paths = release(tmp_path, model, "gpt_neox")
     folder = hfvlm.convert(paths["main"].parent, NAME, tmp_path / "out", parts=without_vision(paths))
     same_weights(folder, model)

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.conversion.blocks import transformers_vision_rows
 from hfvlm.conversion.flamingo import language_rows, table_rows, text_config_of, trained_rows
 from hfvlm.models.flamingo import HfvlmFlamingoConfig, HfvlmFlamingoForConditionalGeneration
 from tests.models.llava.tiny import write

@@ -27,9 +27,11 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.flava import config_from_original, config_to_transformers, keys_for
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.flava import config_from_original, keys_for
+from hfvlm.conversion.interop.flava import config_to_transformers
 from hfvlm.models.flava import HfvlmFLAVAImageProcessor
+from hfvlm.presets.cards import write_card
 from tests.support.paths import EXAMPLES
 from tests.support.suite import close
 
@@ -151,9 +153,9 @@ def test_the_codebook_goes_both_ways(tmp_path):
         assert torch.equal(
             ours(pixels["codebook_pixel_values"]).codes, back.get_codebook_indices(pixels["codebook_pixel_values"])
         )
-    with pytest.raises(ValueError, match="no processor of texts and pictures"):
+    with pytest.raises(ValueError, match="no processor of texts and images"):
         hfvlm.verify(tmp_path / "ours")
-    card = hfvlm.release.hub.write_card(tmp_path / "ours").read_text()
+    card = write_card(tmp_path / "ours").read_text()
     assert "FLAVA" in card
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.cli.commands import app
-from hfvlm.conversion import UnsupportedOriginalError
 from hfvlm.conversion.languagebind import config_from_original, keys_for, processor_for
 from hfvlm.media import MediaError
 from hfvlm.models.languagebind import (
@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_logged(model, tmp_path, caplog, monkeypatch):
     warned = []
     monkeypatch.setattr("hfvlm.conversion.languagebind.logger.warning", warned.append)
     convert(folders["image"], audio=folders["audio"])
-    assert "audio: its tower of texts is not the main source's; 1 tensors differ" in warned[0]
+    assert "audio: its text tower is not the main source's; 1 tensors differ" in warned[0]
 
 
 def test_options_of_no_release_are_refused():

@@ -19,10 +19,12 @@ from transformers import (
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import add_delta, merge_lora
+from hfvlm.checkpoints.conversion import Source
 from hfvlm.checkpoints.key_table import KeyTableError, convert_tables
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.llava import config_from_original, config_to_transformers, tables_for
-from hfvlm.release.converter import Source, empty_model
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.interop.llava import config_to_transformers
+from hfvlm.conversion.llava import config_from_original, tables_for
+from hfvlm.release.plans import empty_model
 from tests.models.llava.tiny import (
     GRID,
     VOCABULARY,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion.clip import transformers_vision_rows
-from hfvlm.conversion.language_models import llama_rows
-from hfvlm.conversion.llava import TOWER, config_to_transformers, projector_rows
+from hfvlm.conversion.blocks import llama_rows, transformers_vision_rows
+from hfvlm.conversion.interop.llava import config_to_transformers
+from hfvlm.conversion.llava import TOWER, projector_rows
 from hfvlm.models.llava import HfvlmLLaVAConfig, HfvlmLLaVAForConditionalGeneration
 from tests.support.paths import OURS
 

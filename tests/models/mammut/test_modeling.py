@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 import hfvlm
 from hfvlm.checkpoints.key_table import convert_keys, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError, mammut
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion import mammut
 from hfvlm.losses import captioning_loss, focal_contrastive_loss
 from hfvlm.models.mammut import (
     HfvlmMaMMUTConfig,

@@ -21,8 +21,7 @@ from transformers import (
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
-from hfvlm.conversion.clip import transformers_vision_rows
-from hfvlm.conversion.language_models import llama_rows
+from hfvlm.conversion.blocks import llama_rows, transformers_vision_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows
 from hfvlm.conversion.pg_video_llava import config_from_original
 from hfvlm.models.pg_video_llava import HfvlmPGVideoLLaVAConfig, HfvlmPGVideoLLaVAForConditionalGeneration

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hfvlm
 from hfvlm.checkpoints.key_table import KeyTableError, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.qwen_vl import config_from_original, keys_for
 from hfvlm.models.qwen_vl import HfvlmQwenVLForConditionalGeneration
 from hfvlm.presets import load_preset
@@ -129,7 +129,7 @@ def test_an_adapter_on_its_base(model, tmp_path):
     folder = hfvlm.convert(source, "qwen_vl", tmp_path / "out", parts={"base": base})
     tuned = hfvlm.convert(release(tmp_path / "whole", changed), "qwen_vl", tmp_path / "expected")
     same_weights(folder, AutoModelForImageTextToText.from_pretrained(tuned).state_dict())
-    with pytest.raises(FileNotFoundError, match="An adapter needs its base"):
+    with pytest.raises(FileNotFoundError, match="needs its base"):
         hfvlm.convert(source, "qwen_vl", tmp_path / "none", original=ORIGINAL)
 
 

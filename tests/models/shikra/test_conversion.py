@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hfvlm
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, restore_keys
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.clip import transformers_vision_rows
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.blocks import transformers_vision_rows
 from hfvlm.conversion.shikra import config_from_original, keys_for
 from hfvlm.models.shikra import HfvlmShikraConfig, HfvlmShikraForConditionalGeneration
 from hfvlm.presets import load_preset
@@ -81,7 +81,8 @@ def preset(model, monkeypatch):
     known = load_preset("shikra/shikra-7b-delta-v1")
     sizes = {name: getattr(model.config, name).to_dict() for name in ("vision_config", "text_config")}
     small = known.__class__(**{**vars(known), "config": sizes | {"image_token_id": PIECES}})
-    monkeypatch.setattr("hfvlm.release.converter.load_preset", lambda name: small)
+    for module in ("sources", "plans"):
+        monkeypatch.setattr(f"hfvlm.release.{module}.load_preset", lambda name: small)
     return "shikra/shikra-7b-delta-v1"
 
 

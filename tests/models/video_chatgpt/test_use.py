@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 import hfvlm
 from hfvlm.checkpoints.key_table import KeyTableError, restore_keys
 from hfvlm.cli.commands import app
-from hfvlm.conversion.clip import transformers_vision_rows
-from hfvlm.conversion.language_models import llama_rows
+from hfvlm.conversion.blocks import llama_rows, transformers_vision_rows
 from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows
 from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig, HfvlmVideoChatGPTForConditionalGeneration
 from hfvlm.training.chat import ChatCollator

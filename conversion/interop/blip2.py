@@ -2,29 +2,19 @@
 InstructBlipForConditionalGeneration, to hfvlm and back."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from hfvlm.checkpoints.compositions import with_average_rows
-from hfvlm.checkpoints.key_table import Row, scalar, split
+from hfvlm.checkpoints.compositions import lengthened
+from hfvlm.checkpoints.conversion import Export, head_of
+from hfvlm.checkpoints.key_table import Change, Row, flat, scalar, split, unbatched
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.checkpoints.saving import LazyTensors
-from hfvlm.conversion import UnsupportedOriginalError
-from hfvlm.conversion.language_models import t5_rows
-from hfvlm.conversion.qformer import (
-    GENERATIVE,
-    LANGUAGE_MODELS,
-    RETRIEVAL,
-    attention_rows,
-    flattened,
-    head_of,
-    language_rows,
-    mlp_rows,
-    two_biases,
-    unbatched,
-)
+from hfvlm.conversion.blocks import bert_attention, bert_mlp, language_rows, t5_rows
+from hfvlm.conversion.interop.blip import SIZES, VISION_FIELDS
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
     HfvlmBLIP2Config,
@@ -34,44 +24,57 @@ from hfvlm.models.blip2.configuration_blip2 import (
 from hfvlm.models.blip2.processing_blip2 import HfvlmBLIP2RetrievalProcessor, HfvlmInstructBLIPProcessor
 
 NATIVE_TYPES = ("blip-2", "instructblip")
+# What the original calls its language model and what leads there, by transformers' model_type.
+LANGUAGE_MODELS = {"opt": ("opt_model", "opt_proj"), "t5": ("t5_model", "t5_proj"), "llama": ("llm_model", "llm_proj")}
+RETRIEVAL = "HfvlmBLIP2ForImageTextRetrieval"
+GENERATIVE = ("HfvlmBLIP2ForConditionalGeneration", "HfvlmBLIP2T5ForConditionalGeneration")
 
 
-def transformers_rows(config: HfvlmBLIP2Config, keys: Iterable[str] = ()) -> list[Row]:
-    """Of Blip2ForConditionalGeneration, Blip2Model, InstructBlipForConditionalGeneration and
+def without_keys(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the biases of queries and values; those of keys are zero."""
+    query, _, value = tensor.chunk(3)
+    return query, value
+
+
+two_biases = Change(without_keys, lambda query, value: torch.cat([query, torch.zeros_like(query), value]))
+
+
+def rows(config: HfvlmBLIP2Config, keys: Iterable[str] = ()) -> list[Row]:
+    """Return the rows of Blip2ForConditionalGeneration, Blip2Model, InstructBlipForConditionalGeneration and
     Blip2ForImageTextRetrieval; without `keys`, in the names that all versions of transformers load."""
     check_native(config)
     keys, read = list(keys), config.qformer_config.vocab_size is not None
-    rows = [*native_vision_rows(), *native_qformer_rows(config)]
-    if head_of(config) == RETRIEVAL:
-        rows += [Row(f"{name}_projection.{{}}", f"{part}_projection.{{}}") for name, part in JOINT.items()]
-        rows += [Row("itm_head.{}", "itm_head.{}"), *native_word_rows("embeddings")]
+    found = [*vision_rows(), *qformer_rows(config)]
+    if head_of(config, GENERATIVE[0]) == RETRIEVAL:
+        found += [Row(f"{name}_projection.{{}}", f"{part}_projection.{{}}") for name, part in JOINT.items()]
+        found += [Row("itm_head.{}", "itm_head.{}"), *word_rows("embeddings")]
         if config.similarity_temperature is not None:
-            rows.append(Row("temp", "logit_scale.scale", scalar, optional=True))
-        return rows
+            found.append(Row("temp", "logit_scale.scale", scalar, optional=True))
+        return found
     if read:
-        rows += native_word_rows("qformer.embeddings")
-    rows.append(Row("language_projection.{}", "projector.layers.0.{}"))
+        found += word_rows("qformer.embeddings")
+    found.append(Row("language_projection.{}", "projector.layers.0.{}"))
     start = start_of(config, keys)
     if config.text_config.model_type == "t5":  # a head that is tied is not saved
-        return [*rows, *t5_rows(start, own_head=not keys or f"{start}lm_head.weight" in keys)]
-    return [*rows, *language_rows(config, start)]
+        return [*found, *t5_rows(start, own_head=not keys or f"{start}lm_head.weight" in keys)]
+    return [*found, *language_rows(config.text_config.model_type, start)]
 
 
 JOINT = {"vision": "image", "text": "text"}
 
 
 def start_of(config: HfvlmBLIP2Config, keys: list[str]) -> str:
-    """What comes before the language model's own names, which differ between versions of transformers."""
+    """Return what comes before the language model's own names, which differ between versions of transformers."""
     known = {"opt": "model.decoder.embed_positions.weight", "t5": "shared.weight", "llama": "model.norm.weight"}
     end = known[config.text_config.model_type]
     return next((key.removesuffix(end) for key in keys if key.endswith(f".{end}")), "language_model.")
 
 
-def native_vision_rows() -> list[Row]:
+def vision_rows() -> list[Row]:
     embeddings, block, layer = "vision_model.embeddings", "vision_model.encoder.layers.{}", "vision_model.layers.{}"
     attention = f"{layer}.attention"
     return [
-        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flattened),
+        Row(f"{embeddings}.class_embedding", "vision_model.class_token", flat),
         Row(f"{embeddings}.position_embedding", "vision_model.position", unbatched),
         Row(f"{embeddings}.patch_embedding.{{}}", "vision_model.patches.projection.{}"),
         Row(f"{block}.layer_norm1.{{}}", f"{layer}.attention_norm.{{}}"),
@@ -84,21 +87,30 @@ def native_vision_rows() -> list[Row]:
     ]
 
 
-def native_qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
-    theirs, ours = "qformer.encoder.layer.{}", "qformer_model.layers.{}"
-    parts = {"attention.query": ".q_proj", "attention.key": ".k_proj", "attention.value": ".v_proj"}
-    instructed = head_of(config) != RETRIEVAL and config.qformer_config.vocab_size is not None
+def qformer_rows(config: HfvlmBLIP2Config) -> list[Row]:
+    read = config.qformer_config.vocab_size is not None
+    instructed = head_of(config, GENERATIVE[0]) != RETRIEVAL and read
     norm = "qformer.embeddings.layernorm" if instructed else "qformer.layernorm"
     return [
         Row("query_tokens", "qformer_model.embeddings.queries", unbatched),
         Row(f"{norm}.{{}}", "qformer_model.embeddings.norm.{}"),
-        *attention_rows(theirs, ours, parts),
-        *mlp_rows(theirs, ours, "_query", "query_mlp"),
-        *(mlp_rows(theirs, ours, "", "mlp") if config.qformer_config.vocab_size is not None else ()),
+        *qformer_layers("qformer.encoder.layer.{}", "attention", read=read),
     ]
 
 
-def native_word_rows(source: str) -> list[Row]:
+def qformer_layers(source: str, inner: str, *, read: bool) -> list[Row]:
+    """Return the rows of the Q-Former's layers, with an MLP for texts if it reads them; `inner` as of
+    `bert_attention`."""
+    ours = "qformer_model.layers.{}"
+    return [
+        *bert_attention(f"{source}.attention", f"{ours}.attention", inner=inner),
+        *bert_attention(f"{source}.crossattention", f"{ours}.cross_attention", inner=inner),
+        *bert_mlp(source, f"{ours}.query_mlp", kind="_query"),
+        *(bert_mlp(source, f"{ours}.mlp") if read else ()),
+    ]
+
+
+def word_rows(source: str) -> list[Row]:
     return [
         Row(f"{source}.word_embeddings.weight", "qformer_model.embeddings.token.weight"),
         Row(f"{source}.position_embeddings.weight", "qformer_model.embeddings.position"),
@@ -107,10 +119,7 @@ def native_word_rows(source: str) -> list[Row]:
     ]
 
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-
-
-def from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
+def config_from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
     native: Any = AutoConfig.for_model(**original)
     kind = next(iter(native.architectures or ()), "")
     retrieval, instructed = kind == "Blip2ForImageTextRetrieval", native.model_type == "instructblip"
@@ -128,8 +137,7 @@ def from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
     return HfvlmBLIP2Config(
         architectures=[RETRIEVAL if retrieval else GENERATIVE[text.model_type == "t5"]],
         vision_config=HfvlmBLIP2VisionConfig(
-            **{name: getattr(vision, name) for name in (*SIZES, "layer_norm_eps", "attention_dropout")},
-            **{name: getattr(vision, name) for name in ("image_size", "patch_size")},
+            **{name: getattr(vision, name) for name in VISION_FIELDS},
         ),
         qformer_config=HfvlmBLIP2QFormerConfig(
             num_queries=native.num_query_tokens,
@@ -139,7 +147,7 @@ def from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
             hidden_dropout=qformer.hidden_dropout_prob,
             attention_dropout=qformer.attention_probs_dropout_prob,
             projection_dim=joint,
-            **{name: getattr(qformer, name) for name in (*SIZES, "layer_norm_eps", "max_position_embeddings")},
+            **{name: getattr(qformer, name) for name in (*SIZES, "max_position_embeddings")},
             **words,
         ),
         text_config=None if retrieval else text,
@@ -151,31 +159,28 @@ def from_transformers(original: Mapping[str, Any]) -> HfvlmBLIP2Config:
 
 def check_native(config: HfvlmBLIP2Config) -> None:
     """Refuse what transformers' classes do not compute."""
-    if head_of(config) == "HfvlmBLIP2ForPreTraining":
+    if head_of(config, GENERATIVE[0]) == "HfvlmBLIP2ForPreTraining":
         raise UnsupportedOriginalError(
-            f"transformers' BLIP-2 has no head that writes in the first stage: load it as {RETRIEVAL}, and save that."
+            f"transformers' BLIP-2 has no generative head of the first stage: load it as {RETRIEVAL}, and save that."
         )
     if isinstance(config.vision_config, HfvlmBLIP2CLIPVisionConfig):
         raise UnsupportedOriginalError("transformers' BLIP-2 has no tower but EVA-CLIP's.")
 
 
 def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
-    """transformers' Blip2Config or InstructBlipConfig of the same model. It has one epsilon for the norms of the tower
-    and the one behind it, which is that of the tower here."""
+    """Return transformers' Blip2Config or InstructBlipConfig of the same model. It has one epsilon for the norms of
+    the tower and the one behind it, which is that of the tower here."""
     from transformers import Blip2Config, InstructBlipConfig
 
     check_native(config)
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
-    retrieval = head_of(config) == RETRIEVAL
+    retrieval = head_of(config, GENERATIVE[0]) == RETRIEVAL
     instructed = not retrieval and qformer.vocab_size is not None
     kind: Any = InstructBlipConfig if instructed else Blip2Config
     fields: dict[str, Any] = {
-        "vision_config": {
-            name: getattr(vision, name)
-            for name in (*SIZES, "layer_norm_eps", "attention_dropout", "image_size", "patch_size")
-        },
+        "vision_config": {name: getattr(vision, name) for name in VISION_FIELDS},
         "qformer_config": {
-            **{name: getattr(qformer, name) for name in (*SIZES, "layer_norm_eps", "max_position_embeddings")},
+            **{name: getattr(qformer, name) for name in (*SIZES, "max_position_embeddings")},
             "vocab_size": qformer.vocab_size or 30523,
             "cross_attention_frequency": qformer.cross_attention_frequency,
             "encoder_hidden_size": qformer.context_size,
@@ -194,33 +199,31 @@ def config_to_transformers(config: HfvlmBLIP2Config) -> Any:
 
 
 def tensors_to_transformers(tensors: Mapping[str, Tensor], native: Any) -> Mapping[str, Tensor]:
-    """With rows for the placeholder, which transformers looks up; the average token's logit is never the largest.
-    Without the temperature, since transformers compares cosines as they are."""
+    """Return tensors with rows for the placeholder, which transformers looks up; the average token's logit is never
+    the largest. Without the temperature, since transformers compares cosines as they are."""
     ends = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
-
-    def longer(name: str) -> Tensor:
-        return with_average_rows(tensors[name], native.text_config.vocab_size - len(tensors[name]))
-
-    makers = {name: partial(tensors.__getitem__, name) for name in tensors if name != "temp"}
-    tables = [name for name in makers if name.startswith("language_model.") and name.endswith(ends)]
-    return LazyTensors(makers | {name: partial(longer, name) for name in tables})
+    names = [name for name in tensors if name != "temp"]
+    tables = [name for name in names if name.startswith("language_model.") and name.endswith(ends)]
+    size = native.text_config.vocab_size if tables else 0
+    return lengthened(LazyTensors.of(tensors, names), tables, size)
 
 
 def processor_to_transformers(processor: Any) -> Any:
-    """transformers' Blip2Processor or InstructBlipProcessor. It knows neither a prompt nor how questions are put."""
+    """Return transformers' Blip2Processor or InstructBlipProcessor. It knows neither a prompt nor a template of
+    questions."""
     from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     pixels = processor.image_processor
-    pictures = BlipImageProcessorPil(
+    images = BlipImageProcessorPil(
         size=pixels.size, resample=pixels.resample, image_mean=pixels.image_mean, image_std=pixels.image_std
     )
     tokenizer = native_tokenizer(processor.tokenizer)
     if isinstance(processor, HfvlmBLIP2RetrievalProcessor):
-        return Blip2Processor(pictures, tokenizer)
+        return Blip2Processor(images, tokenizer)
     options = {"num_query_tokens": processor.num_queries}
     if isinstance(processor, HfvlmInstructBLIPProcessor):
-        return InstructBlipProcessor(pictures, tokenizer, native_tokenizer(processor.qformer_tokenizer), **options)
-    return Blip2Processor(pictures, tokenizer, **options)
+        return InstructBlipProcessor(images, tokenizer, native_tokenizer(processor.qformer_tokenizer), **options)
+    return Blip2Processor(images, tokenizer, **options)
 
 
 def native_tokenizer(own: Any) -> Any:
@@ -235,3 +238,6 @@ def native_tokenizer(own: Any) -> Any:
         model_max_length=own.model_max_length,
         **special,
     )
+
+
+EXPORT = Export(config=config_to_transformers, processor=processor_to_transformers, tensors=tensors_to_transformers)

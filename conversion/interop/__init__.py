@@ -1,0 +1,1 @@
+"""What goes to and from the folders of transformers' own classes, by architecture."""
