@@ -8,7 +8,7 @@ from hfvlm.losses import captioning_loss, contrastive_loss, focal_contrastive_lo
 from hfvlm.modeling.compat import cache_of
 from hfvlm.modeling.outputs import contrastive_fields
 from hfvlm.training.gradient_cache import cached_backward
-from tests.support.suite import ModelSuite, close, same
+from tests.support.suite import ModelSuite, PartSuite, close, same
 
 START, END, PAD = 48, 49, 0
 IDS = torch.tensor([[START, 7, 8, END, PAD, PAD], [START, 9, 10, 11, 12, END]])
@@ -20,7 +20,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
-class VisionSuite(ModelSuite):
+class VisionSuite(PartSuite):
     def inputs(self):
         return {"pixel_values": pictures()}
 
@@ -160,7 +160,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
             model.get_text_features(torch.ones(1, self.limit + 1, dtype=torch.long))
 
 
-class WritingTowerSuite(ModelSuite):
+class WritingTowerSuite(PartSuite):
     """The text tower with a context; subclasses say `auto_class` and `config()`."""
 
     def test_rows_of_a_batch_do_not_influence_each_other(self, model, batch):

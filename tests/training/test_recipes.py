@@ -1,7 +1,5 @@
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,13 +25,13 @@ from hfvlm.training.recipes import run_recipe
 from tests.conftest import SHIPPED
 from tests.models.llava.tiny import converted
 from tests.support.paths import EXAMPLES
+from tests.support.processes import run_script
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    script = [sys.executable, str(EXAMPLES / "make_scenes.py"), "--output", str(folder), "--pictures", "2"]
-    subprocess.run(script, check=True)
+    run_script(EXAMPLES / "make_scenes.py", "--output", folder, "--pictures", 2)
     return folder
 
 
@@ -69,9 +67,9 @@ def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_fol
     recipe.write_text(yaml.safe_dump(options | {"task": "contrastive", "model": "?", "dataset": "?"}))
     result = CliRunner().invoke(app, ["train", str(recipe), *changes])
     assert result.exit_code == 0, result.output
-    script = [sys.executable, str(EXAMPLES / "train_contrastive.py"), "--model", str(clip_folder)]
-    script += ["--dataset", str(pictures), "--output_dir", str(tmp_path / "script"), "--use_cpu", "True"]
-    subprocess.run(script + [part for k, v in options.items() for part in (f"--{k}", str(v))], check=True)
+    options |= {"model": clip_folder, "dataset": pictures, "output_dir": tmp_path / "script", "use_cpu": True}
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    run_script(EXAMPLES / "train_contrastive.py", *given)
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("out", "script")]
     assert files[0].read_bytes() == files[1].read_bytes()
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
@@ -324,11 +322,9 @@ def test_the_second_stage_begins_where_the_documentation_says(blip2_folders, tmp
 
 
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
-    script = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--model", str(llava_folder)]
-    for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
-        name, value = change.split("=", 1)
-        script += [f"--{name}", value]
-    subprocess.run([*script, "--report_to", "none"], check=True, capture_output=True)
+    options = [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector", "report_to=none"]
+    given = [part for option in (f"model={llava_folder}", *options) for part in f"--{option}".split("=", 1)]
+    run_script(EXAMPLES / "finetune_chat.py", *given)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -34,7 +34,7 @@ from hfvlm.presets import load_preset
 from tests.support.golden import Golden
 from tests.support.paths import OURS
 from tests.support.processes import run_processes
-from tests.support.suite import ModelSuite, close, same, tensors
+from tests.support.suite import ModelSuite, PartSuite, close, same, tensors
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"initializer_range": 0.2}
@@ -69,7 +69,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmBLIPVisionModel, AutoModel
 
     def config(self):
@@ -101,7 +101,7 @@ class TestVision(ModelSuite):
         assert not torch.equal(model.train()(**batch).pooler_output, calm)
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmBLIPTextModel, AutoModel
 
     def config(self):
@@ -140,7 +140,7 @@ class TestText(ModelSuite):
             model(torch.ones(1, 17, dtype=torch.long))
 
 
-class TestDecoder(ModelSuite):
+class TestDecoder(PartSuite):
     model_class, auto_class = HfvlmBLIPTextDecoder, AutoModelForCausalLM
 
     def config(self):
