@@ -353,7 +353,7 @@ def test_the_commands(folder, clip_folder, tmp_path):
     assert "11.png" in result.output
 
 
-def test_weights_are_written_behind_colons():
+def test_weights_of_a_query_follow_two_colons():
     assert weighed("a cat") == ("a cat", 1.0)
     assert weighed("C::\\cat.png::-2") == ("C::\\cat.png", -2.0)
     with pytest.raises(ValueError, match="'much' is no weight"):

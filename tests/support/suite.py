@@ -96,7 +96,7 @@ class ModelSuite:
         with pytest.raises(Exception, match="initializer_range"):
             type(config)(initializer_range="wide")
 
-    def test_names_that_the_host_reads_exist(self, model):
+    def test_names_that_transformers_reads_exist(self, model):
         kinds = {type(module).__name__ for module in model.modules()}
         assert set(model._no_split_modules) & kinds
         assert model.base_model_prefix

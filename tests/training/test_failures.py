@@ -201,7 +201,7 @@ def test_embeddings_that_are_alike_from_the_start_are_no_collapse(tmp_path, clip
     assert trainer.watch.suspicious == 0
 
 
-def test_copies_are_told(tmp_path, clip_folder, rows):
+def test_copies_are_reported(tmp_path, clip_folder, rows):
     with pytest.raises(TrainingError, match="all rows of a batch have the same image_embeds.*copies in the data"):
         trainer_for(tmp_path, clip_folder, [row | {"image": rows[0]["image"]} for row in rows]).train()
 
@@ -326,7 +326,7 @@ def test_without_a_whole_checkpoint_nothing_begins_silently(interrupted, clip_fo
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=str(copy / "checkpoint-8"))
 
 
-def test_sharded_weights_are_looked_at(interrupted, tmp_path):
+def test_sharded_weights_are_checked(interrupted, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(interrupted[0] / "checkpoint-6", copy / "checkpoint-6")
     path = copy / "checkpoint-6"

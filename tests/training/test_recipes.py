@@ -44,7 +44,7 @@ def changes(tmp_path, clip_folder, pictures):
 
 def test_a_small_model_learns_where_things_are(changes, tmp_path):
     """On pairs of shapes that it never saw together: before, it has only seen shapes on their own."""
-    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", [*changes, "num_train_epochs=10"])
+    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", [*changes, "num_train_epochs=7"])
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     recalls = [entry["eval_image_to_text_recall@1"] for entry in history if "eval_loss" in entry]
     assert recalls[0] < 0.4 < 0.7 < recalls[-1]
@@ -126,7 +126,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_what_it_says(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
+def test_a_recipe_trains_the_weights_that_it_names(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
     folder = {"siglip-lit": siglip_folder, "coca": coca_folder}.get(name, clip_folder)
     small = {"per_device_train_batch_size": 16, "mini_batch_size": 8, "max_steps": 2, "bf16": False, "model": folder}
     small |= {"dataloader_num_workers": 0, "per_device_eval_batch_size": 50, "warmup_steps": 0}
@@ -186,7 +186,7 @@ CHAT = {
 
 
 @pytest.mark.parametrize("name", CHAT)
-def test_conversations_train_what_the_recipe_says(name, llava_folder, conversations, tmp_path):
+def test_conversations_train_the_weights_that_the_recipe_names(name, llava_folder, conversations, tmp_path):
     changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
     assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
     model = AutoModelForImageTextToText.from_pretrained(llava_folder)
@@ -328,7 +328,7 @@ def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_what_a_model_has_not_is_said(llava_folder, conversations, tmp_path):
+def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_path):
     changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path}"]
     with pytest.raises(ValueError, match="has no adaptor; it has .*projector"):
         run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", [*changes, "trained_parts=[adaptor]"])

@@ -128,7 +128,7 @@ class TestText(PartSuite):
         model.layers[0].cross_attention.forward = None
         close(model(IDS, MASK).pooler_output, plain, 0.0, "without")
 
-    def test_several_texts_look_at_one_picture(self, model, batch):
+    def test_several_texts_attend_to_one_image(self, model, batch):
         tokens = batch["context"].tokens[:1]
         together = model(IDS, MASK, Context(tokens)).pooler_output
         close(model(IDS, MASK, Context(tokens.expand(2, -1, -1))).pooler_output, together, 1e-5, "shared")
@@ -275,7 +275,7 @@ class Generating:
         ]
 
     @pytest.mark.parametrize("beams", [1, 3])
-    def test_a_batch_writes_what_its_rows_write(self, model, beams):
+    def test_a_batch_generates_what_its_rows_generate(self, model, beams):
         images = pictures()
         written = [self.generate(model, images, batch, num_beams=beams) for batch in self.batches()]
         alone = [
@@ -284,11 +284,11 @@ class Generating:
         ]
         assert written[0] == written[1] == alone
 
-    def test_another_picture_gives_another_text(self, model):
+    def test_another_image_gives_another_text(self, model):
         images, batch = pictures(), self.batches()[0]
         assert self.generate(model, images, batch) != self.generate(model, -images, batch)
 
-    def test_the_picture_is_read_once(self, model):
+    def test_the_image_is_encoded_once(self, model):
         """For all beams and returned texts; so are its keys and values in every layer."""
         counts = {"vision": 0, "keys": 0}
 

@@ -437,7 +437,7 @@ class TestT5(Stage2, ModelSuite):
             self.answer(model, batch, **options)
             assert calls == ["picture", "text"], options
 
-    def test_another_picture_changes_the_output(self, model, batch):
+    def test_another_image_changes_the_output(self, model, batch):
         with torch.no_grad():
             before = model(**batch).logits
             after = model(**batch | {"pixel_values": batch["pixel_values"].flip(0)}).logits
