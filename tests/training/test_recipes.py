@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -29,9 +30,23 @@ from tests.support.processes import run_script
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def whole_dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "scenes"
     run_script(EXAMPLES / "make_scenes.py", "--output", folder, "--pictures", 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(whole_dataset, tmp_path_factory):
+    """As much of the data set as a run of two steps reads."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 40), ("test", 10)):
+        rows = (whole_dataset / split / "metadata.jsonl").read_text().splitlines()[:count]
+        (folder / split).mkdir()
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+        for row in rows:
+            name = json.loads(row)["file_name"]
+            shutil.copy(whole_dataset / split / name, folder / split / name)
     return folder
 
 
@@ -42,9 +57,10 @@ def changes(tmp_path, clip_folder, pictures):
     return [f"{name}={value}" for name, value in names.items()] + ["disable_tqdm=True"]
 
 
-def test_a_small_model_learns_where_things_are(changes, tmp_path):
+def test_a_small_model_learns_where_things_are(changes, whole_dataset, tmp_path):
     """On pairs of shapes that it never saw together: before, it has only seen shapes on their own."""
-    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", [*changes, "num_train_epochs=7"])
+    changes += [f"dataset={whole_dataset}", "num_train_epochs=7"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", changes)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     recalls = [entry["eval_image_to_text_recall@1"] for entry in history if "eval_loss" in entry]
     assert recalls[0] < 0.4 < 0.7 < recalls[-1]
