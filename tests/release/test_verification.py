@@ -19,8 +19,7 @@ from hfvlm.release import published
 from hfvlm.release.converter import write_model
 from hfvlm.release.fingerprints import sealed, stored_digests, tensor_digest
 from hfvlm.release.records import FILES_NAME, SETTINGS_NAME, WEIGHTS_NAME, record_checks
-
-from .tiny_llava import converted
+from tests.models.llava.tiny import converted
 
 LAYER = "vision_model.layers.{}.attention.{}.weight"
 
