@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
+# Neighbouring tests share fixtures: a worker gets a stretch of them, and takes from the other's end when it is done.
+XDIST := --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) --quiet
 OLDEST := 5.4.0
 # What `test-newest` is to install otherwise than its newest release, such as a torch without GPU libraries.
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format wheel clean
+.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format hooks wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,7 +34,7 @@ test-newest: ## run all tests on the newest release of everything; warnings are 
 	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]' $(NEWEST)
 	.venv-newest/bin/python $(INSTALL) --upgrade transformers $(NEWEST)
 	.venv-newest/bin/python $(INSTALL) --no-deps open_clip_torch==3.3.0
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses 2 --quiet --pythonwarnings default
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(XDIST) --quiet --pythonwarnings default
 
 test-matrix: $(VENV)/.dev ## run generation, contracts and goldens on five versions of transformers
 	$(BIN)/python -m tests.matrix --base $(VENV)
@@ -49,11 +51,22 @@ format: $(VENV)/.dev ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+hooks: $(VENV)/.dev ## check every commit before it is made
+	$(BIN)/python $(INSTALL) pre-commit
+	$(BIN)/pre-commit install
+
 wheel: $(VENV)/.dev ## build the package into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+release-check: ## build the package, install it in a new environment, and try it there without the repository
+	rm -rf dist .venv-release
+	$(MAKE) --no-print-directory wheel
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python $(INSTALL) --constraint constraints.txt dist/hfvlm-*.whl
+	cd .venv-release && bin/python -I ../tests/support/smoke.py
+
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-newest .venv-matrix dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-newest .venv-matrix .venv-release dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModel
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 import hfvlm
 from hfvlm.conversion import blip, flava
@@ -75,6 +76,16 @@ def flava_folder(tmp_path_factory):
     hfvlm.HfvlmFLAVAForPreTraining(config).save_pretrained(folder)
     flava.processor_for(config, preset.processor, folder / "vocab.txt").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def uncompiled_flex_attention(monkeypatch):
+    """Run flex attention as plain operations: compiling it takes ten seconds for every shape of a mask."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(
+        WrappedFlexAttention, "__call__", lambda self: torch.nn.attention.flex_attention.flex_attention
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ def environment(version: str, base: Path) -> Path:
 
 def run(python: Path, arguments: Iterable[str]) -> tuple[int, str]:
     """Run tests; return the exit code and the line of counts that pytest ends with."""
-    command = [python, "-m", "pytest", "--numprocesses", "2", "--quiet", *arguments]
+    command = [python, "-m", "pytest", "--numprocesses", "2", "--dist", "worksteal", "--quiet", *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -8,12 +8,13 @@ from transformers import AutoModel, AutoProcessor
 
 from hfvlm.cli.demo import Accuracy, demo, report
 from hfvlm.release.hub import write_card
+from hfvlm.samples import digits
 from hfvlm.samples.digits import Digit
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_demo(tmp_path):
+def test_the_demo_learns_two_digits_and_replaces_an_earlier_demo(tmp_path, monkeypatch):
     output = demo(tmp_path / "demo", seed=0)
     folder = output / "clip-tiny-ten-digits"
     card = ModelCard.load(folder / "README.md")
@@ -27,10 +28,14 @@ def test_demo(tmp_path):
     assert type(AutoModel.from_pretrained(folder)).__name__ == "HfvlmCLIPModel"
     assert AutoProcessor.from_pretrained(output / "clip-tiny")
     assert sorted(path.name for path in output.iterdir()) == ["clip-tiny", "clip-tiny-ten-digits"]
+    few = {split: digits.load_digits(split)[:60] for split in ("train", "test")}
+    monkeypatch.setattr(digits, "load_digits", few.get)
+    monkeypatch.setattr("hfvlm.cli.demo.STEPS", 1)
     demo(output, seed=1)
+    assert "Trained with seed 1" in (folder / "README.md").read_text()
 
 
-def test_the_card_s_numbers_have_names(clip_folder, tmp_path):
+def test_the_numbers_of_a_card_have_names_of_their_own(clip_folder, tmp_path):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     before, after = (Accuracy(share, share, share, share / 2, []) for share in (0.5, 0.9))
     held_out = [Digit(None, label) for label in (1, 2, 8)]

@@ -31,7 +31,7 @@ def cli(*arguments):
 # Versions
 
 
-def test_the_range_is_pyprojects():
+def test_the_range_equals_pyprojects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
     assert Requirement(versions.RANGE).specifier == needed["transformers"].specifier
@@ -61,7 +61,7 @@ def test_warns_of_a_version_that_is_not_known(version, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [*TESTED, "5.24.7", "5.4.0rc1", "5.24.1+local"])
-def test_says_nothing_of_one_that_is(version, monkeypatch):
+def test_is_silent_about_a_version_that_is_known(version, monkeypatch):
     monkeypatch.setattr(versions, "version", lambda _: version)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +100,7 @@ def test_every_architecture_that_generates_has_a_case():
     assert {case.architecture for case in selftest.CASES} == folders
 
 
-def test_all_is_right():
+def test_the_self_test_passes():
     results = selftest.run()
     assert [result.name for result in results if not result.passed] == []
     assert sum(result.seconds for result in results) < 120  # on a machine that others use, too
@@ -165,7 +165,7 @@ def test_reports_as_json():
     assert "dev" not in report["extras"]
 
 
-def test_says_what_mends_a_missing_extra(monkeypatch):
+def test_names_the_pip_line_of_a_missing_extra(monkeypatch):
     real = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "av" else real(name))
     result = cli("--no-tests")
@@ -182,7 +182,7 @@ def test_a_package_that_is_too_old_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_a_failed_test_is_told_and_fails(arguments, monkeypatch):
+def test_a_failed_self_test_is_reported_and_fails(arguments, monkeypatch):
     broken = selftest.Result("llava", ["with a cache it generates another text than without"], 0.1)
 
     def run(report):

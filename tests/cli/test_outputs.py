@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
 import hfvlm
-from hfvlm.cli import main
+from hfvlm.cli import console, main
 from hfvlm.cli.commands import app
 from hfvlm.cli.console import line, neutral
 from hfvlm.cli.options import pairs, processor_options
@@ -24,14 +25,22 @@ runner = CliRunner()
 ESCAPES = "\x1b[31mred\x1b[0m\x07\u202etxt.exe\r"
 
 
-def hfvlm_command(*arguments, code=0, **environment):
-    """The command in a process of its own, its output in a pipe; stdout and stderr."""
-    command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "hfvlm", *(str(a) for a in arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+@pytest.fixture
+def hfvlm_command(monkeypatch, capfd):
+    """Run the command from its entry point -> stdout and stderr, also of what libraries print themselves."""
+
+    def run(*arguments, code=0, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.argv", ["hfvlm", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capfd.readouterr()
+        assert stop.value.code == code, printed.err
+        return printed.out, printed.err
+
+    return run
 
 
 def invoked(*arguments, code=0):
@@ -71,7 +80,7 @@ def test_completion_knows_the_presets():
     assert "clip/vit-b-32" not in done.stdout
 
 
-def test_names_are_whole_in_narrow_pipes():
+def test_names_are_whole_in_narrow_pipes(hfvlm_command):
     printed, _ = hfvlm_command("list", COLUMNS="40")
     assert [text.split()[0] for text in printed.splitlines()[1:]] == list(list_presets())
     found = json.loads(hfvlm_command("list", "clip", "--json", COLUMNS="40")[0])
@@ -79,7 +88,7 @@ def test_names_are_whole_in_narrow_pipes():
     assert found[0].keys() >= {"parameters", "pixels", "licence", "files", "url", "sha256"}
 
 
-def test_info_is_whole_and_for_programs():
+def test_info_is_whole_and_for_programs(hfvlm_command):
     printed, _ = hfvlm_command("info", "vit-b-32", COLUMNS="30")
     assert "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af" in printed
     about = json.loads(hfvlm_command("info", "vit-b-32", "--json")[0])
@@ -124,11 +133,10 @@ def test_what_a_terminal_would_obey_is_written_out(monkeypatch, capsys):
         assert not {"\x1b", "\x07", "\u202e"} & set(printed), arguments
 
 
-def test_remedies_can_be_pasted(clip_folder):
-    code = "import sys; sys.modules['peft'] = None; sys.argv = ['hfvlm', 'demo']; import hfvlm.cli as c; c.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "`pip install 'hfvlm[demo]'`" in done.stderr
+def test_remedies_can_be_pasted(hfvlm_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    _, error = hfvlm_command("demo", code=1)
+    assert "`pip install 'hfvlm[demo]'`" in error
 
 
 BAD_NUMBERS = {
@@ -329,13 +337,16 @@ def test_verify_for_programs(clip_folder):
     assert {"name", "passed", "detail"} <= found["checks"][0].keys()
 
 
-def test_quiet_prints_results_only(tmp_path):
-    out, error = hfvlm_command(
-        "convert", SHIPPED / "clip-tiny.pt", "--preset", "clip/tiny", "-o", tmp_path / "m", "-q"
-    )
-    assert (out, error) == ("", "")
-    out, error = hfvlm_command("--quiet", "card", tmp_path / "m")
-    assert (out, error) == ("", "")
+def test_quiet_prints_results_only(tmp_path, hfvlm_command, monkeypatch):
+    """In a process of its own where libraries read at their import how much they may print."""
+    command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "hfvlm", "convert", SHIPPED / "clip-tiny.pt"]
+    command += ["--preset", "clip/tiny", "-o", tmp_path / "m", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    assert (done.stdout, done.stderr) == ("", "")
+    monkeypatch.setattr(console._State, "quiet", False)  # which the next command sets, and the last one must not
+    for name in console.QUIET:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    assert hfvlm_command("--quiet", "card", tmp_path / "m") == ("", "")
     out, error = hfvlm_command("list", "clip", "-q")
     assert "clip/vit-b-32" in out
     assert error == ""
@@ -343,8 +354,10 @@ def test_quiet_prints_results_only(tmp_path):
     assert "Did you mean" in error
 
 
-def test_weights_are_loaded_without_bars(clip_folder, images, tmp_path):
+def test_weights_are_loaded_without_bars(clip_folder, images, tmp_path, hfvlm_command):
+    transformers.utils.logging.enable_progress_bar()
     _, error = hfvlm_command("embed", images, "-m", clip_folder, "-o", tmp_path / "out")
+    assert not transformers.utils.logging.is_progress_bar_enabled()
     assert "Loading weights" not in error
 
 

@@ -34,7 +34,7 @@ REFERENCES = [
 ]
 
 
-def test_captions_are_judged_as_cocos_tools_do():
+def test_captions_are_scored_as_cocos_tools_do():
     """The numbers are pycocoevalcap 1.2's for the same words."""
     assert bleu(CAPTIONS, REFERENCES)[:3] == pytest.approx([0.9117647058, 0.7796429549, 0.5195848427], abs=1e-8)
     assert bleu(CAPTIONS, REFERENCES)[3] == 0
@@ -96,7 +96,7 @@ def test_where_all_people_agree_answers_are_compared_as_they_are():
         vqa_accuracy(["x"], [[]])
 
 
-def test_classes_are_judged_as_scikit_learn_does():
+def test_classes_are_scored_as_scikit_learn_does():
     random = np.random.RandomState(0)
     scores, labels = random.rand(60, 5).round(1), random.randint(5, size=60)
     predictions = scores.argmax(1)

@@ -94,7 +94,7 @@ def test_probes_learn_from_the_training_rows(clip_folder, by_class):
     assert curve[0] < curve[-1]
 
 
-def test_captions_and_answers_are_written_and_judged(small_blip, captioned):
+def test_captions_and_answers_are_generated_and_scored(small_blip, captioned):
     blip_folder = small_blip("HfvlmBLIPForConditionalGeneration")
     report = evaluate("caption", blip_folder, Data(str(captioned)), generate={"max_new_tokens": 5})
     metrics = {result.metric for result in report.results}
@@ -109,7 +109,7 @@ def test_captions_and_answers_are_written_and_judged(small_blip, captioned):
     assert 0 <= value(vqa, "VQA accuracy").value <= 1
 
 
-def test_candidates_are_looked_at_closely(small_blip, captioned, clip_folder):
+def test_candidates_are_ranked_again_by_matching(small_blip, captioned, clip_folder):
     folder = small_blip("HfvlmBLIPForImageTextRetrieval")
     images, texts = list(Data(str(captioned)).rows()["image"])[:4], ["a circle", "a square", "what shape ?"]
     per_image, per_text = hfvlm.rerank(folder, images, texts, top_k=2)
@@ -191,7 +191,7 @@ def test_templates():
         ("vqa", {"columns": {"question": "query"}}, "has no column for question"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said(task, options, message, clip_folder, captioned):
+def test_tasks_that_cannot_be_evaluated_are_refused(task, options, message, clip_folder, captioned):
     with pytest.raises(ValueError, match=message):
         evaluate(task, clip_folder, Data(str(captioned), **options))
 

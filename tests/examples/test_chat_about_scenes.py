@@ -32,7 +32,7 @@ def test_the_example_runs(example, tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "llava").config.model_type == "hfvlm_llava"
 
 
-def test_scenes_say_what_they_show(example):
+def test_answers_about_a_scene_match_its_pixels(example):
     random = np.random.RandomState(0)
     for _ in range(20):
         scene = example.compose([("white", "square"), ("yellow", "square")], random)
@@ -46,7 +46,7 @@ def test_scenes_say_what_they_show(example):
 
 
 @pytest.mark.slow
-def test_what_is_seen_decides_the_answer(example, tmp_path):
+def test_the_image_decides_the_answer(example, tmp_path):
     """A short training tells colours apart, which nothing but the picture tells."""
     set_seed(0)
     random = np.random.RandomState(0)

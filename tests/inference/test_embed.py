@@ -4,9 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -23,10 +20,12 @@ from typer.testing import CliRunner
 import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.inference.embed import count_rows, embed, read_embedder, read_vectors
+from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.search import weighed
 from hfvlm.media.rows import load_rows
 from hfvlm.samples import scenes
 from tests.support.paths import EXAMPLES
+from tests.support.processes import forks, run_script
 
 KINDS = scenes.all_scenes()
 
@@ -74,21 +73,24 @@ def test_every_row_is_embedded_or_an_error(embedded, folder, clip_folder):
         read_vectors(embedded, "audio")
 
 
+def embed_slowly(folder, output, model):
+    features = Embedder.features
+    Embedder.features = lambda *args: (time.sleep(0.2), features(*args))[1]
+    embed(folder, output, model, batch_size=8, shard_rows=20)
+
+
 def test_a_killed_run_goes_on_where_it_was(embedded, folder, clip_folder, tmp_path):
-    script = "import sys; from hfvlm.inference.embed import embed; embed(*sys.argv[1:4], batch_size=8, shard_rows=20)"
-    command = [sys.executable, "-c", script, str(folder), str(tmp_path), str(clip_folder)]
-    slow = "import time, hfvlm.inference.embedder as e; f = e.Embedder.features\n"
-    slow += "e.Embedder.features = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
-    process = subprocess.Popen([*command[:2], slow + script, *command[3:]], stderr=subprocess.DEVNULL)
+    process = forks.Process(target=embed_slowly, args=(folder, tmp_path, clip_folder))
+    process.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "vectors-00001.parquet").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)  # in the midst of the last shard
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("vectors-*.parquet")}
     assert sorted(before) == ["vectors-00000.parquet", "vectors-00001.parquet"]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    embed(folder, tmp_path, clip_folder, batch_size=8, shard_rows=20)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
     expected = read(embedded)
     found = read(tmp_path)
@@ -351,7 +353,7 @@ def test_the_commands(folder, clip_folder, tmp_path):
     assert "11.png" in result.output
 
 
-def test_weights_are_written_behind_colons():
+def test_weights_of_a_query_follow_two_colons():
     assert weighed("a cat") == ("a cat", 1.0)
     assert weighed("C::\\cat.png::-2") == ("C::\\cat.png", -2.0)
     with pytest.raises(ValueError, match="'much' is no weight"):
@@ -365,12 +367,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
-    pytest.importorskip("ray.data", reason="comes with hfvlm[ray]")
-    script = EXAMPLES / "embed_with_ray.py"
+    ray = pytest.importorskip("ray", reason="comes with hfvlm[ray]")
     options = {"--model": clip_folder, "--pictures": folder, "--output": tmp_path / "out", "--batch-size": 10}
-    command = [sys.executable, str(script), *[str(part) for pair in options.items() for part in pair]]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    try:
+        run_script(EXAMPLES / "embed_with_ray.py", *[part for pair in options.items() for part in pair])
+    finally:
+        ray.shutdown()
     rows = [row for path in (tmp_path / "out").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
     expected, _ = read_vectors(embedded, "image")
     vectors = {row["path"]: row["image"] for row in rows if not row["error"]}

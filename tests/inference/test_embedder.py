@@ -58,14 +58,14 @@ def test_one_source_is_one_vector(embedder, pictures):
 
 
 @pytest.mark.parametrize("output", ["torch", "arrow"])
-def test_forms_of_output(embedder, captions, output):
+def test_outputs_are_torch_or_arrow(embedder, captions, output):
     found = embedder.encode(text=captions[:3], output=output, progress=True)
     expected = embedder.encode(text=captions[:3])
     rows = found.numpy() if output == "torch" else np.array(found.to_pylist(), np.float32)
     np.testing.assert_array_equal(rows, expected)
 
 
-def test_what_cannot_be_embedded_is_said(embedder, clip_folder, pictures):
+def test_sources_that_cannot_be_embedded_are_refused(embedder, clip_folder, pictures):
     with pytest.raises(MediaError, match=r"image 1: nowhere\.png: no such file"):
         embedder.encode(image=[pictures[0], "nowhere.png"])
     with pytest.raises(ValueError, match="HfvlmCLIPModel embeds image, text, not audio"):
@@ -120,7 +120,7 @@ def test_models_that_compare_tokens(tmp_path, pictures, captions):
         Index(found["image"])
 
 
-def test_arithmetic():
+def test_vectors_are_combined_by_weights():
     a, b = np.array([2.0, 0.0]), np.array([0.0, 5.0])
     np.testing.assert_allclose(combine(a, b), [0.5**0.5, 0.5**0.5])
     np.testing.assert_allclose(combine(np.stack([a, b]), b, weights=(1, -0.5))[0], unit([1, -0.5]))

@@ -77,7 +77,7 @@ def page_of(tmp_path, hits, **options):
     return Elements((tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
-def test_sounds_are_played_from_their_files(media, tmp_path):
+def test_audio_clips_are_played_from_their_files(media, tmp_path):
     page = page_of(tmp_path, [(media / EVIL, 0.9), (media / "gone.wav", 0.8)], modality="audio")
     (player,) = page.of("audio")
     assert "controls" in player

@@ -65,7 +65,7 @@ def walk(count, start=0):
 
 
 class TestTracks:
-    def test_a_thing_is_followed_and_found_between_the_frames_that_are_looked_at(self):
+    def test_an_object_is_tracked_between_the_sampled_frames(self):
         film, grounder = film_of(*walk(18)), VideoGrounder(colored, every=5, batch_size=2)
         tracks = grounder(film, ["red", "blue"], scenes=[range(18)])
         assert sorted(track.label for track in tracks) == ["blue", "red"]
@@ -84,7 +84,7 @@ class TestTracks:
         assert [track.scene for track in tracks] == [range(10), range(10, 20)]
 
     @pytest.mark.parametrize(("gone", "expected"), [(1, 1), (2, 2)])
-    def test_a_thing_may_be_missed_once(self, gone, expected):
+    def test_an_object_may_be_missed_once(self, gone, expected):
         shown = {"red": (10, 10, 12)}
         film = film_of(shown, shown, *[{}] * gone, shown, shown)
         tracks = VideoGrounder(colored, every=1, missed=1)(film, ["red"], scenes=[range(len(film))])
@@ -93,12 +93,12 @@ class TestTracks:
         if expected == 1:
             assert tracks[0].box_at(2) == [10, 10, 22, 22]
 
-    def test_what_leaps_is_another_thing(self):
+    def test_an_object_that_leaps_is_another_object(self):
         film = film_of({"red": (0, 0, 12)}, {"red": (40, 40, 12)})
         tracks = VideoGrounder(colored, every=1)(film, ["red"], scenes=[range(2)])
         assert [track.last for track in tracks] == [0, 1]
 
-    def test_two_things_of_one_name_keep_their_own(self):
+    def test_two_objects_of_one_name_keep_their_own_tracks(self):
         def two(pictures, things):
             place = iter(range(start[0], start[0] + len(pictures)))
             start[0] += len(pictures)
@@ -260,7 +260,7 @@ class TestModels:
             VideoGrounder.from_pretrained(models / "detector", threshold=1.0)(film, ["dog"], scenes=[range(6)]) == []
         )
 
-    def test_a_batch_is_as_its_pictures(self, models):
+    def test_a_batch_equals_its_images(self, models):
         detector = VideoGrounder.from_pretrained(models / "detector", threshold=0.0).detector
         pictures = [Image.fromarray(frame) for frame in film_of(*walk(2))]
         together = detector(pictures, ["dog", "ball"])

@@ -27,7 +27,7 @@ from tests.support.suite import ModelSuite, close, relative
 
 MODULES = (blip, blip2, coca, flamingo, llava, mammut, qwen_vl, shikra, video_chatgpt)
 SUITES = {
-    f"{module.__name__.rpartition('.')[2]}.{name}": suite
+    f"{module.__name__.split('.')[2]}.{name}": suite
     for module in MODULES
     for name, suite in vars(module).items()
     if isinstance(suite, type) and issubclass(suite, ModelSuite) and hasattr(suite, "model_class")

@@ -20,9 +20,8 @@ def suites(parent: type = ModelSuite):
         yield from suites(suite)
 
 
-for module in pkgutil.iter_modules(tests.models.__path__):
-    if module.name.startswith("test_"):
-        importlib.import_module(f"tests.models.{module.name}")
+for package in pkgutil.iter_modules(tests.models.__path__):
+    importlib.import_module(f"tests.models.{package.name}.test_modeling")
 SUITES = [suite for suite in dict.fromkeys(suites()) if suite.__name__.startswith("Test")]
 
 
@@ -48,7 +47,7 @@ def with_token(suite, token):
     return batch
 
 
-@pytest.fixture(params=SUITES, ids=lambda suite: f"{suite.__module__.rpartition('.')[2]}-{suite.__name__}")
+@pytest.fixture(params=SUITES, ids=lambda suite: f"{suite.__module__.split('.')[2]}-{suite.__name__}")
 def suite(request):
     return request.param()
 

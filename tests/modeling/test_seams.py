@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from transformers import PreTrainedModel, Trainer, modeling_utils, trainer
+from transformers.integrations import flex_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pipelines import base as pipelines_base
@@ -117,3 +118,16 @@ def test_layers_that_are_run_twice_lose_their_cache():
     model.train().gradient_checkpointing_enable()
     ids = torch.ones(1, 3, dtype=torch.long)
     assert model(ids, use_cache=True).get("cache") is None
+
+
+def test_flex_attention_compiles():
+    """As transformers does; elsewhere the tests run it as plain operations, through the same function."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = hfvlm.HfvlmSigLIPVisionModel(hfvlm.HfvlmSigLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = tower(pixels).pooler_output
+        tower.set_attn_implementation("flex_attention")
+        torch._dynamo.reset()
+        assert torch.allclose(tower(pixels).pooler_output, expected, atol=1e-5)
+    assert flex_attention.WrappedFlexAttention._instance._is_flex_compiled

@@ -1,9 +1,6 @@
 """Converting and exporting take little more memory than the file has: measured in a process of its own."""
 
-import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,23 +19,9 @@ from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig
 from tests.conftest import SHIPPED
 from tests.models.llava.tiny import VISION as TOWER
 from tests.models.llava.tiny import original_config, vision_settings, write
+from tests.support.processes import run_alone
 
 MIB = 2**20
-RUN = """
-import json, sys, torch
-from pathlib import Path
-import hfvlm
-def memory(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-small, command, arguments, options = json.loads(sys.argv[1])
-hfvlm.convert(small, "clip/tiny", sys.argv[2] + "/small")  # imports what there is
-if command == "export":
-    hfvlm.export(sys.argv[2] + "/small", sys.argv[2] + "/small-exported")
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-getattr(hfvlm, command)(*arguments, **options)
-print(memory("VmHWM") - before)
-"""
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 12}
 TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
 
@@ -48,15 +31,26 @@ pytestmark = [
 ]
 
 
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+
+def measure(scratch, command, arguments, options):
+    torch.set_num_threads(1)
+    hfvlm.convert(SHIPPED / "clip-tiny.pt", "clip/tiny", scratch / "small")  # imports what there is
+    if command == "export":
+        hfvlm.export(scratch / "small", scratch / "small-exported")
+    with open("/proc/self/clear_refs", "w") as peaks:
+        peaks.write("5")
+    before = memory("VmRSS")
+    getattr(hfvlm, command)(*arguments, **options)
+    return memory("VmHWM") - before
+
+
 def peak(tmp_path, command, *arguments, **options):
     """Of a command, in bytes above what the process took before."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    (tmp_path / "scratch").mkdir()
-    given = json.dumps([str(SHIPPED / "clip-tiny.pt"), command, arguments, options], default=str)
-    command = [sys.executable, "-W", "ignore", "-c", RUN, given, str(tmp_path / "scratch")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return int(run.stdout.splitlines()[-1])
+    (scratch := tmp_path / "scratch").mkdir()
+    return run_alone(measure, scratch, command, arguments, options)
 
 
 def large_clip():

@@ -8,7 +8,7 @@ from hfvlm.losses import captioning_loss, contrastive_loss, focal_contrastive_lo
 from hfvlm.modeling.compat import cache_of
 from hfvlm.modeling.outputs import contrastive_fields
 from hfvlm.training.gradient_cache import cached_backward
-from tests.support.suite import ModelSuite, close, same
+from tests.support.suite import ModelSuite, PartSuite, close, same
 
 START, END, PAD = 48, 49, 0
 IDS = torch.tensor([[START, 7, 8, END, PAD, PAD], [START, 9, 10, 11, 12, END]])
@@ -20,7 +20,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
-class VisionSuite(ModelSuite):
+class VisionSuite(PartSuite):
     def inputs(self):
         return {"pixel_values": pictures()}
 
@@ -60,7 +60,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
         close(model.contrast(output, focal_contrastive_loss), focal + 2 * words, 1e-6, "another loss of pairs")
         assert model(**batch).logits is None
 
-    def test_labels_say_what_counts(self, model, batch):
+    def test_positions_without_a_label_have_no_loss(self, model, batch):
         labels = IDS.masked_fill(IDS == PAD, -100)
         close(model(**batch, labels=labels).loss, model(**batch, return_loss=True).loss, 1e-6, "all")
         labels[:, 1:3] = -100
@@ -90,7 +90,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
         return [row[row != PAD].tolist() for row in ids]
 
     @pytest.mark.parametrize("beams", [1, 3])
-    def test_a_batch_writes_what_its_rows_write(self, model, beams):
+    def test_a_batch_generates_what_its_rows_generate(self, model, beams):
         images = pictures()
         batches = [{"input_ids": ids, "attention_mask": (ids != PAD).long()} for ids in (IDS, LEFT)]
         written = [self.write(model, images, batch, num_beams=beams) for batch in batches]
@@ -100,11 +100,11 @@ class ContrastiveCaptionerSuite(ModelSuite):
         ]
         assert written[0] == written[1] == alone
 
-    def test_another_picture_gives_another_text(self, model):
+    def test_another_image_gives_another_text(self, model):
         images, prompt = pictures(), {"input_ids": IDS, "attention_mask": MASK}
         assert self.write(model, images, prompt) != self.write(model, -images, prompt)
 
-    def test_the_picture_is_read_once(self, model):
+    def test_the_image_is_encoded_once(self, model):
         """For all beams and returned texts; so are its keys and values in every layer."""
         counts = {"vision": 0, "keys": 0}
 
@@ -141,7 +141,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
         finished += [(score / (len(ids) - 1), ids) for score, ids in beams]
         assert written[0].tolist() == max(finished)[1]
 
-    def test_a_static_cache_writes_the_same(self, model):
+    def test_a_static_cache_generates_the_same(self, model):
         images, prompt = pictures(), {"input_ids": LEFT, "attention_mask": (LEFT != PAD).long()}
         assert self.write(model, images, prompt, cache_implementation="static") == self.write(model, images, prompt)
 
@@ -160,7 +160,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
             model.get_text_features(torch.ones(1, self.limit + 1, dtype=torch.long))
 
 
-class WritingTowerSuite(ModelSuite):
+class WritingTowerSuite(PartSuite):
     """The text tower with a context; subclasses say `auto_class` and `config()`."""
 
     def test_rows_of_a_batch_do_not_influence_each_other(self, model, batch):
@@ -199,14 +199,14 @@ class WritingTowerSuite(ModelSuite):
         model.set_output_embeddings(torch.nn.Linear(model.lm_head.in_features, 7))
         assert model(**batch).logits.shape[-1] == 7
 
-    def test_the_future_is_not_seen_in_writing(self, model, batch):
+    def test_no_token_attends_to_later_ones(self, model, batch):
         changed = IDS.clone()
         changed[1, 4] = 20
         before, after = model(**batch).logits, model(**batch | {"input_ids": changed}).logits
         close(after[1, :4], before[1, :4], 1e-6, "past")
         assert (after[1, 4:] - before[1, 4:]).abs().max() > 1e-3
 
-    def test_several_texts_look_at_one_picture(self, model, batch):
+    def test_several_texts_attend_to_one_image(self, model, batch):
         context, tokens = type(batch["context"]), batch["context"].tokens[:1]
         together = model(IDS, MASK, context(tokens)).logits
         close(model(IDS, MASK, context(tokens.expand(2, -1, -1))).logits, together, 1e-5, "shared")

@@ -1,4 +1,4 @@
-"""What must hold for every model that answers about pictures."""
+"""What must hold for every model that answers about images."""
 
 import pytest
 import torch
@@ -116,13 +116,13 @@ class GenerationSuite:
         assert model.vision_model.config._attn_implementation == "eager"
         assert model.language_model.config._attn_implementation == "sdpa"
 
-    def test_another_picture_changes_the_output(self, model, batch):
+    def test_another_image_changes_the_output(self, model, batch):
         with torch.no_grad():
             before = model(**batch).logits
             after = model(**batch | {self.pixels: batch[self.pixels] + 1}).logits
         assert relative(after[:, -1], before[:, -1]) > 1e-3
 
-    def test_each_picture_is_encoded_once(self, model, batch):
+    def test_each_image_is_encoded_once(self, model, batch):
         calls = []
         model.get_submodule(self.encoder).register_forward_hook(lambda *_: calls.append(1))
         for options in ({}, {"num_beams": 2}, {"use_cache": False}):
@@ -130,7 +130,7 @@ class GenerationSuite:
             self.answer(model, batch, **options)
             assert len(calls) == 1, options
 
-    def test_a_batch_answers_as_its_rows(self, model, batch):
+    def test_a_batch_generates_what_its_rows_generate(self, model, batch):
         left = self.answer(model, batch)
         assert torch.equal(self.answer(model, self.padded(batch, 3)), left)
         for i in range(len(left)):
@@ -149,12 +149,12 @@ class GenerationSuite:
         parts = {name: [padding, batch[name]] for name in ("input_ids", "attention_mask")}
         return batch | {name: torch.cat(two if left else two[::-1], dim=1) for name, two in parts.items()}
 
-    def test_beams_and_several_answers_keep_each_row_to_its_picture(self, model, batch):
+    def test_beams_and_several_answers_attend_to_the_image_of_their_row(self, model, batch):
         alone = [self.answer(model, self.one(batch, i), num_beams=3, num_return_sequences=2) for i in range(3)]
         together = self.answer(model, batch, num_beams=3, num_return_sequences=2, repetition_penalty=1.0)
         assert torch.equal(together, torch.cat(alone))
 
-    def test_a_text_alone_beside_texts_with_pictures(self, model, batch):
+    def test_a_row_without_an_image_changes_no_other_row(self, model, batch):
         """A row may have no picture; the others keep theirs."""
         mixed = dict(batch) | {"input_ids": batch["input_ids"].clone()}
         ids = mixed["input_ids"]
@@ -187,7 +187,7 @@ class GenerationSuite:
         with torch.no_grad():
             close(model(**batch, logits_to_keep=2).logits, model(**batch).logits[:, -2:], 1e-6, "last")
 
-    def test_pictures_and_placeholders_must_fit(self, model, batch):
+    def test_placeholders_must_match_the_features(self, model, batch):
         media = {name: batch[name][:2] for name in batch if name not in ("input_ids", "attention_mask")}
         kind = self.modality
         with pytest.raises(ValueError, match=rf"{kind} placeholders \({kind}_token_id .*\), but the {kind}s make"):

@@ -57,7 +57,7 @@ class MultiEncoderSuite(ModelSuite):
 
     # Embedding
 
-    def test_it_says_what_it_embeds(self, model, batch):
+    def test_modalities_are_those_that_are_embedded(self, model, batch):
         assert model.modalities == self.modalities
         for modality, values in self.given(batch).items():
             features = getattr(model, f"get_{modality}_features")(values).pooler_output

@@ -21,7 +21,7 @@ class ModelSuite:
     auto_class: type
     records = ("hidden_states", "attentions")
     lora_layers = LORA
-    implementations = ("sdpa", "flex_attention")  # a composite may leave the second, which compiles, to its towers
+    implementations = ("sdpa", "flex_attention")
     row_inputs: tuple[str, ...] | None = None  # inputs with a row an example; all, unless said otherwise
 
     def config(self):
@@ -96,7 +96,7 @@ class ModelSuite:
         with pytest.raises(Exception, match="initializer_range"):
             type(config)(initializer_range="wide")
 
-    def test_names_that_the_host_reads_exist(self, model):
+    def test_names_that_transformers_reads_exist(self, model):
         kinds = {type(module).__name__ for module in model.modules()}
         assert set(model._no_split_modules) & kinds
         assert model.base_model_prefix
@@ -104,8 +104,7 @@ class ModelSuite:
 
     # Numbers
 
-    def test_attention_implementations_agree(self, model, batch):
-        torch._dynamo.reset()  # which counts how often flex attention was compiled
+    def test_attention_implementations_agree(self, model, batch, uncompiled_flex_attention):
         model.set_attn_implementation("eager")
         expected = self.run(model, batch)
         for implementation in self.implementations:
@@ -272,6 +271,12 @@ class ModelSuite:
                     assert not any(info.values()), (name, info)
                     for left, right in zip(alone.state_dict().values(), inside.state_dict().values(), strict=True):
                         assert torch.equal(left, right), name
+
+
+class PartSuite(ModelSuite):
+    """What must hold for a part of a model that is tested as a whole: the graph of the whole holds its graph."""
+
+    test_compiles_as_one_graph = test_exports = None
 
 
 class ImageClassifierSuite(ModelSuite):

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from hfvlm.training.data import StreamedRows
 from hfvlm.training.failures import CollapseWatch, TrainingError
 from hfvlm.training.recipes import run_recipe
 from hfvlm.training.row_trainer import RowTrainer
+from tests.support.processes import run_alone
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +201,7 @@ def test_embeddings_that_are_alike_from_the_start_are_no_collapse(tmp_path, clip
     assert trainer.watch.suspicious == 0
 
 
-def test_copies_are_told(tmp_path, clip_folder, rows):
+def test_copies_are_reported(tmp_path, clip_folder, rows):
     with pytest.raises(TrainingError, match="all rows of a batch have the same image_embeds.*copies in the data"):
         trainer_for(tmp_path, clip_folder, [row | {"image": rows[0]["image"]} for row in rows]).train()
 
@@ -258,20 +257,19 @@ def test_numbers_of_transformers_own_arguments_are_checked(tmp_path, clip_folder
 # Several processes
 
 
+def recipe_of_two(recipe):
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "0"}
+    run_recipe(recipe)
+
+
 def test_processes_that_do_not_see_one_another_are_refused(tmp_path, clip_folder):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"task: contrastive\nmodel: {clip_folder}\ndataset: {tmp_path}\noutput_dir: {tmp_path / 'out'}\n"
     )
-    script = "import sys; from hfvlm.training.recipes import run_recipe; run_recipe(sys.argv[1])"
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, recipe], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    if not torch.cuda.is_available():
-        assert "2 processes were started (WORLD_SIZE), but the arguments see 1" in done.stderr
-        assert "set use_cpu: true" in done.stderr
+    message = r"2 processes were started \(WORLD_SIZE\), but the arguments see 1.*set use_cpu: true"
+    with pytest.raises((ValueError, RuntimeError), match=None if torch.cuda.is_available() else message):
+        run_alone(recipe_of_two, recipe)
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +326,7 @@ def test_without_a_whole_checkpoint_nothing_begins_silently(interrupted, clip_fo
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=str(copy / "checkpoint-8"))
 
 
-def test_sharded_weights_are_looked_at(interrupted, tmp_path):
+def test_sharded_weights_are_checked(interrupted, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(interrupted[0] / "checkpoint-6", copy / "checkpoint-6")
     path = copy / "checkpoint-6"

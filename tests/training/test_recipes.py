@@ -1,7 +1,6 @@
 import json
 import re
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -27,13 +26,27 @@ from hfvlm.training.recipes import run_recipe
 from tests.conftest import SHIPPED
 from tests.models.llava.tiny import converted
 from tests.support.paths import EXAMPLES
+from tests.support.processes import run_script
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def whole_dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    script = [sys.executable, str(EXAMPLES / "make_scenes.py"), "--output", str(folder), "--pictures", "2"]
-    subprocess.run(script, check=True)
+    run_script(EXAMPLES / "make_scenes.py", "--output", folder, "--pictures", 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(whole_dataset, tmp_path_factory):
+    """As much of the data set as a run of two steps reads."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 40), ("test", 10)):
+        rows = (whole_dataset / split / "metadata.jsonl").read_text().splitlines()[:count]
+        (folder / split).mkdir()
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+        for row in rows:
+            name = json.loads(row)["file_name"]
+            shutil.copy(whole_dataset / split / name, folder / split / name)
     return folder
 
 
@@ -44,9 +57,10 @@ def changes(tmp_path, clip_folder, pictures):
     return [f"{name}={value}" for name, value in names.items()] + ["disable_tqdm=True"]
 
 
-def test_a_small_model_learns_where_things_are(changes, tmp_path):
+def test_a_small_model_learns_where_things_are(changes, whole_dataset, tmp_path):
     """On pairs of shapes that it never saw together: before, it has only seen shapes on their own."""
-    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", [*changes, "num_train_epochs=10"])
+    changes += [f"dataset={whole_dataset}", "num_train_epochs=7"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", changes)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     recalls = [entry["eval_image_to_text_recall@1"] for entry in history if "eval_loss" in entry]
     assert recalls[0] < 0.4 < 0.7 < recalls[-1]
@@ -69,9 +83,9 @@ def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_fol
     recipe.write_text(yaml.safe_dump(options | {"task": "contrastive", "model": "?", "dataset": "?"}))
     result = CliRunner().invoke(app, ["train", str(recipe), *changes])
     assert result.exit_code == 0, result.output
-    script = [sys.executable, str(EXAMPLES / "train_contrastive.py"), "--model", str(clip_folder)]
-    script += ["--dataset", str(pictures), "--output_dir", str(tmp_path / "script"), "--use_cpu", "True"]
-    subprocess.run(script + [part for k, v in options.items() for part in (f"--{k}", str(v))], check=True)
+    options |= {"model": clip_folder, "dataset": pictures, "output_dir": tmp_path / "script", "use_cpu": True}
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    run_script(EXAMPLES / "train_contrastive.py", *given)
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("out", "script")]
     assert files[0].read_bytes() == files[1].read_bytes()
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
@@ -128,7 +142,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_what_it_says(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
+def test_a_recipe_trains_the_weights_that_it_names(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
     folder = {"siglip-lit": siglip_folder, "coca": coca_folder}.get(name, clip_folder)
     small = {"per_device_train_batch_size": 16, "mini_batch_size": 8, "max_steps": 2, "bf16": False, "model": folder}
     small |= {"dataloader_num_workers": 0, "per_device_eval_batch_size": 50, "warmup_steps": 0}
@@ -188,7 +202,7 @@ CHAT = {
 
 
 @pytest.mark.parametrize("name", CHAT)
-def test_conversations_train_what_the_recipe_says(name, llava_folder, conversations, tmp_path):
+def test_conversations_train_the_weights_that_the_recipe_names(name, llava_folder, conversations, tmp_path):
     changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
     assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
     model = AutoModelForImageTextToText.from_pretrained(llava_folder)
@@ -324,15 +338,13 @@ def test_the_second_stage_begins_where_the_documentation_says(blip2_folders, tmp
 
 
 def test_the_chat_script_is_the_recipe(llava_folder, conversations, tmp_path):
-    script = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--model", str(llava_folder)]
-    for change in [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector"]:
-        name, value = change.split("=", 1)
-        script += [f"--{name}", value]
-    subprocess.run([*script, "--report_to", "none"], check=True, capture_output=True)
+    options = [*QUICK, *conversations, f"output_dir={tmp_path / 'out'}", "trained_parts=projector", "report_to=none"]
+    given = [part for option in (f"model={llava_folder}", *options) for part in f"--{option}".split("=", 1)]
+    run_script(EXAMPLES / "finetune_chat.py", *given)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_what_a_model_has_not_is_said(llava_folder, conversations, tmp_path):
+def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_path):
     changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path}"]
     with pytest.raises(ValueError, match="has no adaptor; it has .*projector"):
         run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", [*changes, "trained_parts=[adaptor]"])

@@ -256,7 +256,7 @@ def test_recall_counts_equal_and_missing_scores_against_a_query():
     assert recall_at(torch.eye(4), torch.eye(4).roll(1, 0), [1, 2]) == {1: 0.0, 2: 0.0}
 
 
-def test_recall_with_several_partners_equals_the_definition():
+def test_recall_with_several_positives_equals_the_definition():
     torch.manual_seed(0)
     queries, gallery = torch.randn(20, 4), torch.randn(60, 4)
     ids, gallery_ids = torch.arange(20), torch.arange(60) % 20
@@ -385,7 +385,7 @@ def test_evaluation_is_of_the_whole_set(tmp_path, clip_folder, processor):
     assert metrics["eval_text_to_image_recall@1"] == pytest.approx((best == owner).double().mean().item())
 
 
-def test_rows_of_one_picture_are_partners(tmp_path, clip_folder, processor):
+def test_rows_of_one_image_are_positives(tmp_path, clip_folder, processor):
     kinds = scene_rows(8, captions=4)
     rows = [{"image": row["image"], "text": text, "n": i} for i, row in enumerate(kinds) for text in row["text"]]
     several = trainer_for(tmp_path, clip_folder, processor, evaluation=kinds).evaluate()
@@ -444,7 +444,7 @@ def test_adapters_train_and_the_temperature_is_bounded(tmp_path, clip_folder, pr
         ({"loss": "sigmoid"}, "needs a logit_bias, which this model has not"),
     ],
 )
-def test_what_cannot_work_is_said(tmp_path, clip_folder, processor, options, message):
+def test_options_that_cannot_work_are_refused(tmp_path, clip_folder, processor, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, clip_folder, processor, **options).train()
 
@@ -484,7 +484,7 @@ def test_any_two_modalities(tmp_path, imagebind_folder, mini_batch_size, caplog)
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 5])
-def test_models_that_also_write_are_trained_to(tmp_path, clip_folder, processor, mini_batch_size):
+def test_models_that_also_caption_are_trained_by_both_losses(tmp_path, clip_folder, processor, mini_batch_size):
     """By both losses, however the batch is cut."""
     preset = hfvlm.load_preset("coca/tiny")
     config = preset.make_config()
@@ -566,7 +566,7 @@ def test_sharded_parameters_have_the_same_gradients():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_learning_rates_of_towers_as_a_command_line_writes_them(tmp_path):
+def test_learning_rates_of_towers_from_a_command_line(tmp_path):
     parser = HfArgumentParser(ContrastiveTrainingArguments)
     base = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
     (arguments,) = parser.parse_args_into_dataclasses([*base, "--tower_learning_rates", '{"vision": 1e-6}'])

@@ -94,7 +94,7 @@ def check_adapter(folder, adapter, processor):
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_supervised(folder, processor, data, tmp_path, quantised):
+def test_trl_fine_tunes_on_conversations(folder, processor, data, tmp_path, quantised):
     if quantised:
         pytest.importorskip("bitsandbytes", reason="comes with hfvlm[quantization]")
     rows = [dict(conversation(answer), images=[f"{i}.png"]) for i, answer in enumerate(ANSWERS)]
@@ -124,7 +124,7 @@ def test_the_first_loss_is_of_the_authors_tokens(folder, processor, data, tmp_pa
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_preferences(folder, processor, data, tmp_path, adapted):
+def test_trl_learns_preferences(folder, processor, data, tmp_path, adapted):
     pairs = zip(ANSWERS, ANSWERS[::-1], strict=True)
     rows = [{"prompt": QUESTION, "chosen": a, "rejected": b, "images": [f"{i}.png"]} for i, (a, b) in enumerate(pairs)]
     settings = {"model": str(folder), "output_dir": str(tmp_path / "out"), "max_steps": 40 if adapted else 3}

@@ -43,7 +43,7 @@ from hfvlm.presets import load_preset
 from hfvlm.release.plans import empty_model
 from tests.conftest import SHIPPED
 from tests.support.paths import EXAMPLES, OURS
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close
 
 STAGES = {
     "kernel_sizes": [3, 3, 5],
@@ -167,7 +167,7 @@ def test_an_unknown_efficientnet_is_named():
         config_from_original({"arguments": {"img_encoder_name": "EfficientNet-L2"}}, state)
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmALIGNTextModel, AutoModel
 
     def config(self):

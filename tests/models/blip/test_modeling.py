@@ -34,7 +34,7 @@ from hfvlm.presets import load_preset
 from tests.support.golden import Golden
 from tests.support.paths import OURS
 from tests.support.processes import run_processes
-from tests.support.suite import ModelSuite, close, same, tensors
+from tests.support.suite import ModelSuite, PartSuite, close, same, tensors
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"initializer_range": 0.2}
@@ -69,7 +69,7 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmBLIPVisionModel, AutoModel
 
     def config(self):
@@ -101,7 +101,7 @@ class TestVision(ModelSuite):
         assert not torch.equal(model.train()(**batch).pooler_output, calm)
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmBLIPTextModel, AutoModel
 
     def config(self):
@@ -128,7 +128,7 @@ class TestText(ModelSuite):
         model.layers[0].cross_attention.forward = None
         close(model(IDS, MASK).pooler_output, plain, 0.0, "without")
 
-    def test_several_texts_look_at_one_picture(self, model, batch):
+    def test_several_texts_attend_to_one_image(self, model, batch):
         tokens = batch["context"].tokens[:1]
         together = model(IDS, MASK, Context(tokens)).pooler_output
         close(model(IDS, MASK, Context(tokens.expand(2, -1, -1))).pooler_output, together, 1e-5, "shared")
@@ -140,7 +140,7 @@ class TestText(ModelSuite):
             model(torch.ones(1, 17, dtype=torch.long))
 
 
-class TestDecoder(ModelSuite):
+class TestDecoder(PartSuite):
     model_class, auto_class = HfvlmBLIPTextDecoder, AutoModelForCausalLM
 
     def config(self):
@@ -275,7 +275,7 @@ class Generating:
         ]
 
     @pytest.mark.parametrize("beams", [1, 3])
-    def test_a_batch_writes_what_its_rows_write(self, model, beams):
+    def test_a_batch_generates_what_its_rows_generate(self, model, beams):
         images = pictures()
         written = [self.generate(model, images, batch, num_beams=beams) for batch in self.batches()]
         alone = [
@@ -284,11 +284,11 @@ class Generating:
         ]
         assert written[0] == written[1] == alone
 
-    def test_another_picture_gives_another_text(self, model):
+    def test_another_image_gives_another_text(self, model):
         images, batch = pictures(), self.batches()[0]
         assert self.generate(model, images, batch) != self.generate(model, -images, batch)
 
-    def test_the_picture_is_read_once(self, model):
+    def test_the_image_is_encoded_once(self, model):
         """For all beams and returned texts; so are its keys and values in every layer."""
         counts = {"vision": 0, "keys": 0}
 

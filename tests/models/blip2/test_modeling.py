@@ -29,7 +29,7 @@ from hfvlm.models.blip2 import (
 from hfvlm.models.blip2.modeling_blip2_retrieval import QFormerDecoder
 from tests.support.generation import GenerationSuite
 from tests.support.processes import run_processes
-from tests.support.suite import ModelSuite, close, relative, same
+from tests.support.suite import ModelSuite, PartSuite, close, relative, same
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"initializer_range": 0.2}
@@ -71,7 +71,7 @@ class TestCLIPVisionModel(TestVisionModel):
     model_class, config_class = HfvlmBLIP2CLIPVisionModel, HfvlmBLIP2CLIPVisionConfig
 
 
-class TestQFormer(ModelSuite):
+class TestQFormer(PartSuite):
     """Pictures and texts together."""
 
     model_class, auto_class = HfvlmBLIP2QFormerModel, AutoModel
@@ -437,7 +437,7 @@ class TestT5(Stage2, ModelSuite):
             self.answer(model, batch, **options)
             assert calls == ["picture", "text"], options
 
-    def test_another_picture_changes_the_output(self, model, batch):
+    def test_another_image_changes_the_output(self, model, batch):
         with torch.no_grad():
             before = model(**batch).logits
             after = model(**batch | {"pixel_values": batch["pixel_values"].flip(0)}).logits

@@ -15,7 +15,7 @@ from hfvlm.models.clip import (
     HfvlmCLIPVisionConfig,
     HfvlmCLIPVisionModel,
 )
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close, same
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close, same
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = SIZES | {"image_size": 28, "patch_size": 14, "projection_dim": 16}
@@ -31,7 +31,7 @@ RESNET = {
 IDS = torch.tensor([[48, 2, 49, 49, 49], [48, 2, 3, 4, 49], [48, 7, 7, 49, 49]])
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmCLIPVisionModel, AutoModel
 
     def config(self):
@@ -61,7 +61,7 @@ class TestVision(ModelSuite):
         assert torch.equal(output.embeds, output.pooler_output)
 
 
-class TestResNet(ModelSuite):
+class TestResNet(PartSuite):
     model_class, auto_class = HfvlmCLIPResNetModel, AutoModel
     records = ("hidden_states",)
 
@@ -86,7 +86,7 @@ class TestResNet(ModelSuite):
             HfvlmCLIPResNetConfig(depths=[1, 2])
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmCLIPTextModel, AutoModel
 
     def config(self):

@@ -38,7 +38,7 @@ from tests.support.contrastive_captioning import (
     VisionSuite,
     WritingTowerSuite,
 )
-from tests.support.suite import ModelSuite, close, same, tensors
+from tests.support.suite import PartSuite, close, same, tensors
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "initializer_range": 0.2}
 VISION = SIZES | {"num_hidden_layers": 2, "image_size": 24, "patch_size": 8}
@@ -60,7 +60,7 @@ class TestVision(VisionSuite):
             HfvlmCoCaVisionConfig(**VISION | {"num_queries": 1})
 
 
-class TestReading(ModelSuite):
+class TestReading(PartSuite):
     """The lower half of the text tower."""
 
     model_class, auto_class = HfvlmCoCaTextModel, AutoModel

@@ -38,7 +38,7 @@ from hfvlm.presets import load_preset
 from hfvlm.samples import scenes
 from hfvlm.training import cached_backward
 from tests.support.paths import EXAMPLES
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = SIZES | {"image_size": 28, "patch_size": 7, "projection_dim": 16}
@@ -50,7 +50,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 VOCABULARY = files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz"
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmFILIPVisionModel, AutoModel
 
     def config(self):
@@ -68,7 +68,7 @@ class TestVision(ModelSuite):
             model(torch.randn(1, 3, 14, 35))
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmFILIPTextModel, AutoModel
 
     def config(self):

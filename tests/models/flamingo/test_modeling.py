@@ -17,7 +17,7 @@ from hfvlm.models.flamingo import (
 from hfvlm.models.flamingo.modeling_flamingo import Gate
 from hfvlm.training.lora import lora
 from tests.support.generation import NEW, GenerationSuite
-from tests.support.suite import ModelSuite, close, relative
+from tests.support.suite import ModelSuite, PartSuite, close, relative
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14, "projection_dim": None}
@@ -90,7 +90,7 @@ class TestOnMPT(TestFlamingo):
     text = MPT
 
 
-class TestResampler(ModelSuite):
+class TestResampler(PartSuite):
     model_class, auto_class = HfvlmFlamingoResampler, AutoModel
 
     def config(self):

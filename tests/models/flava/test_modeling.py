@@ -27,7 +27,7 @@ from hfvlm.models.flava import (
 )
 from hfvlm.training.gradient_cache import cached_backward
 from tests.support.processes import run_processes
-from tests.support.suite import ModelSuite, close, same
+from tests.support.suite import ModelSuite, PartSuite, close, same
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"initializer_range": 0.2}
@@ -61,7 +61,7 @@ def pictures() -> torch.Tensor:
     return torch.randn(3, 3, 24, 24)
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmFLAVAVisionModel, AutoModel
 
     def config(self):
@@ -110,7 +110,7 @@ class TestVision(ModelSuite):
             HfvlmFLAVAVisionConfig(**VISION, patch_dropout=0.5)
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmFLAVATextModel, AutoModel
 
     def config(self):
@@ -133,7 +133,7 @@ class TestText(ModelSuite):
             model(torch.ones(1, 17, dtype=torch.long))
 
 
-class TestMultimodal(ModelSuite):
+class TestMultimodal(PartSuite):
     model_class, auto_class = HfvlmFLAVAMultimodalModel, AutoModel
 
     def config(self):
@@ -143,7 +143,7 @@ class TestMultimodal(ModelSuite):
         return {"image_tokens": torch.randn(3, 5, 32), "text_tokens": torch.randn(3, 4, 24)}
 
 
-class TestCodebook(ModelSuite):
+class TestCodebook(PartSuite):
     model_class, auto_class = HfvlmFLAVACodebookModel, AutoModel
     records = ("hidden_states",)
     lora_layers = ["conv1", "conv4"]

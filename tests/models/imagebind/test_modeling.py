@@ -24,7 +24,7 @@ from hfvlm.models.imagebind import (
     HfvlmImageBindVisionModel,
 )
 from tests.support.multi_encoder import MultiEncoderSuite, info_nce
-from tests.support.suite import ModelSuite, close
+from tests.support.suite import PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"projection_dim": 16}
@@ -39,7 +39,7 @@ TOWERS = {"vision": VISION, "text": TEXT, "audio": AUDIO, "depth": DEPTH, "therm
 IDS = torch.tensor([[48, 7, 49, 0, 0, 0], [48, 3, 9, 2, 4, 49], [48, 5, 6, 49, 0, 0]])
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmImageBindVisionModel, AutoModel
 
     def config(self):
@@ -73,7 +73,7 @@ class TestVision(ModelSuite):
             HfvlmImageBindVisionConfig(**VISION | {"num_frames": 1})
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmImageBindTextModel, AutoModel
 
     def config(self):
@@ -91,7 +91,7 @@ class TestText(ModelSuite):
         close(model(other).embeds, model(IDS).embeds, 1e-6, "padding")
 
 
-class SensorSuite(ModelSuite):
+class SensorSuite(PartSuite):
     def test_other_sizes_are_refused(self, model, batch):
         values = next(iter(batch.values()))
         with pytest.raises(ValueError, match=rf"{model.main_input_name} of .* cannot be interpolated"):

@@ -21,7 +21,7 @@ from hfvlm.models.languagebind import (
     HfvlmLanguageBindVisionModel,
 )
 from tests.support.multi_encoder import MultiEncoderSuite
-from tests.support.suite import ModelSuite, close
+from tests.support.suite import PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"projection_dim": 16}
@@ -37,7 +37,7 @@ IDS = torch.tensor([[48, 7, 49, 49, 49, 49], [48, 3, 9, 2, 4, 49], [48, 5, 6, 49
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmLanguageBindVisionModel, AutoModel
 
     def config(self):
@@ -47,7 +47,7 @@ class TestVision(ModelSuite):
         return {"pixel_values": torch.randn(3, 3, 24, 24)}
 
 
-class TestDepth(ModelSuite):
+class TestDepth(PartSuite):
     model_class, auto_class = HfvlmLanguageBindDepthModel, AutoModel
 
     def config(self):
@@ -61,7 +61,7 @@ class TestDepth(ModelSuite):
             model(torch.randn(1, 3, 32, 32))
 
 
-class TestThermal(ModelSuite):
+class TestThermal(PartSuite):
     model_class, auto_class = HfvlmLanguageBindThermalModel, AutoModel
 
     def config(self):
@@ -71,7 +71,7 @@ class TestThermal(ModelSuite):
         return {"thermal_values": torch.randn(3, 3, 24, 24)}
 
 
-class TestAudio(ModelSuite):
+class TestAudio(PartSuite):
     model_class, auto_class = HfvlmLanguageBindAudioModel, AutoModel
 
     def config(self):
@@ -88,7 +88,7 @@ class TestAudio(ModelSuite):
         assert model.position.requires_grad
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmLanguageBindTextModel, AutoModel
 
     def config(self):
@@ -104,7 +104,7 @@ class TestText(ModelSuite):
         close(model(IDS).embeds, model(IDS, MASK).embeds, 1e-6, "without a mask")
 
 
-class TestVideo(ModelSuite):
+class TestVideo(PartSuite):
     model_class, auto_class = HfvlmLanguageBindVideoModel, AutoModel
 
     def config(self):

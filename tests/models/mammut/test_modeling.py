@@ -32,7 +32,7 @@ from tests.support.contrastive_captioning import (
     VisionSuite,
     WritingTowerSuite,
 )
-from tests.support.suite import ModelSuite, close, same, tensors
+from tests.support.suite import PartSuite, close, same, tensors
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "initializer_range": 0.2}
 VISION = SIZES | {"num_hidden_layers": 2, "image_size": 24, "patch_size": 8, "projection_dim": 32}
@@ -78,7 +78,7 @@ class TestVision(VisionSuite):
         assert len(sizes) > 5
 
 
-class TestContrastivePass(ModelSuite):
+class TestContrastivePass(PartSuite):
     model_class, auto_class = HfvlmMaMMUTTextModel, AutoModel
 
     def config(self):

@@ -21,7 +21,7 @@ from hfvlm.models.qwen_vl import (
 )
 from tests.support.generation import GenerationSuite
 from tests.support.paths import OURS
-from tests.support.suite import ModelSuite, close, relative
+from tests.support.suite import ModelSuite, PartSuite, close, relative
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 7}
@@ -70,7 +70,7 @@ class TestQwenVL(GenerationSuite, ModelSuite):
             self.answer(model, self.padded(batch, 20), cache_implementation="static")
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmQwenVLVisionModel, AutoModel
 
     def config(self):
@@ -80,7 +80,7 @@ class TestVision(ModelSuite):
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmQwenVLTextModel, AutoModel
     implementations: tuple[str, ...] = ("sdpa",)  # flex with the output layer, below
 
@@ -161,7 +161,7 @@ class TestBeyondTheTrainedLength:
             close(model.train()(ids).logits, plain(ids).logits, 1e-6, "training")
 
 
-class TestResampler(ModelSuite):
+class TestResampler(PartSuite):
     model_class, auto_class = HfvlmQwenVLResampler, AutoModel
     records, row_inputs = (), ("patches",)
 

@@ -16,7 +16,7 @@ from hfvlm.models.siglip import (
     HfvlmSigLIPVisionConfig,
     HfvlmSigLIPVisionModel,
 )
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = SIZES | {"image_size": 28, "patch_size": 14}
@@ -32,7 +32,7 @@ def patches():
     return {"pixel_values": torch.randn(3, 10, 48), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-class TestVision(ModelSuite):
+class TestVision(PartSuite):
     model_class, auto_class = HfvlmSigLIPVisionModel, AutoModel
 
     def config(self):
@@ -53,7 +53,7 @@ class TestVision(ModelSuite):
             model(torch.randn(1, 3, 42, 70))
 
 
-class TestNaFlexVision(ModelSuite):
+class TestNaFlexVision(PartSuite):
     model_class, auto_class = HfvlmSigLIPNaFlexVisionModel, AutoModel
 
     def config(self):
@@ -75,7 +75,7 @@ class TestNaFlexVision(ModelSuite):
             HfvlmSigLIPNaFlexVisionConfig(num_patches=15)
 
 
-class TestText(ModelSuite):
+class TestText(PartSuite):
     model_class, auto_class = HfvlmSigLIPTextModel, AutoModel
 
     def config(self):
