@@ -12,6 +12,8 @@ NEWEST ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format wheel clean
 
+.PHONY: docs parity
+
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -49,10 +51,17 @@ format: $(VENV)/.dev ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## build the documentation's site into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others)
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity
+
 wheel: $(VENV)/.dev ## build the package into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove what the other targets made
+	rm -rf site
 	rm -rf .venv .venv-newest .venv-matrix dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
@@ -68,4 +77,9 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch==3.3.0
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@

@@ -19,6 +19,7 @@ from hfvlm.versions import __version__, warn_if_untested
 _LAZY = {
     "convert": "hfvlm.release.converter",
     "export": "hfvlm.release.converter",
+    "untrained": "hfvlm.release.untrained",
     "merge": "hfvlm.inference.adapters",
     "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",
