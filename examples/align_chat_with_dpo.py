@@ -1,4 +1,4 @@
-"""Aligns a model with preferences between answers about images, by DPO (https://arxiv.org/abs/2305.18290) in TRL.
+"""Align a model with preferences between answers about images, by DPO (https://arxiv.org/abs/2305.18290) in TRL.
 
 The file is JSON or JSON lines of `{"prompt": ..., "chosen": ..., "rejected": ..., "images": ["cat.jpg"]}`, each a text
 or a list of messages. With `--lora_recipe`, the model without its adapters is what it is compared with, and nothing

@@ -1,4 +1,4 @@
-"""Trains a small CoCa to name images and to write about them, with both of its losses at once.
+"""Train a small CoCa to name images and to write about them, with both of its losses at once.
 
 The scenes have six colours, four shapes and two sizes. Of the 48 kinds, eight are held out: the model is asked to
 write about them without ever having seen such a combination. What it writes is judged attribute by attribute, beside

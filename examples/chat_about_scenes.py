@@ -1,4 +1,4 @@
-"""Trains a small LLaVA from a CLIP that sees and a language model that only ever read, and asks it about images.
+"""Train a small LLaVA from a CLIP that sees and a language model that only ever read, and ask it about images.
 
 A small language model learns to answer questions about scenes that are described in words. Then a projector and the
 language model learn on captions to see through the small CLIP, which stays as it is. (The paper trains the projector

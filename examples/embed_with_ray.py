@@ -1,4 +1,4 @@
-"""Embeds images on a cluster: `hfvlm.Embedder` in Ray Data's `map_batches` (needs `pip install "ray[data]"`).
+"""Embed images on a cluster: `hfvlm.Embedder` in Ray Data's `map_batches` (needs `pip install "ray[data]"`).
 
     python examples/embed_with_ray.py --model clip-vit-b-32 --pictures photos --output vectors --workers 8 --gpus 1
 

@@ -1,4 +1,4 @@
-"""Captions images as a few examples do, with a Flamingo: captions, or answers to a question, as JSON lines.
+"""Caption images as a few examples do, with a Flamingo: captions, or answers to a question, as JSON lines.
 
 python examples/few_shot_captions.py openflamingo-3b examples.jsonl photos/*.jpg > captions.jsonl
 

@@ -1,4 +1,4 @@
-"""Finds what texts name in images: boxes as JSON lines, and each image with its boxes drawn.
+"""Find what texts name in images: boxes as JSON lines, and each image with its boxes drawn.
 
 python examples/find_in_pictures.py qwen-vl-chat beach.jpg street.jpg --name "the dog" --name "a red car" -o found
 """

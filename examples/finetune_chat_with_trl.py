@@ -1,4 +1,4 @@
-"""Fine-tunes a model on conversations about images with TRL's SFTTrainer, on the tokens that its authors train on.
+"""Fine-tune a model on conversations about images with TRL's SFTTrainer, on the tokens that its authors train on.
 
 The file is JSON or JSON lines in TRL's form, `{"messages": [...], "images": ["cat.jpg"]}`. Options of the trainer are
 those of TRL's `SFTConfig`; `--max_length` is that of the conversations, which are never cut in an image.

@@ -1,4 +1,4 @@
-"""Trains a small ImageBind or LanguageBind from nothing on events that seven sensors perceive, and shows what emerges.
+"""Train a small ImageBind or LanguageBind from nothing on events that seven sensors perceive, and show what emerges.
 
 Each event is a coloured shape: an image of it, a video in which it moves, a caption, a tone (its pitch tells the
 colour, its rhythm the shape), a depth map, a thermal image, and the trace of a motion sensor. As in the papers,

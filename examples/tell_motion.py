@@ -1,9 +1,9 @@
-"""Trains a small Video-ChatGPT to predict which way a shape moves, which no single frame of its videos shows.
+"""Train a small Video-ChatGPT to predict which way a shape moves, which no single frame of its videos shows.
 
 The small CLIP reads each frame and stays as it is; the projector and a language model of 350,000 parameters learn from
 questions about videos alone. Of the 24 kinds of coloured shapes, six are held out, and the model is asked about these:
-about videos of them, about one of their frames alone (as a video that stands still), and about videos whose frames are in
-disorder, which leaves only whether they move upright or across. Chance is one in four.
+about videos of them, about one of their frames alone (as a still video), and about videos whose frames are shuffled,
+which leaves only whether they move vertically or horizontally. Chance is one in four.
 
     python examples/tell_motion.py --output motion        # some minutes on two cores
 
@@ -155,12 +155,12 @@ def judge(folder: Path, tests: list[scenes.MovingScene], random: np.random.Rando
 
 def answers(model: Any, processor: Any, films: list[np.ndarray], tests: list[scenes.MovingScene]) -> list[str]:
     texts = [processor.apply_chat_template(question(scene), add_generation_prompt=True) for scene in tests]
-    texts = []
+    predicted = []
     for i in range(0, len(texts), 50):
         inputs = processor(videos=films[i : i + 50], text=texts[i : i + 50])
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=4)
-        said += [text.strip() for text in processor.batch_decode(ids, new_tokens_only=inputs)]
-    return said
+        predicted += [text.strip() for text in processor.batch_decode(ids, new_tokens_only=inputs)]
+    return predicted
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a model whose rows are compared with one another: the same as `hfvlm train`, from a command line.
+"""Train a model whose rows are compared with one another: the same as `hfvlm train`, from a command line.
 
     python examples/train_contrastive.py --model clip-vit-b-32 --dataset images --output_dir tuned \\
         --per_device_train_batch_size 1024 --mini_batch_size 64 --lora_recipe vision+text+scale

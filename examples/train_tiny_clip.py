@@ -1,4 +1,4 @@
-"""Trains the small CLIP that ships with hfvlm, from nothing, and stores it as OpenAI would have released it.
+"""Train the small CLIP that ships with hfvlm, from nothing, and store it as OpenAI would have released it.
 
 Data: scikit-learn's handwritten digits without 8 and 9, and rendered scenes of coloured shapes, each with captions in
 several phrasings. The contrastive objective and the cosine schedule are the paper's; every batch holds each of the 8

@@ -167,9 +167,10 @@ def test_links_between_generated_pages_lead_somewhere():
 
 @pytest.mark.parametrize("name", sorted(architectures()))
 def test_an_architecture_has_a_page(name):
-    """It has a diagram, every checkpoint, the numbers of parity, and the classes; nothing of a card is left unfilled."""
+    """It has a diagram, every checkpoint, the numbers of parity, and the classes; no field of a card is unfilled."""
     page = architecture_page(name)
-    assert page.startswith("# ") and "```mermaid\nflowchart" in page
+    assert page.startswith("# ")
+    assert "```mermaid\nflowchart" in page
     assert all(f"| `{preset}` |" in page for preset in list_presets(name))
     assert "## Faithful to the original\n\n" in page, f"docs/parity.md lacks {name}: make parity"
     assert f"::: hfvlm.models.{name}.modeling_{name}" in page
@@ -184,7 +185,7 @@ def test_parity_has_a_row_for_each_checkpoint():
 
 
 def test_the_front_door_is_short():
-    """README has 250 lines at most, six blocks of at most eight lines with a link each, and its screenshots are small."""
+    """README has at most 250 lines, six blocks of at most eight lines with a link each, and small screenshots."""
     text = PAGES[0].read_text(encoding="utf-8")
     assert text.count("\n") <= 250
     parts = re.split(r"^\*\*", text.split("## In eight lines each")[1].split("\n## ")[0], flags=re.MULTILINE)[1:]

@@ -1,5 +1,8 @@
-"""The pages of the documentation that are made when it is built, as a hook of mkdocs: a page for each architecture, the
-reference of the API, and the files beside docs/ (README, CHANGELOG, CONTRIBUTING, SECURITY)."""
+"""The pages of the documentation that are made when it is built, as a hook of mkdocs.
+
+They are a page for each architecture, the reference of the API, and the files next to docs/ (README, CHANGELOG,
+CONTRIBUTING, SECURITY).
+"""
 
 import re
 from collections import defaultdict

@@ -1,6 +1,6 @@
 """Write docs/parity.md: what the golden cases and the key lists of released files say of every checkpoint.
 
-    HFVLM_GOLDENS=<folder> python -m docs.generators.parity
+HFVLM_GOLDENS=<folder> python -m docs.generators.parity
 """
 
 import datetime
@@ -33,18 +33,19 @@ HEAD = """# Parity
 
 <!-- written by make parity -->
 
-Every architecture is compared with its authors' own code, which was run on weights that anyone can regenerate; every
-released file whose list of keys is at hand is converted at full size, as tensors without memory. This page is written by
-`make parity` from the cases under `tests/goldens`, or under `$HFVLM_GOLDENS`.
+Every architecture is compared with its authors' own code, which was run on weights that anyone can regenerate; each
+released file whose list of keys is at hand is converted at full size, as tensors without memory. This page is written
+by `make parity` from the cases under `tests/goldens`, or under `$HFVLM_GOLDENS`.
 
-- **Keys** are the keys of the released file: all of them were accounted for, and filled all of the model's tensors. "As" names
-  another file whose list fills the same model from the same layout, where the checkpoint's own list was not at hand and its
-  keys are not proven; a dash means that there was none either, and that its configuration comes from the authors' code and
-  documents alone.
-- **Error** is the largest difference of any layer or output of any case of the architecture, relative to the largest value
-  of that output. The tolerance is 1e-4 (or tighter, as a case defines). Where float32 in the original is itself further
-  from float64 than that, three times its distance is allowed.
-- **Pixels and ids** are the outputs of processors: ids, prompts and labels are equal; pixels differ by at most the error shown.
+- **Keys** are the keys of the released file: all of them were accounted for, and filled all of the model's tensors.
+  "As" names another file whose list fills the same model from the same layout, where the checkpoint's own list was not
+  at hand and its keys are not proven; "no list" means that there was none either, and that its configuration comes
+  from the authors' code and documents alone.
+- **Error** is the largest difference of any layer or output of any case of the architecture, relative to the largest
+  value of that output. The tolerance is 1e-4 (or tighter, as a case defines). Where float32 in the original is itself
+  further from float64 than that, three times its distance is allowed.
+- **Pixels and ids** are the outputs of processors: ids, prompts and labels are equal; pixels differ by at most the
+  error shown, relative to the largest.
 
 """
 
@@ -88,7 +89,7 @@ class Account:
 def reason_of(error: BaseException) -> str:
     """Give the first line of a message, short enough for a table."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:157]}..."
+    return lines[0].rstrip(".") if len(lines[0]) <= 160 else f"{lines[0][:157]}..."
 
 
 def cases(name: str) -> Iterator[Golden]:
@@ -165,7 +166,7 @@ def keys_of(preset: Preset) -> str:
     own = [each for each in equal if released_name(each.name) in names]
     if own:
         return f"{own[0].keys} of {own[0].keys}"
-    return f"as `{equal[0].name}`" if equal else "–"
+    return f"as `{equal[0].name}`" if equal else "no list"
 
 
 def released_name(name: str) -> str:
@@ -180,8 +181,8 @@ def section(name: str) -> str:
         account.add(golden)
     presets = [load_preset(each) for each in list_presets(name)]
     presets = [each for each in presets if not each.name.endswith("/tiny")]
-    error = number(max(account.models.values(), default=0.0)) if account.models else "–"
-    processed = f"equal, {number(max(account.processors.values()))}" if account.processors else "–"
+    error = number(max(account.models.values(), default=0.0)) if account.models else "none"
+    processed = f"equal, {number(max(account.processors.values()))}" if account.processors else "none"
     lines = [
         f"## {name}",
         "",
@@ -214,8 +215,9 @@ def number(value: float) -> str:
 
 def versions() -> str:
     return (
-        f"Written on {datetime.date.today():%Y-%m-%d} with hfvlm {hfvlm.__version__}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, in float32 on a CPU.\n\n"
+        f"Written on {datetime.date.today():%Y-%m-%d} with hfvlm {hfvlm.__version__}, transformers "
+        f"{transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, in float32 on "
+        "a CPU.\n\n"
     )
 
 
