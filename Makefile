@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format hooks wheel release-check clean
+.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -55,6 +55,12 @@ hooks: $(VENV)/.dev ## check every commit before it is made
 	$(BIN)/python $(INSTALL) pre-commit
 	$(BIN)/pre-commit install
 
+docs: $(VENV)/.docs ## build the documentation's site into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others)
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity
+
 wheel: $(VENV)/.dev ## build the package into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -66,7 +72,7 @@ release-check: ## build the package, install it in a new environment, and try it
 	cd .venv-release && bin/python -I ../tests/support/smoke.py
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-newest .venv-matrix .venv-release dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-newest .venv-matrix .venv-release dist site demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,4 +87,9 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch==3.3.0
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Aligns a model with preferences between answers about pictures, by DPO (https://arxiv.org/abs/2305.18290) in TRL.
+"""Align a model with preferences between answers about images, by DPO (https://arxiv.org/abs/2305.18290) in TRL.
 
 The file is JSON or JSON lines of `{"prompt": ..., "chosen": ..., "rejected": ..., "images": ["cat.jpg"]}`, each a text
 or a list of messages. With `--lora_recipe`, the model without its adapters is what it is compared with, and nothing
@@ -23,7 +23,7 @@ from hfvlm.training.recipes import ModelArguments, finish, load_model
 @dataclass
 class Preferences:
     data: str = field(metadata={"help": "JSON or JSON lines of pairs of answers."})
-    pictures: str = field(default=".", metadata={"help": "The folder that the pictures' paths begin in."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
 
 
 def main(model_arguments: ModelArguments, preferences: Preferences, arguments: DPOConfig) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Trains a small CoCa to name pictures and to write about them, with both of its losses at once.
+"""Train a small CoCa to name images and to write about them, with both of its losses at once.
 
 The scenes have six colours, four shapes and two sizes. Of the 48 kinds, eight are held out: the model is asked to
 write about them without ever having seen such a combination. What it writes is judged attribute by attribute, beside
-what it writes about a grey picture, and the same weights classify the held-out pictures by names alone.
+what it writes about a grey image, and the same weights classify the held-out images by names alone.
 
     python examples/caption_scenes.py --output coca-scenes        # some minutes on two cores
 """
@@ -88,7 +88,7 @@ def fit(model: Any, processor: Any, pictures: list[dict[str, Any]], options: arg
 
 
 def judge(folder: Path, test: list[scenes.Scene], random: np.random.RandomState) -> dict[str, float]:
-    """Shares of attributes that captions of unseen kinds name, with and without the picture, and of names."""
+    """Shares of attributes that captions of unseen kinds name, with and without the image, and of names."""
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     kinds = [kind for kind in test for _ in range(10)]
     pictures = [kind.render(random) for kind in kinds]

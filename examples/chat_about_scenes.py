@@ -1,13 +1,13 @@
-"""Trains a small LLaVA from a CLIP that sees and a language model that only ever read, and asks it about pictures.
+"""Train a small LLaVA from a CLIP that sees and a language model that only ever read, and ask it about images.
 
 A small language model learns to answer questions about scenes that are described in words. Then a projector and the
 language model learn on captions to see through the small CLIP, which stays as it is. (The paper trains the projector
 alone there; its language model has words for everything already.) At last they learn to answer questions about
-pictures: which colour the shapes have, how many there are, and where one is. They do so twice, once with all their
+images: which colour the shapes have, how many there are, and where one is. They do so twice, once with all their
 weights, and once by adapters in the language model.
 
 Of the 24 kinds of coloured shapes, six are held out from all of it. Both models are asked about these, beside the same
-questions about a grey picture, and beside the one answer to a question that is right most often.
+questions about a grey image, and beside the one answer to a question that is right most often.
 
     python examples/chat_about_scenes.py --output llava-scenes          # some minutes on two cores
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs=3, default=(150, 300, 200), help="of the three stages")
     parser.add_argument("--scenes", type=int, default=6000, help="in training")
-    parser.add_argument("--tests", type=int, default=200, help="pictures to ask about")
+    parser.add_argument("--tests", type=int, default=200, help="images to ask about")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     set_seed(options.seed)
@@ -118,12 +118,12 @@ def told(scene: scenes.SceneGroup, random: np.random.RandomState) -> Example:
 
 
 def shown(scene: scenes.SceneGroup, picture: Image.Image) -> Example:
-    """A picture and its caption."""
+    """An image and its caption."""
     return conversation("<image>\n", [caption(scene)], images=[picture])
 
 
 def asked_about(scene: scenes.SceneGroup, picture: Image.Image, random: np.random.RandomState) -> Example:
-    """A picture, and questions about it."""
+    """An image, and questions about it."""
     return conversation("<image>\n", questions(scene, random), images=[picture])
 
 
@@ -131,7 +131,7 @@ def asked_about(scene: scenes.SceneGroup, picture: Image.Image, random: np.rando
 
 
 def new_model(texts: list[Example]) -> tuple[Any, Any]:
-    """A LLaVA of which the vision tower alone knows something, with a vocabulary of what will be said."""
+    """A LLaVA of which the vision tower alone is trained, with a vocabulary of the answers."""
     preset = hfvlm.load_preset("llava/tiny")
     with TemporaryDirectory() as folder:
         clip = files("hfvlm.samples") / "clip-tiny" / "clip-tiny.pt"
@@ -195,7 +195,7 @@ def fit(
 def judge(
     folder: Path, kinds: list[tuple[str, str]], count: int, random: np.random.RandomState
 ) -> dict[str, dict[str, float]]:
-    """Shares of right answers about pictures of these kinds, by what is asked."""
+    """Shares of right answers about images of these kinds, by what is asked."""
     processor = AutoProcessor.from_pretrained(folder / "llava")
     model, base = (AutoModelForImageTextToText.from_pretrained(folder / name) for name in ("llava", "base"))
     adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
@@ -207,7 +207,7 @@ def judge(
         given = {
             "all weights": answers(model, processor, pictures, asked),
             "adapters": answers(adapted, processor, pictures, asked),
-            "a grey picture": answers(model, processor, [GREY] * count, asked),
+            "a grey image": answers(model, processor, [GREY] * count, asked),
             "the usual answer": [Counter(truth).most_common(1)[0][0]] * count,
         }
         for name, said in given.items():

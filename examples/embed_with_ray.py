@@ -1,4 +1,4 @@
-"""Embeds pictures on a cluster: `hfvlm.Embedder` in Ray Data's `map_batches` (needs `pip install "ray[data]"`).
+"""Embed images on a cluster: `hfvlm.Embedder` in Ray Data's `map_batches` (needs `pip install "ray[data]"`).
 
     python examples/embed_with_ray.py --model clip-vit-b-32 --pictures photos --output vectors --workers 8 --gpus 1
 
@@ -15,7 +15,7 @@ from hfvlm import Embedder
 
 
 class EmbedPictures:
-    """A worker: paths of pictures -> their vectors; pictures that cannot be read get none, and the reason."""
+    """A worker: paths of images -> their vectors; images that cannot be read get none, and the reason."""
 
     def __init__(self, model: str):
         self.embedder = Embedder.from_pretrained(model)

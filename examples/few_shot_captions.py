@@ -1,8 +1,8 @@
-"""Writes about pictures as a few examples do, with a Flamingo: captions, or answers to a question, as JSON lines.
+"""Caption images as a few examples do, with a Flamingo: captions, or answers to a question, as JSON lines.
 
 python examples/few_shot_captions.py openflamingo-3b examples.jsonl photos/*.jpg > captions.jsonl
 
-A line of the examples has a picture, whose path is relative to the file, and what is to be said of it:
+A line of the examples has an image, whose path is relative to the file, and its answer:
 {"image": "cats.jpg", "answer": "two cats on a pink couch."}. With --task vqa --question "How many?", a line also has
 its own "question".
 """
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("examples", type=Path, help="JSON lines")
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--task", default="caption", help="caption, vqa, classify, or a text with <image> in it")
-    parser.add_argument("--question", help="what vqa asks of every picture")
+    parser.add_argument("--question", help="the question of vqa about every image")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=20)
     parser.add_argument("--beams", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Fill the gaps of a sentence, first by the sentence alone, then with the picture that it is about, with FLAVA.
+"""Fill the gaps of a sentence, first by the sentence alone, then with the image that it is about, with FLAVA.
 
     hfvlm convert flava_for_pretraining_unified_text_encoder.pt \
         --preset flava/flava_for_pretraining_unified_text_encoder -o flava   # BERT's vocab.txt beside it
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=5, help="words for each gap")
     arguments = parser.parse_args()
     alone, together, match = fill(arguments.model, arguments.picture, arguments.text, arguments.best)
-    for name, gaps in (("text alone", alone), ("with the picture", together)):
+    for name, gaps in (("text alone", alone), ("with the image", together)):
         for words in gaps:
             sys.stdout.write(f"{name}: {', '.join(f'{word} {share:.0%}' for word, share in words)}\n")
     sys.stdout.write(f"they belong together: {match:.0%}\n")

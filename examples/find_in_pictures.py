@@ -1,4 +1,4 @@
-"""Finds what texts name in pictures: boxes as JSON lines, and each picture with its boxes drawn.
+"""Find what texts name in images: boxes as JSON lines, and each image with its boxes drawn.
 
 python examples/find_in_pictures.py qwen-vl-chat beach.jpg street.jpg --name "the dog" --name "a red car" -o found
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import hfvlm
 from hfvlm.media.images import read_image
 
-# As each model was trained to be asked.
+# The question that each model was trained with.
 QUESTIONS = {
     "hfvlm_qwen_vl": "Frame {} in the picture.",
     "hfvlm_shikra": "Can you point out {} in the image <image> and provide the coordinates of its location?",
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in options.pictures:
             picture, found = read_image(path), []
             for i, name in enumerate(options.name):
-                again = i > 0 and "<image>" not in question  # one conversation, in which the picture is encoded once
+                again = i > 0 and "<image>" not in question  # one conversation, in which the image is encoded once
                 if not again:
                     chat.reset()
                 answer = chat.ask(question.format(name), images=[] if again else [picture], max_new_tokens=64)

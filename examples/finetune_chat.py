@@ -1,4 +1,4 @@
-"""Fine-tunes a model on conversations about pictures: `hfvlm train` with `task: chat`, from a command line.
+"""Fine-tune a model on conversations about images: `hfvlm train` with `task: chat`, from a command line.
 
 The file is JSON or JSON lines. An example is `{"messages": [...], "images": ["cat.jpg"]}` or, as LLaVA's own files,
 `{"conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, ...], "image": "cat.jpg"}`.

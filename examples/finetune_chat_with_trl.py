@@ -1,7 +1,7 @@
-"""Fine-tunes a model on conversations about pictures with TRL's SFTTrainer, on the tokens that its authors train on.
+"""Fine-tune a model on conversations about images with TRL's SFTTrainer, on the tokens that its authors train on.
 
 The file is JSON or JSON lines in TRL's form, `{"messages": [...], "images": ["cat.jpg"]}`. Options of the trainer are
-those of TRL's `SFTConfig`; `--max_length` is that of the conversations, which are never cut in a picture.
+those of TRL's `SFTConfig`; `--max_length` is that of the conversations, which are never cut in an image.
 
     python examples/finetune_chat_with_trl.py --model llava-v1.5-7b --data conversations.jsonl --pictures photos \\
         --output_dir tuned --lora_recipe language+projection --lora_rank 128 --four_bits
@@ -22,7 +22,7 @@ from hfvlm.training.recipes import ModelArguments, finish, load_model
 @dataclass
 class Conversations:
     data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
-    pictures: str = field(default=".", metadata={"help": "The folder that the pictures' paths begin in."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
 
 
 def main(model_arguments: ModelArguments, conversations: Conversations, arguments: SFTConfig) -> dict[str, float]:

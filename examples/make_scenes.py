@@ -1,7 +1,7 @@
-"""Writes a small data set of pictures with captions: pairs of shapes, side by side.
+"""Write a small data set of images with captions: pairs of shapes, side by side.
 
 Some pairs are held out: they are in "test" alone. The folder is what `datasets.load_dataset` calls an imagefolder,
-with several captions for each picture.
+with several captions for each image.
 
     python examples/make_scenes.py --output scenes
 """

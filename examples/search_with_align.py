@@ -1,4 +1,4 @@
-"""Search pictures by a text, with ALIGN.
+"""Search images by a text, with ALIGN.
 
 Kakao Brain's TensorFlow checkpoint becomes a folder once; TensorFlow is not needed:
 
@@ -10,7 +10,7 @@ Then
 
     python examples/search_with_align.py align "a dog on a beach" photos/*.jpg
 
-prints the cosine similarity and the name of each picture, the best one first.
+prints the cosine similarity and the name of each image, the best one first.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Trains a small ImageBind or LanguageBind from nothing on events that seven sensors perceive, and shows what emerges.
+"""Train a small ImageBind or LanguageBind from nothing on events that seven sensors perceive, and show what emerges.
 
-Each event is a coloured shape: a picture of it, a film in which it moves, a caption, a tone (its pitch tells the
-colour, its rhythm the shape), a depth map, a thermal picture, and the trace of a motion sensor. As in the papers,
-ImageBind is trained on pairs with a picture alone, LanguageBind, which has no sense of motion, on pairs with a caption
-alone. Afterwards sounds find depth maps, which it never saw together:
+Each event is a coloured shape: an image of it, a video in which it moves, a caption, a tone (its pitch tells the
+colour, its rhythm the shape), a depth map, a thermal image, and the trace of a motion sensor. As in the papers,
+ImageBind is trained on pairs with an image alone, LanguageBind, which has no sense of motion, on pairs with a caption
+alone. Afterwards audio clips find depth maps, which it never saw together:
 
     python examples/six_modalities.py --output imagebind-scenes
     python examples/six_modalities.py --output languagebind-scenes --preset languagebind/tiny
@@ -110,7 +110,7 @@ def recall(model: Any, inputs: dict[str, dict[str, Tensor]]) -> dict[str, dict[s
         features = getattr(model, f"get_{modality}_features")(**flat).pooler_output
         embeds[modality] = torch.nn.functional.normalize(features, dim=-1).unflatten(0, (-1, len(EVENTS)))
     truth = torch.arange(len(EVENTS))
-    # A perception's partners are those of another view: equal places in the picture are no help.
+    # Positives come from another view, so that equal positions in the image do not help.
     return {
         a: {b: ((x @ y.roll(1, 0).mT).argmax(-1) == truth).float().mean().item() for b, y in embeds.items()}
         for a, x in embeds.items()

@@ -1,9 +1,9 @@
-"""Trains a small Video-ChatGPT to say which way a shape goes, which no single frame of its films tells.
+"""Train a small Video-ChatGPT to predict which way a shape moves, which no single frame of its videos shows.
 
 The small CLIP reads each frame and stays as it is; the projector and a language model of 350,000 parameters learn from
-questions about films alone. Of the 24 kinds of coloured shapes, six are held out, and the model is asked about these:
-about films of them, about one of their frames alone (as a film that stands still), and about films whose frames are in
-disorder, which leaves only whether they move upright or across. Chance is one in four.
+questions about videos alone. Of the 24 kinds of coloured shapes, six are held out, and the model is asked about these:
+about videos of them, about one of their frames alone (as a still video), and about videos whose frames are shuffled,
+which leaves only whether they move vertically or horizontally. Chance is one in four.
 
     python examples/tell_motion.py --output motion        # some minutes on two cores
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--films", type=int, default=4000, help="in training")
-    parser.add_argument("--tests", type=int, default=200, help="films to ask about")
+    parser.add_argument("--tests", type=int, default=200, help="videos to ask about")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     set_seed(options.seed)
@@ -84,7 +84,7 @@ def example(scene: scenes.MovingScene, random: np.random.RandomState) -> dict[st
 
 
 def new_model() -> tuple[Any, Any]:
-    """A Video-ChatGPT of which the vision tower alone knows something, with a vocabulary of what will be said."""
+    """A Video-ChatGPT of which the vision tower alone is trained, with a vocabulary of the answers."""
     preset = hfvlm.load_preset("video_chatgpt/tiny")
     with TemporaryDirectory() as folder:
         clip = files("hfvlm.samples") / "clip-tiny" / "clip-tiny.pt"
@@ -102,10 +102,10 @@ def new_model() -> tuple[Any, Any]:
 def write_vocabulary(folder: Path) -> Path:
     """A sentencepiece model, as LLaMA's is."""
     every = [scenes.MovingScene(*kind, way) for kind, way in product(KINDS, scenes.DIRECTIONS)]
-    said = [
+    texts = [
         f"A film. USER: {question(scene)[1]['content'][0]['text']} ASSISTANT: {scene.direction}" for scene in every
     ]
-    (folder / "corpus.txt").write_text("\n".join(said))
+    (folder / "corpus.txt").write_text("\n".join(texts))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"), model_prefix=str(folder / "words"), vocab_size=VOCABULARY, model_type="bpe",
         character_coverage=1.0, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
@@ -138,7 +138,7 @@ def fit(model: Any, processor: Any, examples: list[dict[str, Any]], options: arg
 
 
 def judge(folder: Path, tests: list[scenes.MovingScene], random: np.random.RandomState) -> dict[str, float]:
-    """Shares of right answers about films of the held-out kinds, and about what is left of them."""
+    """Shares of right answers about videos of the held-out kinds, and about what is left of them."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     films = [scene.render(random, FRAMES) for scene in tests]
     shown: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -155,12 +155,12 @@ def judge(folder: Path, tests: list[scenes.MovingScene], random: np.random.Rando
 
 def answers(model: Any, processor: Any, films: list[np.ndarray], tests: list[scenes.MovingScene]) -> list[str]:
     texts = [processor.apply_chat_template(question(scene), add_generation_prompt=True) for scene in tests]
-    said = []
+    predicted = []
     for i in range(0, len(texts), 50):
         inputs = processor(videos=films[i : i + 50], text=texts[i : i + 50])
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=4)
-        said += [text.strip() for text in processor.batch_decode(ids, new_tokens_only=inputs)]
-    return said
+        predicted += [text.strip() for text in processor.batch_decode(ids, new_tokens_only=inputs)]
+    return predicted
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Trains the small CLIP that ships with hfvlm, from nothing, and stores it as OpenAI would have released it.
+"""Train the small CLIP that ships with hfvlm, from nothing, and store it as OpenAI would have released it.
 
 Data: scikit-learn's handwritten digits without 8 and 9, and rendered scenes of coloured shapes, each with captions in
-several wordings. The contrastive objective and the cosine schedule are the paper's; every batch holds each of the 8
-digits and each of the 48 kinds of scene once, so that no two of its captions fit one picture. Two cores need about
+several phrasings. The contrastive objective and the cosine schedule are the paper's; every batch holds each of the 8
+digits and each of the 48 kinds of scene once, so that no two of its captions fit one image. Two cores need about
 five minutes.
 
     python examples/train_tiny_clip.py --output tiny-clip

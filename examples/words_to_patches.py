@@ -1,10 +1,10 @@
-"""Show which part of a picture each word of a text is matched with, by FILIP.
+"""Show which part of an image each word of a text is matched with, by FILIP.
 
     hfvlm convert filip.pth.tar --preset filip/filip_vitb32_yfcc15m -o filip
     python examples/words_to_patches.py filip cat.jpg "a cat on a sofa"
 
 prints a row for each token: its cosine similarity with the patch that fits it best, and where that patch is, in rows
-and columns from the top left. The last line is their mean, the score of the text for the picture as the paper has it.
+and columns from the top left. The last line is their mean, the score of the text for the image as the paper has it.
 """
 
 import argparse

@@ -20,6 +20,7 @@ _LAZY = {
     "convert": "hfvlm.release.converter",
     "export": "hfvlm.release.export",
     "merge": "hfvlm.release.merging",
+    "untrained": "hfvlm.release.untrained",
     "verify": "hfvlm.release.verification",
     "list_presets": "hfvlm.presets",
     "load_preset": "hfvlm.presets",

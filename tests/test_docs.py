@@ -12,11 +12,15 @@ import warnings
 import pytest
 
 import hfvlm
+from docs.generators.pages import architecture_page, generated
 from hfvlm.cli.commands import app
+from hfvlm.presets import list_presets
+from hfvlm.registry import architectures
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+BESIDE = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 # <!-- not run: the reason --> before a block leaves it out.
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n\n?)?```(?P<kind>python|console)\n(?P<code>.*?)```", re.DOTALL
@@ -132,6 +136,65 @@ def resolved(parts):
             except ImportError:
                 return False
     return True
+
+
+LINK = re.compile(r"(?<!`)\]\((?!https?:|mailto:)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]+))?\)")
+
+
+def headings(text):
+    """The anchors of a page, as mkdocs and GitHub spell them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE, *CARDS], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for found in LINK.finditer(page.read_text(encoding="utf-8")):
+        target = (page.parent / found["file"]).resolve() if found["file"] else page
+        assert target.exists(), f"{page.name}: {found[0]}"
+        if found["heading"]:
+            assert found["heading"] in headings(target.read_text(encoding="utf-8")), f"{page.name}: {found[0]}"
+
+
+def test_links_between_generated_pages_lead_somewhere():
+    pages = {f"docs/{path}": text for path, text in generated().items()}
+    for path, text in pages.items():
+        for found in LINK.finditer(text):
+            target = (ROOT / path).parent.joinpath(found["file"]).resolve() if found["file"] else ROOT / path
+            assert target.exists() or str(target.relative_to(ROOT)) in pages, f"{path}: {found[0]}"
+
+
+@pytest.mark.parametrize("name", sorted(architectures()))
+def test_an_architecture_has_a_page(name):
+    """It has a diagram, every checkpoint, the numbers of parity, and the classes; no field of a card is unfilled."""
+    page = architecture_page(name)
+    assert page.startswith("# ")
+    assert "```mermaid\nflowchart" in page
+    assert all(f"| `{preset}` |" in page for preset in list_presets(name))
+    assert "## Faithful to the original\n\n" in page, f"docs/parity.md lacks {name}: make parity"
+    assert f"::: hfvlm.models.{name}.modeling_{name}" in page
+    assert not re.search(r"\$(name|notes|results|source|licence|version)\b", page)
+
+
+def test_parity_has_a_row_for_each_checkpoint():
+    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    for preset in list_presets():
+        if not preset.endswith("/tiny"):
+            assert f"| {preset.rpartition('/')[2]} |" in text, f"{preset}: make parity"
+
+
+def test_the_front_door_is_short():
+    """README has at most 250 lines, six blocks of at most eight lines with a link each, and small screenshots."""
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert text.count("\n") <= 250
+    parts = re.split(r"^\*\*", text.split("## In eight lines each")[1].split("\n## ")[0], flags=re.MULTILINE)[1:]
+    assert [part.split("*")[0] for part in parts] == ["Classify", "Search", "Caption", "Chat", "Fine-tune", "Convert"]
+    for part in parts:
+        assert "](docs/" in part
+        assert all(found["code"].count("\n") <= 8 for found in BLOCK.finditer(part)), part
+    for image in (ROOT / "docs" / "images").iterdir():
+        assert image.stat().st_size < 200 * 1024, image.name
 
 
 def test_dir_names_what_there_is():

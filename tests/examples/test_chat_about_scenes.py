@@ -27,7 +27,7 @@ def test_the_example_runs(example, tmp_path):
     steps = ["--steps", "1", "1", "1", "--scenes", "40", "--tests", "3"]
     found = example.main(["--output", str(tmp_path), *steps])
     assert found == json.loads((tmp_path / "results.json").read_text())
-    assert set(found) == {"all weights", "adapters", "a grey picture", "the usual answer"}
+    assert set(found) == {"all weights", "adapters", "a grey image", "the usual answer"}
     assert all(set(row) == {"colour", "count", "position"} for row in found.values())
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "llava").config.model_type == "hfvlm_llava"
 

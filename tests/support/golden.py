@@ -76,6 +76,7 @@ class Golden:
 
     folder: Path
     compared: set[str] = field(default_factory=set)
+    errors: dict[str, float] = field(default_factory=dict)  # of floats, relative to the output's largest value
     checked: bool = False
 
     @cached_property
@@ -159,6 +160,7 @@ class Golden:
             assert torch.equal(actual[mask], expected[mask]), f"{name}: differs"
             return
         error = (actual.double() - expected.double())[mask].abs().max().item() if mask.any() else 0.0
+        self.errors[name] = error / max(expected[mask].double().abs().max().item(), 1e-12) if mask.any() else 0.0
         allowed = self.allowed(name, expected[mask])
         assert error <= allowed, f"{name}: differs by {error:.2e}, allowed is {allowed:.2e}"
 

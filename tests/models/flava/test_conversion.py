@@ -278,7 +278,7 @@ def test_the_example_fills_gaps(flava_folder, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         *["text alone"] * 2,
-        *["with the picture"] * 2,
+        *["with the image"] * 2,
         "they belong together",
     ]
     assert all(line.count("%") == 2 for line in lines[:-1])
