@@ -119,7 +119,7 @@ def medium(modality: str, path: str | None, folder: Path) -> str:
         address = address_of(path, folder)
         return f'<{modality} controls preload="metadata" src="{address}"></{modality}>' if address else ""
     image = drawn(modality, path)
-    return f'<img src="{data_url(image)}" alt="">' if image else ""
+    return f'<img src="{image_url(image)}" alt="">' if image else ""
 
 
 def linked(name: str, path: str | None, folder: Path) -> str:
@@ -223,8 +223,13 @@ def stretched(values: np.ndarray, measured: np.ndarray) -> Image.Image:
     return Image.fromarray((share * 255).astype(np.uint8))
 
 
-def data_url(image: Image.Image) -> str:
-    """An image within a page."""
+def image_url(image: Image.Image) -> str:
+    """Return the address of an image that is within the page."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(file, "jpeg")
+
+
+def data_url(file: io.BytesIO, kind: str) -> str:
+    """Return the address of an encoded image that is within the page."""
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -264,7 +264,7 @@ def test_recall_with_several_partners_equals_the_definition():
     for k in (1, 5):
         expected = np.mean([bool((gallery_ids[order[i, :k]] == i).any()) for i in range(20)])
         assert recall_at(queries, gallery, [k], ids, gallery_ids)[k] == pytest.approx(expected)
-    with pytest.raises(ValueError, match="Query 3 has no partner"):
+    with pytest.raises(ValueError, match="Query 3 has no positive"):
         recall_at(queries, gallery, [1], ids, gallery_ids % 3)
 
 
