@@ -257,7 +257,7 @@ def test_pipeline(folder, chat, clip):
     messages = answer([{"role": "user", "content": content}], **options)[0]["generated_text"]
     assert messages[-1]["role"] == "assistant"
     assert messages[-1]["content"].strip() == expected[0]
-    with pytest.raises(ValueError, match="1 films and 2 texts are no pairs"):
+    with pytest.raises(ValueError, match="1 videos and 2 texts are no pairs"):
         answer([film()], ["a", "b"])
 
 
