@@ -18,7 +18,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`(N, classes)` scores and `(N,)` labels -> `(N,)`: count the other classes that score as high as the label."""
+    """Count, `(N,)`, the other classes that score as high as the label, of `(N, classes)` scores and `(N,)` labels."""
     right = torch.from_numpy(np.eye(scores.shape[1], dtype=bool)[labels])
     return ranks_of_best(torch.from_numpy(scores), right).numpy()
 

@@ -61,8 +61,8 @@ def positive_ranks(
 
 
 def ranks_of_best(scores: Tensor, positive: Tensor) -> Tensor:
-    """`(N, M)` scores and a mask of the positives -> `(N,)`: count the negatives that score as high as the best
-    positive.
+    """Count, `(N,)`, the negatives that score as high as the best positive, of `(N, M)` scores and a mask of the
+    positives.
 
     Scores that are NaN count against a row, too.
     """
