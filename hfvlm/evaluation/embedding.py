@@ -106,16 +106,16 @@ def compared_modalities(data: Data, rows: Any, embedder: Embedder, between: Sequ
     Raises:
         ValueError: there are fewer than two.
     """
-    there = [m for m in COLUMNS if m in embedder.modalities and data.column_name(rows, m) is not None]
+    known = [m for m in COLUMNS if m in embedder.modalities and data.column_name(rows, m) is not None]
     if between is None:
-        chosen = ["image", "text"] if {"image", "text"} <= set(there) else there
+        chosen = ["image", "text"] if {"image", "text"} <= set(known) else known
     else:
-        chosen = there if between == "any" else [*([between] if isinstance(between, str) else between)]
+        chosen = known if between == "any" else [*([between] if isinstance(between, str) else between)]
         embedder.check(chosen)
         for modality in chosen:
             data.column(rows, modality)
     if len(set(chosen)) < 2:
-        wanted = " and ".join(m for m in ("image", "text") if m not in there) or "a second modality"
+        wanted = " and ".join(m for m in ("image", "text") if m not in known) or "a second modality"
         raise ValueError(
             f"{data.dataset}: has no column for {wanted}; name one of {', '.join(rows.column_names)}. The model "
             f"embeds {', '.join(embedder.modalities)}."

@@ -11,7 +11,7 @@ from hfvlm.checks.ranges import check_generation, check_integer, check_number
 from hfvlm.inference.adapters import load_model, processor_of
 from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.pins import content_hash, pinned_data
-from hfvlm.inference.shards import Columns, Row, Run, absolute, append, earlier_data, named, open_rows, run_shards
+from hfvlm.inference.shards import Row, Run, Tables, absolute, earlier_data, named, open_rows, run_shards
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
 from hfvlm.media.rows import first_caption
@@ -41,7 +41,7 @@ def capfilt(  # noqa: PLR0913 (each defines the content)
 
     The output holds `captions-<n>.parquet`: the row's number, id and path, `given`, its own text, and `written`, the
     generated one, the probability that each matches, and `kept`, the list of those that do. `errors-<n>.parquet` has
-    the rows whose images cannot be read. Killed and started again, a run goes on where it was, with the same content.
+    the rows whose images cannot be read. Killed and started again, a run continues, with the same content.
 
     Args:
         source: what `datasets` reads.
@@ -54,7 +54,7 @@ def capfilt(  # noqa: PLR0913 (each defines the content)
         threshold: least probability of a match with which a text is selected.
         batch_size: images that the models take at a time.
         shard_rows: rows of a shard.
-        generate: options of `generate`, in place of the paper's nucleus sampling.
+        generate: options of `generate`, instead of the paper's nucleus sampling.
         seed: of the sampling; each shard has its own.
 
     Raises:
@@ -80,7 +80,7 @@ def capfilt(  # noqa: PLR0913 (each defines the content)
     }  # fmt: skip
     about = {"captioner": str(captioner), "judge": str(judge)}
 
-    def tables(shard: list[Row], number: int) -> tuple[Any, Columns]:
+    def tables(shard: list[Row], number: int) -> Tables:
         torch.manual_seed(seed * 1_000_003 + number)
         return models.shard(shard, found, id_column, batch_size, threshold)
 
@@ -107,7 +107,7 @@ class CapFilt:
 
     def shard(
         self, shard: list[Row], columns: Mapping[str, str], id_column: str | None, batch_size: int, threshold: float
-    ) -> tuple[Any, Columns]:
+    ) -> Tables:
         """Return the captions of a shard's rows, and its errors."""
         import pyarrow
 
@@ -115,8 +115,8 @@ class CapFilt:
         for kind in ("given", "written"):
             types |= {kind: pyarrow.string(), f"{kind}_match": pyarrow.float32()}
         types["kept"] = pyarrow.list_(pyarrow.string())
-        captions: Columns = {name: [] for name in types}
-        errors: Columns = {name: [] for name in ("row", "id", "error")}
+        captions: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
         for start in range(0, len(shard), batch_size):
             readable: list[tuple[dict[str, Any], Any]] = []
             for number, row in shard[start : start + batch_size]:
@@ -125,13 +125,12 @@ class CapFilt:
                 try:
                     image = read_image(row.get(columns["image"]))
                 except MediaError as error:
-                    append(errors, about | {"error": str(error)})
+                    errors.append(about | {"error": str(error)})
                     continue
                 text = row.get(columns["text"]) if "text" in columns else None
                 readable.append((about | {"path": path, "given": caption_or_none(text)}, image))
-            for values in self.filtered(readable, threshold):
-                append(captions, values)
-        return pyarrow.table(captions, pyarrow.schema(list(types.items()))), errors
+            captions += self.filtered(readable, threshold)
+        return pyarrow.Table.from_pylist(captions, pyarrow.schema(list(types.items()))), errors
 
     def filtered(self, readable: Sequence[tuple[dict[str, Any], Any]], threshold: float) -> list[dict[str, Any]]:
         """Return rows with both texts, the probabilities that they match, and the texts that are selected."""

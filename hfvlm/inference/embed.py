@@ -12,18 +12,7 @@ from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
 from hfvlm.inference.pins import pinned_data, processor_hash, tower_hashes
-from hfvlm.inference.shards import (
-    Columns,
-    Row,
-    Run,
-    absolute,
-    append,
-    earlier_data,
-    named,
-    open_rows,
-    read_json,
-    run_shards,
-)
+from hfvlm.inference.shards import Row, Run, Tables, absolute, earlier_data, named, open_rows, read_json, run_shards
 from hfvlm.media.folders import MODALITY
 from hfvlm.media.rows import first_caption
 from hfvlm.versions import __version__
@@ -109,12 +98,12 @@ class Shards:
     batch_size: int
     source_options: Mapping[str, Mapping[str, Any]]
 
-    def tables(self, shard: Sequence[Row], _: int) -> tuple[Any, Columns]:
+    def tables(self, shard: Sequence[Row], _: int) -> Tables:
         """Return the vectors of a shard's rows, and its errors: a row with a modality that cannot be read is one."""
         import pyarrow
 
-        embedded: Columns = {name: [] for name in (*ABOUT, *self.columns)}
-        errors: Columns = {name: [] for name in ("row", "id", "modality", "error")}
+        embedded: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
         media = [column for modality, column in self.columns.items() if modality != "text"]
         for start in range(0, len(shard), self.batch_size):
             batch = shard[start : start + self.batch_size]
@@ -123,20 +112,22 @@ class Shards:
                 name, path = named(number, row, media, self.id_column)
                 if i in wrong:
                     modality, error = wrong[i]
-                    append(errors, {"row": number, "id": name, "modality": modality, "error": error})
+                    errors.append({"row": number, "id": name, "modality": modality, "error": error})
                 else:
                     text = self.columns.get("text")
                     caption = None if text is None else first_caption(row.get(text))
                     about = {"row": number, "id": name, "path": path, "caption": caption}
-                    append(embedded, about | {m: vectors[m].get(i) for m in vectors})
+                    embedded.append(about | {m: vectors[m].get(i) for m in vectors})
         types = {"row": pyarrow.int64()} | dict.fromkeys(("id", "path", "caption"), pyarrow.string())
         types |= {modality: pyarrow.list_(pyarrow.float32(), self.embedder.size) for modality in self.columns}
-        return pyarrow.table(embedded, pyarrow.schema(list(types.items()))), errors
+        return pyarrow.Table.from_pylist(embedded, pyarrow.schema(list(types.items()))), errors
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, Any]], dict[int, tuple[str, str]]]:
         """Return vectors by modality and position in the batch, and what is wrong with the other rows."""
         vectors: dict[str, dict[int, Any]] = {}
-        wrong = {i: (str(row[MODALITY]), "nothing of this kind is embedded.") for i, row in self.foreign(rows)}
+        known = (None, *self.columns.values())  # of a folder of several kinds, those that are embedded
+        kinds = {i: str(row[MODALITY]) for i, row in enumerate(rows) if row.get(MODALITY) not in known}
+        wrong = {i: (kind, "nothing of this kind is embedded.") for i, kind in kinds.items()}
         for modality, column in self.columns.items():
             positions = [i for i, row in enumerate(rows) if row.get(MODALITY) in (None, column)]
             given = [rows[i].get(column) for i in positions]
@@ -147,10 +138,6 @@ class Shards:
             vectors[modality] = dict(zip(readable, found, strict=True))
             wrong |= {positions[i]: (modality, error) for i, error in errors.items() if positions[i] not in wrong}
         return vectors, wrong
-
-    def foreign(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-        """Select the rows of a kind that is not embedded, in a folder of several kinds."""
-        return [(i, row) for i, row in enumerate(rows) if row.get(MODALITY) not in (None, *self.columns.values())]
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

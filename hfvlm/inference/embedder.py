@@ -240,8 +240,8 @@ class Embedder:
             The vectors of the others, in order; by position, what is wrong with each damaged one, or one whose vector
             is zero or not finite.
         """
-        features, _, errors = self.finite(modality, len(sources), *self.prepare_readable(modality, options, sources))
-        return features.numpy(), errors
+        vectors, _, errors = self.encode_known(modality, sources, batch_size=max(1, len(sources)), **options)
+        return vectors.numpy(), errors
 
     def encode_known(
         self, modality: str, sources: Sequence[Any], *, batch_size: int = 32, progress: bool = False, **options: Any
@@ -277,8 +277,6 @@ class Embedder:
         Returns:
             The model's inputs, None if there are none; by position, what is wrong with the other sources.
         """
-        if not sources:
-            return None, {}
         try:
             return self.prepare(modality, sources, **options), {}
         except UNREADABLE:

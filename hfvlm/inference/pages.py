@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -168,53 +168,43 @@ def draw_grid(hits: Hits, paths: Mapping[str, str], output: Path, *, modality: s
 
 def drawn(modality: str, path: str | None) -> Image.Image | None:
     """Draw a small image of a file, or None if it has none; false colours of a sensor as they are."""
-    draw = {"depth": depth_thumbnail, "thermal": thermal_thumbnail}.get(modality, thumbnail)
-    return draw(path) or thumbnail(path)
+    sensor = thumbnail(path, SENSORS[modality]) if modality in SENSORS else None
+    return sensor or thumbnail(path)
 
 
-def thumbnail(path: str | None) -> Image.Image | None:
-    """Scale an image down; None for what is not one."""
+def draw_image(path: str) -> Image.Image:
+    """Draw an image in RGB."""
+    return to_8_bits(read_image(path)).convert("RGB")
+
+
+def thumbnail(path: str | None, draw: Callable[[str], Image.Image] = draw_image) -> Image.Image | None:
+    """Draw a file and scale it down; None for what cannot be read."""
     if path is None:
         return None
     try:
-        image = to_8_bits(read_image(path)).convert("RGB")
+        image = draw(path)
     except (MediaError, OSError):  # a caption may be too long for a path
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
 
 
-def depth_thumbnail(path: str | None) -> Image.Image | None:
+def draw_depth(path: str) -> Image.Image:
     """Draw a depth map in colours: near is bright, far is blue, what was not measured is black."""
-    values = sensor_values(path)
-    if values is None:
-        return None
+    values = one_channel(path, path, allow_urls=False).astype(np.float64)
     measured = np.isfinite(values) & (values > 0)
     image = ImageOps.colorize(stretched(-values, measured), (20, 20, 90), (255, 240, 150), mid=(60, 150, 140))
     image.paste((0, 0, 0), mask=Image.fromarray(~measured))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
 
 
-def thermal_thumbnail(path: str | None) -> Image.Image | None:
+def draw_thermal(path: str) -> Image.Image:
     """Draw a thermal image in grey, hot in white."""
-    values = sensor_values(path)
-    if values is None:
-        return None
-    image = stretched(values, np.isfinite(values)).convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+    values = one_channel(path, path, allow_urls=False).astype(np.float64)
+    return stretched(values, np.isfinite(values)).convert("RGB")
 
 
-def sensor_values(path: str | None) -> np.ndarray | None:
-    """Read the values of a sensor with one channel in its own unit, `(H, W)`, float64; None where they cannot be
-    read."""
-    if path is None:
-        return None
-    try:
-        return one_channel(path, path, allow_urls=False).astype(np.float64)
-    except (MediaError, OSError):  # a caption may be too long for a path
-        return None
+SENSORS = {"depth": draw_depth, "thermal": draw_thermal}
 
 
 def stretched(values: np.ndarray, measured: np.ndarray) -> Image.Image:

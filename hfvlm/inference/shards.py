@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 # A row of the data set, with its number.
 Row = tuple[int, dict[str, Any]]
-Columns = dict[str, list[Any]]
+# A shard's table, and the rows of its errors, with "row" and "error".
+Tables = tuple[Any, list[dict[str, Any]]]
 FILES = "files.json"
 
 
@@ -114,7 +115,7 @@ class Run:
             number += 1
 
 
-def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any, Columns]]) -> None:
+def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], Tables]) -> None:
     """Write `<name>-<n>.parquet` for every shard, and `errors-<n>.parquet` where there are any.
 
     A file appears when it is complete, the shard's errors before its rows; a shard that exists is skipped. Several
@@ -123,7 +124,7 @@ def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any
     Args:
         rows: a data set that streams.
         run: the output, and what it depends on.
-        tables: a shard's rows and its number -> a pyarrow table of results, and the columns of errors.
+        tables: a shard's rows and its number -> a pyarrow table of results, and the rows of errors.
 
     Raises:
         ValueError: the folder was begun with other settings or files, holds something else, or there are no rows.
@@ -140,10 +141,10 @@ def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any
         for number, shard in run.missing_shards(rows):
             table, errors = tables(shard, number)
             run.begin()
-            if errors["row"]:
-                failed, first = failed + len(errors["row"]), first or f"row {errors['row'][0]}: {errors['error'][0]}"
+            if errors:
+                failed, first = failed + len(errors), first or f"row {errors[0]['row']}: {errors[0]['error']}"
                 with replaced(run.output / f"errors-{number:05}.parquet") as file:
-                    parquet.write_table(pyarrow.table(errors), file)
+                    parquet.write_table(pyarrow.Table.from_pylist(errors), file)
             with replaced(run.shard(number)) as file:
                 parquet.write_table(table, file)
             total += len(shard)
@@ -204,9 +205,3 @@ def named(
     path = next((found for column in columns if (found := path_of(row.get(column)))), None)
     name = row.get(id_column) if id_column else row.get("__key__") or path
     return str(number if name is None else name), path
-
-
-def append(columns: Columns, values: Mapping[str, Any]) -> None:
-    """Append a row to columns."""
-    for name, value in values.items():
-        columns[name].append(value)
