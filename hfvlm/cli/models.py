@@ -27,7 +27,7 @@ def chat(
     """
     from hfvlm.inference.chat import Chat
 
-    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with status(f"loading {folder}"):
         talk = Chat.from_pretrained(folder, system=system, dtype="auto")
     given = {"/image": list(image or ()), "/video": list(video or ())}

@@ -80,8 +80,8 @@ def retrieval(folder: str, data: Data, *, between: Sequence[str] | str | None = 
     if not len(readable):
         raise ValueError(f"{data.dataset}: no row can be read; row 0: {errors.get(0, 'there are none')}.")
     embedded = {m: found.among(readable, errors) for m, found in embedded.items()}
-    protocol = {"captions": len(embedded["text"].rows)} if "text" in embedded else {}
-    protocol |= {"split": data.split}
+    captions = {"captions": len(embedded["text"].rows)} if "text" in embedded else {}
+    protocol: dict[str, Any] = captions | {"split": data.split}
     errors = dict(sorted(errors.items()))
     report = Report("retrieval", folder, data.dataset, len(readable), protocol, errors=errors)
     report.about = data.about(rows, modalities, embedder.model)

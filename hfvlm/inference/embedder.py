@@ -148,9 +148,9 @@ class Embedder:
             found[modality] = as_output(vectors if several else vectors[0], output)
         if len(found) == 1:
             return next(iter(found.values()))
-        several = Embeddings(found)
-        several.embedder = self
-        return several
+        embeddings = Embeddings(found)
+        embeddings.embedder = self
+        return embeddings
 
     def assembled(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
         """Assemble batches to one table; shorter texts of a model that embeds each token end in zeros."""
