@@ -16,7 +16,7 @@ class FollowingLogger(logging.Logger):
 
     @property
     def level(self) -> int:
-        """The level of its own, else the level at which transformers' logger speaks."""
+        """The level of its own, else that of transformers' logger."""
         return self.__dict__.get("level") or logging.getLogger("transformers").getEffectiveLevel()
 
     @level.setter
@@ -25,8 +25,8 @@ class FollowingLogger(logging.Logger):
 
 
 @contextmanager
-def said_once(name: str) -> Iterator[None]:
-    """Let one record of a logger through, of many alike that the block may give."""
+def logged_once(name: str) -> Iterator[None]:
+    """Let one record of a logger through, of many alike in the block."""
     repeated = iter([True])
 
     def first(_: logging.LogRecord) -> bool:
@@ -41,8 +41,8 @@ def said_once(name: str) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether bars are shown: `transformers.utils.logging.disable_progress_bar()` and HF_HUB_DISABLE_PROGRESS_BARS
-    switch hfvlm's off, too."""
+    """Check whether bars are shown: `transformers.utils.logging.disable_progress_bar()` and
+    HF_HUB_DISABLE_PROGRESS_BARS switch hfvlm's off, too."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     return not are_progress_bars_disabled()

@@ -1,7 +1,7 @@
-"""Which versions of transformers hfvlm is known to work with, and what to say on another.
+"""The versions of transformers that hfvlm is known to work with, and the warning on others.
 
-hfvlm builds on parts of transformers that move without notice. Within the range every test passed; outside of it
-results may be wrong without an error, which `hfvlm doctor` finds out.
+hfvlm builds on parts of transformers that change without notice. Within the range every test passed; outside of it
+results may be wrong without an error, which `hfvlm doctor` detects.
 """
 
 import re
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
 
-# The oldest, and the first that is not known; pyproject.toml says the same.
+# The oldest, and the first that is not known; pyproject.toml repeats them.
 OLDEST, UNKNOWN = "5.4", "5.25"
 # `make test-matrix` runs these, of which the last is in constraints.txt.
 TESTED = ("5.4.0", "5.12.0", "5.20.0", "5.23.0", "5.24.0")
@@ -28,10 +28,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def is_tested(installed: str) -> bool:
+    """Check whether a version of transformers is in the range."""
     return numbers(OLDEST) <= numbers(installed) < numbers(UNKNOWN)
 
 
 def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -39,7 +41,7 @@ def installed_version(package: str) -> str | None:
 
 
 def warn_if_untested() -> None:
-    """Say once that transformers is of a version outside the tested range."""
+    """Warn that transformers is of a version outside the tested range."""
     installed = installed_version("transformers")
     if installed is not None and not is_tested(installed):
         warnings.warn(

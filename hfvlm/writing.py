@@ -11,10 +11,10 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows; there nothing is swept, since nobody can tell who is at work
+except ImportError:  # Windows; there nothing is swept, since no lock shows which process is at work
     fcntl = None  # type: ignore[assignment]
 
-# Begins and ends the names of folders that are not finished, after the output's own name.
+# Beginning and end of the names of unfinished folders, after the output's own name.
 UNFINISHED, OLD = "-hfvlm-", "-old"
 EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 HERE = -100  # AT_FDCWD
@@ -22,13 +22,14 @@ HERE = -100  # AT_FDCWD
 
 @contextmanager
 def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `output` to write into; it takes that name when the block ends well, and goes when it fails.
+    """Yield a folder next to `output` to write into; it is renamed to `output` when the block succeeds, and removed
+    when it fails.
 
-    Killed at any moment, the earlier output or the new one is there; what an earlier run left beside it is put back or
-    removed first. A link is followed: what it points to is replaced.
+    If the process is killed, the earlier output or the new one exists; what an earlier run left is put back or removed
+    first. A link is followed: its target is replaced.
 
     Raises:
-        FileExistsError: there is an `output` that is not an empty folder, and `overwrite` is off.
+        FileExistsError: `output` exists, is not an empty folder, and `overwrite` is off.
     """
     named, output = Path(output), Path(output)
     if output.is_symlink():
@@ -39,15 +40,15 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         raise FileExistsError(
             f"{named} exists already: choose another output, or pass overwrite=True (--overwrite in a terminal)."
         )
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}{UNFINISHED}", dir=output.parent))
-    lock = _lock(beside)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}{UNFINISHED}", dir=output.parent))
+    lock = _lock(temporary)
     try:
-        yield beside
-        beside.chmod(0o755)
-        _take_place(beside, output)
+        yield temporary
+        temporary.chmod(0o755)
+        _replace(temporary, output)
     finally:
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         finally:
             if lock is not None:
                 os.close(lock)
@@ -55,24 +56,25 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; it takes that name when the block ends well, and goes when it fails."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    """Yield a file next to `path` to write into; it is renamed to `path` when the block succeeds, and removed when it
+    fails."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sweep(output: Path) -> None:
-    """Put back what a killed run had moved away, and remove what such runs had not finished."""
+    """Put back what a killed run had moved away, and remove what such runs left unfinished."""
     start = f".{output.name}{UNFINISHED}"
     if fcntl is None:
         return
     left = [path for path in output.parent.iterdir() if path.name.startswith(start)]
     for path in sorted(left, key=lambda path: not path.name.endswith(OLD)):
         if path.is_symlink() or (lock := _lock(path)) is None:
-            continue  # somebody is at work in it
+            continue  # another process is at work in it
         try:
             if path.name.endswith(OLD) and not output.exists():
                 path.rename(output)
@@ -82,16 +84,16 @@ def sweep(output: Path) -> None:
             os.close(lock)
 
 
-def _take_place(beside: Path, output: Path) -> None:
+def _replace(temporary: Path, output: Path) -> None:
     if not os.path.lexists(output):
-        beside.rename(output)
-    elif _exchanged(beside, output):
-        _remove(beside)
+        temporary.rename(output)
+    elif _exchanged(temporary, output):
+        _remove(temporary)
     else:  # in two steps, which `sweep` completes if this process is killed between them
-        old = beside.with_name(f"{beside.name}{OLD}")
+        old = temporary.with_name(f"{temporary.name}{OLD}")
         output.rename(old)
         try:
-            beside.rename(output)
+            temporary.rename(output)
         except BaseException:
             old.rename(output)
             raise
@@ -99,7 +101,7 @@ def _take_place(beside: Path, output: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Give two paths each other's name at once, where the system and the file system can."""
+    """Exchange two paths atomically, where the system and the file system can."""
     if not sys.platform.startswith("linux"):
         return False
     with suppress(OSError, AttributeError):
@@ -109,7 +111,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds `path` until it is closed, or this process ends; None if somebody else holds it."""
+    """Lock `path` until the descriptor is closed, or this process ends; None if another process holds it."""
     if fcntl is None:
         return None
     try:

@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import hfvlm
-from hfvlm.logs import logger, said_once
+from hfvlm.logs import logged_once, logger
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +61,8 @@ def test_a_classifier_tells_it_once(clip_folder, caplog):
     assert len([record for record in caplog.records if "too long" in record.message]) == 1
 
 
-def test_said_once_ends_with_its_block(caplog):
-    with said_once("hfvlm.media"):
+def test_logged_once_ends_with_its_block(caplog):
+    with logged_once("hfvlm.media"):
         logging.getLogger("hfvlm.media").warning("a")
         logging.getLogger("hfvlm.media").warning("b")
     logging.getLogger("hfvlm.media").warning("c")

@@ -7,8 +7,10 @@ from typing import Any
 
 from hfvlm.checks.messages import shown
 
-# Options of `generate` that are numbers: whether whole, the lowest, the highest, and whether the lowest is allowed.
-GENERATION: dict[str, tuple[bool, float, float | None, bool]] = {
+# Of numbers by name: whether whole, the lowest, the highest, and whether the lowest is allowed.
+Ranges = Mapping[str, tuple[bool, float, float | None, bool]]
+# The options of `generate`.
+GENERATION: Ranges = {
     "max_new_tokens": (True, 1, None, True),
     "min_new_tokens": (True, 0, None, True),
     "max_length": (True, 1, None, True),
@@ -79,8 +81,17 @@ def check_generation(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the message names the option and its range.
     """
-    for name, (whole, low, high, closed) in GENERATION.items():
-        value = options.get(name)
+    check_ranges(options, GENERATION)
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Ranges) -> None:
+    """Refuse numbers out of range; None is allowed.
+
+    Raises:
+        ValueError: the message names the number and its range.
+    """
+    for name, (whole, low, high, closed) in ranges.items():
+        value = values.get(name)
         if value is None:
             continue
         if whole:

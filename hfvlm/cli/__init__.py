@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 
 from hfvlm.cli.commands import app
-from hfvlm.cli.console import complain, is_quiet, neutral
+from hfvlm.cli.console import is_quiet, neutral, print_error
 from hfvlm.registry import after_import
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError, ImportError) as error:
-        complain(error)
+        print_error(error)
         code = 1
     sys.exit(code)
 
@@ -41,7 +41,7 @@ def main() -> NoReturn:
 def _wrong_usage(error: Any) -> int:
     if error.ctx is not None:
         typer.echo(neutral(f"{error.ctx.get_usage()}\n"), err=True)
-    complain(error.format_message())
+    print_error(error.format_message())
     return error.exit_code
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfvlm.cli.console import line, say_json, say_table
+from hfvlm.cli.console import line, print_json, print_table
 from hfvlm.cli.options import Json, Quiet
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architectures
@@ -33,10 +33,10 @@ def list_command(
         raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(architectures())}.")
     presets = [load_preset(name) for name in list_presets(architecture)]
     if as_json:
-        say_json([summary(preset) for preset in presets])
+        print_json([summary(preset) for preset in presets])
         return
     rows = [(preset.name, millions(preset), pixels(preset), licence_name(preset)) for preset in presets]
-    say_table(rows, ("preset", "parameters", "pixels", "licence"))
+    print_table(rows, ("preset", "parameters", "pixels", "licence"))
 
 
 def info(
@@ -49,7 +49,7 @@ def info(
     """Show one checkpoint: sizes, source, licence and configuration."""
     known = load_preset(preset)
     if as_json:
-        say_json(summary(known) | {"source": known.source, "notes": known.notes} | settings(known))
+        print_json(summary(known) | {"source": known.source, "notes": known.notes} | settings(known))
         return
     rows = (
         ("preset", known.name),
@@ -65,16 +65,16 @@ def info(
         ("notes", known.notes),
         *((name, json.dumps(value)) for name, value in settings(known).items()),
     )
-    say_table(rows)
+    print_table(rows)
 
 
 def settings(preset: Preset) -> dict[str, Any]:
-    """What differs from the architecture's defaults."""
+    """Return what differs from the architecture's defaults."""
     return {"configuration": preset.config, "processor": preset.processor}
 
 
 def summary(preset: Preset) -> dict[str, Any]:
-    """A preset for programs."""
+    """Summarise a preset for programs."""
     return {
         "preset": preset.name,
         "architecture": preset.architecture,
@@ -88,19 +88,19 @@ def summary(preset: Preset) -> dict[str, Any]:
 
 
 def millions(preset: Preset) -> str:
-    """Parameters to read."""
+    """Format the number of parameters."""
     return f"{preset.parameters / 1e6:,.1f} M" if preset.parameters else "?"
 
 
 def image_size(preset: Preset) -> Any:
-    """The pixels of the first tower that has a size: a number or two; None for any."""
+    """Return the pixels of the first tower that has a size: a number or two; None for any."""
     config = preset.make_config()
     towers = (getattr(config, name) for name in config.sub_configs)
     return next((tower.image_size for tower in towers if hasattr(tower, "image_size")), None)
 
 
 def pixels(preset: Preset) -> str:
-    """The size to read."""
+    """Format the image size."""
     size = image_size(preset)
     if size is None:
         return "any"
@@ -108,11 +108,11 @@ def pixels(preset: Preset) -> str:
 
 
 def licence_name(preset: Preset) -> str:
-    """The name or id of a preset's licence."""
+    """Return the name or id of a preset's licence."""
     return line(preset.licence.get("name", preset.licence["id"]))
 
 
 def licence_text(preset: Preset) -> str:
-    """The licence with its link and note, a line each."""
+    """Return the licence with its link and note, a line each."""
     parts = (licence_name(preset), preset.licence.get("link", ""), preset.licence.get("note", ""))
     return "\n".join(part for part in parts if part)

@@ -1,6 +1,6 @@
 """`hfvlm list|info|convert|export|merge|verify|chat|card|push|embed|search|capfilt|eval|train|demo|doctor`.
 
-A command's module is imported with the command line; what a command works with, as torch, when it runs.
+A command's module is imported with the command line; its libraries, as torch, only when it runs.
 """
 
 from typing import Annotated
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hfvlm.cli import catalogue, datasets, folders, models
-from hfvlm.cli.console import begin, say
+from hfvlm.cli.console import begin, print_text
 from hfvlm.cli.doctor import doctor
 from hfvlm.versions import __version__
 
@@ -24,7 +24,7 @@ def top(
     """Vision-language models as transformers-native models."""
     begin(quiet=quiet)
     if show:
-        say(__version__)
+        print_text(__version__)
         raise typer.Exit
 
 

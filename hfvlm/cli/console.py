@@ -1,4 +1,4 @@
-"""Where commands print: results on stdout, everything else on stderr, and data never as markup."""
+"""The output of commands: results on stdout, everything else on stderr, and data never as markup."""
 
 import io
 import json
@@ -12,7 +12,9 @@ from typing import Any
 
 import typer
 
-# Categories of characters that move the cursor, turn the writing round or cannot be encoded.
+from hfvlm.logs import tracked
+
+# Categories of characters that move the cursor, reverse the direction of text or cannot be encoded.
 UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # of scripts and emoji; they move nothing
 QUIET = {
@@ -27,54 +29,54 @@ class _State:
     quiet = False
 
 
-def neutral(text: Any, kept: str = "\n\t") -> str:
-    """Text with every character that a terminal would act on written out, as `\\x1b`.
+def neutral(text: Any, allowed: str = "\n\t") -> str:
+    """Escape every character that a terminal would act on, as `\\x1b`.
 
     Args:
         text: a file's name, a model's answer, an error.
-        kept: control characters that stay as they are.
+        allowed: control characters that stay as they are.
     """
     return "".join(
         character
-        if character in kept or character in JOINERS or unicodedata.category(character) not in UNPRINTABLE
+        if character in allowed or character in JOINERS or unicodedata.category(character) not in UNPRINTABLE
         else character.encode("unicode_escape").decode("ascii")
         for character in str(text)
     )
 
 
 def line(text: Any) -> str:
-    """Text as one line."""
-    return neutral(text, kept="")
+    """Escape a text to one line."""
+    return neutral(text, allowed="")
 
 
-def say(text: Any) -> None:
+def print_text(text: Any) -> None:
     """Print a result."""
     typer.echo(neutral(text))
 
 
-def say_piece(text: str) -> None:
+def print_piece(text: str) -> None:
     """Print a part of a result that is still being generated."""
     typer.echo(neutral(text), nl=False)
 
 
 def note(text: Any, *, err: bool = True) -> None:
-    """Print what happens or has happened, unless --quiet."""
+    """Print a note on progress, unless --quiet."""
     if not _State.quiet:
         typer.echo(neutral(text), err=err)
 
 
-def complain(text: Any) -> None:
+def print_error(text: Any) -> None:
     """Print an error."""
     typer.echo(f"error: {neutral(text)}", err=True)
 
 
-def say_json(content: Any) -> None:
+def print_json(content: Any) -> None:
     """Print a result for programs; NaN and infinity, which JSON lacks, are null."""
     typer.echo(json.dumps(finite(content), indent=2, default=str))
 
 
 def finite(content: Any) -> Any:
-    """JSON content without the numbers that JSON lacks."""
+    """Replace the numbers that JSON lacks by None."""
     if isinstance(content, dict):
         return {str(name): finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -82,7 +84,7 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def say_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> None:
+def print_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> None:
     """Print aligned columns, a line for each row whatever the terminal's width: names stay whole, for grep.
 
     Args:
@@ -97,7 +99,7 @@ def say_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> None:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show what is being done, on a terminal."""
+    """Show a spinner with a text, on a terminal."""
     if _State.quiet or not sys.stderr.isatty():
         yield
         return
@@ -108,31 +110,25 @@ def status(text: str) -> Iterator[None]:
         yield
 
 
-def progress(items: Sequence[Any], text: str) -> Iterator[Any]:
+def progress(items: Sequence[Any], text: str) -> Iterable[Any]:
     """Yield the items, with a bar on a terminal."""
-    if _State.quiet or not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, line(text), console=Console(stderr=True))
+    return items if _State.quiet or not sys.stderr.isatty() else tracked(items, line(text), len(items))
 
 
 @contextmanager
 def logs_to_stderr() -> Iterator[None]:
-    """Send what libraries print to stdout, which is for results, to stderr; nowhere where this command is quiet."""
+    """Redirect what libraries print to stdout, which is for results, to stderr; drop it in quiet commands."""
     with redirect_stdout(io.StringIO() if _State.quiet else sys.stderr):
         yield
 
 
 def is_quiet() -> bool:
-    """Whether notes and bars are left out."""
+    """Check whether notes and bars are left out."""
     return _State.quiet
 
 
 def begin(*, quiet: bool) -> None:
-    """Set how much this command prints; nothing that reads the environment is imported yet."""
+    """Set the verbosity of this command, before anything is imported that reads the environment."""
     _State.quiet = quiet
     if quiet:
         os.environ.update(QUIET)

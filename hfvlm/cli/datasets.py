@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfvlm.cli.console import line, note, say, say_json, status
+from hfvlm.cli.console import line, note, print_json, print_text, status
 from hfvlm.cli.options import (
     BatchSize,
     Columns,
@@ -42,7 +42,7 @@ def embed(  # noqa: PLR0913 (options)
     dtype: Dtype = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Embed a data set to Parquet shards; a run that was killed goes on where it was."""
+    """Embed a data set to Parquet shards; a run that was killed continues."""
     from hfvlm.inference.embed import count_rows
     from hfvlm.inference.embed import embed as run
 
@@ -57,29 +57,29 @@ def embed(  # noqa: PLR0913 (options)
         if not options:
             raise
         raise typer.BadParameter(str(error), param_hint="--option") from error
-    kept, errors = count_rows(folder)
-    note(f"{folder}: {kept} rows embedded" + (f", {errors} errors: see errors-*.parquet" if errors else ""), err=False)
-    if not kept:
-        raise ValueError(f"{folder}: no row could be embedded; errors-*.parquet says why.")
+    rows, errors = count_rows(folder)
+    note(f"{folder}: {rows} rows embedded" + (f", {errors} errors: see errors-*.parquet" if errors else ""), err=False)
+    if not rows:
+        raise ValueError(f"{folder}: no row could be embedded; see errors-*.parquet.")
 
 
 def capfilt(  # noqa: PLR0913 (options)
     source: Data,
     output: Output,
     captioner: Annotated[str, typer.Option(help="The folder of a model that generates captions.")],
-    judge: Annotated[str, typer.Option(help="The folder of a model that filters texts by whether they match.")],
+    judge: Annotated[str, typer.Option(help="The folder of the filter, a model that matches texts with images.")],
     split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
     column: Columns = None,
     threshold: Annotated[
         float,
         typer.Option(
-            min=0, max=1, callback=finite_number, help="Probability of a match from which on a text is kept."
+            min=0, max=1, callback=finite_number, help="Least probability of a match with which a text is selected."
         ),
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling of captions.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Generate captions of images, and keep those, generated or given, that match (BLIP's bootstrapping)."""
+    """Generate captions of images, and select those, generated or given, that match (BLIP's bootstrapping)."""
     from hfvlm.inference.capfilt import capfilt as run
 
     columns = pairs(column, "--column") or None
@@ -90,7 +90,7 @@ def capfilt(  # noqa: PLR0913 (options)
 
 def search(  # noqa: PLR0913 (options)
     index: Annotated[Path, typer.Argument(help="A folder that `hfvlm embed` wrote.", exists=True, file_okay=False)],
-    text: Annotated[list[str] | None, typer.Option(help="A query; `words::0.5` weighs it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A query; `text::0.5` weighs it.")] = None,
     image: Annotated[list[str] | None, typer.Option(help="An image to search with.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="An audio clip to search with.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video to search with.")] = None,
@@ -98,9 +98,9 @@ def search(  # noqa: PLR0913 (options)
     thermal: Annotated[list[str] | None, typer.Option(help="A thermal image to search with.")] = None,
     imu: Annotated[list[str] | None, typer.Option(help="An IMU recording to search with.")] = None,
     among: Annotated[
-        str | None, typer.Option(help="The modality that is searched; by default image, or what there is.")
+        str | None, typer.Option(help="The modality to search; by default image, or the first one.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write the hits to a page.", dir_okay=False)] = None,
     grid: Annotated[Path | None, typer.Option(help="Write the hits to one image.", dir_okay=False)] = None,
     option: Options = None,
@@ -110,7 +110,7 @@ def search(  # noqa: PLR0913 (options)
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search what was embedded; several queries are added up."""
+    """Search a folder of embeddings; several queries are added."""
     from hfvlm.cli.outputs import check_image, check_page
     from hfvlm.inference.embed import read_captions, read_embedder, read_settings, read_vectors
     from hfvlm.inference.pages import draw_grid, write_page
@@ -131,13 +131,13 @@ def search(  # noqa: PLR0913 (options)
         hits = vectors.search(query_vector(embedder, queries, processor_options(option)), k)
     captions = read_captions(index)
     if as_json:
-        say_json([
+        print_json([
             {"id": name, "score": score, "path": paths.get(str(name)), "text": captions.get(str(name))}
             for name, score in hits
         ])  # fmt: skip
     else:
         for name, score in hits:
-            say(f"{score:.4f}  {line(name)}")
+            print_text(f"{score:.4f}  {line(name)}")
     if html is not None:
         title = " + ".join(query for values in queries.values() for query in values)
         write_page(hits, paths, title, html, modality=among, captions=captions, queries=queries)
@@ -165,7 +165,7 @@ def evaluate(  # noqa: PLR0913 (options)
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what a model can do; every number with its protocol."""
+    """Evaluate a model; every number with its protocol."""
     from hfvlm.cli.outputs import check_card, report_folder
     from hfvlm.evaluation.tasks import TASKS
     from hfvlm.evaluation.tasks import Data as Rows
@@ -182,14 +182,14 @@ def evaluate(  # noqa: PLR0913 (options)
         if target is not None:
             report.write(target)
     if as_json:
-        say_json(report.as_json())
+        print_json(report.as_json())
     else:
-        say_report(report)
+        print_report(report)
         if against is not None:
             from hfvlm.evaluation.report import compare
 
             for difference in compare(against, report):
-                say(f"{against}: {difference}")
+                print_text(f"{against}: {difference}")
     if output is not None:
         note(output)
     if card:
@@ -206,10 +206,10 @@ TASK_OPTIONS = {
 
 
 def task_options(task: str, **given: Any) -> dict[str, Any]:
-    """The options that a task takes.
+    """Select the options that a task takes.
 
     Raises:
-        typer.BadParameter: one goes with other tasks.
+        typer.BadParameter: one belongs to other tasks.
     """
     used = {name: value for name, value in given.items() if value}
     for name in used:
@@ -221,11 +221,13 @@ def task_options(task: str, **given: Any) -> dict[str, Any]:
     return {"labels" if name == "label" else name: value for name, value in used.items()}
 
 
-def say_report(report: Any) -> None:
-    """Print the numbers, and how many rows were passed over."""
+def print_report(report: Any) -> None:
+    """Print the numbers, and the rows that were left out."""
     for result in report.results:
-        say(result)
+        print_text(result)
     if report.errors:
-        say(f"{len(report.errors)} of {report.rows + len(report.errors)} rows could not be read and are left out:")
+        print_text(
+            f"{len(report.errors)} of {report.rows + len(report.errors)} rows could not be read and are left out:"
+        )
         for row, error in list(report.errors.items())[:5]:
-            say(f"  row {row}: {line(error)}")
+            print_text(f"  row {row}: {line(error)}")

@@ -13,36 +13,43 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments, pipeline, set_seed
 
-import hfvlm
-from hfvlm.cli.console import note, progress, say_table
+from hfvlm.cli.console import note, print_table, progress
 from hfvlm.cli.outputs import foreign_files, is_empty, written_here
 from hfvlm.logs import shows_progress
 from hfvlm.modeling.base import unit
+from hfvlm.release.converter import convert
 from hfvlm.release.hub import write_card
 from hfvlm.samples import digits, scenes
 from hfvlm.samples.digits import TEMPLATES, Digit, caption
+from hfvlm.training.lora import lora
 from hfvlm.writing import new_folder
 
 KNOWN, NEW = list(range(8)), [8, 9]
 EVERY = [*KNOWN, *NEW]
 RELEASED, TUNED = "clip-tiny", "clip-tiny-ten-digits"
+MEASURED = {
+    "one_prompt": "0-7 among eight, one prompt",
+    "ensemble": "0-7 among eight, ensemble",
+    "known": "0-7 among ten",
+    "new": "8 and 9 among ten",
+}
 DRAWN = ("confusion.png", "retrieval.png")
 SHOTS, STEPS, RANK, LEARNING_RATE = 24, 300, 16, 2e-3
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of held-out pictures that a model names right."""
+    """Accuracies of a model on held-out images."""
 
-    one_prompt: float  # known digits, among the eight, one caption a class
-    ensemble: float  # the same with all wordings of a caption
+    one_prompt: float  # known digits, among the eight, one prompt a class
+    ensemble: float  # the same with all prompt templates
     known: float  # known digits, among all ten
     new: float  # the two new digits, among all ten
-    predictions: list[int]  # of every held-out picture, among all ten
+    predictions: list[int]  # of every held-out image, among all ten
 
 
 def demo(output: Path, seed: int = 0) -> Path:
-    """Run the demo; returns the folder, which replaces an earlier demo's.
+    """Run the demo; return the folder, which replaces an earlier demo's.
 
     Raises:
         FileExistsError: the folder has something that no demo wrote.
@@ -59,19 +66,25 @@ def demo(output: Path, seed: int = 0) -> Path:
         held_out = digits.load_digits("test")
         before = measure(released, held_out, "before")
         model, processor = fine_tune(released, seed)
-        save(model, processor, tuned)
+        model.save_pretrained(tuned)
+        processor.save_pretrained(tuned)
         after = measure(tuned, held_out, "after")
         results = report(before, after, held_out)
         write_card(tuned, name=tuned.name, results=results, text=f"Trained with seed {seed}.")
         draw_confusion(before, after, held_out, tuned / DRAWN[0])
         draw_retrieval(model, processor, held_out, tuned / DRAWN[1])
         same_after_reload(model, processor, tuned, held_out)
-    say_table(summary(before, after), (f"{len(held_out)} held-out images", "before", "after LoRA"))
+    print_table(summary(before, after), (f"{len(held_out)} held-out images", "before", "after LoRA"))
     note(f"{output}: two model folders, cards and images; {time.perf_counter() - start:.0f} s", err=False)
     return output
 
 
 def check_libraries() -> None:
+    """Refuse to begin without the demo's libraries.
+
+    Raises:
+        ImportError: one is not installed; the message names the pip line.
+    """
     try:
         import matplotlib  # noqa: F401
         import peft  # noqa: F401
@@ -84,7 +97,7 @@ def check_own(output: Path) -> None:
     """Refuse a folder with anything but an earlier demo's two models.
 
     Raises:
-        FileExistsError: there is something else; the message names it.
+        FileExistsError: it has something else; the message names it.
     """
     if not output.exists() and not output.is_symlink():
         return
@@ -100,10 +113,10 @@ def check_own(output: Path) -> None:
 
 
 def convert_shipped(folder: Path) -> None:
-    """The checkpoint that ships with hfvlm is stored in OpenAI's layout, and goes through the same converter."""
+    """Convert the checkpoint that ships with hfvlm, in OpenAI's layout."""
     note("convert the authors' checkpoint")
     with as_file(files("hfvlm.samples").joinpath("clip-tiny")) as shipped:
-        hfvlm.convert(shipped / "clip-tiny.pt", "clip/tiny", folder)
+        convert(shipped / "clip-tiny.pt", "clip/tiny", folder)
     note(f"{folder.name}: config.json, model.safetensors, processor, card")
 
 
@@ -128,7 +141,7 @@ def measure(folder: Path, held_out: Sequence[Digit], when: str) -> Accuracy:
 
 
 def name_one(classify: Any, digit: Digit, labels: Sequence[int], templates: Sequence[str]) -> int:
-    """The label whose captions together get the highest probability."""
+    """Return the label whose captions together get the highest probability."""
     captions = {caption(label, template): label for label in labels for template in templates}
     share = dict.fromkeys(labels, 0.0)
     for answer in classify(digit.image, candidate_labels=list(captions), hypothesis_template="{}"):
@@ -137,12 +150,12 @@ def name_one(classify: Any, digit: Digit, labels: Sequence[int], templates: Sequ
 
 
 class TenDigits(torch.utils.data.Dataset[list[tuple[Any, str]]]):
-    """Items are whole batches: one captioned picture of each digit, so that no caption fits two of them."""
+    """Items are whole batches: one captioned image of each digit, so that no caption fits two of them."""
 
     def __init__(self, seed: int):
-        pictures = digits.load_digits("train")
+        every = digits.load_digits("train")
         self.seed = seed
-        self.few = {label: [d.image for d in pictures if d.label == label] for label in EVERY}
+        self.few = {label: [d.image for d in every if d.label == label] for label in EVERY}
         self.few |= {label: self.few[label][:SHOTS] for label in NEW}
 
     def __len__(self) -> int:
@@ -157,15 +170,16 @@ class TenDigits(torch.utils.data.Dataset[list[tuple[Any, str]]]):
 
 
 def collate(processor: Any, batches: list[list[tuple[Any, str]]]) -> dict[str, Any]:
+    """Make the model's inputs of one batch."""
     images, texts = zip(*(pair for batch in batches for pair in batch), strict=True)
     return dict(processor(images=list(images), text=list(texts))) | {"return_loss": True}
 
 
 def fine_tune(folder: Path, seed: int) -> tuple[PreTrainedModel, Any]:
-    """LoRA on a few examples of 8 and 9, beside pictures of the digits that the model was trained on."""
+    """Adapt with LoRA to a few examples of 8 and 9, among images of the digits that the model was trained on."""
     note(f"LoRA with the Trainer, {SHOTS} examples each of 8 and 9")
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    tuned = hfvlm.lora(model, "vision+text", r=RANK, quiet=not shows_progress())
+    tuned = lora(model, "vision+text", r=RANK, quiet=not shows_progress())
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -184,12 +198,12 @@ def fine_tune(folder: Path, seed: int) -> tuple[PreTrainedModel, Any]:
     return tuned.merge_and_unload().eval(), processor
 
 
-def save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 def same_after_reload(model: PreTrainedModel, processor: Any, folder: Path, held_out: Sequence[Digit]) -> None:
+    """Compare the logits of a model with those of the folder that it was saved to.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     note("reload")
     inputs = processor(images=[d.image for d in held_out[:16]], text=[caption(label, TEMPLATES[0]) for label in EVERY])
     again = AutoModel.from_pretrained(folder).eval()
@@ -203,17 +217,17 @@ def same_after_reload(model: PreTrainedModel, processor: Any, folder: Path, held
 
 
 def report(before: Accuracy, after: Accuracy, held_out: Sequence[Digit]) -> list[dict[str, Any]]:
-    """The measured numbers with their protocol, for the card."""
+    """Return the measured numbers with their protocol, for the card."""
     new = sum(d.label in NEW for d in held_out)
     known = len(held_out) - new
     data = "scikit-learn digits, held-out quarter"
-    one, every = f"prompt '{TEMPLATES[0]}'", f"{len(TEMPLATES)} wordings, probabilities summed"
-    eight, ten = f"{known} pictures of 0-7 among 8 classes", f"{known} pictures of 0-7 among 10 classes"
-    rows = (
-        ("0-7 among eight, one prompt", after.one_prompt, before.one_prompt, f"{eight}, {one}"),
-        ("0-7 among eight, ensemble", after.ensemble, before.ensemble, f"{eight}, {every}"),
-        ("0-7 among ten", after.known, before.known, f"{ten}, {one}"),
-        ("8 and 9 among ten", after.new, before.new, f"{new} pictures of 8 and 9 among 10 classes, {one}"),
+    one, every = f"prompt '{TEMPLATES[0]}'", f"{len(TEMPLATES)} prompt templates, probabilities summed"
+    eight, ten = f"{known} images of 0-7 among 8 classes", f"{known} images of 0-7 among 10 classes"
+    protocols = (
+        f"{eight}, {one}",
+        f"{eight}, {every}",
+        f"{ten}, {one}",
+        f"{new} images of 8 and 9 among 10 classes, {one}",
     )
     return [
         {
@@ -221,28 +235,21 @@ def report(before: Accuracy, after: Accuracy, held_out: Sequence[Digit]) -> list
             "dataset": data,
             "metric": "accuracy",
             "name": f"accuracy, {name}",
-            "value": value,
-            "protocol": f"{protocol}; {first:.1%} before fine-tuning; float32, CPU",
+            "value": getattr(after, field),
+            "protocol": f"{protocol}; {getattr(before, field):.1%} before fine-tuning; float32, CPU",
         }
-        for name, value, first, protocol in rows
+        for (field, name), protocol in zip(MEASURED.items(), protocols, strict=True)
     ]
 
 
 def summary(before: Accuracy, after: Accuracy) -> list[tuple[str, str, str]]:
-    """The rows to print."""
-    return [
-        (name, f"{getattr(before, field):.1%}", f"{getattr(after, field):.1%}")
-        for name, field in (
-            ("0-7 among eight, one prompt a class", "one_prompt"),
-            ("0-7 among eight, template ensemble", "ensemble"),
-            ("0-7 among ten", "known"),
-            ("8 and 9 among ten", "new"),
-        )
-    ]
+    """Return the rows to print."""
+    fields = MEASURED.items()
+    return [(name, f"{getattr(before, field):.1%}", f"{getattr(after, field):.1%}") for field, name in fields]
 
 
 def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit], path: Path) -> None:
-    """Rows are what was written, columns what the model says."""
+    """Draw the confusion matrices: rows are the handwritten digits, columns the predicted ones."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.4), layout="constrained")
@@ -259,7 +266,7 @@ def draw_confusion(before: Accuracy, after: Accuracy, held_out: Sequence[Digit],
 
 
 def draw_retrieval(model: Any, processor: Any, held_out: Sequence[Digit], path: Path) -> None:
-    """The six pictures that fit each text best, among handwriting and scenes."""
+    """Draw the six images that fit each text best, among handwriting and scenes."""
     from matplotlib.figure import Figure
 
     random = np.random.RandomState(0)

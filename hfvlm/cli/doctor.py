@@ -1,4 +1,4 @@
-"""`hfvlm doctor`: what is installed, what is missing, and whether what hfvlm computes is right with it."""
+"""`hfvlm doctor`: what is installed, what is missing, and whether hfvlm's results are right with it."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from hfvlm.cli.options import Json, Quiet
 from hfvlm.versions import RANGE, __version__, installed_version, is_tested
 
-# Extras of those who work on hfvlm, and one that only a machine with a GPU can build.
+# Extras of those who work on hfvlm.
 NOT_SHOWN = ("dev",)
 
 
@@ -62,14 +62,14 @@ def requirements() -> list[Requirement]:
 
 
 def state_of(requirement: Requirement) -> dict[str, Any]:
-    """Say which version is installed, and whether it is one that hfvlm takes."""
+    """Return which version is installed, and whether hfvlm takes it."""
     installed = installed_version(requirement.name)
     fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
     return {"installed": installed, "needs": str(requirement.specifier), "fits": fits}
 
 
 def packages() -> dict[str, dict[str, Any]]:
-    """Give what hfvlm cannot do without. A transformers that is not known is warned of, and tested."""
+    """Return the state of what hfvlm cannot do without. An unknown transformers is warned of, and tested."""
     needed = [requirement for requirement in requirements() if requirement.marker is None]
     states = {requirement.name: state_of(requirement) for requirement in needed}
     if "transformers" in states and states["transformers"]["installed"]:
@@ -78,7 +78,7 @@ def packages() -> dict[str, dict[str, Any]]:
 
 
 def extras() -> dict[str, dict[str, Any]]:
-    """Give each extra's packages, and the line that installs what it lacks."""
+    """Return each extra's packages, and the line that installs what it lacks."""
     every = [requirement for requirement in requirements() if requirement.marker is not None]
     names = sorted({str(requirement.marker).split('"')[-2] for requirement in every} - set(NOT_SHOWN))
 
@@ -103,7 +103,7 @@ def extras() -> dict[str, dict[str, Any]]:
 
 
 def devices() -> list[str]:
-    """Name what models can run on."""
+    """List the devices that models can run on."""
     import torch
 
     found = [f"cpu, {torch.get_num_threads()} threads"]
@@ -132,6 +132,7 @@ def self_tests(*, aloud: bool) -> list[dict[str, Any]]:
 
 
 def show(report: dict[str, Any]) -> None:
+    """Print the report, but for the tests."""
     typer.echo(f"hfvlm {report['hfvlm']}, Python {report['python']}, {report['platform']}\n")
     for name, package in report["packages"].items():
         remark = "" if package["fits"] else f"  NOT {package['needs']}: pip install '{name}{package['needs']}'"
@@ -151,6 +152,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def verdict(failed: list[str], broken: list[str]) -> str:
+    """Return the last line to print."""
     if failed:
         return f"\nWrong with these versions: {', '.join(failed)}. pip install '{RANGE}' is known to be right."
     if broken:

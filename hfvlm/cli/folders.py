@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-import hfvlm
 from hfvlm.cli.catalogue import known_presets, licence_text
-from hfvlm.cli.console import note, say, say_json, say_table, status
+from hfvlm.cli.console import note, print_json, print_table, print_text, status
 from hfvlm.cli.options import Folder, Json, Output, Overwrite, Quiet, checked_dtype, pairs
 from hfvlm.cli.outputs import check_card, check_output
 from hfvlm.presets import Preset, load_preset
@@ -46,6 +45,8 @@ def convert(  # noqa: PLR0913 (options)
     quiet: Quiet = False,
 ) -> None:
     """Convert an authors' checkpoint to a transformers folder."""
+    from hfvlm.release.converter import convert as run
+
     known = Preset(name=preset, architecture=preset) if preset in architectures() else load_preset(preset)
     if dtype is not None:
         checked_dtype(dtype)
@@ -55,7 +56,7 @@ def convert(  # noqa: PLR0913 (options)
     parts = {name: str(path) for name, path in given.items() if path} | named_paths(part)
     with status(f"converting {source}"):
         options: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite, "overwrite": overwrite}
-        hfvlm.convert(source, preset, output, parts=parts, vocabulary=vocabulary, **options)
+        run(source, preset, output, parts=parts, vocabulary=vocabulary, **options)
     record = json.loads((output / "conversion.json").read_text(encoding="utf-8"))
     note(f"{output}: all {record['keys']['read']} tensors of {record['source']['name']} accounted for", err=False)
     if check:
@@ -77,11 +78,12 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a folder that transformers' own classes load."""
+    from hfvlm.release.export import export as run
     from hfvlm.release.merging import whole
 
     check_output(output, overwrite=overwrite)
     with status(f"exporting {folder}"), whole(folder) as model:
-        hfvlm.export(model, output, to=to, overwrite=overwrite)
+        run(model, output, to=to, overwrite=overwrite)
     note(f"{output}: for {to}' own classes", err=False)
 
 
@@ -114,19 +116,21 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check that a folder holds what was converted, and is whole and consistent."""
+    from hfvlm.release.verification import verify as run
+
     with status(f"verifying {folder}"):
-        checks = hfvlm.verify(folder, **({"examples": examples} if examples else {}))
+        checks = run(folder, **({"examples": examples} if examples else {}))
     passed = all(check.passed is not False for check in checks)
     if as_json:
-        say_json({"folder": str(folder), "passed": passed, "checks": [asdict(check) for check in checks]})
+        print_json({"folder": str(folder), "passed": passed, "checks": [asdict(check) for check in checks]})
     else:
-        say_table([(check.name, verdict(check), check.detail) for check in checks])
+        print_table([(check.name, verdict(check), check.detail) for check in checks])
     if not passed:
         raise typer.Exit(1)
 
 
 def verdict(check: Any) -> str:
-    """yes, NO, or what the check itself says of what it could not see."""
+    """Return yes, NO, or the check's own verdict on what it could not test."""
     return getattr(check, "verdict", None) or ("yes" if check.passed else "NO")
 
 
@@ -159,11 +163,13 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Upload a folder with its card to the Hub."""
+    from hfvlm.release.hub import push as run
+
     options: dict[str, Any] = {"dry_run": True} if dry_run else {}
-    done: Any = hfvlm.push(folder, repository, accept_licence=licence_read, stub=stub, private=private, **options)
+    done: Any = run(folder, repository, accept_licence=licence_read, stub=stub, private=private, **options)
     if not as_json:
-        say(done)
+        print_text(done)
     elif dry_run:
-        say_json({"dry_run": True} | asdict(done))
+        print_json({"dry_run": True} | asdict(done))
     else:
-        say_json({"dry_run": False, "repo_id": repository, "commit": str(done)})
+        print_json({"dry_run": False, "repo_id": repository, "commit": str(done)})

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-import hfvlm
-from hfvlm.cli.console import is_quiet, logs_to_stderr, say, say_json, say_piece, status
+from hfvlm.cli.console import is_quiet, logs_to_stderr, print_json, print_piece, print_text, status
 from hfvlm.cli.options import Columns, Folder, Json, Quiet, finite_number, pairs
 
 
@@ -26,9 +25,11 @@ def chat(
 
     `/image PATH` and `/video PATH` show another one, `/reset` begins again, Ctrl-D ends.
     """
-    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    from hfvlm.inference.chat import Chat
+
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with status(f"loading {folder}"):
-        talk = hfvlm.Chat.from_pretrained(folder, system=system, dtype="auto")
+        talk = Chat.from_pretrained(folder, system=system, dtype="auto")
     given = {"/image": list(image or ()), "/video": list(video or ())}
     shown = {command: list(paths) for command, paths in given.items()}
     for text in [ask] if ask is not None else iter(ask_user, None):
@@ -40,13 +41,13 @@ def chat(
             shown = {command: list(paths) for command, paths in given.items()}
         else:
             for piece in talk.stream(text, *shown.values(), max_new_tokens=max_new_tokens, **drawn):
-                say_piece(piece)
-            say("")
+                print_piece(piece)
+            print_text("")
             shown = {command: [] for command in given}
 
 
 def ask_user() -> str | None:
-    """What the user types; None for Ctrl-D."""
+    """Read what the user types; None for Ctrl-D."""
     try:
         return input("> ")
     except EOFError:
@@ -57,17 +58,17 @@ def train(
     recipe: Annotated[
         Path, typer.Argument(help="A YAML file, as those in examples/recipes.", exists=True, dir_okay=False)
     ],
-    changes: Annotated[list[str] | None, typer.Argument(help="field=value, in place of the file's.")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(help="field=value, instead of the file's.")] = None,
     column: Columns = None,
     text_column: Annotated[str | None, typer.Option(help="The column of the captions: --column text=COLUMN.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run wrote into output_dir.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from output_dir's newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from output_dir's newest checkpoint.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train as a recipe says."""
+    """Train as a recipe defines it."""
     from hfvlm.training.recipes import run_recipe
 
     if overwrite and resume:
@@ -78,10 +79,10 @@ def train(
     with logs_to_stderr():
         metrics: dict[str, Any] = run_recipe(recipe, given, overwrite=overwrite, resume=resume)
     if as_json:
-        say_json(metrics)
+        print_json(metrics)
         return
     for name, value in metrics.items():
-        say(f"{name}: {value}")
+        print_text(f"{name}: {value}")
 
 
 def demo(

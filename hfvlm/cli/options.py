@@ -19,7 +19,11 @@ def _quiet(value: bool) -> bool:  # noqa: FBT001 (typer's callback)
 
 
 def finite_number(value: float | None) -> float | None:
-    """A number, as the callback of an option; `nan` and `inf` are none here."""
+    """Check the number of an option, as its callback.
+
+    Raises:
+        typer.BadParameter: it is `nan` or `inf`.
+    """
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -89,7 +93,7 @@ def processor_options(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
 
 
 def checked_device(name: str) -> str:
-    """A device that this machine has.
+    """Check that this machine has a device.
 
     Raises:
         typer.BadParameter: it has not; the message lists those it has.
@@ -98,28 +102,26 @@ def checked_device(name: str) -> str:
 
     if name == "auto":
         return name
-    there = ["cpu"]
+    known = ["cpu"]
     if (accelerator := torch.accelerator.current_accelerator()) is not None:
         count = torch.accelerator.device_count()
-        there += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(count))]
-    if name not in there:
-        raise typer.BadParameter(f"{line(name)!r}: this machine has {', '.join(there)}.", param_hint="--device")
+        known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(count))]
+    if name not in known:
+        raise typer.BadParameter(f"{line(name)!r}: this machine has {', '.join(known)}.", param_hint="--device")
     return name
 
 
 def checked_dtype(name: str) -> str:
-    """A floating type, or auto.
+    """Check that a precision is a floating type, or auto.
 
     Raises:
         typer.BadParameter: it is none.
     """
-    if name not in DTYPES:
-        raise typer.BadParameter(f"{line(name)!r} is none of {', '.join(DTYPES)}.", param_hint="--dtype")
-    return name
+    return chosen(name, DTYPES, "--dtype")
 
 
 def chosen(value: str, known: Iterable[str], option: str) -> str:
-    """A value that is among the known ones.
+    """Check that a value is among the known ones.
 
     Raises:
         typer.BadParameter: it is not; the message lists them.

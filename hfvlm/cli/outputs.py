@@ -1,4 +1,4 @@
-"""What commands may replace: only what hfvlm wrote."""
+"""The outputs that commands may replace: only those that hfvlm wrote."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ MODEL_FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.j*",
 )  # fmt: skip
 PARTS = ("*tokenizer", "additional_chat_templates")
-# What generators of cards leave in a card that nobody wrote.
+# Marks of generated cards.
 TEMPLATES = ("# Model Card for Model ID", "generated_from_trainer", "library_name: peft", "library_name: transformers")
 GENERATOR = '<meta name="generator" content="hfvlm">'
 
@@ -38,12 +38,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a path is a folder without content."""
+    """Check whether a path is a folder without content."""
     return folder.is_dir() and not any(folder.iterdir())
 
 
 def foreign_files(folder: Path, known: Sequence[str] = ()) -> list[str]:
-    """The entries of a model's folder that are none of a model's, nor otherwise known, by name."""
+    """List the entries of a model's folder that are none of a model's, nor otherwise known, by name."""
     files = (*MODEL_FILES, *known)
     return sorted(
         str(path.relative_to(folder))
@@ -53,7 +53,7 @@ def foreign_files(folder: Path, known: Sequence[str] = ()) -> list[str]:
 
 
 def written_here(folder: Path) -> bool:
-    """Whether a model's folder says that it comes from hfvlm."""
+    """Check whether the files of a model's folder name hfvlm as their origin."""
     if "hfvlm" in read_json(folder / "conversion.json"):
         return True
     if str(read_json(folder / "config.json").get("model_type", "")).startswith("hfvlm_"):
@@ -62,7 +62,7 @@ def written_here(folder: Path) -> bool:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself; nothing of what is none."""
+    """Read the metadata of a safetensors file; empty for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -73,7 +73,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none."""
+    """Read a JSON object; empty where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,11 +105,11 @@ def check_page(path: Path | None, *, overwrite: bool) -> None:
         return
     with path.open("rb") as file:
         if GENERATOR.encode() not in file.read(4096):
-            raise FileExistsError(f"{path}: hfvlm did not write it: choose another name, or replace it: --overwrite.")
+            raise foreign_file(path)
 
 
 def check_image(path: Path | None, *, overwrite: bool) -> None:
-    """Refuse to replace an image that hfvlm did not draw; those it draws as PNG say so.
+    """Refuse to replace an image that hfvlm did not draw; its own PNG files have a mark.
 
     Raises:
         FileExistsError: it is something else.
@@ -124,13 +124,18 @@ def check_image(path: Path | None, *, overwrite: bool) -> None:
                 return
     except (OSError, UnidentifiedImageError):
         pass
-    raise FileExistsError(f"{path}: hfvlm did not write it: choose another name, or replace it: --overwrite.")
+    raise foreign_file(path)
+
+
+def foreign_file(path: Path) -> FileExistsError:
+    """Return the error of a file that is not replaced."""
+    return FileExistsError(f"{path}: hfvlm did not write it: choose another output, or replace it: --overwrite.")
 
 
 @contextmanager
 def report_folder(output: Path | None, *, overwrite: bool) -> Iterator[Path | None]:
-    """A folder to write a report into, whose files are moved into `output`, beside what is there, when the block ends
-    well; None of None.
+    """Yield a folder to write a report into, whose files are moved into `output`, among what is there, when the block
+    succeeds; None for None.
 
     Raises:
         FileExistsError: `output` is a file, or has a report that hfvlm did not write.
@@ -142,11 +147,10 @@ def report_folder(output: Path | None, *, overwrite: bool) -> Iterator[Path | No
         return
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: is a file: choose another output.")
-    check_page(output / PAGE_NAME, overwrite=overwrite or "hfvlm" in read_json(output / JSON_NAME))
-    if (output / JSON_NAME).exists() and not overwrite and "hfvlm" not in read_json(output / JSON_NAME):
-        raise FileExistsError(
-            f"{output / JSON_NAME}: hfvlm did not write it: choose another output, or replace it: --overwrite."
-        )
+    overwrite = overwrite or "hfvlm" in read_json(output / JSON_NAME)
+    check_page(output / PAGE_NAME, overwrite=overwrite)
+    if (output / JSON_NAME).exists() and not overwrite:
+        raise foreign_file(output / JSON_NAME)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         yield Path(temporary)

@@ -1,0 +1,1 @@
+"""Metrics, and the evaluations of models by them."""

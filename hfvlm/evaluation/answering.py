@@ -19,15 +19,15 @@ something'll that'd that'd've that's there'd there'd've there're there's they'd 
 wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
 who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
 you've
-""".split()  # noqa: SIM905 (a list of a hundred lines says no more)
+""".split()  # noqa: SIM905 (a list of a hundred lines is no clearer)
 
 
 def _spellings() -> dict[str, str]:
-    """Each contraction by the spellings that leave out some of its apostrophes."""
+    """Map the spellings that leave out some of a contraction's apostrophes to the contraction."""
     found: dict[str, str] = {}
     for word in CONTRACTIONS:
-        places = [i for i, letter in enumerate(word) if letter == "'"]
-        for left_out in chain.from_iterable(combinations(places, n) for n in range(1, len(places) + 1)):
+        marks = [i for i, letter in enumerate(word) if letter == "'"]
+        for left_out in chain.from_iterable(combinations(marks, n) for n in range(1, len(marks) + 1)):
             found["".join(letter for i, letter in enumerate(word) if i not in left_out)] = word
     return found
 
@@ -39,37 +39,37 @@ _COMMA = re.compile(r"\d,\d")
 
 
 def normalised(answer: str) -> str:
-    """An answer without case, punctuation, articles and number words, and with its apostrophes."""
+    """Strip an answer of case, punctuation, articles and number words, and restore its apostrophes."""
     text = re.sub(r"[\n\t]", " ", answer).strip()
     commas = _COMMA.search(text) is not None
     for mark in PUNCTUATION:
-        alone = f"{mark} " in text or f" {mark}" in text
-        text = text.replace(mark, "" if alone or commas else " ")
+        outside = f"{mark} " in text or f" {mark}" in text
+        text = text.replace(mark, "" if outside or commas else " ")
     text = _PERIOD.sub("", text)
-    kept = [DIGITS.get(word, word) for word in text.lower().split()]
-    return " ".join(SPELLINGS.get(word, word) for word in kept if word not in ARTICLES)
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(SPELLINGS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The mean over questions; an answer is right, 1, when three of the other nine people gave it.
+    """Return the mean over questions; an answer is right, 1, when three of the other nine annotators gave it.
 
     Args:
         answers: one a question.
-        references: what people answered to each question, ten of them in VQA.
+        references: the annotators' answers to each question, ten of them in VQA.
 
     Raises:
         ValueError: the numbers differ, or a question has no references.
     """
     if len(answers) != len(references) or not answers:
-        raise ValueError(f"{len(answers)} answers need as many lists of references, not {len(references)}.")
+        raise ValueError(f"{len(answers)} answers need {len(answers)} lists of references, not {len(references)}.")
     return sum(map(accuracy_of, answers, references)) / len(answers)
 
 
 def accuracy_of(answer: str, given: Sequence[str]) -> float:
-    """Of one question: the mean, over leaving out each person, of how many others agree with the answer, in thirds."""
+    """Score one question: the mean, over leaving out each annotator, of how many others agree with it, in thirds."""
     if not given:
         raise ValueError(f"{answer!r} has no references to be compared with.")
-    # Where all people agree, the challenge compares what they wrote as it is.
+    # Where all annotators agree, the challenge compares their answers as they are.
     same = len(set(given)) == 1
     wanted = list(given) if same else [normalised(text) for text in given]
     found = answer.replace("\n", " ").replace("\t", " ").strip() if same else normalised(answer)

@@ -1,4 +1,4 @@
-"""How sure a number is."""
+"""Confidence intervals by bootstrap."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,14 @@ DRAWS = 1000
 def interval(
     statistic: Callable[[np.ndarray], float], rows: int, *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
-    """Between which values a statistic lies in `level` of the sets that are drawn, with replacement, from the rows.
+    """Return the bounds between which a statistic lies in `level` of the sets that are drawn, with replacement, from
+    the rows.
 
     Args:
         statistic: row numbers -> the value.
-        rows: how many there are.
+        rows: their number.
         level: as 0.95.
-        draws: how many sets are drawn.
+        draws: number of sets that are drawn.
         seed: of the drawing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How near captions come to those that people wrote: BLEU, ROUGE-L and CIDEr-D, in plain Python.
+"""The metrics of captions against references: BLEU, ROUGE-L and CIDEr-D, in plain Python.
 
 Texts become words by lower case, with punctuation left out; COCO's own tools use the Penn Treebank's tokenizer, a Java
 program, and may differ in rare words. METEOR needs WordNet and is not here.
@@ -19,18 +19,18 @@ Words = list[str]
 
 
 def words(text: str) -> Words:
-    """A text's words, in lower case."""
+    """Split a text into its words, in lower case."""
     return _WORD.findall(text.lower())
 
 
 def check(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[Words], list[list[Words]]]:
-    """Both as words.
+    """Split captions and references into words.
 
     Raises:
-        ValueError: the numbers differ, or a caption has nothing to be compared with.
+        ValueError: the numbers differ, or a caption has no references.
     """
     if len(captions) != len(references) or not captions:
-        raise ValueError(f"{len(captions)} captions need as many lists of references, not {len(references)}.")
+        raise ValueError(f"{len(captions)} captions need {len(captions)} lists of references, not {len(references)}.")
     if empty := [i for i, texts in enumerate(references) if isinstance(texts, str) or not len(texts)]:
         raise ValueError(f"Caption {empty[0]} needs a list of references, got {references[empty[0]]!r}.")
     return [words(text) for text in captions], [[words(text) for text in texts] for texts in references]
@@ -41,14 +41,14 @@ def ngrams(text: Words, size: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of a whole set, 0 to 1, without smoothing (Papineni et al. 2002).
+    """Return BLEU-1 to BLEU-4 of a whole set, 0 to 1, without smoothing (Papineni et al. 2002).
 
     Args:
-        captions: one text a picture.
-        references: the texts of each picture.
+        captions: one text an image.
+        references: the texts of each image.
 
     Raises:
-        ValueError: a picture has no references.
+        ValueError: an image has no references.
     """
     found, wanted = check(captions, references)
     length = sum(map(len, found))
@@ -73,8 +73,8 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L, 0 to 1: the mean over the pictures of F with recall weighed 1.2, of the best precision and the best
-    recall of their references, as in COCO's evaluation (https://arxiv.org/abs/1504.00325).
+    """Return ROUGE-L, 0 to 1: the mean over the images of F with recall weighed 1.2, of the best precision and the
+    best recall of their references, as in COCO's evaluation (https://arxiv.org/abs/1504.00325).
 
     Arguments and errors as `bleu`.
     """
@@ -82,7 +82,7 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def rouge_l_of_each(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """ROUGE-L of each picture."""
+    """Return ROUGE-L of each image."""
     found, wanted = check(captions, references)
     scores = []
     for caption, texts in zip(found, wanted, strict=True):
@@ -95,7 +95,7 @@ def rouge_l_of_each(captions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def longest_common(a: Words, b: Words) -> int:
-    """The length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for word in a:
         before = 0
@@ -105,22 +105,22 @@ def longest_common(a: Words, b: Words) -> int:
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D, 0 to 10: the mean over the pictures of a set, whose references also say how rare an n-gram is
+    """Return CIDEr-D, 0 to 10: the mean over the images of a set, whose references also define how rare an n-gram is
     (https://arxiv.org/abs/1411.5726, sections 3 and 4).
 
-    A set of one picture has no rare n-grams: its score is 0. Arguments and errors as `bleu`.
+    A set of one image has no rare n-grams: its score is 0. Arguments and errors as `bleu`.
     """
     return fmean(cider_of_each(captions, references))
 
 
 def cider_of_each(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each picture."""
+    """Return CIDEr-D of each image."""
     found, wanted = check(captions, references)
-    pictures: Counter[tuple[str, ...]] = Counter()
+    images: Counter[tuple[str, ...]] = Counter()
     for texts in wanted:
-        pictures.update({gram for text in texts for size in range(1, NGRAM + 1) for gram in ngrams(text, size)})
+        images.update({gram for text in texts for size in range(1, NGRAM + 1) for gram in ngrams(text, size)})
     unseen = log(len(wanted))
-    rarity = {gram: unseen - log(count) for gram, count in pictures.items()}
+    rarity = {gram: unseen - log(count) for gram, count in images.items()}
 
     def vectors(text: Words) -> list[dict[tuple[str, ...], float]]:
         sizes = range(1, NGRAM + 1)
@@ -138,6 +138,7 @@ def cider_of_each(captions: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def clipped_cosine(a: dict[tuple[str, ...], float], b: dict[tuple[str, ...], float]) -> float:
-    """The cosine of two n-gram vectors, of which `a` counts no n-gram more often than `b`: repeating earns nothing."""
+    """Return the cosine of two n-gram vectors, where `a` counts no n-gram more often than `b`: repeating earns
+    nothing."""
     lengths = (sum(v * v for v in a.values()) * sum(v * v for v in b.values())) ** 0.5
     return sum(min(v, b[gram]) * b[gram] for gram, v in a.items() if gram in b) / lengths if lengths else 0.0

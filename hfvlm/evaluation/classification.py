@@ -1,4 +1,4 @@
-"""How often classes are right."""
+"""The metrics of classification."""
 
 import numpy as np
 import torch
@@ -8,23 +8,28 @@ from hfvlm.evaluation.retrieval import ranks_of_best
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """The share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row.
+    """Return the share of rows `(N, classes)` whose label is among the k best. Equal scores count against a row.
 
     Raises:
         ValueError: k is no number of classes.
     """
     check_integer("k", k)
+    return float((label_ranks(scores, labels) < k).mean())
+
+
+def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Count, `(N,)`, the other classes that score as high as the label, of `(N, classes)` scores and `(N,)` labels."""
     right = torch.from_numpy(np.eye(scores.shape[1], dtype=bool)[labels])
-    return (ranks_of_best(torch.from_numpy(scores), right) < k).double().mean().item()
+    return ranks_of_best(torch.from_numpy(scores), right).numpy()
 
 
 def mean_per_class_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over the classes that occur of the share of their rows that are right."""
+    """Return the mean, over the classes that occur, of the share of their rows that are right."""
     return float(np.mean([(predictions[labels == label] == label).mean() for label in np.unique(labels)]))
 
 
 def mean_average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """The mean over classes of the area under precision over recall, not interpolated.
+    """Return the mean over classes of the area under precision over recall, not interpolated.
 
     Args:
         scores: `(N, classes)`.
@@ -41,7 +46,7 @@ def mean_average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Of one class; rows of equal score are taken together, as one threshold."""
+    """Return the average precision of one class; rows of equal score are one threshold."""
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(relevant[order])
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -50,7 +55,7 @@ def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 
 
 def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """`(classes, classes)`, rows are what is true, columns what was predicted."""
+    """Count rows by their true class and their predicted one: `(classes, classes)`."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     return counts

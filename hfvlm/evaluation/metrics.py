@@ -20,13 +20,13 @@ SCORES = {
 KS = (1, 5, 10)
 
 
-def recall(scores: np.ndarray, partners: np.ndarray) -> dict[str, float]:
-    """Of queries by candidates, as `hfvlm.evaluation.retrieval.recall_at`."""
-    ranks = ranks_of_best(torch.from_numpy(scores), torch.from_numpy(partners))
+def recall(scores: np.ndarray, positives: np.ndarray) -> dict[str, float]:
+    """Return recall@k of queries by candidates, as `hfvlm.evaluation.retrieval.recall_at`."""
+    ranks = ranks_of_best(torch.from_numpy(scores), torch.from_numpy(positives))
     return {f"recall@{k}": (ranks < k).double().mean().item() for k in KS}
 
 
-# What each takes: texts and those that people wrote; classes; or a row of scores and which of them are right.
+# What each takes: texts and references; classes; or a row of scores and a mask of the positives.
 METRICS: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
     "bleu": (TEXTS, lambda p, r: {f"bleu_{n + 1}": score for n, score in enumerate(captioning.bleu(p, r))}),
     "rouge_l": (TEXTS, captioning.rouge_l),
@@ -57,7 +57,7 @@ class VisionLanguageMetric(evaluate.Metric):
 
 
 def load_metric(name: str) -> VisionLanguageMetric:
-    """A metric by its name, one of METRICS.
+    """Load a metric by its name, one of METRICS.
 
     Raises:
         ValueError: there is none of that name.

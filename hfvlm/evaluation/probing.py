@@ -9,27 +9,27 @@ from hfvlm.checks.ranges import check_integer, check_number
 from hfvlm.media.sources import import_extra
 
 # The sweep begins with these and narrows down around the best, to eight steps a decade.
-FIRST_STRENGTHS = tuple(10.0**i for i in range(-6, 7, 2))
+FIRST_CS = tuple(10.0**i for i in range(-6, 7, 2))
 STEPS_PER_DECADE = 8
 ITERATIONS = 1000
 VALIDATION = 0.2
 
 
-def fit(features: np.ndarray, labels: np.ndarray, strength: float) -> Any:
-    """Logistic regression by L-BFGS; `strength` is the inverse of its L2 penalty's.
+def fit(features: np.ndarray, labels: np.ndarray, c: float) -> Any:
+    """Fit a logistic regression by L-BFGS; C is the inverse of the L2 regularisation.
 
     Raises:
-        ValueError: the strength is no positive number, or a feature is not finite.
+        ValueError: C is no positive number, or a feature is not finite.
     """
-    check_number("strength", strength, 0, open_low=True)
+    check_number("C", c, 0, open_low=True)
     import_extra("sklearn", "eval", "Linear probes")
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=strength, max_iter=ITERATIONS).fit(features, labels)
+    return LogisticRegression(C=c, max_iter=ITERATIONS).fit(features, labels)
 
 
-def best_strength(features: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> float:
-    """The strength that does best on a fifth of the rows, which is left out while it is looked for.
+def best_c(features: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> float:
+    """Find the regularisation C that does best on a fifth of the rows, which is left out of the fits.
 
     Raises:
         ValueError: a class has too few rows to leave one out.
@@ -43,12 +43,12 @@ def best_strength(features: np.ndarray, labels: np.ndarray, *, seed: int = 0) ->
     )
     found: dict[float, float] = {}
 
-    def score(strength: float) -> float:
-        if strength not in found:
-            found[strength] = fit(rest, rest_labels, strength).score(left_out, left_out_labels)
-        return found[strength]
+    def score(c: float) -> float:
+        if c not in found:
+            found[c] = fit(rest, rest_labels, c).score(left_out, left_out_labels)
+        return found[c]
 
-    best, step = max(FIRST_STRENGTHS, key=score), 1.0
+    best, step = max(FIRST_CS, key=score), 1.0
     while step >= 1 / STEPS_PER_DECADE:
         best = max((best * 10**-step, best, best * 10**step), key=score)
         step /= 2
@@ -56,7 +56,7 @@ def best_strength(features: np.ndarray, labels: np.ndarray, *, seed: int = 0) ->
 
 
 def draw_shots(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
-    """Row numbers, so many of each class.
+    """Draw row numbers, `shots` of each class.
 
     Raises:
         ValueError: a class has fewer rows.
@@ -64,7 +64,7 @@ def draw_shots(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
     random = np.random.default_rng((check_integer("seed", seed, 0), check_integer("shots", shots)))
     rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     if fewest := [len(found) for found in rows if len(found) < shots]:
-        raise ValueError(f"{shots} shots need as many rows of each class; one has {min(fewest)}.")
+        raise ValueError(f"{shots} shots need {shots} rows of each class; one has {min(fewest)}.")
     return np.concatenate([random.choice(found, shots, replace=False) for found in rows])
 
 
@@ -72,14 +72,14 @@ def few_shot_curve(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     shots: Sequence[int],
-    strength: float,
+    c: float,
     *,
     seeds: int = 3,
 ) -> dict[int, list[float]]:
-    """Accuracies on the test rows by the number of training rows of each class, for several draws of them."""
+    """Return accuracies on the test rows by the number of training rows of each class, for several draws of them."""
     check_integer("seeds", seeds)
     curve: dict[int, list[float]] = {}
     for count in shots:
         rows = [draw_shots(train[1], count, seed=seed) for seed in range(seeds)]
-        curve[count] = [fit(train[0][r], train[1][r], strength).score(*test) for r in rows]
+        curve[count] = [fit(train[0][r], train[1][r], c).score(*test) for r in rows]
     return curve

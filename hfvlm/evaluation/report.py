@@ -1,45 +1,48 @@
 """What an evaluation found, as JSON and as a page that needs no other file."""
 
-import base64
 import html
 import io
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from hfvlm.evaluation.bootstrap import interval
-from hfvlm.inference.pages import data_url, thumbnail
+from hfvlm.inference.pages import data_url, image_url, thumbnail
 from hfvlm.media.sources import import_extra
 from hfvlm.versions import __version__
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
-MOST_ERRORS = 100
+MOST_ERRORS, MOST_MISTAKES = 100, 24
 
 
 @dataclass
 class Result:
-    """A number and, where it was drawn for, the interval of 95 % confidence around it."""
+    """A number and, where there is one, the interval of 95 % confidence around it."""
 
     metric: str
     value: float
     low: float | None = None
     high: float | None = None
 
+    @property
+    def interval(self) -> str:
+        return "" if self.low is None else f"{self.low:.4f} to {self.high:.4f}"
+
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" ({self.low:.4f} to {self.high:.4f})"
-        return f"{self.metric}: {self.value:.4f}{interval}"
+        return f"{self.metric}: {self.value:.4f}" + (f" ({self.interval})" if self.interval else "")
 
 
 @dataclass
 class Mistake:
-    """A row that went most wrong: a picture's path, and what to say of it."""
+    """A row that went most wrong: the path of its media file, and a caption for it."""
 
     path: str | None
     text: str
@@ -52,7 +55,7 @@ class Report:
     Args:
         task: as "zero-shot".
         model: its folder.
-        data: what it was evaluated on.
+        data: the name of the data set.
         rows: how many were measured.
         protocol: everything that the numbers depend on.
         results: the numbers.
@@ -67,15 +70,32 @@ class Report:
     model: str
     data: str
     rows: int
-    protocol: dict[str, Any]
-    results: list[Result]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
     plots: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     each: dict[str, dict[int, float]] = field(default_factory=dict)
 
+    def add(self, metric: str, numbers: Sequence[int], values: np.ndarray) -> None:
+        """Add a metric that has a value for each row: its mean with the interval around it, and the values.
+
+        Args:
+            metric: its name.
+            numbers: `(N,)` row numbers; of a row that occurs several times, the mean of its values is stored.
+            values: `(N,)`.
+        """
+        each = np.asarray(values, np.float64)
+        low, high = interval(lambda rows: float(each[rows].mean()), len(each))
+        self.results.append(Result(metric, float(each.mean()), low, high))
+        by_row: dict[int, list[float]] = {}
+        for row, value in zip(numbers, each.tolist(), strict=True):
+            by_row.setdefault(row, []).append(value)
+        self.each[metric] = {row: round(fmean(own), 6) for row, own in by_row.items()}
+
     def as_json(self) -> dict[str, Any]:
+        """Return the content of `report.json`."""
         known = {"hfvlm": __version__, "task": self.task, "model": self.model, "data": self.data}
         return known | {
             "versions": versions(),
@@ -90,38 +110,33 @@ class Report:
         }
 
     def for_card(self) -> list[dict[str, Any]]:
-        """The numbers as `hfvlm.release.hub.write_card` takes them."""
+        """Return the numbers in the form that `write_card` takes."""
         protocol = ", ".join(f"{name} {value}" for name, value in self.protocol.items())
         rows = f"{self.rows} rows" + (f" ({len(self.errors)} more cannot be read)" if self.errors else "")
         shared = {"task": self.task, "dataset": Path(self.data).name, "protocol": f"{rows}; {protocol}"}
         return [shared | {"metric": result.metric, "value": round(result.value, 4)} for result in self.results]
 
     def write(self, folder: Path) -> None:
-        """`report.json` and `report.html`."""
+        """Write `report.json` and `report.html`."""
         (folder / JSON_NAME).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
         (folder / PAGE_NAME).write_text(self.page(), encoding="utf-8")
 
     def page(self) -> str:
-        numbers = "".join(
-            f"<tr><td>{html.escape(r.metric)}</td><td>{r.value:.4f}</td>"
-            f"<td>{'' if r.low is None else f'{r.low:.4f} to {r.high:.4f}'}</td></tr>"
-            for r in self.results
-        )
-        protocol = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-            for name, value in (self.protocol | self.about | versions() | {"cannot be read": len(self.errors)}).items()
-        )
-        plots = "".join(f'<img class="plot" src="{plot_url(draw)}" alt="{name}">' for name, draw in self.plots.items())
-        mistakes = "".join(mistake_figure(mistake) for mistake in self.mistakes)
-        title = html.escape(f"{Path(self.model).name}: {self.task} on {Path(self.data).name}")
+        """Return the content of `report.html`."""
+        protocol = self.protocol | self.about | versions() | {"cannot be read": len(self.errors)}
         return PAGE.format(
-            title=title, numbers=numbers, protocol=protocol, plots=plots, mistakes=mistakes, rows=self.rows
+            title=html.escape(f"{Path(self.model).name}: {self.task} on {Path(self.data).name}"),
+            numbers="".join(table_row(r.metric, f"{r.value:.4f}", r.interval) for r in self.results),
+            protocol="".join(table_row(*item) for item in protocol.items()),
+            plots="".join(f'<img class="plot" src="{plot_url(p)}" alt="{name}">' for name, p in self.plots.items()),
+            mistakes="".join(mistake_figure(mistake) for mistake in self.mistakes),
+            rows=self.rows,
         )
 
 
 @dataclass
 class Difference:
-    """What a metric gains from a first report to a second: over equal rows, with its interval of 95 % confidence."""
+    """The gain of a metric from a first report to a second: over equal rows, with its interval of 95 % confidence."""
 
     metric: str
     first: float
@@ -135,15 +150,13 @@ class Difference:
         return self.second - self.first
 
     def __str__(self) -> str:
-        sure = "" if self.low > 0 or self.high < 0 else ", not significant"
-        numbers = (
-            f"{self.first:.4f} -> {self.second:.4f}, {self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{sure})"
-        )
-        return f"{self.metric}: {numbers}"
+        note = "" if self.low > 0 or self.high < 0 else ", not significant"
+        gain = f"{self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{note})"
+        return f"{self.metric}: {self.first:.4f} -> {self.second:.4f}, {gain}"
 
 
 def compare(first: Report | str | Path, second: Report | str | Path) -> list[Difference]:
-    """Two models on the same rows, by the metrics that have a value for each row.
+    """Compare two models on the same rows, by the metrics that have a value for each row.
 
     The intervals are of the paired differences, drawn with replacement, so that rows which are hard for both count for
     neither.
@@ -178,7 +191,7 @@ def compare(first: Report | str | Path, second: Report | str | Path) -> list[Dif
 
 
 def read_report(report: Report | str | Path) -> dict[str, Any]:
-    """A report as it is written.
+    """Read a report, as it is written.
 
     Raises:
         FileNotFoundError: there is none.
@@ -199,20 +212,26 @@ def read_report(report: Report | str | Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Return the versions of Python and the libraries that the numbers depend on."""
     names = ("torch", "transformers", "numpy", "datasets")
     found = {name: version(name) for name in names if find_spec(name) is not None}
     return {"python": platform.python_version(), "hfvlm": __version__} | found
 
 
+def table_row(*cells: Any) -> str:
+    """Return a row of an HTML table."""
+    return f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"
+
+
 def mistake_figure(mistake: Mistake) -> str:
+    """Return the HTML of a mistake, with its image if it has one."""
     image = thumbnail(mistake.path)
-    picture = f'<img src="{data_url(image)}" alt="">' if image else ""
-    return f"<figure>{picture}<figcaption>{html.escape(mistake.text)}</figcaption></figure>"
+    shown = f'<img src="{image_url(image)}" alt="">' if image else ""
+    return f"<figure>{shown}<figcaption>{html.escape(mistake.text)}</figcaption></figure>"
 
 
 def plot_url(draw: Callable[[Any], None]) -> str:
-    """A plot as a picture within a page."""
+    """Return a plot as an image within a page."""
     import_extra("matplotlib", "eval", "Reports")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -222,11 +241,11 @@ def plot_url(draw: Callable[[Any], None]) -> str:
     draw(figure.subplots())
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(file, "png")
 
 
 def confusion_plot(counts: np.ndarray, labels: list[str], most: int = 30) -> Callable[[Any], None]:
-    """Shares of each true class; names only where they can be read."""
+    """Plot the shares of each true class; with names only where they can be read."""
 
     def draw(axes: Any) -> None:
         axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), vmin=0, vmax=1, cmap="Blues")
@@ -239,7 +258,7 @@ def confusion_plot(counts: np.ndarray, labels: list[str], most: int = 30) -> Cal
 
 
 def recall_plot(ranks: dict[str, np.ndarray]) -> Callable[[Any], None]:
-    """Recall over k, for each direction."""
+    """Plot recall over k, for each direction."""
 
     def draw(axes: Any) -> None:
         for name, found in ranks.items():
@@ -252,7 +271,7 @@ def recall_plot(ranks: dict[str, np.ndarray]) -> Callable[[Any], None]:
 
 
 def shots_plot(curve: dict[int, list[float]], zero_shot: float | None) -> Callable[[Any], None]:
-    """Accuracy over the number of examples, beside what needs none."""
+    """Plot accuracy over the number of examples, next to the zero-shot accuracy."""
 
     def draw(axes: Any) -> None:
         means = [float(np.mean(values)) for values in curve.values()]

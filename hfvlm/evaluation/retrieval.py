@@ -1,4 +1,4 @@
-"""Finding the partner of a row among those of another modality."""
+"""The metrics of retrieval: finding the positives of a row among those of another modality."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ def recall_at(
     *,
     score: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[int, float]:
-    """The share of queries that have one of their partners among the k best of the gallery.
+    """Return the share of queries that have a positive among the k best of the gallery.
 
     Equal scores count against a query: a model whose embeddings are all the same finds nothing.
 
@@ -28,18 +28,18 @@ def recall_at(
         gallery: `(M, D)` embeddings.
         ks: as (1, 5, 10).
         query_ids: `(N,)`, by default 0, 1, 2, ...
-        gallery_ids: `(M,)`; rows with equal ids are partners, as a picture and each of its captions.
+        gallery_ids: `(M,)`; rows with equal ids are positives, as an image and each of its captions.
         score: queries `(B, D)` and a gallery `(M, D)` -> `(B, M)`; by default their product.
 
     Raises:
-        ValueError: a query has no partner in the gallery, or a k is no number of rows.
+        ValueError: a query has no positive in the gallery, or a k is no number of rows.
     """
     ks = [check_integer("k", k) for k in ks]
-    ranks = partner_ranks(queries, gallery, query_ids, gallery_ids, score=score)
+    ranks = positive_ranks(queries, gallery, query_ids, gallery_ids, score=score)
     return {k: (ranks < k).double().mean().item() for k in ks}
 
 
-def partner_ranks(
+def positive_ranks(
     queries: Tensor,
     gallery: Tensor,
     query_ids: Tensor | None = None,
@@ -47,23 +47,24 @@ def partner_ranks(
     *,
     score: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`(N,)`: how many others of the gallery score as high as a query's best partner; see `recall_at`."""
+    """Count, `(N,)`, the negatives that score as high as a query's best positive; arguments as `recall_at`."""
     query_ids = torch.arange(len(queries), device=queries.device) if query_ids is None else query_ids
     gallery_ids = torch.arange(len(gallery), device=gallery.device) if gallery_ids is None else gallery_ids
     ranks = []
     for part, ids in zip(*(x.split(max(1, BLOCK // max(1, len(gallery)))) for x in (queries, query_ids)), strict=True):
         scores = part @ gallery.t() if score is None else score(part, gallery)
-        partner = ids[:, None] == gallery_ids
-        if not partner.any(dim=1).all():
-            raise ValueError(f"Query {int(ids[~partner.any(dim=1)][0])} has no partner in the gallery.")
-        ranks.append(ranks_of_best(scores, partner))
+        positive = ids[:, None] == gallery_ids
+        if not positive.any(dim=1).all():
+            raise ValueError(f"Query {int(ids[~positive.any(dim=1)][0])} has no positive in the gallery.")
+        ranks.append(ranks_of_best(scores, positive))
     return torch.cat(ranks)
 
 
-def ranks_of_best(scores: Tensor, right: Tensor) -> Tensor:
-    """`(N, M)` scores and which of them are right -> `(N,)`, how many wrong ones score as high as the best right one.
+def ranks_of_best(scores: Tensor, positive: Tensor) -> Tensor:
+    """Count, `(N,)`, the negatives that score as high as the best positive, of `(N, M)` scores and a mask of the
+    positives.
 
-    Written so that scores that are not numbers count against a row, too.
+    Scores that are NaN count against a row, too.
     """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (~(scores < best) & ~right).sum(dim=1)
+    best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
+    return (~(scores < best) & ~positive).sum(dim=1)

@@ -12,16 +12,16 @@ from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.index import Index
 from hfvlm.inference.pins import pinned_data, processor_hash, tower_hashes
-from hfvlm.inference.shards import Columns, Row, Run, append, earlier_data, named, read_json, run_shards
+from hfvlm.inference.shards import Row, Run, Tables, absolute, earlier_data, named, open_rows, read_json, run_shards
 from hfvlm.media.folders import MODALITY
-from hfvlm.media.rows import columns_by_name, first_caption, load_rows
+from hfvlm.media.rows import first_caption
 from hfvlm.versions import __version__
 
 SETTINGS, VECTORS = "embed.json", "vectors"
 ABOUT = ("row", "id", "path", "caption")
 
 
-def embed(  # noqa: PLR0913 (each says what the content is)
+def embed(  # noqa: PLR0913 (each defines the content)
     source: str | Path,
     output: str | Path,
     model: str | Path,
@@ -36,12 +36,11 @@ def embed(  # noqa: PLR0913 (each says what the content is)
 ) -> Path:
     """Embed every row of a data set.
 
-    The output holds `vectors-<n>.parquet` (the row's number, its id, the path of its medium where there is one, its
-    caption where texts are embedded, and a vector for each modality), `errors-<n>.parquet` for the rows that could not
-    be read or have no finite vector, and `embed.json` and `files.json`, which say what was embedded by what. A shard
-    appears when it is complete; started again, a run goes on after the shards that are there, if the files, the
-    weights and all settings are as they were. Several processes (torchrun, accelerate) share the shards out among
-    them.
+    The output holds `vectors-<n>.parquet` (the row's number, its id, the path of its media file where there is one,
+    its caption where texts are embedded, and a vector for each modality), `errors-<n>.parquet` for the rows that could
+    not be read or have no finite vector, and `embed.json` and `files.json`, which record the model, the settings and
+    the files. A shard appears when it is complete; started again, a run goes on after the shards that exist, if the
+    files, the weights and all settings are as they were. Several processes (torchrun, accelerate) share the shards.
 
     Of a folder of several kinds of media each row has the vector of its own kind, and null for the others.
 
@@ -51,7 +50,7 @@ def embed(  # noqa: PLR0913 (each says what the content is)
         model: the model's folder or Hub id.
         split: of the data set.
         columns: {"image": "photo"}; by default every column whose name is known and whose modality the model knows.
-        id_column: by default webdataset's `__key__`, or the medium's path, or the row's number.
+        id_column: by default webdataset's `__key__`, or the media file's path, or the row's number.
         batch_size: rows that the model takes at a time.
         shard_rows: rows of a shard.
         source_options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
@@ -66,13 +65,9 @@ def embed(  # noqa: PLR0913 (each says what the content is)
     check_integer("batch_size", batch_size)
     check_integer("shard_rows", shard_rows)
     output, source = Path(output), absolute(source)
-    rows = load_rows(source, split=split, streaming=True)
-    names = list(rows.features or next(iter(rows), {}))
-    if missing := [name for name in (*(columns or {}).values(), *filter(None, [id_column])) if name not in names]:
-        raise ValueError(f"{source}: has no column {', '.join(missing)}; it has {', '.join(names)}.")
+    rows, found = open_rows(source, split, columns, id_column)
     embedder = Embedder.from_pretrained(model, list(columns) if columns else None, **options)
     embedder.check_one_vector("A table of vectors")
-    found = columns or columns_by_name(names)
     known = {modality: column for modality, column in found.items() if modality in embedder.modalities}
     if not known:
         raise ValueError(f"{source}: no column of it holds {', '.join(embedder.modalities)}: name them with columns.")
@@ -93,14 +88,9 @@ def embed(  # noqa: PLR0913 (each says what the content is)
     return output
 
 
-def absolute(place: str | Path) -> str:
-    """A folder's whole path; anything else, as a Hub id, as it is."""
-    return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
-
-
 @dataclass(frozen=True)
 class Shards:
-    """Embeds rows, shard by shard; arguments as `embed`."""
+    """The embedding of rows, shard by shard; arguments as `embed`."""
 
     embedder: Embedder
     columns: Mapping[str, str]
@@ -108,52 +98,50 @@ class Shards:
     batch_size: int
     source_options: Mapping[str, Mapping[str, Any]]
 
-    def tables(self, shard: Sequence[Row], _: int) -> tuple[Any, Columns]:
-        """The vectors of a shard's rows, and its errors: a row that cannot be read in any of its modalities is one."""
+    def tables(self, shard: Sequence[Row], _: int) -> Tables:
+        """Return the vectors of a shard's rows, and its errors: a row with a modality that cannot be read is one."""
         import pyarrow
 
-        kept: Columns = {name: [] for name in ("row", "id", "path", "caption", *self.columns)}
-        errors: Columns = {name: [] for name in ("row", "id", "modality", "error")}
+        embedded: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
         media = [column for modality, column in self.columns.items() if modality != "text"]
         for start in range(0, len(shard), self.batch_size):
             batch = shard[start : start + self.batch_size]
             vectors, wrong = self.batch([row for _, row in batch])
-            for i, (place, row) in enumerate(batch):
-                name, path = named(place, row, media, self.id_column)
+            for i, (number, row) in enumerate(batch):
+                name, path = named(number, row, media, self.id_column)
                 if i in wrong:
                     modality, error = wrong[i]
-                    append(errors, {"row": place, "id": name, "modality": modality, "error": error})
+                    errors.append({"row": number, "id": name, "modality": modality, "error": error})
                 else:
                     text = self.columns.get("text")
                     caption = None if text is None else first_caption(row.get(text))
-                    about = {"row": place, "id": name, "path": path, "caption": caption}
-                    append(kept, about | {m: vectors[m].get(i) for m in vectors})
+                    about = {"row": number, "id": name, "path": path, "caption": caption}
+                    embedded.append(about | {m: vectors[m].get(i) for m in vectors})
         types = {"row": pyarrow.int64()} | dict.fromkeys(("id", "path", "caption"), pyarrow.string())
         types |= {modality: pyarrow.list_(pyarrow.float32(), self.embedder.size) for modality in self.columns}
-        return pyarrow.table(kept, pyarrow.schema(list(types.items()))), errors
+        return pyarrow.Table.from_pylist(embedded, pyarrow.schema(list(types.items()))), errors
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, Any]], dict[int, tuple[str, str]]]:
-        """Vectors by modality and place in the batch, and what is wrong with the other rows."""
+        """Return vectors by modality and position in the batch, and what is wrong with the other rows."""
         vectors: dict[str, dict[int, Any]] = {}
-        wrong = {i: (str(row[MODALITY]), "nothing of this kind is embedded.") for i, row in self.foreign(rows)}
+        known = (None, *self.columns.values())  # of a folder of several kinds, those that are embedded
+        kinds = {i: str(row[MODALITY]) for i, row in enumerate(rows) if row.get(MODALITY) not in known}
+        wrong = {i: (kind, "nothing of this kind is embedded.") for i, kind in kinds.items()}
         for modality, column in self.columns.items():
-            places = [i for i, row in enumerate(rows) if row.get(MODALITY) in (None, column)]
-            given = [rows[i].get(column) for i in places]
+            positions = [i for i, row in enumerate(rows) if row.get(MODALITY) in (None, column)]
+            given = [rows[i].get(column) for i in positions]
             sources = [first_caption(value) for value in given] if modality == "text" else given
             options = self.source_options.get(modality, {})
             found, errors = self.embedder.encode_readable(modality, sources, **options)
-            readable = [place for i, place in enumerate(places) if i not in errors]
+            readable = [position for i, position in enumerate(positions) if i not in errors]
             vectors[modality] = dict(zip(readable, found, strict=True))
-            wrong |= {places[i]: (modality, error) for i, error in errors.items() if places[i] not in wrong}
+            wrong |= {positions[i]: (modality, error) for i, error in errors.items() if positions[i] not in wrong}
         return vectors, wrong
-
-    def foreign(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-        """Rows of a folder of several kinds, of a kind that is not embedded."""
-        return [(i, row) for i, row in enumerate(rows) if row.get(MODALITY) not in (None, *self.columns.values())]
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """What `embed` wrote about itself.
+    """Read the settings of a run of `embed`.
 
     Raises:
         FileNotFoundError: the folder is not one that `embed` wrote.
@@ -166,7 +154,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def read_embedder(folder: str | Path, modalities: Sequence[str] | None = None, **options: Any) -> Embedder:
-    """The model that made the vectors of a folder, for queries.
+    """Load the model that embedded a folder's vectors, for queries.
 
     Raises:
         ValueError: its weights are others by now.
@@ -181,7 +169,7 @@ def read_embedder(folder: str | Path, modalities: Sequence[str] | None = None, *
 
 
 def count_rows(folder: str | Path) -> tuple[int, int]:
-    """How many rows of a folder have vectors, and how many are errors."""
+    """Count the rows of a folder that have vectors, and those that are errors."""
     from pyarrow import parquet
 
     found: Counter[str] = Counter()
@@ -191,7 +179,7 @@ def count_rows(folder: str | Path) -> tuple[int, int]:
 
 
 def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, str]]:
-    """The vectors of one modality as an index, and the paths of their media by id.
+    """Read the vectors of one modality as an index, and the paths of their media by id.
 
     Raises:
         ValueError: there are no such vectors.
@@ -223,12 +211,12 @@ def read_vectors(folder: str | Path, modality: str) -> tuple[Index, dict[str, st
 
 
 def vector_columns(table: Any) -> list[str]:
-    """The columns of a shard that hold vectors."""
+    """Return the columns of a shard that hold vectors."""
     return [name for name in table.column_names if name not in ABOUT]
 
 
 def read_captions(folder: str | Path) -> dict[str, str]:
-    """The texts that were embedded, by id; of runs before texts were stored none."""
+    """Read the texts that were embedded, by id; none of runs that did not store them."""
     from pyarrow import parquet
 
     captions: dict[str, str] = {}

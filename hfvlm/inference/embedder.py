@@ -1,7 +1,8 @@
-"""Pictures, texts, sounds and whatever else a model embeds, to vectors of unit length."""
+"""Images, texts, audio clips and whatever else a model embeds, to vectors of unit length."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from hfvlm.checks.ranges import check_integer, shown
 from hfvlm.configuration import MultiEncoderConfig
 from hfvlm.inference.adapters import config_of, load_model, processor_of
+from hfvlm.inference.placement import check_dtype, find_device, placed
 from hfvlm.inference.vectors import combine, similarity, unit_rows
 from hfvlm.logs import tracked
 from hfvlm.media.errors import MediaError
 from hfvlm.media.rows import UNREADABLE, are_several
+from hfvlm.media.sources import import_extra
 from hfvlm.modeling.base import unit
 from hfvlm.modeling.outputs import MODALITIES
 
@@ -23,7 +26,7 @@ __all__ = ["Embedder", "Embeddings", "combine", "similarity", "unit_rows"]
 
 OUTPUTS = ("numpy", "torch", "arrow")
 NO_DIRECTION = "the model gives it a vector that is zero or not finite; is there NaN in the weights or the input?"
-# Batches that are decoded before the model asks for them.
+# Batches that are decoded before the model takes them.
 AHEAD = 2
 
 
@@ -33,12 +36,12 @@ class Embeddings(dict[str, Any]):
     embedder: "Embedder"
 
     def similarity(self, a: str, b: str) -> Any:
-        """`(N, M)`, as the model compares two modalities."""
+        """Compare two modalities as the model does; `(N, M)`."""
         return self.embedder.similarity(self[a], self[b])
 
 
 class Embedder:
-    """Turns sources of any modality that a model knows into vectors of one space.
+    """Sources of any modality that a model knows, as vectors of one space.
 
     Args:
         model: with `modalities` and `get_<modality>_features`; it is put in inference mode, on its device.
@@ -71,7 +74,7 @@ class Embedder:
         Raises:
             ValueError: the model has no such modality, or there is no such device or precision.
         """
-        device, dtype = chosen_device(device), chosen_dtype(dtype)
+        device, dtype = find_device(device), check_dtype(dtype)
         if isinstance(config_of(folder), MultiEncoderConfig) and modalities is not None:
             options["modalities"] = list(modalities)
         model = load_model(folder, dtype=dtype, **options)
@@ -81,12 +84,16 @@ class Embedder:
 
     @property
     def size(self) -> int:
-        """How long a vector is."""
+        """Length of a vector."""
         config = getattr(self.model, self.model.towers[self.modalities[0]]).config
         return config.projection_dim or config.hidden_size
 
     def check(self, modalities: Sequence[str]) -> None:
-        """A ValueError, unless all modalities are known."""
+        """Refuse modalities that the model does not embed.
+
+        Raises:
+            ValueError: it does not embed one.
+        """
         if unknown := [name for name in modalities if name not in self.modalities]:
             raise ValueError(
                 f"{type(self.model).__name__} embeds {', '.join(self.modalities)}, not {', '.join(unknown)}."
@@ -101,7 +108,7 @@ class Embedder:
         options: dict[str, dict[str, Any]] | None = None,
         **sources: Any,
     ) -> Any:
-        """Vectors of unit length.
+        """Embed sources, as vectors of unit length.
 
         Args:
             batch_size: sources that the model takes at a time.
@@ -109,10 +116,10 @@ class Embedder:
             output: "numpy", "torch" or "arrow", float32.
             options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
             **sources: `image=`, `video=`, `text=`, `audio=`, `depth=`, `thermal=`, `imu=`: a list of whatever
-                `hfvlm.media` reads, or a column of `datasets`, or one source alone; None is left out.
+                `hfvlm.media` reads, or a column of `datasets`, or a single source; None is left out.
 
         Returns:
-            For a list `(N, D)`, for a source alone `(D,)`; for more than one modality an `Embeddings` of these.
+            For a list `(N, D)`, for a single source `(D,)`; for more than one modality an `Embeddings` of these.
 
         Raises:
             MediaError: a source cannot be read; the message names it.
@@ -132,40 +139,43 @@ class Embedder:
             raise ValueError(f"options are given for {', '.join(foreign)}, of which there are no sources.")
         found = {}
         for modality, values in given.items():
-            alone = not are_several(values)
-            parts = self.batches(
-                modality, [values] if alone else values, batch_size, (options or {}).get(modality, {})
-            )
-            count = 1 if alone else len(values)
+            several = are_several(values)
+            items = values if several else [values]
+            parts = self.batches(modality, items, batch_size, (options or {}).get(modality, {}))
+            count = len(items)
             done = list(tracked(parts, modality, -(-count // batch_size)) if progress else parts)
             vectors = self.assembled(done, count)
-            found[modality] = as_output(vectors[0] if alone else vectors, output)
+            found[modality] = as_output(vectors if several else vectors[0], output)
         if len(found) == 1:
             return next(iter(found.values()))
-        several = Embeddings(found)
-        several.embedder = self
-        return several
+        embeddings = Embeddings(found)
+        embeddings.embedder = self
+        return embeddings
 
     def assembled(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
-        """Batches to one table; shorter texts of a model that embeds each token end in zeros."""
-        if sum(len(places) for places, _ in parts) != count:
+        """Assemble batches to one table; shorter texts of a model that embeds each token end in zeros."""
+        if sum(len(positions) for positions, _ in parts) != count:
             raise RuntimeError(f"Of {count} sources not every one has a vector.")
         tokens = [features.shape[1] for _, features in parts if features.ndim == 3]
         vectors = torch.zeros(count, max(tokens), self.size) if tokens else torch.zeros(count, self.size)
-        for places, features in parts:
+        for positions, features in parts:
             if tokens:
-                vectors[places, : features.shape[1]] = features
+                vectors[positions, : features.shape[1]] = features
             else:
-                vectors[places] = features
+                vectors[positions] = features
         return vectors
 
     @property
     def by_token(self) -> bool:
-        """Whether the model gives a vector to each patch and token, and compares these (FILIP)."""
+        """True of a model with a vector for each patch and token, which compares these (FILIP)."""
         return hasattr(self.model, "score")
 
     def similarity(self, a: Any, b: Any) -> Any:
-        """`(N, M)`: the cosines of `(N, D)` and `(M, D)`, or what the model has in their place."""
+        """Return `(N, M)`: the cosines of `(N, D)` and `(M, D)`, or the model's own scores.
+
+        Raises:
+            ValueError: the vectors have other shapes.
+        """
         if not self.by_token:
             return similarity(a, b)
         left, right = (torch.as_tensor(x).float() for x in (a, b))
@@ -178,7 +188,11 @@ class Embedder:
         return scores if isinstance(a, Tensor) else scores.numpy()
 
     def check_one_vector(self, purpose: str) -> None:
-        """A ValueError, if a source has many vectors."""
+        """Refuse a model with many vectors for each source.
+
+        Raises:
+            ValueError: it is one; the message names the purpose.
+        """
         if self.by_token:
             raise ValueError(
                 f"{purpose} needs one vector for each source; {type(self.model).__name__} gives one to each patch and "
@@ -188,23 +202,25 @@ class Embedder:
     def batches(
         self, modality: str, sources: Sequence[Any], batch_size: int, options: dict[str, Any]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Vectors with their sources' places; texts of like length together, so that little of a batch is padding."""
+        """Yield vectors with their sources' positions; texts of like length together, so that little is padding."""
         order = list(range(len(sources)))
         if modality == "text":
             sources = list(sources)
             check_texts(sources)
             order.sort(key=lambda i: len(sources[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        given = ([sources[i] for i in batch] for batch in batches)
-        prepared = ahead(lambda batch: self.prepare(modality, batch, **options), given)
-        for batch, inputs in zip(batches, prepared, strict=True):
+        for batch, inputs in ahead(partial(self.prepare, modality, **options), sources, batches):
             features = self.features(modality, inputs)
             if wrong := unusable(features):
                 raise ValueError(f"{modality} {batch[wrong[0]]}: {NO_DIRECTION}")
             yield batch, features
 
     def prepare(self, modality: str, sources: list[Any], **options: Any) -> Any:
-        """Sources -> the model's inputs, on the processor, in memory that a GPU can fetch from."""
+        """Prepare the model's inputs, on the CPU, in memory that a GPU can fetch from.
+
+        Raises:
+            MediaError: a source cannot be read.
+        """
         if modality == "text":
             check_texts(sources)
             options = {"padding": True, "truncation": True} | options
@@ -213,26 +229,28 @@ class Embedder:
 
     @torch.inference_mode()
     def features(self, modality: str, inputs: Any) -> Tensor:
-        """A batch's inputs -> `(B, D)`, float32, on the processor."""
-        inputs = {name: value.to(self.model.device, non_blocking=True) for name, value in inputs.items()}
-        inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        features = getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output
+        """Embed a batch's inputs: `(B, D)`, float32, on the CPU."""
+        features = getattr(self.model, f"get_{modality}_features")(**placed(inputs, self.model)).pooler_output
         return unit(features.float()).cpu()
 
     def encode_readable(self, modality: str, sources: list[Any], **options: Any) -> tuple[np.ndarray, dict[int, str]]:
-        """A batch of which some sources may be damaged: the vectors of the others, in order, and what is wrong with
-        each damaged one, or one whose vector is zero or not finite."""
-        features, _, errors = self.finite(modality, len(sources), *self.prepare_readable(modality, sources, options))
-        return features.numpy(), errors
+        """Embed a batch of which some sources may be damaged.
+
+        Returns:
+            The vectors of the others, in order; by position, what is wrong with each damaged one, or one whose vector
+            is zero or not finite.
+        """
+        vectors, _, errors = self.encode_known(modality, sources, batch_size=max(1, len(sources)), **options)
+        return vectors.numpy(), errors
 
     def encode_known(
         self, modality: str, sources: Sequence[Any], *, batch_size: int = 32, progress: bool = False, **options: Any
     ) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Many sources of which some may be damaged; the next batch is decoded while the model works.
+        """Embed many sources of which some may be damaged; the next batch is decoded while the model works.
 
         Returns:
-            `(N, D)`, or `(N, tokens, D)`, the vectors of those that can be read; their places; and by place what is
-            wrong with the others.
+            `(N, D)`, or `(N, tokens, D)`, the vectors of those that can be read; their positions; and by position what
+            is wrong with the others.
 
         Raises:
             ValueError: the model does not know the modality, or batch_size is no number of sources.
@@ -240,28 +258,25 @@ class Embedder:
         self.check([modality])
         step = check_integer("batch_size", batch_size)
         batches = [list(range(start, min(start + step, len(sources)))) for start in range(0, len(sources), step)]
-        given = ([sources[i] for i in batch] for batch in batches)
-        prepared = ahead(lambda batch: self.prepare_readable(modality, batch, options), given)
+        prepared = ahead(partial(self.prepare_readable, modality, options), sources, batches)
         parts: list[tuple[list[int], Tensor]] = []
-        kept: list[int] = []
+        readable: list[int] = []
         errors: dict[int, str] = {}
-        for batch, found in zip(
-            batches, tracked(prepared, modality, len(batches)) if progress else prepared, strict=True
-        ):
-            features, places, wrong = self.finite(modality, len(batch), *found)
-            parts.append((list(range(len(kept), len(kept) + len(places))), features))
-            kept += [batch[i] for i in places]
+        for batch, found in tracked(prepared, modality, len(batches)) if progress else prepared:
+            features, positions, wrong = self.finite(modality, len(batch), *found)
+            parts.append((list(range(len(readable), len(readable) + len(positions))), features))
+            readable += [batch[i] for i in positions]
             errors |= {batch[i]: error for i, error in wrong.items()}
-        parts = [part for part in parts if part[0]]
-        return self.assembled(parts, len(kept)), kept, errors
+        return self.assembled([part for part in parts if part[0]], len(readable)), readable, errors
 
     def prepare_readable(
-        self, modality: str, sources: list[Any], options: dict[str, Any]
+        self, modality: str, options: dict[str, Any], sources: list[Any]
     ) -> tuple[Any, dict[int, str]]:
-        """The model's inputs of the sources that can be read, None if there are none; and what is wrong with the
-        others."""
-        if not sources:
-            return None, {}
+        """Prepare the sources that can be read.
+
+        Returns:
+            The model's inputs, None if there are none; by position, what is wrong with the other sources.
+        """
         try:
             return self.prepare(modality, sources, **options), {}
         except UNREADABLE:
@@ -273,7 +288,7 @@ class Embedder:
     def finite(
         self, modality: str, count: int, inputs: Any, errors: dict[int, str]
     ) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Features of a batch's inputs that are finite, their places among its `count` sources, and all errors."""
+        """Return a batch's finite features, their positions among its `count` sources, and all errors."""
         if inputs is None:
             return torch.zeros(0, self.size), [], errors
         readable, features = [i for i in range(count) if i not in errors], self.features(modality, inputs)
@@ -283,7 +298,7 @@ class Embedder:
         return features[rows], [readable[i] for i in rows], dict(sorted(errors.items()))
 
     def problem(self, modality: str, source: Any, options: dict[str, Any]) -> str | None:
-        """What is wrong with a source, if anything."""
+        """Describe what is wrong with a source, if anything."""
         try:
             self.prepare(modality, [source], **options)
         except UNREADABLE as error:
@@ -291,69 +306,48 @@ class Embedder:
         return None
 
 
-def ahead(function: Callable[[list[Any]], Any], batches: Iterable[list[Any]]) -> Iterator[Any]:
-    """`map`, in which the next batches are worked on in a thread before they are asked for."""
+def ahead(
+    function: Callable[[list[Any]], Any], sources: Sequence[Any], batches: Sequence[list[int]]
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield each batch of positions with the function of its sources, which a thread computes before it is needed."""
     with ThreadPoolExecutor(1) as thread:
-        waiting: list[Future[Any]] = []
+        waiting: list[tuple[list[int], Future[Any]]] = []
         for batch in batches:
-            waiting.append(thread.submit(function, batch))
+            waiting.append((batch, thread.submit(function, [sources[i] for i in batch])))
             if len(waiting) > AHEAD:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        for batch, future in waiting:
+            yield batch, future.result()
 
 
 def check_texts(texts: Sequence[Any]) -> None:
-    """A MediaError that names the first of them that is no text."""
+    """Refuse what is no text.
+
+    Raises:
+        MediaError: one is none; the message names the first.
+    """
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise MediaError(f"text {i}: a text is needed, not {shown(text)}.")
 
 
 def unusable(features: Tensor) -> list[int]:
-    """`(B, D)` or `(B, N, D)`, of unit length or zero -> the rows that are not finite, or zero."""
+    """Find the rows of `(B, D)` or `(B, N, D)` that are not finite, or zero."""
     rows = features.flatten(1)
     return torch.nonzero(~(rows.isfinite().all(dim=1) & rows.any(dim=1))).flatten().tolist()
 
 
-def chosen_device(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    found = torch.accelerator.current_accelerator()
-    if device == "auto":
-        return found or torch.device("cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is none: use auto, cpu, cuda or cuda:0.") from error
-    if wanted.type not in ("cpu", "meta") and (found is None or found.type != wanted.type):
-        raise ValueError(f"device {device}: this machine has none that PyTorch sees; use cpu or auto.")
-    return wanted
-
-
-def chosen_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A precision of weights, "auto" or a floating type.
-
-    Raises:
-        ValueError: it is another.
-    """
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        return dtype
-    raise ValueError(f"dtype {dtype!r} is no precision of weights: use auto, float32, bfloat16 or float16.")
-
-
 def as_output(vectors: Tensor, output: str) -> Any:
+    """Convert vectors to one of OUTPUTS.
+
+    Raises:
+        ImportError: it is "arrow", and pyarrow is not installed.
+    """
     if output == "torch":
         return vectors
     if output == "numpy":
         return vectors.numpy()
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ImportError("output=\"arrow\" needs pyarrow: `pip install 'hfvlm[train]'`.") from error
+    pyarrow = import_extra("pyarrow", "train", 'output="arrow"')
     flat = pyarrow.array(vectors.flatten().numpy())
     return flat if vectors.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])

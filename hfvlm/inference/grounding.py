@@ -1,4 +1,4 @@
-"""Places that models name in their answers, drawn."""
+"""Drawing of the regions that models name in their answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0
 
 
 def draw_boxes(image: Any, boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """A copy of the picture with boxes and their labels, each label in a colour of its own.
+    """Draw boxes and their labels on a copy of an image, each label in a colour of its own.
 
     Args:
         image: whatever `hfvlm.media.read_image` reads.
@@ -32,7 +32,7 @@ def draw_boxes(image: Any, boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
             corners = [tuple(corner) for corner in box["quad_xy"]] if "quad_xy" in box else _corners(*box["box_xyxy"])
             draw.line([*corners, corners[0]], fill=color, width=width, joint="curve")
         if box.get("label"):
-            _write(draw, str(box["label"]), min(x for x, _ in corners), min(y for _, y in corners), color, font)
+            _draw_label(draw, str(box["label"]), min(x for x, _ in corners), min(y for _, y in corners), color, font)
     return canvas
 
 
@@ -40,8 +40,8 @@ def _corners(left: float, top: float, right: float, bottom: float) -> list[tuple
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _write(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, color: str, font: Any) -> None:
-    """Above the place, or inside it where the picture ends."""
+def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, color: str, font: Any) -> None:
+    """Draw a label above its region, or inside where the image ends."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     x, y = max(0, min(x, draw.im.size[0] - (right - left))), max(0, y - (bottom - top) - 4)
     draw.rectangle((x, y, x + right - left + 4, y + bottom - top + 4), fill=color)

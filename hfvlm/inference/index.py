@@ -20,7 +20,7 @@ class Index:
 
     Args:
         vectors: `(N, D)`, scaled to unit length here; None to begin empty.
-        ids: N numbers or texts that stand for the vectors; by default their numbers.
+        ids: N numbers or texts; by default the vectors' numbers.
     """
 
     backend = "exact"
@@ -38,17 +38,22 @@ class Index:
         """Add `(N, D)` vectors.
 
         Raises:
-            ValueError: they are of another length than those before, are zero or not finite (the message names the
+            ValueError: they are of another length than earlier ones, are zero or not finite (the message names the
                 row), or there are more or fewer ids than vectors.
         """
         rows = self.checked(vectors)
         ids = list(range(len(self), len(self) + len(rows))) if ids is None else list(ids)
         if len(ids) != len(rows):
-            raise ValueError(f"{len(rows)} vectors need as many ids, not {len(ids)}.")
+            raise ValueError(f"{len(rows)} vectors need {len(rows)} ids, not {len(ids)}.")
         self.extend(rows)
         self.ids += ids
 
     def checked(self, vectors: Any) -> np.ndarray:
+        """Scale vectors to unit length.
+
+        Raises:
+            ValueError: they are of another length than the index's, or are zero or not finite.
+        """
         rows = as_array(vectors).astype(np.float32)
         if rows.ndim != 2 or (len(self) and rows.shape[1] != self.size):
             raise ValueError(f"An index of vectors of {self.size or 'any'} numbers got {rows.shape}.")
@@ -56,18 +61,19 @@ class Index:
 
     @property
     def size(self) -> int:
-        """How long a vector is; 0 while there is none."""
+        """Length of a vector; 0 while there is none."""
         return self.vectors.shape[1]
 
     def extend(self, rows: np.ndarray) -> None:
+        """Add `(N, D)` vectors of unit length."""
         self.vectors = np.concatenate([self.vectors, rows]) if len(self) else rows
 
     def search(self, queries: Any, k: int = 10) -> list[Any]:
-        """The nearest vectors, the nearest first; of equal ones, the one that was added first.
+        """Find the nearest vectors, the nearest first; of equal ones, the one that was added first.
 
         Args:
             queries: `(D,)`, or `(N, D)`.
-            k: how many.
+            k: number of hits.
 
         Returns:
             `[(id, cosine), ...]`, for `(N, D)` a list of such lists.
@@ -79,33 +85,33 @@ class Index:
         check_integer("k", k)
         queries = as_array(queries)
         rows = self.checked(queries[None] if queries.ndim == 1 else queries)
-        scores, places = self.nearest(rows, min(k, len(self)))
+        scores, positions = self.nearest(rows, min(k, len(self)))
         found = [
-            # FAISS has -1 as the place of what it did not find.
-            [(self.ids[place], float(score)) for score, place in zip(*row, strict=True) if place >= 0]
-            for row in zip(scores, places, strict=True)
+            # FAISS has -1 as the position of what it did not find.
+            [(self.ids[position], float(score)) for score, position in zip(*row, strict=True) if position >= 0]
+            for row in zip(scores, positions, strict=True)
         ]
         return found[0] if queries.ndim == 1 else found
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """`(N, k)` cosines and places, best first."""
+        """Return the cosines and positions of the best vectors, best first; `(N, k)` each."""
         scores = np.empty((len(queries), 0), np.float32)
-        places = np.empty((len(queries), 0), np.int64)
+        positions = np.empty((len(queries), 0), np.int64)
         step = max(k, BLOCK // max(1, self.size))
         for start in range(0, len(self), step):
             found = queries @ self.vectors[start : start + step].T
             scores = np.concatenate([scores, found], axis=1)
             block = np.arange(start, start + found.shape[1])
-            places = np.concatenate([places, np.broadcast_to(block, found.shape)], axis=1)
+            positions = np.concatenate([positions, np.broadcast_to(block, found.shape)], axis=1)
             best = highest(scores, k)
-            scores, places = np.take_along_axis(scores, best, 1), np.take_along_axis(places, best, 1)
-        return scores, places
+            scores, positions = np.take_along_axis(scores, best, 1), np.take_along_axis(positions, best, 1)
+        return scores, positions
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a folder that `load_index` reads; it appears when it is complete.
 
         Raises:
-            FileExistsError: the folder is there already.
+            FileExistsError: the folder exists already.
         """
         with new_folder(folder, overwrite=overwrite) as target:
             self.write(target)
@@ -115,14 +121,16 @@ class Index:
         return Path(folder)
 
     def write(self, folder: Path) -> None:
+        """Write the vectors into a folder."""
         np.save(folder / "vectors.npy", np.ascontiguousarray(self.vectors))
 
     def read(self, folder: Path) -> None:
+        """Read the vectors from a folder."""
         self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
 
 def highest(scores: np.ndarray, k: int) -> np.ndarray:
-    """`(N, M)` -> `(N, k)`, the places of each row's highest, the best first; of equal ones the first."""
+    """Find the positions, `(N, k)`, of the highest of each row of `(N, M)`, best first; of equal ones the first."""
     k = min(k, scores.shape[1])
     found = np.empty((len(scores), k), np.int64)
     for row, lowest, best in zip(scores, -np.partition(-scores, k - 1, axis=1)[:, k - 1], found, strict=True):
@@ -159,10 +167,10 @@ class FaissIndex(Index):
         self.index.add(rows)
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, places = self.index.search(queries, k)
-        # FAISS does not say which of equal scores comes first.
-        order = np.lexsort((places, -scores), axis=1)
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+        scores, positions = self.index.search(queries, k)
+        # FAISS does not define which of equal scores comes first.
+        order = np.lexsort((positions, -scores), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
 
     def write(self, folder: Path) -> None:
         if self.index is not None:
@@ -202,11 +210,11 @@ class LanceIndex(Index):
             self.table.add(table)
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, places = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        scores, positions = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for i, query in enumerate(queries):
             found = self.table.search(query).distance_type("cosine").limit(k).to_arrow()
-            scores[i], places[i] = 1 - found["_distance"].to_numpy(), found["place"].to_numpy()
-        return scores, places
+            scores[i], positions[i] = 1 - found["_distance"].to_numpy(), found["place"].to_numpy()
+        return scores, positions
 
     def write(self, folder: Path) -> None:
         if self.table is not None:
@@ -221,7 +229,7 @@ BACKENDS: dict[str, type[Index]] = {kind.backend: kind for kind in (Index, Faiss
 
 
 def load_index(folder: str | Path) -> Index:
-    """An index that `save` wrote; exact ones stay on disk, and only the rows that are compared are read.
+    """Load an index that `save` wrote; exact ones stay on disk, and only the rows that are compared are read.
 
     Raises:
         FileNotFoundError: the folder holds no index.
@@ -241,5 +249,5 @@ def load_index(folder: str | Path) -> Index:
 
 
 def import_backend(module: str) -> Any:
-    """A library that is named as the extra which brings it."""
+    """Import a library that is named as the extra which brings it."""
     return import_extra(module, module, "This index")

@@ -2,8 +2,8 @@
 
 transformers' readers convert images to RGB before they are resized, whatever their mode, know one sampling rate, and
 fetch every URL. Here a pipeline of a path gives what `model(**processor(path))` gives, and fetches no URL unless
-`allow_urls=` says so. The tasks stay transformers': their entries in the registry of pipelines make these classes for
-models of hfvlm, and transformers' own for all others.
+`allow_urls=` allows it. The tasks stay transformers': their entries in the registry of pipelines make these classes
+for models of hfvlm, and transformers' own for all others.
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class MediaPipeline:
-    """What the pipelines below share: `allow_urls`, and media that are read before transformers sees them."""
+    """What the pipelines below share: `allow_urls`, and media that are read before transformers gets them."""
 
     image_processor: Any
     feature_extractor: Any
     processor: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline; of a model that is not hfvlm's, transformers' own."""
+        """Make the pipeline; of a model that is not hfvlm's, transformers' own."""
         if is_ours(kwargs.get("model", args[0] if args else None)):
             return super().__new__(cls)
         return native_of(cls)(*args, **kwargs)
@@ -46,7 +46,7 @@ class MediaPipeline:
         return super().preprocess(self.read(inputs, allow_urls), *args, **kwargs)  # type: ignore[misc]
 
     def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
-        """An image, in a form that transformers gives on to the processor."""
+        """Read an image, in a form that transformers gives on to the processor."""
         from hfvlm.media.images import ImageAsRead, read_image, to_8_bits
         from hfvlm.processing.base import HfvlmProcessor
         from hfvlm.processing.images import HfvlmImageProcessor
@@ -74,7 +74,7 @@ class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClass
     """As transformers', of whatever `hfvlm.media.read_audio` reads."""
 
     def read(self, source: Any, allow_urls: "AllowUrls") -> Any:
-        """A recording; arrays without a rate are at the feature extractor's, as transformers takes them."""
+        """Read an audio clip; arrays without a rate are at the feature extractor's, as transformers takes them."""
         from hfvlm.media.audio import as_read, read_audio
         from hfvlm.processing.features import HfvlmFeatureExtractor
 
@@ -97,7 +97,7 @@ class ConversationPipeline(MediaPipeline):
         return super(MediaPipeline, self).preprocess(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def read_each(self, sources: Any, allow_urls: "AllowUrls") -> Any:
-        """Images, or lists of them, one for each text."""
+        """Read images, or lists of them, one for each text."""
         if isinstance(sources, list | tuple):
             return [self.read_each(source, allow_urls) for source in sources]
         return self.read(sources, allow_urls)
@@ -122,7 +122,7 @@ TASKS: dict[str, type] = {
 
 
 def register_media_pipelines() -> None:
-    """Make the tasks' entries find the pipelines above. Entries that another library has taken stay as they are."""
+    """Enter the pipelines above for their tasks. Entries that another library has taken stay as they are."""
     for task, pipeline in TASKS.items():
         entry = PIPELINE_REGISTRY.supported_tasks.get(task)
         native = native_of(pipeline)
@@ -132,10 +132,10 @@ def register_media_pipelines() -> None:
 
 
 def is_ours(model: Any) -> bool:
-    """Whether a model is hfvlm's, in an adapter or compiled, too."""
+    """Recognise a model of hfvlm's, in an adapter or compiled, too."""
     return str(getattr(getattr(model, "config", None), "model_type", "")).startswith("hfvlm_")
 
 
 def native_of(pipeline: type) -> type:
-    """The pipeline of transformers that one of ours is."""
+    """Find the pipeline of transformers that one of ours extends."""
     return next(base for base in pipeline.__mro__ if base.__module__.startswith("transformers."))

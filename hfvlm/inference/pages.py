@@ -1,10 +1,10 @@
-"""Hits of a search to look at and to listen to."""
+"""The hits of a search as an HTML page or an image."""
 
 import base64
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -68,12 +68,12 @@ def write_page(
         output: the page; links are relative to its folder.
         modality: of the hits.
         captions: texts of the hits, by name.
-        queries: {"text": ["a beach"], "audio": ["rain.wav"]}: what was searched with.
+        queries: {"text": ["a beach"], "audio": ["rain.wav"]}, by modality.
     """
     folder = output.resolve().parent
     figures = [
         figure(
-            medium(modality, paths.get(str(name)), folder),
+            media_html(modality, paths.get(str(name)), folder),
             linked(str(name), paths.get(str(name)), folder),
             f"{score:.3f}",
             (captions or {}).get(str(name), ""),
@@ -92,44 +92,44 @@ def write_page(
 
 
 def escaped(text: str) -> str:
-    """Text within a page; what UTF-8 cannot hold of a file's name becomes a mark."""
+    """Escape a text for a page; what UTF-8 cannot hold of a file's name becomes a question mark."""
     return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def figure(shown: str, name: str, note: str, text: str = "") -> str:
-    """A medium above what is known of it; `shown` and `name` are HTML."""
+    """Return the HTML of an image or a player with its caption; `shown` and `name` are HTML."""
     below = f"<br>{escaped(text)}" if text else ""
     return f"<figure>{shown}<figcaption><b>{escaped(note)}</b> {name}{below}</figcaption></figure>"
 
 
 def query_figure(modality: str, query: str, folder: Path) -> str:
-    """What was searched with, and its weight where that is not 1."""
+    """Return the HTML of a query, with its weight where that is not 1."""
     source, weight = weighed(query)
     note = modality if weight == 1 else f"{modality}, weight {weight:g}"
     if modality == "text":
         return figure(f"<blockquote>{escaped(source)}</blockquote>", "", note)
-    return figure(medium(modality, source, folder), linked(source, source, folder), note)
+    return figure(media_html(modality, source, folder), linked(source, source, folder), note)
 
 
-def medium(modality: str, path: str | None, folder: Path) -> str:
-    """HTML that shows or plays a medium, nothing where it cannot."""
+def media_html(modality: str, path: str | None, folder: Path) -> str:
+    """Return the HTML that shows or plays a file, empty where it cannot."""
     if path is None:
         return ""
     if modality in ("audio", "video"):
         address = address_of(path, folder)
         return f'<{modality} controls preload="metadata" src="{address}"></{modality}>' if address else ""
     image = drawn(modality, path)
-    return f'<img src="{data_url(image)}" alt="">' if image else ""
+    return f'<img src="{image_url(image)}" alt="">' if image else ""
 
 
 def linked(name: str, path: str | None, folder: Path) -> str:
-    """A name, as a link to its file where there is one."""
+    """Return a name, as a link to its file where there is one."""
     address = address_of(path, folder) if path else None
     return f'<a href="{address}">{escaped(name)}</a>' if address else escaped(name)
 
 
 def address_of(path: str, folder: Path) -> str | None:
-    """A file's address, relative to the page's folder; a name in it is never a scheme or markup."""
+    """Return a file's address, relative to the page's folder; a name in it is never a scheme or markup."""
     try:
         if not Path(path).is_file():
             return None
@@ -167,64 +167,60 @@ def draw_grid(hits: Hits, paths: Mapping[str, str], output: Path, *, modality: s
 
 
 def drawn(modality: str, path: str | None) -> Image.Image | None:
-    """A small image of a medium, or None for what has none; false colours of a sensor as they are."""
-    draw = {"depth": depth_thumbnail, "thermal": thermal_thumbnail}.get(modality, thumbnail)
-    return draw(path) or thumbnail(path)
+    """Draw a small image of a file, or None if it has none; false colours of a sensor as they are."""
+    sensor = thumbnail(path, SENSORS[modality]) if modality in SENSORS else None
+    return sensor or thumbnail(path)
 
 
-def thumbnail(path: str | None) -> Image.Image | None:
-    """A small version of an image, or None for what is not one."""
+def draw_image(path: str) -> Image.Image:
+    """Draw an image in RGB."""
+    return to_8_bits(read_image(path)).convert("RGB")
+
+
+def thumbnail(path: str | None, draw: Callable[[str], Image.Image] = draw_image) -> Image.Image | None:
+    """Draw a file and scale it down; None for what cannot be read."""
     if path is None:
         return None
     try:
-        image = to_8_bits(read_image(path)).convert("RGB")
+        image = draw(path)
     except (MediaError, OSError):  # a caption may be too long for a path
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
 
 
-def depth_thumbnail(path: str | None) -> Image.Image | None:
-    """A depth map in colours: near is bright, far is blue, what was not measured is black."""
-    values = sensor_values(path)
-    if values is None:
-        return None
+def draw_depth(path: str) -> Image.Image:
+    """Draw a depth map in colours: near is bright, far is blue, what was not measured is black."""
+    values = one_channel(path, path, allow_urls=False).astype(np.float64)
     measured = np.isfinite(values) & (values > 0)
     image = ImageOps.colorize(stretched(-values, measured), (20, 20, 90), (255, 240, 150), mid=(60, 150, 140))
     image.paste((0, 0, 0), mask=Image.fromarray(~measured))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
 
 
-def thermal_thumbnail(path: str | None) -> Image.Image | None:
-    """A thermal image in grey, hot in white."""
-    values = sensor_values(path)
-    if values is None:
-        return None
-    image = stretched(values, np.isfinite(values)).convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+def draw_thermal(path: str) -> Image.Image:
+    """Draw a thermal image in grey, hot in white."""
+    values = one_channel(path, path, allow_urls=False).astype(np.float64)
+    return stretched(values, np.isfinite(values)).convert("RGB")
 
 
-def sensor_values(path: str | None) -> np.ndarray | None:
-    """`(H, W)`, float64: the values of a sensor with one channel in its own unit; None where they cannot be read."""
-    if path is None:
-        return None
-    try:
-        return one_channel(path, path, allow_urls=False).astype(np.float64)
-    except (MediaError, OSError):  # a caption may be too long for a path
-        return None
+SENSORS = {"depth": draw_depth, "thermal": draw_thermal}
 
 
 def stretched(values: np.ndarray, measured: np.ndarray) -> Image.Image:
-    """Values in grey, so that what was measured fills the range from black to white."""
+    """Draw values in grey, so that what was measured fills the range from black to white."""
     low, high = np.percentile(values[measured], PERCENTILES) if measured.any() else (0.0, 0.0)
     share = np.where(measured, np.clip((values - low) / max(high - low, 1e-12), 0, 1), 0)
     return Image.fromarray((share * 255).astype(np.uint8))
 
 
-def data_url(image: Image.Image) -> str:
-    """An image within a page."""
+def image_url(image: Image.Image) -> str:
+    """Return the address of an image that is within the page."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(file, "jpeg")
+
+
+def data_url(file: io.BytesIO, kind: str) -> str:
+    """Return the address of an encoded image that is within the page."""
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What a long run depends on, by content: its data, its model and its settings."""
+"""Pins of what a long run depends on, by content: its data, its model and its settings."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ from hfvlm.media.sources import import_extra, parallel
 # Larger files are pinned by their size and time alone: reading them twice would take as long as embedding them.
 MOST_HASHED = 2**26
 MOST_NAMED = 3
-# What a configuration says that no vector depends on.
+# Fields of a configuration that no vector depends on.
 INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "licence", "_commit_hash", "torch_dtype")
 
 Pins = dict[str, list[Any]]
 
 
 def pinned_data(source: str, split: str, earlier: Pins | None = None) -> Pins:
-    """The files that a data set is read from, in their order: of each its size, times in ns and hash; of a data set on
-    the Hub, its files and their commit.
+    """Pin the files that a data set is read from, in their order: of each its size, times in ns and hash; of a data
+    set on the Hub, its files and their commit.
 
     Args:
         source: what `hfvlm.media.rows.load_rows` reads.
@@ -50,7 +50,7 @@ def pinned_data(source: str, split: str, earlier: Pins | None = None) -> Pins:
 
 
 def relative(file: Path, root: Path) -> str:
-    """A file's name within its folder, where it is in it."""
+    """Return a file's name within a folder, or its path if it is outside."""
     path = file.resolve() if not file.is_absolute() else file
     for base in (root, root.resolve()):
         if path.is_relative_to(base):
@@ -59,7 +59,7 @@ def relative(file: Path, root: Path) -> str:
 
 
 def pin(file: Path, earlier: Sequence[Any] | None = None) -> list[Any]:
-    """Size, times in ns and hash of a file, the hash of an earlier pin where nothing else has changed."""
+    """Return size, times in ns and hash of a file, the hash of an earlier pin where nothing else has changed."""
     about = file.stat()
     times = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
     if earlier is not None and list(earlier[:3]) == times:
@@ -71,14 +71,14 @@ def pin(file: Path, earlier: Sequence[Any] | None = None) -> list[Any]:
 
 
 def same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two pins are of the same content."""
+    """Decide whether two pins are of the same content."""
     if len(a) != 4 or len(b) != 4:
         return list(a) == list(b)
     return a[0] == b[0] and (a[3] == b[3] if a[3] is not None and b[3] is not None else a[1] == b[1])
 
 
 def difference(earlier: Pins, now: Pins) -> str | None:
-    """What is new, gone or changed, in words; None for nothing."""
+    """Describe which files are new, gone or changed; None for no difference."""
     kinds = {
         "new": [name for name in now if name not in earlier],
         "gone": [name for name in earlier if name not in now],
@@ -95,7 +95,7 @@ def difference(earlier: Pins, now: Pins) -> str | None:
 
 
 def content_hash(module: nn.Module) -> str:
-    """A hash of all weights: their names, types and values."""
+    """Hash all weights: their names, types and values."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -104,12 +104,12 @@ def content_hash(module: nn.Module) -> str:
 
 
 def tower_hashes(model: Any) -> dict[str, str]:
-    """By modality, a hash of the weights that embed it, and of what their configuration says about computing.
+    """Hash, by modality, the weights that embed it, and the fields of their configuration that vectors depend on.
 
-    Of models whose towers can be loaded alone these are the tower's; of others the whole model's.
+    Of models whose towers can be loaded separately these are the tower's; of others the whole model's.
     """
-    alone = isinstance(model.config, MultiEncoderConfig)
-    parts = {modality: getattr(model, tower) if alone else model for modality, tower in model.towers.items()}
+    separate = isinstance(model.config, MultiEncoderConfig)
+    parts = {modality: getattr(model, tower) if separate else model for modality, tower in model.towers.items()}
     hashes: dict[int, str] = {}
     for part in parts.values():
         if id(part) not in hashes:
@@ -120,7 +120,7 @@ def tower_hashes(model: Any) -> dict[str, str]:
 
 
 def processor_hash(processor: Any) -> str:
-    """A hash of all settings of a processor's parts, and of its vocabulary."""
+    """Hash all settings of a processor's parts, and its vocabulary."""
     digest = hashlib.sha256()
     for name in sorted(set(processor.parts.values())):
         part = getattr(processor, name, None)
@@ -131,7 +131,7 @@ def processor_hash(processor: Any) -> str:
 
 
 def tokenizer_settings(tokenizer: Any) -> list[Any]:
-    """What a tokenizer's ids depend on, apart from what each call says."""
+    """Return what a tokenizer's ids depend on, apart from the arguments of each call."""
     about = [tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.padding_side]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -141,7 +141,7 @@ def tokenizer_settings(tokenizer: Any) -> list[Any]:
 
 
 def stripped(settings: Any) -> Any:
-    """Settings without what is incidental, at any depth."""
+    """Remove incidental settings, at any depth."""
     if isinstance(settings, Mapping):
         return {str(k): stripped(v) for k, v in settings.items() if k not in INCIDENTAL}
     return [stripped(value) for value in settings] if isinstance(settings, list | tuple) else settings

@@ -1,4 +1,4 @@
-"""Pipelines that transformers 5 has not, or no longer."""
+"""Pipelines that transformers 5 lacks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from hfvlm.inference.media_pipelines import ConversationPipeline, register_media
 class VisualQuestionAnsweringPipeline(Pipeline):
     """`pipeline("visual-question-answering", model=folder)(image, question)` -> `[{"answer": "..."}]`.
 
-    Takes one picture and one question, lists of both, or `{"image": ..., "question": ...}` and lists of these. With
+    Takes one image and one question, lists of both, or `{"image": ..., "question": ...}` and lists of these. With
     `answers=[...]`, the best of them is chosen; other options are those of `generate`.
     """
 
@@ -28,7 +28,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         several = isinstance(image, list) or isinstance(question, list)
         images, questions = ([x] if not isinstance(x, list) else x for x in (image, question))
         if len(images) != len(questions) and 1 not in (len(images), len(questions)):
-            raise ValueError(f"{len(images)} pictures and {len(questions)} questions are no pairs.")
+            raise ValueError(f"{len(images)} images and {len(questions)} questions are no pairs.")
         count = max(len(images), len(questions))
         images, questions = (x * count if len(x) == 1 else x for x in (images, questions))
         pairs = [{"image": i, "question": q} for i, q in zip(images, questions, strict=True)]
@@ -47,11 +47,11 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return self.processor(images=[image], text=[self.processor.asked(pair["question"])], return_tensors="pt")
 
     def _forward(self, inputs: Any, answers: list[str] | None = None, **generate: Any) -> dict[str, Any]:  # type: ignore[override]
-        from hfvlm.inference.captioner import written
+        from hfvlm.inference.captioner import decode_generated
 
         model: Any = self.model
         if answers is None:
-            return {"answers": written(self.processor, model.generate(**inputs, **generate), inputs)}
+            return {"answers": decode_generated(self.processor, model.generate(**inputs, **generate), inputs)}
         best = model.rank(**inputs, candidates=self.processor.answers(answers).to(model.device)).best
         return {"answers": [answers[i] for i in best.tolist()]}
 
@@ -60,10 +60,10 @@ class VisualQuestionAnsweringPipeline(Pipeline):
 
 
 class VideoTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):  # type: ignore[misc]
-    """`pipeline("video-text-to-text", model=folder)(film, text)` -> `[{"generated_text": "..."}]`.
+    """`pipeline("video-text-to-text", model=folder)(video, text)` -> `[{"generated_text": "..."}]`.
 
-    Takes a film, as `hfvlm.media.read_video` reads it, and a text, or lists of as many of both; or, as
-    "image-text-to-text" does, messages with `{"type": "video", "video": film}` in their content, or a list of such
+    Takes a video, as `hfvlm.media.read_video` reads it, and a text, or lists of both of one length; or, as
+    "image-text-to-text" does, messages with `{"type": "video", "video": video}` in their content, or a list of such
     conversations. Of messages, all of them come back, the answer last, unless `return_full_text=False`.
     """
 
@@ -71,16 +71,16 @@ class VideoTextToTextPipeline(ConversationPipeline, ImageTextToTextPipeline):  #
         if videos is None or text is None:
             return super().__call__(text=videos if text is None else text, **kwargs)
         several = isinstance(text, list)
-        films, texts = (videos, text) if several else ([videos], [text])
-        if len(films) != len(texts):
-            raise ValueError(f"{len(films)} films and {len(texts)} texts are no pairs.")
-        conversations: Any = [_about(film, one) for film, one in zip(films, texts, strict=True)]
+        videos, texts = (videos, text) if several else ([videos], [text])
+        if len(videos) != len(texts):
+            raise ValueError(f"{len(videos)} videos and {len(texts)} texts are no pairs.")
+        conversations: Any = [_message(video, one) for video, one in zip(videos, texts, strict=True)]
         given = super().__call__(text=conversations, **{"return_full_text": False} | kwargs)
         return given if several else given[0]
 
 
-def _about(film: Any, text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "video", "video": film}, {"type": "text", "text": text}]}]
+def _message(video: Any, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": text}]}]
 
 
 # Of each task its pipeline and the Auto class that finds the model.

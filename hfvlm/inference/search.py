@@ -1,4 +1,4 @@
-"""Searching what was embedded, with queries of any modality and sums of them."""
+"""Search among embeddings, with queries of any modality and sums of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ SEPARATOR = "::"
 
 
 def weighed(query: str) -> tuple[str, float]:
-    """A query and its weight, written behind `::`, by default 1.
+    """Split a query from its weight after `::`, by default 1.
 
     Raises:
-        ValueError: what is behind `::` is no finite number.
+        ValueError: the weight is no finite number.
     """
     source, separator, weight = query.rpartition(SEPARATOR)
     if not separator:
@@ -30,15 +30,15 @@ def query_vector(
     queries: Mapping[str, Sequence[str]],
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """`(D,)`, of unit length: the weighted sum of all queries.
+    """Embed queries and add them, weighted; `(D,)`, of unit length.
 
     Args:
-        embedder: of the model that made the vectors that are searched.
+        embedder: of the model of the vectors that are searched.
         queries: {"text": ["a beach", "people::-0.5"], "audio": ["rain.wav"]}.
         options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
 
     Raises:
-        ValueError: there is no query, options of a modality without one, or the sum is nothing.
+        ValueError: there is no query, options of a modality without one, or the sum is zero.
     """
     parts = [(modality, *weighed(query)) for modality, given in queries.items() for query in given]
     if not parts:

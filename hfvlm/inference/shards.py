@@ -15,29 +15,30 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.pins import Pins, difference
 from hfvlm.logs import shows_progress
-from hfvlm.media.rows import path_of
+from hfvlm.media.rows import columns_by_name, load_rows, path_of
 from hfvlm.writing import replaced
 
 logger = logging.getLogger(__name__)
 
 # A row of the data set, with its number.
 Row = tuple[int, dict[str, Any]]
-Columns = dict[str, list[Any]]
+# A shard's table, and the rows of its errors, with "row" and "error".
+Tables = tuple[Any, list[dict[str, Any]]]
 FILES = "files.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run writes, and all that its content depends on.
+    """The output of a run, and all that its content depends on.
 
     Args:
         output: the folder.
         name: of the shards, `<name>-<n>.parquet`.
-        settings_name: the file's name that keeps the settings.
+        settings_name: of the file with the settings.
         shard_rows: rows of a shard.
         settings: a folder that was begun with others is refused.
         data: the files that the rows come from; a folder that was begun with others is refused.
-        about: what is written beside the settings, and may change.
+        about: further entries of the settings' file, which may change.
     """
 
     output: Path
@@ -52,6 +53,7 @@ class Run:
         check_integer("shard_rows", self.shard_rows)
 
     def shard(self, number: int) -> Path:
+        """Return the path of a shard."""
         return self.output / f"{self.name}-{number:05}.parquet"
 
     def check(self) -> None:
@@ -90,10 +92,10 @@ class Run:
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def missing_shards(self, rows: Any) -> Iterator[tuple[int, list[Row]]]:
-        """The shards that are not there yet and that fall to this process: numbers and numbered rows.
+        """Yield the shards that do not exist yet and that fall to this process: numbers and numbered rows.
 
         Raises:
-            ValueError: there is no row at all.
+            ValueError: there is no row.
         """
         rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         number = 0
@@ -113,16 +115,16 @@ class Run:
             number += 1
 
 
-def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any, Columns]]) -> None:
+def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], Tables]) -> None:
     """Write `<name>-<n>.parquet` for every shard, and `errors-<n>.parquet` where there are any.
 
-    A file appears when it is complete, the shard's errors before its rows; what is there is not done again. Of several
-    processes (torchrun, accelerate) each does its share. A run that fails before its first shard leaves nothing.
+    A file appears when it is complete, the shard's errors before its rows; a shard that exists is skipped. Several
+    processes (torchrun, accelerate) share the shards. A run that fails before its first shard leaves nothing.
 
     Args:
         rows: a data set that streams.
-        run: what is written, and what it depends on.
-        tables: a shard's rows and its number -> a pyarrow table of what became of them, and the columns of errors.
+        run: the output, and what it depends on.
+        tables: a shard's rows and its number -> a pyarrow table of results, and the rows of errors.
 
     Raises:
         ValueError: the folder was begun with other settings or files, holds something else, or there are no rows.
@@ -139,10 +141,10 @@ def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any
         for number, shard in run.missing_shards(rows):
             table, errors = tables(shard, number)
             run.begin()
-            if errors["row"]:
-                failed, first = failed + len(errors["row"]), first or f"row {errors['row'][0]}: {errors['error'][0]}"
+            if errors:
+                failed, first = failed + len(errors), first or f"row {errors[0]['row']}: {errors[0]['error']}"
                 with replaced(run.output / f"errors-{number:05}.parquet") as file:
-                    parquet.write_table(pyarrow.table(errors), file)
+                    parquet.write_table(pyarrow.Table.from_pylist(errors), file)
             with replaced(run.shard(number)) as file:
                 parquet.write_table(table, file)
             total += len(shard)
@@ -156,7 +158,7 @@ def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], tuple[Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a file that an earlier run wrote.
+    """Read a JSON object that an earlier run wrote.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -171,18 +173,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def earlier_data(output: Path) -> Pins | None:
-    """The files that a run was begun with, if there was one."""
+    """Read which files an earlier run was begun with, if there was one."""
     return read_json(output / FILES) if (output / FILES).exists() else None
 
 
-def named(place: int, row: Mapping[str, Any], columns: Sequence[str], id_column: str | None) -> tuple[str, str | None]:
-    """What a row is called, and where its medium lies, if it says so."""
+def open_rows(
+    source: str, split: str, columns: Mapping[str, str] | None, id_column: str | None
+) -> tuple[Any, dict[str, str]]:
+    """Open a data set that streams; return its rows and the column of each modality, by default by the usual names.
+
+    Raises:
+        ValueError: it lacks a column that is named.
+    """
+    rows = load_rows(source, split=split, streaming=True)
+    names = list(rows.features or next(iter(rows), {}))
+    found = dict(columns or columns_by_name(names))
+    if missing := [name for name in (*found.values(), *filter(None, [id_column])) if name not in names]:
+        raise ValueError(f"{source}: has no column {', '.join(missing)}; it has {', '.join(names)}.")
+    return rows, found
+
+
+def absolute(location: str | Path) -> str:
+    """Return a folder's whole path; anything else, as a Hub id, as it is."""
+    return str(Path(location).resolve()) if Path(location).is_dir() else str(location)
+
+
+def named(
+    number: int, row: Mapping[str, Any], columns: Sequence[str], id_column: str | None
+) -> tuple[str, str | None]:
+    """Return a row's id, and the path of its media file, if it has one."""
     path = next((found for column in columns if (found := path_of(row.get(column)))), None)
     name = row.get(id_column) if id_column else row.get("__key__") or path
-    return str(place if name is None else name), path
-
-
-def append(columns: Columns, values: Mapping[str, Any]) -> None:
-    """A row at the columns' ends."""
-    for name, value in values.items():
-        columns[name].append(value)
+    return str(number if name is None else name), path

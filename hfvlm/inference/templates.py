@@ -1,4 +1,4 @@
-"""Wordings around the name of a class. Each is a text with one `{}`."""
+"""Prompt templates for the name of a class. Each is a text with one `{}`."""
 
 # The prompt set that CLIP's authors found for ImageNet
 # (https://github.com/openai/CLIP/blob/main/notebooks/Prompt_Engineering_for_ImageNet.ipynb, MIT licence), one a line.
@@ -103,10 +103,10 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 def template_set(templates: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """A set by its name ("name", "single", "imagenet-7", "imagenet"), or one's own wordings.
+    """Return a set by its name ("name", "single", "imagenet-7", "imagenet"), or one's own templates.
 
     Raises:
-        ValueError: there is no such set, or a wording has not exactly one `{}`.
+        ValueError: there is no such set, or a template has not exactly one `{}`.
     """
     if isinstance(templates, str):
         if templates in SETS:

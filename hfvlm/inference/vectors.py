@@ -1,4 +1,4 @@
-"""Arithmetic on embeddings, of whatever library and precision."""
+"""Arithmetic on embeddings, of any library and precision."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ MOST_NAMED = 5
 
 
 def similarity(a: Any, b: Any) -> Any:
-    """`(N, D)`, `(M, D)` -> `(N, M)`, the cosines; of single vectors likewise.
+    """Return the cosines, `(N, M)`, of `(N, D)` and `(M, D)`; of single vectors likewise.
 
     They are computed in float32, whatever the embeddings' own precision, or in float64 where these have it.
 
@@ -50,7 +50,7 @@ def combine(*vectors: Any, weights: Sequence[float] | None = None) -> Any:
 
 
 def unit_rows(vectors: Any) -> Any:
-    """Arrays or tensors scaled to unit length, float32 or float64.
+    """Scale arrays or tensors to unit length, float32 or float64.
 
     Raises:
         ValueError: a vector is zero or not finite; the message names its row.
@@ -69,14 +69,14 @@ def unit_rows(vectors: Any) -> Any:
 
 
 def absolute_largest(vectors: Any) -> Any:
-    """The largest absolute value of each vector, NaN where there is one."""
+    """Return the largest absolute value of each vector, NaN where there is one."""
     if vectors.shape[-1] == 0:
         raise ValueError(f"Vectors of no numbers, {tuple(vectors.shape)}, have no direction.")
     return vectors.abs().amax(-1) if isinstance(vectors, Tensor) else np.abs(vectors).max(-1)
 
 
 def alike(*vectors: Any) -> list[Any]:
-    """Vectors as tensors, if one of them is, or else as arrays, in float32 or, where they have it, float64.
+    """Convert vectors to tensors, if one of them is, or else to arrays, in float32 or, if one has it, float64.
 
     Raises:
         ValueError: they hold something other than real numbers.
@@ -94,7 +94,7 @@ def alike(*vectors: Any) -> list[Any]:
 
 
 def as_array(vectors: Any) -> np.ndarray:
-    """Arrays, lists and Arrow columns as an array of real numbers.
+    """Convert arrays, lists and Arrow columns to an array of real numbers.
 
     Raises:
         ValueError: they are ragged, or hold something else.
@@ -115,7 +115,11 @@ def as_array(vectors: Any) -> np.ndarray:
 
 
 def check_same_length(vectors: Sequence[Any]) -> None:
-    """Refuse what is no `(D,)` or `(N, D)` of one D."""
+    """Refuse what is no `(D,)` or `(N, D)` of one D.
+
+    Raises:
+        ValueError: a vector is of another shape.
+    """
     if any(vector.ndim not in (1, 2) for vector in vectors) or len({vector.shape[-1] for vector in vectors}) > 1:
         raise ValueError(f"Vectors must be (D,) or (N, D) with one D, but got {shapes(vectors)}.")
 

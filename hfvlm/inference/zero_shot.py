@@ -1,4 +1,4 @@
-"""Classification by names alone."""
+"""Classification by the names of classes."""
 
 import hashlib
 import json
@@ -13,22 +13,22 @@ from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.pins import content_hash
 from hfvlm.inference.templates import template_set
 from hfvlm.inference.vectors import unit_rows
-from hfvlm.logs import said_once
+from hfvlm.logs import logged_once
 from hfvlm.media.rows import are_several
 from hfvlm.writing import replaced
 
 
 class ZeroShotClassifier:
-    """Names pictures, or whatever else a model embeds, by classes that are only words.
+    """Classifier of images, or whatever else a model embeds, by the names of classes.
 
-    The weights of a class are the mean of the embeddings of its name in several wordings
+    The weights of a class are the mean of the embeddings of its name in several prompt templates
     (https://arxiv.org/abs/2103.00020, section 3.1.4).
 
     Args:
         embedder: of a model that embeds texts.
         labels: the classes' names; or {class: [name, another name]}.
-        templates: "single", "imagenet-7", "imagenet" (80), "name", or wordings with one `{}` each.
-        cache: a folder in which weights are kept, found again by the content of all they depend on.
+        templates: "single", "imagenet-7", "imagenet" (80), "name", or one's own, with one `{}` each.
+        cache: a folder in which weights are cached, by the content of all that they depend on.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ZeroShotClassifier:
         cache: str | Path | None = None,
     ):
         embedder.check(["text"])
-        embedder.check_one_vector("A mean over wordings")
+        embedder.check_one_vector("A mean over prompt templates")
         names = dict(labels) if isinstance(labels, Mapping) else {label: [label] for label in labels}
         if not names or len(names) != len(labels):
             raise ValueError("A classifier needs classes, each once.")
@@ -58,10 +58,11 @@ class ZeroShotClassifier:
         cache: str | Path | None = None,
         **options: Any,
     ) -> "ZeroShotClassifier":
-        """Of a model's folder; `options` are of `Embedder.from_pretrained`."""
+        """Load a model's folder; `options` are of `Embedder.from_pretrained`."""
         return cls(Embedder.from_pretrained(folder, **options), labels, templates, cache=cache)
 
     def cached(self, names: Mapping[str, list[str]], cache: str | Path | None) -> np.ndarray:
+        """Return the weights of classes, from the cache where they are in it."""
         if cache is None:
             return self.class_weights(names)
         path = Path(cache) / f"{self.content_hash(names)}.npy"
@@ -72,34 +73,34 @@ class ZeroShotClassifier:
         return np.load(path)
 
     def class_weights(self, names: Mapping[str, list[str]]) -> np.ndarray:
-        """`(classes, D)`, of unit length."""
+        """Compute the weights of classes, `(classes, D)`, of unit length."""
         texts = [
             [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
         ]
-        with said_once("hfvlm.processing.tokenization"):  # that texts are cut
-            vectors = self.embedder.encode(text=[text for wordings in texts for text in wordings], batch_size=256)
-        ends = np.cumsum([len(wordings) for wordings in texts])[:-1]
+        with logged_once("hfvlm.processing.tokenization"):  # that texts are cut
+            vectors = self.embedder.encode(text=[text for own in texts for text in own], batch_size=256)
+        ends = np.cumsum([len(own) for own in texts])[:-1]
         return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))
 
     def content_hash(self, names: Mapping[str, list[str]]) -> str:
-        """Of the names, the templates and the text tower's weights, which alone decide the result."""
+        """Hash the names, the templates and the text tower's weights, which the classes' weights depend on."""
         digest = hashlib.sha256(json.dumps([dict(names), self.templates]).encode())
         model = self.embedder.model
         digest.update(content_hash(getattr(model, model.towers["text"])).encode())
         return digest.hexdigest()
 
     def scores(self, sources: Sequence[Any], modality: str = "image", **options: Any) -> np.ndarray:
-        """`(N, classes)`, the cosines."""
+        """Return the cosines of sources and classes, `(N, classes)`."""
         given: dict[str, Any] = {modality: sources}
         return self.embedder.encode(**given, **options) @ self.weights.T
 
     def predict(self, sources: Any, modality: str = "image", *, top_k: int = 1, **options: Any) -> list[Any]:
-        """The best classes of each source with their probabilities, as the model's temperature has it.
+        """Predict the best classes of each source with their probabilities, by the model's temperature.
 
         Args:
             sources: one or a list.
             modality: of the sources.
-            top_k: how many.
+            top_k: number of classes.
             **options: of `Embedder.encode`.
 
         Returns:
@@ -120,6 +121,6 @@ class ZeroShotClassifier:
 
     @property
     def temperature(self) -> float:
-        """What cosines are multiplied by; 100, CLIP's, where the model has none for pairs of modalities."""
+        """Factor of the cosines; 100, CLIP's, where the model has none for pairs of modalities."""
         scale = getattr(self.embedder.model, "logit_scale", None)
         return 100.0 if scale is None else float(scale.exp().detach())

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# One wording a line; {word} is the digit's name and {digit} its numeral.
+# Prompt templates; {word} is the digit's name and {digit} its numeral. The small CLIP that ships was trained on these.
 TEMPLATES = (
     "a handwritten {word}",
     "the digit {word}",
@@ -24,14 +24,14 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Digit:
-    """One picture and what it shows."""
+    """An image with its class."""
 
     image: Image.Image
     label: int
 
 
 def load_digits(split: str, *, size: int = 32) -> list[Digit]:
-    """The "train" or the "test" part, three quarters and one quarter of each digit, always the same.
+    """Load the "train" or the "test" part, three quarters and one quarter of each digit, always the same.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -48,16 +48,17 @@ def load_digits(split: str, *, size: int = 32) -> list[Digit]:
         label = int(data.target[i])
         seen[label] = seen.get(label, 0) + 1
         if (seen[label] % 4 == 0) == (split == "test"):
-            chosen.append(Digit(_picture(data.images[i], size), label))
+            chosen.append(Digit(_image(data.images[i], size), label))
     return chosen
 
 
 def caption(label: int, template: str) -> str:
+    """Fill in a prompt template."""
     return template.format(word=WORDS[label], digit=label)
 
 
 def jitter(image: Image.Image, random: np.random.RandomState) -> Image.Image:
-    """A little turned, scaled and moved, as another hand might have written it."""
+    """Rotate, scale and move an image a little, as if by another writer."""
     edge = round(image.width * random.uniform(0.9, 1.1))
     offset = (int(random.randint(-2, 3)), int(random.randint(-2, 3)))
     turned = image.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC, translate=offset)
@@ -67,6 +68,6 @@ def jitter(image: Image.Image, random: np.random.RandomState) -> Image.Image:
     return canvas
 
 
-def _picture(values: np.ndarray, size: int) -> Image.Image:
+def _image(values: np.ndarray, size: int) -> Image.Image:
     grey = Image.fromarray(np.rint(values * (255 / 16)).astype(np.uint8))
     return grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")

@@ -1,4 +1,4 @@
-"""Rendered scenes of coloured shapes, with captions that say what is in them."""
+"""Rendered scenes of coloured shapes, with captions."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +16,11 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.22, "large": 0.38}
+# Images are drawn at this multiple of their size, and scaled down for smooth edges.
+SCALE = 4
+# A shape to draw: its name, its centre, its radius and its colour.
+Shape = tuple[str, tuple[float, float], float, tuple[int, ...]]
+# The small models that ship were trained on these.
 TEMPLATES = (
     "a {size} {colour} {shape}",
     "a picture of a {size} {colour} {shape}",
@@ -26,28 +31,28 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One shape; its place is chance, and no caption tells it."""
+    """One shape, at a random position that no caption describes."""
 
     colour: str
     shape: str
     size: str
 
     def caption(self, template: str = TEMPLATES[0]) -> str:
+        """Describe the shape."""
         return template.format(colour=self.colour, shape=self.shape, size=self.size)
 
     def render(self, random: np.random.RandomState | None = None, pixels: int = 32) -> Image.Image:
-        """Draw an image, four times too large, and scale it down for smooth edges; without `random`, the same."""
+        """Draw an image; without `random`, the same."""
         random = random or np.random.RandomState(0)
-        edge = 4 * pixels
-        image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
+        image, edge = _ground(random, pixels)
         radius = SIZES[self.size] * edge * random.uniform(0.9, 1.1)
         x, y = random.uniform(radius, edge - radius, 2)
         colour = tuple(int(np.clip(v + random.randint(-15, 16), 0, 255)) for v in COLOURS[self.colour])
-        _draw(ImageDraw.Draw(image), self.shape, (x, y), radius, colour)
-        return image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+        return _drawn(image, [(self.shape, (x, y), radius, colour)])
 
 
 def all_scenes() -> list[Scene]:
+    """List every scene."""
     return [Scene(*parts) for parts in product(COLOURS, SHAPES, SIZES)]
 
 
@@ -61,31 +66,33 @@ PAIR_TEMPLATES = (
 
 @dataclass(frozen=True)
 class ScenePair:
-    """Two shapes side by side; which of them is on the left is half of what the caption says."""
+    """Two shapes side by side; the caption describes which of them is on the left."""
 
     left: tuple[str, str]
     right: tuple[str, str]
 
     def caption(self, template: str = PAIR_TEMPLATES[0]) -> str:
+        """Describe the shapes."""
         return template.format(left=" ".join(self.left), right=" ".join(self.right))
 
     def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
-        edge = 4 * pixels
-        image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
-        draw = ImageDraw.Draw(image)
+        """Draw an image."""
+        image, edge = _ground(random, pixels)
+        shapes: list[Shape] = []
         for i, (colour, shape) in enumerate((self.left, self.right)):
             radius = edge * random.uniform(0.18, 0.23)
             x, y = edge * (0.26 + 0.48 * i), random.uniform(radius, edge - radius)
-            _draw(draw, shape, (x, y), radius, COLOURS[colour])
-        return image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+            shapes.append((shape, (x, y), radius, COLOURS[colour]))
+        return _drawn(image, shapes)
 
 
 def all_pairs() -> list[ScenePair]:
+    """List every pair of different shapes."""
     shapes = list(product(COLOURS, SHAPES))
     return [ScenePair(left, right) for left, right in product(shapes, shapes) if left != right]
 
 
-# The four quarters of a picture, by where their middle is across and down it.
+# The centres of the four quarters of an image, as shares of its width and height.
 PLACES = {
     "northwest": (0.26, 0.26),
     "northeast": (0.74, 0.26),
@@ -104,24 +111,26 @@ class SceneGroup:
     places: tuple[str, ...]
 
     def caption(self) -> str:
+        """Describe the shapes and their quarters."""
         number, ending = NUMBERS[len(self.places)], "s"[: len(self.places) - 1]
         places = ", ".join(place for place in PLACES if place in self.places)
         return f"{number} {self.colour} {self.shape}{ending} in the {places}"
 
     def questions(self) -> dict[str, tuple[str, str]]:
-        """What can be asked, with the answers; the place is asked for where there is one alone."""
+        """Return questions with their answers; the position's only for a single shape."""
         number = NUMBERS[len(self.places)]
-        asked = {"colour": ("What colour is there?", self.colour), "count": ("How many are there?", number)}
-        return asked | ({"position": ("Where is it?", self.places[0])} if len(self.places) == 1 else {})
+        questions = {"colour": ("What colour is there?", self.colour), "count": ("How many are there?", number)}
+        return questions | ({"position": ("Where is it?", self.places[0])} if len(self.places) == 1 else {})
 
     def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
-        edge = 4 * pixels
-        image = Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3)))
+        """Draw an image."""
+        image, edge = _ground(random, pixels)
+        shapes: list[Shape] = []
         for place in self.places:
             radius = edge * random.uniform(0.18, 0.23)
             x, y = (edge * (middle + random.uniform(-0.02, 0.02)) for middle in PLACES[place])
-            _draw(ImageDraw.Draw(image), self.shape, (x, y), radius, COLOURS[self.colour])
-        return image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+            shapes.append((self.shape, (x, y), radius, COLOURS[self.colour]))
+        return _drawn(image, shapes)
 
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -129,7 +138,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class MovingScene:
-    """One shape that crosses the picture. Whichever way it goes, any one frame is as likely."""
+    """One shape that crosses the video. A single frame does not show its direction."""
 
     colour: str
     shape: str
@@ -138,20 +147,30 @@ class MovingScene:
     def render(self, random: np.random.RandomState | None = None, frames: int = 8, pixels: int = 32) -> np.ndarray:
         """Draw a video, (T, H, W, 3), 0..255; without `random`, the same."""
         random = random or np.random.RandomState(0)
-        edge = 4 * pixels
-        ground = tuple(int(v) for v in random.randint(0, 50, 3))
+        ground, edge = _ground(random, pixels)
         radius = edge * random.uniform(0.18, 0.23)
         across, down = DIRECTIONS[self.direction]
         way = (np.arange(frames) + random.uniform()) / frames
         still = np.full(frames, random.uniform())
         x = still if not across else way if across > 0 else way[::-1]
         y = still if not down else way if down > 0 else way[::-1]
-        film = []
-        for centre in zip(*(radius + (edge - 2 * radius) * part for part in (x, y)), strict=True):
-            image = Image.new("RGB", (edge, edge), ground)
-            _draw(ImageDraw.Draw(image), self.shape, centre, radius, COLOURS[self.colour])
-            film.append(np.asarray(image.resize((pixels, pixels), Image.Resampling.BICUBIC)))
-        return np.stack(film)
+        centres = zip(*(radius + (edge - 2 * radius) * part for part in (x, y)), strict=True)
+        shapes = [(self.shape, centre, radius, COLOURS[self.colour]) for centre in centres]
+        return np.stack([np.asarray(_drawn(ground.copy(), [shape])) for shape in shapes])
+
+
+def _ground(random: np.random.RandomState, pixels: int) -> tuple[Image.Image, int]:
+    """Return a dark image to draw on, and the length of its edge."""
+    edge = SCALE * pixels
+    return Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3))), edge
+
+
+def _drawn(image: Image.Image, shapes: list[Shape]) -> Image.Image:
+    """Draw shapes on an image, and scale it down."""
+    draw = ImageDraw.Draw(image)
+    for shape in shapes:
+        _draw(draw, *shape)
+    return image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.BICUBIC)
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""What can be set for contrastive training."""
+"""The arguments of contrastive training."""
 
 import json
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ LOSSES = ("softmax", "sigmoid", "focal")
 
 @dataclass
 class ContrastiveTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what contrastive training adds to them.
+    """`transformers.TrainingArguments` with those of contrastive training.
 
     `per_device_train_batch_size` is the number of rows that are compared with one another on each device.
 
     Args:
-        mini_batch_size: rows whose activations are held at a time; None for all. The gradients are those of the whole
-            batch, for the time of one more forward pass.
+        mini_batch_size: rows whose activations are in memory at a time; None for all. The gradients are those of the
+            whole batch, for the time of one more forward pass.
         gather_negatives: compare the rows of all processes with one another.
         loss: "softmax" (CLIP), "sigmoid" (SigLIP) or "focal" (MaMMUT); None for the architecture's own.
         max_logit_scale: bound of the temperature's factor; None for the architecture's own.
@@ -29,12 +29,12 @@ class ContrastiveTrainingArguments(TrainingArguments):
             so has everything outside of the towers.
         frozen_towers: ["vision"] is locked-image tuning (LiT, https://arxiv.org/abs/2111.07991); these towers are left
             as they are and run as in inference.
-        patch_dropout: share of a picture's patches that is left out in training (FLIP,
-            https://arxiv.org/abs/2212.00794); None for what the model's configuration says.
-        recall_at: in evaluations, the shares of rows whose partner is among so many nearest ones.
+        patch_dropout: share of an image's patches that is left out in training (FLIP,
+            https://arxiv.org/abs/2212.00794); None for the rate in the model's configuration.
+        recall_at: in evaluations, the k of recall@k, the share of rows with a positive among the k nearest.
     """
 
-    mini_batch_size: int | None = field(default=None, metadata={"help": "Rows whose activations are held at a time."})
+    mini_batch_size: int | None = field(default=None, metadata={"help": "Rows with activations in memory at a time."})
     gather_negatives: bool = field(default=True, metadata={"help": "Compare the rows of all processes."})
     loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}."})
     max_logit_scale: float | None = field(default=None, metadata={"help": "Bound of the temperature's factor."})
@@ -58,19 +58,17 @@ class ContrastiveTrainingArguments(TrainingArguments):
             raise ValueError(f"loss {self.loss!r} is none of {', '.join(LOSSES)}.")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
-                "gradient_accumulation_steps would compare each part of a batch with itself alone, which is another "
+                "gradient_accumulation_steps would compare each part of a batch only with itself, which is another "
                 "loss. For large batches set per_device_train_batch_size to the whole batch, and mini_batch_size to "
                 "what fits into memory."
             )
 
     def check_own(self) -> None:
-        """A ValueError that names an argument of this class which is out of its range."""
-        if self.mini_batch_size is not None:
-            check_integer("mini_batch_size", self.mini_batch_size)
-        if self.max_logit_scale is not None:
-            check_number("max_logit_scale", self.max_logit_scale, 0, open_low=True)
-        if self.patch_dropout is not None and check_number("patch_dropout", self.patch_dropout, 0, 1) == 1:
-            raise ValueError(f"patch_dropout {self.patch_dropout} is no share in 0..1: some patches must be left.")
+        """Refuse numbers out of range in arguments of this class that hold several.
+
+        Raises:
+            ValueError: the message names the argument and its range.
+        """
         for k in self.recall_at:
             check_integer("recall_at", k)
         if isinstance(self.tower_learning_rates, Mapping):
@@ -79,7 +77,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
 
 def _rates(text: str) -> dict[str, Any]:
-    """Learning rates as a command line writes them, in JSON.
+    """Parse the learning rates of a command line, in JSON.
 
     Raises:
         ValueError: they are no JSON object.

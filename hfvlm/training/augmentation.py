@@ -1,4 +1,4 @@
-"""Seeded augmentations of pictures: each takes a picture and a `numpy.random.Generator`."""
+"""Seeded augmentations of images: each takes an image and a `numpy.random.Generator`."""
 
 from dataclasses import dataclass
 from math import exp, log, sqrt
@@ -13,11 +13,11 @@ TRIES = 10
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the picture, resized to a square: CLIP's and OpenCLIP's only augmentation.
+    """A random part of the image, resized to a square: CLIP's and OpenCLIP's only augmentation.
 
     Args:
         size: edge of the result in pixels.
-        scale: share of the picture's area, lowest and highest. OpenCLIP trains with 0.9 to 1.
+        scale: share of the image's area, lowest and highest. OpenCLIP trains with 0.9 to 1.
         ratio: of width and height, lowest and highest.
         resample: Pillow's filter; 3 is bicubic.
     """
@@ -39,11 +39,11 @@ class RandomResizedCrop:
         return image.convert("RGB").resize((self.size, self.size), Image.Resampling(self.resample), box=box)
 
     def cut(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
-        """The part alone, as it is: for what is read at several sizes."""
+        """Crop the part, and do not resize it: for models that take it at several sizes."""
         return image.convert("RGB").crop(self.box(*image.size, random))
 
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom: drawn until a box fits, else the largest one in the middle."""
+        """Draw a box (left, top, right, bottom) until it fits, or else take the largest one in the middle."""
         low, high = self.ratio
         for _ in range(TRIES):
             area = width * height * random.uniform(*self.scale)
@@ -59,14 +59,14 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class RandomCropAndFlip:
-    """A square of the resized picture, mirrored half of the time: ALIGN's (346 pixels, of which 289 are cut out).
+    """A square of the resized image, mirrored half of the time: ALIGN's (346 pixels, of which 289 are cut out).
 
-    Captions that say left or right do not go with flipping.
+    Captions with left or right do not go with flipping.
 
     Args:
         size: edge of the result in pixels.
-        resized: length of the picture's shorter edge before the crop.
-        flip: how often to mirror.
+        resized: length of the image's shorter edge before the crop.
+        flip: probability of mirroring.
         resample: Pillow's filter; 2 is bilinear.
     """
 

@@ -1,4 +1,4 @@
-"""Which columns of a data set a model is trained on."""
+"""The columns of a data set that a model is trained on."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -8,7 +8,7 @@ from hfvlm.media.rows import COLUMNS, columns_by_name
 
 logger = logging.getLogger(__name__)
 
-# Texts of these columns name something, and describe nothing.
+# Texts of these columns are names, and no captions.
 NAMES = (
     "file_name", "filename", "path", "url", "id", "key", "__key__", "__url__", "hash", "sha256", "license", "licence"
 )  # fmt: skip
@@ -22,8 +22,8 @@ def training_columns(
     modalities: Collection[str],
     source: str,
 ) -> dict[str, str]:
-    """The column of each modality: those that are given, and of others that are needed the ones with a usual name, or
-    the only one that can be meant.
+    """Find the column of each modality: those that are given, and for others that are needed the ones with a usual
+    name, or the only one that is possible.
 
     Args:
         rows: a data set of `datasets`.
@@ -33,7 +33,7 @@ def training_columns(
         source: the data set's name, for errors.
 
     Raises:
-        ValueError: a column is not there, or none can be found for a modality; listing the columns.
+        ValueError: a column is missing, or none can be found for a modality; listing the columns.
     """
     features = rows.features or dict.fromkeys(next(iter(rows)))
     given = dict(given or {})
@@ -53,7 +53,7 @@ def training_columns(
 
 
 def only_column(features: Mapping[str, Any], modality: str, taken: Iterable[str], source: str) -> str:
-    """The one column that can hold a modality.
+    """Find the one column that can hold a modality.
 
     Raises:
         ValueError: there are none or several.
@@ -70,7 +70,7 @@ def only_column(features: Mapping[str, Any], modality: str, taken: Iterable[str]
 
 
 def kind_of(feature: Any) -> str | None:
-    """The modality that a feature of `datasets` can be."""
+    """Return the modality that a feature of `datasets` can hold."""
     inner = getattr(feature, "feature", feature)  # of a list
     if type(inner).__name__ in ("Image", "Audio", "Video"):
         return type(inner).__name__.lower()
@@ -78,6 +78,6 @@ def kind_of(feature: Any) -> str | None:
 
 
 def described(features: Mapping[str, Any]) -> str:
-    """The columns with what they hold."""
+    """List the columns with their kinds."""
     kinds = ((name, kind_of(feature) or getattr(feature, "dtype", "")) for name, feature in features.items())
     return ", ".join(f"{name} ({kind})" if kind else name for name, kind in kinds)

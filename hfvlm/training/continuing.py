@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: the newest that is whole."""
+"""Checkpoints to resume from: the newest that is complete."""
 
 import json
 import logging
@@ -12,36 +12,36 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 STATE = "trainer_state.json"
-# What FSDP and DeepSpeed write in place of a file, and read themselves.
+# What FSDP and DeepSpeed write instead of a file, and read themselves.
 SHARDED = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", "latest")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 SCHEDULERS = ("scheduler.pt", "latest")
 
 
 def whole_checkpoint(folder: str | Path, processes: int = 1) -> str:
-    """The newest checkpoint of a run from which it can go on; what is passed over is logged.
+    """Find the newest checkpoint from which a run can resume; log those that are skipped.
 
     Args:
         folder: the run's `output_dir`.
-        processes: that train.
+        processes: number of them that train.
 
     Raises:
-        ValueError: there is none; the message says what each lacks.
+        ValueError: there is none; the message lists what each lacks.
     """
     found = [(int(path.name.split("-")[1]), path) for path in Path(folder).glob("checkpoint-*") if is_checkpoint(path)]
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for _, path in sorted(found, reverse=True):
         wrong = faults(path, processes)
         if not wrong:
-            for text in passed_over:
-                logger.warning("%s Going on from %s.", text, path)
+            for text in skipped:
+                logger.warning("%s Resuming from %s.", text, path)
             return str(path)
-        passed_over.append(f"{path} is passed over: {'; '.join(wrong)}.")
-    raise ValueError(f"{folder}: no whole checkpoint to go on from. {' '.join(passed_over)}".strip())
+        skipped.append(f"{path} is skipped: {'; '.join(wrong)}.")
+    raise ValueError(f"{folder}: no whole checkpoint to resume from. {' '.join(skipped)}".strip())
 
 
 def check_checkpoint(path: str | Path, processes: int = 1) -> str:
-    """A checkpoint that was named.
+    """Check a checkpoint that a run is to resume from.
 
     Raises:
         ValueError: it is not whole; the message names what is missing or damaged.
@@ -50,8 +50,8 @@ def check_checkpoint(path: str | Path, processes: int = 1) -> str:
         raise ValueError(f"{path}: no such checkpoint.")
     if wrong := faults(Path(path), processes):
         raise ValueError(
-            f"{path}: training cannot go on from it as if it had not stopped: {'; '.join(wrong)}. Name another "
-            "checkpoint, or begin a new run from its weights."
+            f"{path}: training cannot resume exactly from it: {'; '.join(wrong)}. Name another checkpoint, or begin a "
+            "new run from its weights."
         )
     return str(path)
 
@@ -61,7 +61,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def faults(path: Path, processes: int) -> list[str]:
-    """What is missing or damaged in a checkpoint, in words."""
+    """List what is missing or damaged in a checkpoint."""
     wrong = [*weights_faults(path), *json_faults(path / STATE, "global_step")]
     if not any((path / name).exists() for name in OPTIMIZERS):
         wrong.append("no optimizer.pt")
@@ -76,7 +76,7 @@ def faults(path: Path, processes: int) -> list[str]:
 
 
 def weights_faults(path: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights."""
+    """List what is wrong with a checkpoint's weights."""
     if any((path / name).exists() for name in SHARDED):
         return []
     names = [name for name in WEIGHTS if (path / name).exists()]
@@ -94,7 +94,7 @@ def weights_faults(path: Path) -> list[str]:
 
 
 def json_faults(path: Path, key: str) -> list[str]:
-    """What is wrong with a file that holds an object with a key."""
+    """List what is wrong with a JSON file that holds an object with a key."""
     if not path.exists():
         return [f"no {path.name}"]
     try:
@@ -105,7 +105,7 @@ def json_faults(path: Path, key: str) -> list[str]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of weights or of PyTorch ends where it says that it does."""
+    """Check whether a file of weights or of PyTorch ends where its header defines it to end."""
     if path.suffix != ".safetensors":
         return zipfile.is_zipfile(path)
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""A picture of a run."""
+"""An image of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training loss and, beside it, the recalls of the evaluations, over the steps; PNG.
+    """Plot the training loss and, next to it, the recalls of the evaluations, over the steps; PNG.
 
     Args:
         history: `trainer.state.log_history`.
-        path: of the new picture.
+        path: of the new image.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,6 +31,6 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of everything that was logged under a name."""
+    """Return the steps and values of everything that was logged under a name."""
     entries = [entry for entry in history if name in entry]
     return [entry["step"] for entry in entries], [entry[name] for entry in entries]

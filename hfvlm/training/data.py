@@ -22,13 +22,13 @@ ID_BYTES = 7
 
 
 class Reader(Protocol):
-    """What makes the values of one row: reads its files and, where there are random numbers, augments."""
+    """A function that reads one row: its files are decoded and, where there are random numbers, augmented."""
 
     def __call__(self, row: Mapping[str, Any], random: np.random.Generator | None) -> Mapping[str, Any]: ...
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """All indices in an order that depends on the seed and the epoch alone, so that a run can be continued exactly.
+    """All indices in an order that depends only on the seed and the epoch, so that a run can be resumed exactly.
 
     Yields `(index, epoch)`, as `Rows` takes them.
     """
@@ -48,8 +48,8 @@ class Rows(Dataset[Any]):
     """A view of a data set whose rows are read, augmented and, where they cannot be read, replaced by others.
 
     An index is for evaluation: nothing is random. An `(index, epoch)` is for training: what is random about a row
-    depends on the seed, its index and the epoch alone. Rows come with their "index" and with "replaced": how many
-    others, that could not be read, they stand in for. Without `read`, rows are as the data set gives them.
+    depends only on the seed, its index and the epoch. Rows come with their "index" and with "replaced": the number of
+    unreadable rows that they replace. Without `read`, rows are as the data set gives them.
 
     Raises:
         ValueError: ten rows in turn cannot be read.
@@ -71,7 +71,7 @@ class Rows(Dataset[Any]):
                 row = self.read(self.dataset[index], None if epoch is None else random)
                 return {**row, "index": index, "replaced": replaced}
             except UNREADABLE as error:
-                logger.warning("Row %d is passed over: %s", index, error)
+                logger.warning("Row %d is skipped: %s", index, error)
             index = int(random.integers(len(self)))
         raise ValueError(f"{MOST_TRIES} rows in turn cannot be read, the last is row {index}: is this the right data?")
 
@@ -79,15 +79,15 @@ class Rows(Dataset[Any]):
 class StreamedRows(IterableDataset[Any]):
     """A view of a data set that streams, whose rows are read and augmented, and left out where they cannot be read.
 
-    What is random about a row depends on the seed, its place in the stream and the epoch alone. Rows come with their
-    "index" in the stream and with "replaced": in training, how many before it were left out. Without `read`, rows are
-    as the data set gives them.
+    What is random about a row depends only on the seed, its index in the stream and the epoch. Rows come with their
+    "index" in the stream and with "replaced": in training, the number of rows before it that were left out. Without
+    `read`, rows are as the data set gives them.
 
     Args:
         dataset: a `datasets.IterableDataset`, or one of PyTorch's.
         read: see `Reader`.
         seed: of all that is random.
-        group: rows come in whole groups of so many, and an incomplete last one is left out; None for all rows.
+        group: rows come in whole groups of this size, and an incomplete last one is left out; None for all rows.
         training: draw what is random.
 
     Raises:
@@ -118,12 +118,12 @@ class StreamedRows(IterableDataset[Any]):
                 held = []
 
     def rows(self) -> Iterator[Any]:
-        """The rows that can be read, of this worker."""
+        """Yield the rows of this worker that can be read."""
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         left_out = 0
-        for place, row in enumerate(self.dataset):
-            index = first + place * step
+        for i, row in enumerate(self.dataset):
+            index = first + i * step
             if self.read is None:
                 yield row
                 continue
@@ -131,7 +131,7 @@ class StreamedRows(IterableDataset[Any]):
             try:
                 values = self.read(row, random)
             except UNREADABLE as error:
-                logger.warning("Row %d is passed over: %s", index, error)
+                logger.warning("Row %d is skipped: %s", index, error)
                 left_out += 1
                 if left_out >= MOST_TRIES:
                     raise ValueError(f"{MOST_TRIES} rows in turn cannot be read, the last is row {index}.") from error
@@ -141,15 +141,15 @@ class StreamedRows(IterableDataset[Any]):
 
 
 class ContrastiveCollator:
-    """Rows with several modalities to the inputs of a model.
+    """Collator of rows with several modalities to the inputs of a model.
 
     Args:
         processor: of the model.
         columns: {"image": "photo", "text": "caption"}: the columns that hold each modality. By default those that are
             called as modalities are: "image", "text", "audio", "video", "depth", "thermal", "imu"; the text may be
             in a column "caption" or "captions", and webdataset's names ("jpg", "txt", ...) are known.
-        id_column: rows with the same value there count as partners of one another in evaluations, as several captions
-            of one picture; numbers or texts. By default each row is its own.
+        id_column: rows with the same value there count as positives of one another in evaluations, as several captions
+            of one image; numbers or texts. By default each row is its own.
         augment: {"image": RandomResizedCrop(224)}: what is done in training to a value of a modality, given it and a
             `numpy.random.Generator`.
         all_captions: take every caption of a row in evaluations; False takes its first, for losses of pairs.
@@ -178,7 +178,7 @@ class ContrastiveCollator:
         self.augment, self.all_captions, self.options = dict(augment or {}), all_captions, options
 
     def read(self, row: Mapping[str, Any], random: np.random.Generator | None) -> dict[str, Any]:
-        """A row of the data set -> its values by modality: a picture, a list of texts, else the model's inputs."""
+        """Read a row of the data set: its values by modality, an image, a list of texts, else the model's inputs."""
         values = {}
         for modality, column in self.columns_of(row).items():
             if column not in row:
@@ -196,26 +196,32 @@ class ContrastiveCollator:
             values["id"] = row[self.id_column]
         return values
 
-    def read_alone(self, row: Mapping[str, Any], place: int) -> dict[str, Any]:
-        """A row of the data set as `Rows` would give it in an evaluation, with its first caption."""
+    def read_plain(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Read rows of the data set as `Rows` would in an evaluation, with their first captions.
+
+        Raises:
+            ValueError: they are to be augmented, which only a `RowTrainer` does.
+        """
         if self.augment:
-            raise ValueError("augment needs a ContrastiveTrainer or RowTrainer, which tell training from evaluation.")
-        values = self.read(row, None)
-        values |= {"text": values["text"][:1]} if "text" in values else {}
-        return values | {"index": place, "replaced": 0}
+            raise ValueError("augment needs a ContrastiveTrainer or RowTrainer, which know training from evaluation.")
+        read = [self.read(row, None) for row in rows]
+        for i, values in enumerate(read):
+            values.update({"index": i, "replaced": 0}, **({"text": values["text"][:1]} if "text" in values else {}))
+        return read
 
     def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the column of each modality."""
         return columns_by_name(row) if self.columns is None else self.columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of `Rows` -> the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each, which the
-        trainer takes out again; rows of a data set -> the model's inputs and "return_loss".
+        """Collate rows of `Rows` to the model's inputs and "row_ids", "caption_counts" and "replaced", `(B,)` each,
+        which the trainer takes out again; rows of a data set to the model's inputs and "return_loss".
 
         Raises:
             ValueError: rows of a data set are to be augmented, which only a `RowTrainer` does.
         """
         if "replaced" not in rows[0]:
-            inputs = self([self.read_alone(row, place) for place, row in enumerate(rows)])
+            inputs = self(self.read_plain(rows))
             return {k: v for k, v in inputs.items() if k not in BOOKKEEPING} | {"return_loss": True}
         values: dict[str, Any] = {}
         if "image" in rows[0]:
@@ -237,28 +243,26 @@ class ContrastiveCollator:
 
 
 class CaptionCollator(ContrastiveCollator):
-    """Pictures with captions to the inputs of a model that is to write these, by its processor's `captions`; arguments
-    as above."""
+    """Collator of images with captions to the inputs of a model that learns to generate these, by its processor's
+    `captions`; arguments as above."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of `Rows` or of a data set, of each the first caption -> the model's inputs, `labels` and, of `Rows`,
-        "replaced"."""
-        if "replaced" not in rows[0]:
-            rows = [self.read_alone(row, place) for place, row in enumerate(rows)]
-            return dict(self.processor.captions([row["image"] for row in rows], [row["text"][0] for row in rows]))
-        inputs = self.processor.captions([row["image"] for row in rows], [row["text"][0] for row in rows])
-        return {**inputs, "replaced": torch.tensor([row["replaced"] for row in rows])}
+        """Collate rows of `Rows` or of a data set, of each the first caption, to the model's inputs, `labels` and, of
+        `Rows`, "replaced"."""
+        read = rows if "replaced" in rows[0] else self.read_plain(rows)
+        inputs = dict(self.processor.captions([row["image"] for row in read], [row["text"][0] for row in read]))
+        return inputs | ({"replaced": torch.tensor([row["replaced"] for row in rows])} if read is rows else {})
 
 
 def row_id(value: Any) -> int:
-    """A number for an identifier of any kind: numbers as they are, texts by their hash."""
+    """Convert an identifier of any kind to a number: numbers as they are, texts by their hash."""
     if isinstance(value, int | np.integer):
         return int(value)
     return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:ID_BYTES], "big")
 
 
 def _image(value: Any, processor: Any) -> Any:
-    """An image as the processor turns it, so that augmentations see it as the model does."""
+    """Read an image as upright as the processor does, so that augmentations see it as the model does."""
     from hfvlm.media.images import read_image
 
     return read_image(value, upright=getattr(getattr(processor, "image_processor", None), "upright", True))

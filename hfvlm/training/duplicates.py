@@ -1,4 +1,4 @@
-"""Rows that say the same again: copies within a training set, and test rows that were trained on."""
+"""Near duplicates: copies within a training set, and test rows that were trained on."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ BLOCK = 2**24
 
 
 def near_duplicates(embeds: Tensor, threshold: float = 0.95, of: Tensor | None = None) -> Tensor:
-    """For each row, the first row that it repeats, or -1.
+    """Find, for each row, the first row that it repeats, or -1.
 
-    Keeping the rows with -1 keeps the first of every group of equals.
+    The rows with -1 are the first of every group of equals.
 
     Args:
         embeds: `(N, D)`, of unit length, as a model's image embeddings.

@@ -1,6 +1,7 @@
-"""Runs that can only fail: told apart and ended, with what to change."""
+"""Runs that cannot succeed: they are refused or ended, with what to change."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,70 +9,74 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
-from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.checks.ranges import Ranges, check_ranges
 from hfvlm.modeling.outputs import contrastive_fields
 
-# Steps in a row that look collapsed before a run is ended.
+# Collapsed steps in a row before a run is ended.
 PATIENCE = 3
-# Variance of embeddings of unit length below which all are the same, and the share of its first value that is nothing.
+# Variance of embeddings of unit length below which all are equal, and the share of its first value that is collapse.
 SAME, SHARE = 1e-10, 1e-3
-# A temperature's factor below which nothing is compared.
+# A temperature's factor below which all logits are equal.
 LEAST_SCALE = 1e-4
 MOST_SEED = 2**32 - 1
 
-COUNTS = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "save_total_limit": 1,
-    "dataloader_prefetch_factor": 1,
-    "eval_accumulation_steps": 1,
-}
-NUMBERS: dict[str, tuple[float, float | None, bool]] = {
-    "learning_rate": (0, None, False),
-    "weight_decay": (0, None, False),
-    "adam_beta1": (0, 1, False),
-    "adam_beta2": (0, 1, False),
-    "adam_epsilon": (0, None, True),
-    "max_grad_norm": (0, None, False),
-    "num_train_epochs": (0, None, True),
-    "warmup_steps": (0, None, False),
-    "warmup_ratio": (0, 1, False),
-    "logging_steps": (0, None, True),
-    "save_steps": (0, None, True),
-    "eval_steps": (0, None, True),
-    "eval_delay": (0, None, False),
-    "label_smoothing_factor": (0, 1, False),
-    "neftune_noise_alpha": (0, None, False),
-}
+# Of the arguments of transformers and of recipes.
+RANGES: Ranges = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "save_total_limit", "dataloader_prefetch_factor", "eval_accumulation_steps", "mini_batch_size",
+            "lora_rank", "max_length",
+        ),
+        (True, 1, None, True),
+    ),
+    **dict.fromkeys(("seed", "data_seed"), (True, 0, MOST_SEED, True)),
+    "dataloader_num_workers": (True, 0, None, True),
+    "max_steps": (True, -1, None, True),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "neftune_noise_alpha"),
+        (False, 0, None, True),
+    ),
+    **dict.fromkeys(
+        ("adam_epsilon", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "max_logit_scale"),
+        (False, 0, None, False),
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor", "lora_dropout", "patch_dropout"),
+        (False, 0, 1, True),
+    ),
+    "crop_scale": (False, 0, 1, False),
+}  # fmt: skip
 
 
 class TrainingError(ValueError):
-    """A run that cannot go on; the message says at which step, and what to change."""
+    """A run that cannot go on; the message names the step, and what to change."""
 
 
-def check_arguments(arguments: TrainingArguments) -> None:
-    """Refuse numbers out of range among transformers' own arguments; None leaves one to transformers.
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range among the arguments of a run; None leaves one to its default.
 
     Raises:
         ValueError: the message names the argument and its range.
     """
-    for name, lowest in COUNTS.items():
-        if (value := getattr(arguments, name, None)) is not None:
-            check_integer(name, value, lowest)
-    for name, (low, high, open_low) in NUMBERS.items():
-        if (value := getattr(arguments, name, None)) is not None:
-            check_number(name, value, low, high, open_low=open_low)
-    if check_integer("max_steps", arguments.max_steps, -1) == 0:
+    check_ranges(values, RANGES)
+    if values.get("max_steps") == 0:
         raise ValueError("max_steps must be -1 (by num_train_epochs) or at least 1, not 0.")
-    for name in ("seed", "data_seed"):
-        if (value := getattr(arguments, name)) is not None:
-            check_integer(name, value, 0, MOST_SEED)
+    if values.get("patch_dropout") == 1:
+        raise ValueError("patch_dropout must be below 1, not 1: some patches must be left.")
+
+
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Refuse numbers out of range among a trainer's arguments, as `check_values`.
+
+    Raises:
+        ValueError: the message names the argument and its range.
+    """
+    check_values({name: getattr(arguments, name, None) for name in RANGES})
 
 
 def check_processes(arguments: TrainingArguments) -> None:
-    """Refuse to train in one of several processes as if it were alone.
+    """Refuse to train in one of several processes as if it were the only one.
 
     Raises:
         ValueError: the launcher started more processes than the arguments see.
@@ -80,8 +85,8 @@ def check_processes(arguments: TrainingArguments) -> None:
     if started > 1 and arguments.world_size != started:
         raise ValueError(
             f"{started} processes were started (WORLD_SIZE), but the arguments see {arguments.world_size}: each would "
-            "train alone and write to one folder. On CPUs set use_cpu: true (and ddp_backend: gloo); on GPUs start "
-            "no more processes than there are GPUs."
+            "train by itself and write to one folder. On CPUs set use_cpu: true (and ddp_backend: gloo); on GPUs "
+            "start no more processes than there are GPUs."
         )
 
 
@@ -111,7 +116,7 @@ def check_weights(model: Any, step: int) -> None:
 
 
 class CollapseWatch:
-    """Looks at the embeddings of each training batch, and ends a run in which they have become all the same."""
+    """Watch over the embeddings of each training batch, which ends a run in which they have become equal."""
 
     def __init__(self) -> None:
         self.first: Tensor | None = None
@@ -119,11 +124,11 @@ class CollapseWatch:
 
     @torch.no_grad()
     def see(self, output: ModelOutput, step: int, arguments: TrainingArguments) -> None:
-        """Take notice of one batch's embeddings.
+        """Observe one batch's embeddings.
 
         Raises:
-            TrainingError: for some steps now all rows of a modality have had the same embedding, or no difference
-                counts any more.
+            TrainingError: for some steps all rows of a modality have had the same embedding, or the temperature made
+                all logits equal.
         """
         rows, factors = contrastive_fields(output)
         embeds = {name: value for name, value in rows.items() if name.endswith("_embeds")}
@@ -138,18 +143,15 @@ class CollapseWatch:
         self.suspicious = self.suspicious + 1 if collapsed else 0
         if self.suspicious >= PATIENCE:
             names = [name for name, gone in zip(embeds, lost.tolist(), strict=True) if gone]
-            what = (
-                f"all rows of a batch have the same {', '.join(names)}"
-                if names
-                else "the temperature compares nothing"
-            )
+            same = f"all rows of a batch have the same {', '.join(names)}"
+            what = same if names else "the temperature makes all logits equal"
             raise TrainingError(
                 f"Step {step}: {what}; the run has collapsed. Lower learning_rate (now {arguments.learning_rate:g}) "
-                "or add warmup_steps; if it was so from the start, look for copies in the data."
+                "or add warmup_steps; if this holds from the start, look for copies in the data."
             )
 
 
 def spread_of(embeds: Tensor) -> Tensor:
-    """The variance of a batch's embeddings, over all of their numbers."""
+    """Return the variance of a batch's embeddings, over all of their numbers."""
     flat = embeds.detach().flatten(1).float()
     return (flat - flat.mean(dim=0)).square().sum(dim=1).mean()

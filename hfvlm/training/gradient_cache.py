@@ -1,8 +1,8 @@
 """Contrastive batches larger than memory: gradient caching (https://arxiv.org/abs/2101.06983).
 
-The loss of a contrastive model needs the embeddings of the whole batch, and nothing else of it. So they are computed
-in mini-batches without keeping anything; the loss gives each of them its gradient; and each mini-batch is computed
-once more, this time for the gradients of the weights. It takes the memory of a mini-batch and one more forward pass.
+The loss of a contrastive model needs only the embeddings of the whole batch. So they are computed in mini-batches
+without storing activations; the loss gives each of them its gradient; and each mini-batch is computed once more, this
+time for the gradients of the weights. It takes the memory of a mini-batch and one more forward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,8 @@ def cached_backward(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     unsynchronised: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """The loss of a whole batch; adds its gradients to the parameters', like `contrast(model(**inputs)).backward()`.
+    """Return the loss of a whole batch; add its gradients to the parameters', like
+    `contrast(model(**inputs)).backward()`.
 
     Dropout draws the same numbers in both passes. Batch norms in training see mini-batches: with them the gradients
     are those of the mini-batches' statistics.
@@ -39,7 +40,7 @@ def cached_backward(
         inputs: each tensor has one row for each row of the batch.
         mini_batch_size: rows that are computed at a time.
         precision: the context of each forward pass, as automatic mixed precision.
-        backward: what is called in place of `loss.backward()`, as accelerate's.
+        backward: called instead of `loss.backward()`, as accelerate's.
         unsynchronised: the context of all mini-batches but the last, as `DistributedDataParallel.no_sync`.
 
     Raises:
@@ -68,7 +69,7 @@ def cached_backward(
             with precision():
                 own_rows, factors = contrastive_fields(model(**part))
             stop = start + len(next(iter(own_rows.values())))
-            # Its gradient is that of the loss: each embedding's own gradient is handed on.
+            # Its gradient is that of the loss: each embedding's own gradient is passed on.
             terms = [(v, gradients[k][start:stop]) for k, v in own_rows.items() if gradients.get(k) is not None]
             if last:
                 terms += [(v, zero_or(gradients.get(k), v)) for k, v in factors.items()]
@@ -78,41 +79,42 @@ def cached_backward(
 
 
 def split(inputs: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """A batch's inputs in parts of `size` rows; what is no tensor goes with each of them."""
+    """Split a batch's inputs into parts of `size` rows; what is no tensor goes with each of them."""
     counts = {name: len(value) for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"Mini-batches need inputs of as many rows each, but got {counts}.")
+        raise ValueError(f"Mini-batches need inputs of one number of rows, but got {counts}.")
     starts = range(0, next(iter(counts.values())), size)
     return [{k: v[i : i + size] if k in counts else v for k, v in inputs.items()} for i in starts]
 
 
 def zero_or(gradient: Tensor | None, value: Tensor) -> Tensor:
-    """The gradient, or zeros where the loss leaves a factor out: data parallelism waits for every parameter's."""
+    """Return the gradient, or zeros where the loss leaves a factor out: data parallelism waits for every parameter."""
     return torch.zeros_like(value) if gradient is None else gradient
 
 
 class RandomState:
-    """The state of the random number generators of the processor and of one device."""
+    """The state of the random number generators of the CPU and of one device."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host = torch.get_rng_state()
+        self.on_cpu = torch.get_rng_state()
         self.on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "RandomState":
-        """That of the device where the inputs are."""
+        """Take the state of the device where the inputs are."""
         return cls(next(value.device for value in inputs.values() if isinstance(value, Tensor)))
 
     def restore(self) -> None:
-        torch.set_rng_state(self.host)
+        """Set the generators to the state."""
+        torch.set_rng_state(self.on_cpu)
         if self.on_device is not None:
             torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
 
 
 @contextmanager
 def restored_statistics(model: Any) -> Iterator[None]:
-    """Batch norms have, afterwards, the running statistics that they had before."""
+    """Restore, at the end, the running statistics of batch norms."""
     norms = (m for m in model.modules() if isinstance(m, _BatchNorm)) if isinstance(model, nn.Module) else ()
     saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     yield

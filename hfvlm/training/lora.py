@@ -1,4 +1,4 @@
-"""Named LoRA recipes: which towers are adapted, and what is trained in full beside them."""
+"""Named LoRA recipes: which towers are adapted, and which parts are trained in full."""
 
 import re
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ def lora(
     quiet: bool = False,
     **options: Any,
 ) -> Any:
-    """Wrap a model for LoRA fine-tuning with PEFT, and print what will train.
+    """Wrap a model for LoRA fine-tuning with PEFT, and print the numbers of trainable parameters.
 
     Args:
         model: of any architecture of hfvlm.
         recipe: parts joined by "+": the towers that are adapted ("vision", "text", "audio", "language", ...), and
             "projection" and "scale" for the projections and the temperature, which are trained in full. By default all
-            towers; of a model that answers about pictures, "language+projection".
+            towers; of a model that answers about images, "language+projection".
         r: rank of the adapters.
         alpha: numerator of their scale `alpha / r`; by default twice the rank.
         dropout: on the adapters' inputs.
@@ -73,7 +73,7 @@ def lora(
 
 
 def towers(model: PreTrainedModel) -> dict[str, str]:
-    """Towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower"."""
+    """Return towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower"."""
     inside = {
         name.removesuffix("_model"): name
         for name, child in model.named_children()
@@ -83,19 +83,19 @@ def towers(model: PreTrainedModel) -> dict[str, str]:
 
 
 def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[str] | None = None) -> str:
-    """The regular expression, over whole names, of the layers that a recipe adapts."""
+    """Return the regular expression, over whole names, of the layers that a recipe adapts."""
     known = towers(model)
     chosen = [part for part in _parts(model, recipe) if part in known]
     if not chosen:
         raise ValueError(f"Recipe {recipe!r} adapts no tower; name at least one of {', '.join(known)}.")
     prefixes = "|".join(re.escape(f"{known[part]}.") if known[part] else "" for part in chosen)
     # An adapter of a layer that no output depends on would never learn.
-    unread = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unused_modules", ()))
-    return rf"{unread}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
+    unused = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unused_modules", ()))
+    return rf"{unused}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
 
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:
-    """Names of the modules that a recipe trains in full."""
+    """Return the names of the modules that a recipe trains in full."""
     return [name for part in _parts(model, recipe) for name in _instances(model, part)] or None
 
 
@@ -111,10 +111,9 @@ def _parts(model: PreTrainedModel, recipe: str | None) -> list[str]:
 
 
 def _instances(model: PreTrainedModel, part: str) -> list[str]:
-    kind = WHOLE_PARTS.get(part)
-    unread = tuple(getattr(model, "unused_modules", ()))
-    read = (pair for pair in model.named_modules() if pair[0] not in unread)
-    return [] if kind is None else [name for name, module in read if isinstance(module, kind)]
+    kinds = WHOLE_PARTS.get(part, ())
+    unused = tuple(getattr(model, "unused_modules", ()))
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in unused]
 
 
 def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:
@@ -125,7 +124,7 @@ def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def trainable_table(model: nn.Module) -> Table:
-    """Trainable and all parameters, a row for each part of the model."""
+    """Count trainable and all parameters, a row for each part of the model."""
     table = Table("part", "trainable", "of", "share", box=None, pad_edge=False)
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():

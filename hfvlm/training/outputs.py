@@ -1,4 +1,4 @@
-"""Where a training run writes, and what it may replace there."""
+"""The output folder of a training run, and what a run may replace there."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# What a run writes into its output_dir.
+# The files of a run in its output_dir.
 RUN_FILES = (
     "checkpoint-*", "model*.safetensors", "model.safetensors.index.json", "adapter_*", "config.json",
     "generation_config.json", "processor_config.json", "*preprocessor_config.json", "tokenizer*", "*tokenizer",
@@ -23,14 +23,14 @@ PROOFS = ("trainer_state.json", "training_args.bin", "checkpoint-*")
 
 @contextmanager
 def run_output(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Prepare a run's output_dir: new, resumed, or in place of an earlier run's, which then goes when this ends well.
+    """Prepare a run's output_dir: new, resumed, or in place of an earlier run's, which is removed when this succeeds.
 
-    Of a distributed run the first process does so.
+    Only the first process of a distributed run does so.
 
     Args:
         output: the folder.
         overwrite: replace what an earlier run wrote; what is not a run's stays.
-        resume: go on from a checkpoint in it.
+        resume: resume from a checkpoint in it.
 
     Raises:
         FileExistsError: it holds a run, and neither is on; or it holds a model that no run wrote.
@@ -46,29 +46,29 @@ def run_output(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]
             raise FileNotFoundError(f"{output}: has no checkpoint to resume from.")
         yield
         return
-    there = matching(output, RUN_FILES)
-    if there and not overwrite:
-        first = (matching(output, PROOFS) or there)[0].name
+    earlier = matching(output, RUN_FILES)
+    if earlier and not overwrite:
+        first = (matching(output, PROOFS) or earlier)[0].name
         raise FileExistsError(
-            f"{output}: has {first}, of an earlier run: go on with it (--resume), replace it (--overwrite), "
+            f"{output}: has {first}, of an earlier run: resume it (--resume), replace it (--overwrite), "
             "or name another output_dir."
         )
-    if there and not matching(output, PROOFS):
-        raise FileExistsError(f"{output}: has {there[0].name}, which no training run wrote: name another output_dir.")
-    with set_aside(output, there):
+    if earlier and not matching(output, PROOFS):
+        raise FileExistsError(f"{output}: has {earlier[0].name}, which no run wrote: name another output_dir.")
+    with set_aside(output, earlier):
         yield
 
 
 def matching(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The entries of a folder that have such names."""
+    """Return the entries of a folder that match names."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [entry for entry in entries if any(fnmatch(entry.name, name) for name in names)]
 
 
 @contextmanager
 def set_aside(output: Path, entries: list[Path]) -> Iterator[None]:
-    """Entries of a folder are away for the time of the block: gone when it ends well, and back when it fails, unless
-    what was written in their place can be resumed."""
+    """Move entries of a folder away during the block: they are removed when it succeeds, and put back when it fails,
+    unless what was written in their place can be resumed."""
     if not entries:
         yield
         return

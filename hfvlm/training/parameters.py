@@ -1,4 +1,4 @@
-"""Which parameters train, and how fast."""
+"""The trained parameters of towers, and their learning rates."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from hfvlm.training.lora import towers
 
 
 def tower_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Towers by their short names, as "vision".
+    """Return towers by their short names, as "vision".
 
     Raises:
         ValueError: the model has no such tower.
@@ -35,7 +35,7 @@ def set_patch_dropout(model: nn.Module, rate: float) -> None:
 
 
 def split_by_tower(optimizer: Optimizer, towers: Mapping[str, nn.Module], rates: Mapping[str, float]) -> None:
-    """Give the parameters of towers groups with their own learning rates, beside the decay that they have."""
+    """Give the parameters of towers groups with their own learning rates; the weight decay stays."""
     rate_of = {p: rates[name] for name, tower in towers.items() for p in tower.parameters()}
     groups = []
     for group in optimizer.param_groups:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import yaml
 
+from hfvlm.training.failures import check_values
+
 CPU = "on_cpu"
 MOST_WORKERS = 8
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -22,27 +24,6 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# The lowest and the highest value of numbers that have such.
-BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "mini_batch_size", "lora_rank", "max_length", "save_total_limit", "eval_accumulation_steps",
-        ),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(
-        (
-            "learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
-            "dataloader_num_workers", "adam_epsilon", "max_logit_scale", "eval_delay",
-        ),
-        (0, math.inf),
-    ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "patch_dropout", "label_smoothing_factor"), (0, 1)),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (1e-9, math.inf)),
-    "crop_scale": (1e-9, 1),
-    "max_steps": (-1, math.inf),
-}  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +58,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML 1.2 as Python values.
+    """Parse YAML 1.2.
 
     Raises:
         ValueError: it is not YAML.
@@ -89,7 +70,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe's fields, with those of `on_cpu` where there is no accelerator, and with the changes.
+    """Read a recipe's fields, with those of `on_cpu` where there is no accelerator, and with the changes.
 
     Args:
         path: of the YAML file.
@@ -122,7 +103,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]
 
 
 def value_of(change: str, text: str) -> Any:
-    """The value of a change: YAML, but a path that is typed without quotes is taken whole.
+    """Parse the value of a change: YAML, but a path that is typed without quotes is taken whole.
 
     Raises:
         ValueError: a list or a mapping is not YAML.
@@ -137,24 +118,24 @@ def value_of(change: str, text: str) -> Any:
 
 
 def runs_on_cpu(recipe: Mapping[str, Any]) -> bool:
-    """Whether there is no accelerator, or the recipe does without."""
+    """Decide whether a recipe runs without an accelerator, by its choice or because there is none."""
     return bool(as_switch(recipe.get("use_cpu", False))) or torch.accelerator.current_accelerator() is None
 
 
 def as_switch(value: Any) -> Any:
-    """yes, no, on, off, true and false in any case as a truth value; anything else as it is."""
+    """Convert yes, no, on, off, true and false, in upper or lower case, to a boolean; leave anything else."""
     return WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def checked(recipe: Mapping[str, Any], kinds: Iterable[Any]) -> dict[str, Any]:
-    """Fields as the arguments' types want them; `auto` is decided by the device.
+    """Convert fields to the arguments' types; `auto` is decided by the device.
 
     Args:
         recipe: fields and values.
         kinds: the dataclasses that share the fields among them.
 
     Raises:
-        ValueError: an unknown field, a value of another type, or one out of its bounds; naming the field.
+        ValueError: an unknown field, a value of another type, or one out of its range; naming the field.
     """
     hints = {
         field.name: typing.get_type_hints(kind)[field.name] for kind in kinds for field in dataclasses.fields(kind)
@@ -169,12 +150,12 @@ def checked(recipe: Mapping[str, Any], kinds: Iterable[Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, hints, n=1)
             raise ValueError(f"there is no field {name!r}." + (f" Did you mean {near[0]}?" if near else ""))
         found[name] = typed(name, decided(name, value, cpu=cpu), hints[name])
-        in_bounds(name, found[name])
+    check_values(found)
     return found
 
 
 def decided(name: str, value: Any, *, cpu: bool) -> Any:
-    """What `auto` is on this machine."""
+    """Resolve `auto` for this machine."""
     if value != "auto":
         return value
     if name == "bf16":
@@ -187,12 +168,12 @@ def decided(name: str, value: Any, *, cpu: bool) -> Any:
 
 
 def has_bf16() -> bool:
-    """Whether the GPU computes in bfloat16 itself."""
+    """Check whether the GPU computes in bfloat16 natively."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """A value as a field's type wants it.
+    """Convert a value to a field's type.
 
     Raises:
         ValueError: it cannot be.
@@ -215,10 +196,10 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def plain(name: str, value: Any, kinds: set[Any]) -> Any:
-    """A text, a mapping or a switch.
+    """Check a text, a mapping or a boolean.
 
     Raises:
-        ValueError: it is another.
+        ValueError: it is of another type.
     """
     if kinds - {type(None)} == {str} and not isinstance(value, str):
         if isinstance(value, bool | dict | list):
@@ -232,7 +213,7 @@ def plain(name: str, value: Any, kinds: set[Any]) -> Any:
 
 
 def number(name: str, value: Any, *, whole: bool) -> int | float:
-    """A finite number.
+    """Convert a value to a finite number.
 
     Raises:
         ValueError: it is none, or has a fraction where there must be none.
@@ -248,17 +229,3 @@ def number(name: str, value: Any, *, whole: bool) -> int | float:
     if found != int(found):
         raise ValueError(f"{name} is {value!r}; it must be a whole number.")
     return value if isinstance(value, int) else int(found)
-
-
-def in_bounds(name: str, value: Any) -> None:
-    """Refuse numbers that mean nothing.
-
-    Raises:
-        ValueError: the number is too low or too high.
-    """
-    if name not in BOUNDS or not isinstance(value, int | float):
-        return
-    low, high = BOUNDS[name]
-    if not low <= value <= high or (name == "max_steps" and value == 0):
-        bounds = "above 0" if low == 1e-9 else f"at least {low}"
-        raise ValueError(f"{name} is {value}; it must be {bounds}" + (f" and at most {high}." if high == 1 else "."))

@@ -1,4 +1,4 @@
-"""transformers' Trainer on rows of media: what every training of hfvlm does with its data."""
+"""transformers' Trainer on rows of media."""
 
 import time
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from hfvlm.training.failures import check_arguments, check_loss, check_processes
 
 
 class GuardedTrainer(Trainer):
-    """`Trainer` that refuses arguments out of range, ends runs that cannot succeed, and goes on from whole checkpoints
-    alone. Arguments as `transformers.Trainer`.
+    """`Trainer` that refuses arguments out of range, ends runs that cannot succeed, and resumes only from whole
+    checkpoints. Arguments as `transformers.Trainer`.
 
     Raises:
         ValueError: an argument is out of its range, or the processes that were started do not train together.
@@ -30,7 +30,7 @@ class GuardedTrainer(Trainer):
         super().__init__(model, args, *rest, **options)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; with True, from the newest checkpoint that is whole.
+        """Train; with True, resume from the newest checkpoint that is whole.
 
         Raises:
             ValueError: there is no whole checkpoint, or the one that is named is not whole.
@@ -52,30 +52,34 @@ class GuardedTrainer(Trainer):
         return loss
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer`, unless weights are not finite."""
+        """Save as `Trainer`, unless weights are not finite.
+
+        Raises:
+            TrainingError: they are not.
+        """
         check_weights(self.model, self.state.global_step)
         super().save_model(*args, **kwargs)
 
 
 class RowTrainer(GuardedTrainer):
-    """Trains a model by the loss that it returns itself, on rows that are read, augmented and put into batches in the
-    loader's workers.
+    """Trainer of a model by its own loss, on rows that are read, augmented and put into batches in the loader's
+    workers.
 
-    Rows that cannot be read are replaced, and counted as `replaced_rows` in the log. A run that continues from a
-    checkpoint goes on exactly as if it had not been interrupted. Data sets that stream are read in their own order;
+    Rows that cannot be read are replaced, and counted as `replaced_rows` in the log. A run that resumes from a
+    checkpoint continues exactly as if it had not been interrupted. Data sets that stream are read in their own order;
     their rows that cannot be read are left out.
 
     Arguments as `transformers.Trainer`; the collator is a ContrastiveCollator, or any function from a list of rows to
     the model's inputs.
     """
 
-    # What forward is told, beside a batch's inputs.
+    # Inputs of forward for training, added to a batch's.
     training_inputs: Mapping[str, Any] = {"return_loss": True}
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         if self.args.label_names is None and self.training_inputs:
-            # The loss comes with `return_loss`, whatever labels forward takes; the host would wait for all of these.
+            # The loss comes with `return_loss`, whatever labels forward takes; transformers would wait for all labels.
             self.label_names = []
         self.sampler: EpochSampler | None = None
         self.rows_seen, self.rows_replaced, self.logged_at = 0, 0, time.perf_counter()
@@ -83,6 +87,7 @@ class RowTrainer(GuardedTrainer):
 
     @property
     def data_seed(self) -> int:
+        """The seed of the rows' order and augmentation."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
@@ -108,7 +113,7 @@ class RowTrainer(GuardedTrainer):
         else:
             group = batch_size if is_training and self.args.dataloader_drop_last else None
             dataset = StreamedRows(undecoded(dataset), read, self.data_seed, group=group, training=is_training)
-        # The host would leave the last rows of an evaluation out, too.
+        # transformers would leave the last rows of an evaluation out, too.
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training
         try:
@@ -124,11 +129,11 @@ class RowTrainer(GuardedTrainer):
         """
         compares = callable(getattr(self.accelerator.unwrap_model(self.model), "contrast", None))
         if is_training and compares and rows % whole == 1 and not self.args.dataloader_drop_last:
-            remedy = f"The last of {rows} rows is alone: set dataloader_drop_last=True, or another batch size."
+            remedy = f"The last batch has one of {rows} rows: set dataloader_drop_last=True, or another batch size."
             check_negatives(1, 1, remedy)
 
     def count(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch's inputs without what the collator says about its rows, which is counted."""
+        """Count a batch's rows; return its inputs without the collator's bookkeeping."""
         self.rows_seen += len(next(v for v in inputs.values() if isinstance(v, Tensor))) * self.args.world_size
         self.rows_replaced += int(inputs["replaced"].sum()) if "replaced" in inputs else 0
         return without_bookkeeping(inputs)
@@ -142,7 +147,7 @@ class RowTrainer(GuardedTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds, to the training loss, rows per second and the rows that were replaced so far."""
+        """Log, with the training loss, rows per second and the number of rows that were replaced so far."""
         if "loss" in logs:
             now = time.perf_counter()
             logs["samples_per_second"] = round(self.rows_seen / (now - self.logged_at), 3)
@@ -153,7 +158,7 @@ class RowTrainer(GuardedTrainer):
 
 
 class _EachEpoch(TrainerCallback):
-    """Gives each epoch its own order."""
+    """Callback that gives each epoch its own order."""
 
     def __init__(self, trainer: RowTrainer):
         self.trainer = trainer
@@ -164,4 +169,5 @@ class _EachEpoch(TrainerCallback):
 
 
 def without_bookkeeping(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the collator's entries about rows from a batch's inputs."""
     return {name: value for name, value in inputs.items() if name not in BOOKKEEPING}

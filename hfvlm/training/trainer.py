@@ -24,8 +24,8 @@ from hfvlm.training.row_trainer import RowTrainer, without_bookkeeping
 
 
 class ContrastiveTrainer(RowTrainer):
-    """Trains a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast` and,
-    if its embeddings are compared in another way than by their product, `score`.
+    """Trainer of a model whose rows are compared with one another; of any architecture of hfvlm that has `contrast`
+    and, if its embeddings are compared in another way than by their product, `score`.
 
     It is a RowTrainer, and so transformers' Trainer, with
 
@@ -38,7 +38,7 @@ class ContrastiveTrainer(RowTrainer):
         args: ContrastiveTrainingArguments.
         data_collator: a ContrastiveCollator, or any function from a list of rows to the model's inputs. By default a
             ContrastiveCollator around `processing_class`.
-        processing_class: the model's processor, saved beside it.
+        processing_class: the model's processor, saved with it.
         compute_metrics: takes an EvalPrediction whose `predictions` are the embeddings by name, and returns further
             metrics.
         **options: of `transformers.Trainer`.
@@ -84,7 +84,7 @@ class ContrastiveTrainer(RowTrainer):
         self.add_callback(_BoundTemperature(self))
 
     def freeze(self) -> dict[str, nn.Module]:
-        """Apply the arguments to the model; the towers that are not trained."""
+        """Apply the arguments to the model; return the towers that are not trained."""
         if self.args.patch_dropout is not None:
             set_patch_dropout(self.bare_model, self.args.patch_dropout)
         frozen = tower_modules(self.bare_model, self.args.frozen_towers)
@@ -93,10 +93,10 @@ class ContrastiveTrainer(RowTrainer):
         return frozen
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `RowTrainer`.
+        """Train as `RowTrainer`.
 
         Raises:
-            ValueError: a batch is one pair, which is compared with nothing.
+            ValueError: a batch is one pair, without negatives.
         """
         processes = self.args.world_size if self.args.gather_negatives else 1
         remedy = "Set per_device_train_batch_size to at least 2; mini_batch_size saves memory."
@@ -106,7 +106,7 @@ class ContrastiveTrainer(RowTrainer):
     # Loss
 
     def contrast(self, output: ModelOutput) -> Tensor:
-        """The loss of a whole batch, in the precision of the embeddings or better."""
+        """Return the loss of a whole batch, in the precision of the embeddings or better."""
         loss = PAIR_LOSSES.get(self.args.loss or "")
         if self.model is not None and self.model.training:
             self.watch.see(output, self.state.global_step + 1, self.args)
@@ -143,14 +143,14 @@ class ContrastiveTrainer(RowTrainer):
         return loss
 
     def leave_frozen(self) -> None:
-        """Towers that are not trained do not drop anything out, and their batch norms learn nothing."""
+        """Put towers that are not trained in inference mode: without dropout, and with constant batch norms."""
         for tower in self.frozen.values():
             tower.eval()
 
     # Parameters
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices decay; biases, norms and temperatures do not."""
+        """Select the matrices; biases, norms and temperatures do not decay."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -171,8 +171,12 @@ class ContrastiveTrainer(RowTrainer):
         prediction_loss_only: bool = False,  # noqa: FBT001, FBT002 (transformers' signature)
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, dict[str, Tensor], Tensor]:
-        """The embeddings of a batch, `(B, ...)`, and of its captions, `(B, captions, ...)`; `(B, 2)`, the rows'
-        identifiers and whether they only stand in for others."""
+        """Embed a batch.
+
+        Returns:
+            No loss; the embeddings of the rows, `(B, ...)`, and of their captions, `(B, captions, ...)`; `(B, 2)`, the
+            rows' identifiers and whether they replace others.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**without_bookkeeping(inputs))
@@ -193,7 +197,7 @@ class ContrastiveTrainer(RowTrainer):
         return None, rows, torch.stack([inputs["row_ids"], inputs["replaced"]], dim=1)
 
     def whole_set_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The loss of all rows, each with its first caption, and recall between every two modalities."""
+        """Compute the loss of all rows, each with its first caption, and recall between every two modalities."""
         ids, replaced = torch.as_tensor(prediction.label_ids).unbind(dim=1)
         predictions: Any = prediction.predictions
         rows = {name: torch.as_tensor(value)[replaced == 0] for name, value in predictions.items()}
@@ -207,8 +211,8 @@ class ContrastiveTrainer(RowTrainer):
             modality = name.removesuffix("_embeds")
             if modality != name and hasattr(self.bare_model, f"get_{modality}_features"):
                 if modality == "text" and counts is not None:
-                    there = torch.arange(value.shape[1]) < counts[:, None]
-                    sets[modality] = value[there], ids[:, None].expand_as(there)[there]
+                    present = torch.arange(value.shape[1]) < counts[:, None]
+                    sets[modality] = value[present], ids[:, None].expand_as(present)[present]
                 else:
                     sets[modality] = first_of_each(value, ids)
         for (a, (queries, query_ids)), (b, (gallery, gallery_ids)) in permutations(sets.items(), 2):
@@ -223,7 +227,7 @@ class ContrastiveTrainer(RowTrainer):
 
 
 class _BoundTemperature(TrainerCallback):
-    """Bounds the temperature after each step."""
+    """Callback that bounds the temperature after each step."""
 
     def __init__(self, trainer: ContrastiveTrainer):
         self.trainer = trainer
@@ -233,8 +237,8 @@ class _BoundTemperature(TrainerCallback):
 
 
 def first_of_each(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows without those whose identifier came before: one picture of several captions is there once."""
+    """Select the first row of each identifier: an image with several captions occurs once."""
     _, inverse = ids.unique(return_inverse=True)
-    places = torch.arange(len(ids)).flip(0)
-    first = torch.empty(int(inverse.max()) + 1, dtype=torch.long).scatter_(0, inverse.flip(0), places).sort().values
+    order = torch.arange(len(ids)).flip(0)
+    first = torch.empty(int(inverse.max()) + 1, dtype=torch.long).scatter_(0, inverse.flip(0), order).sort().values
     return values[first], ids[first]

@@ -108,7 +108,7 @@ def test_shares(name, function, value):
         (lambda: near_duplicates(EYE, 2.0), "threshold must be a finite number from -1 to 1"),
         (lambda: near_duplicates(torch.full((2, 2), math.nan)), "embeds: row 0 is not finite"),
         (lambda: near_duplicates(EYE, of=torch.eye(3)), r"of must be \(N, D\) with the D of embeds"),
-        (lambda: fit(np.eye(2), np.arange(2), 0), "strength must be a finite number above 0"),
+        (lambda: fit(np.eye(2), np.arange(2), 0), "C must be a finite number above 0"),
         (lambda: weighed("a::nan"), "'nan' is no weight"),
         (lambda: weighed("a::inf"), "'inf' is no weight"),
         (lambda: hfvlm.combine([1.0, 0.0], weights=[math.inf]), "weight 0 must be a finite number"),

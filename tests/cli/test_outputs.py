@@ -385,11 +385,11 @@ def test_push_shows_what_it_would_upload(clip_folder, monkeypatch):
 
 
 def test_rows_that_cannot_be_read_are_counted(capsys):
-    from hfvlm.cli.datasets import say_report
+    from hfvlm.cli.datasets import print_report
     from hfvlm.evaluation.report import Report, Result
 
     errors = {3: "image 3: [red] \x1b[31m is no image"} | dict.fromkeys(range(10, 16), "gone")
-    say_report(Report("zero-shot", "m", "d", 93, {}, [Result("accuracy", 0.5)], errors=errors))
+    print_report(Report("zero-shot", "m", "d", 93, {}, [Result("accuracy", 0.5)], errors=errors))
     printed = capsys.readouterr().out
     assert "accuracy: 0.5000" in printed
     assert "7 of 100 rows could not be read and are left out" in printed

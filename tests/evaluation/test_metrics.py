@@ -59,7 +59,7 @@ def test_the_same_words_are_perfect_and_none_are_nothing():
     assert bleu([""] * 4, own) == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="Caption 1 needs a list of references"):
         bleu(same[:2], [["a"], "b"])
-    with pytest.raises(ValueError, match="2 captions need as many"):
+    with pytest.raises(ValueError, match="2 captions need 2 lists"):
         cider(same[:2], own)
 
 

@@ -133,7 +133,7 @@ def test_the_pipeline_that_answers_questions(small_blip, captioned):
     assert len(several) == 2
     assert answer({"image": picture, "question": "what shape?"}, max_new_tokens=4) == found
     assert answer(picture, "what?", answers=["circle", "square"])[0]["answer"] in ("circle", "square")
-    with pytest.raises(ValueError, match="3 pictures and 2 questions are no pairs"):
+    with pytest.raises(ValueError, match="3 images and 2 questions are no pairs"):
         answer([picture] * 3, ["what?"] * 2)
 
 

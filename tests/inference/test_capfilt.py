@@ -76,5 +76,5 @@ def test_the_command(folder, models, tmp_path):
 
 
 def test_a_judge_must_match(folder, models, clip_folder, tmp_path):
-    with pytest.raises(ValueError, match="HfvlmCLIPModel cannot tell whether a text matches"):
+    with pytest.raises(ValueError, match="HfvlmCLIPModel cannot match texts with images"):
         capfilt(folder, tmp_path, models[0], clip_folder)

@@ -190,7 +190,7 @@ def test_equal_vectors_come_in_the_order_in_which_they_were_added(monkeypatch):
 
 def test_what_an_index_refuses(tmp_path):
     index = Index(rows(3))
-    with pytest.raises(ValueError, match="need as many ids, not 2"):
+    with pytest.raises(ValueError, match="need 3 ids, not 2"):
         index.add(rows(3), [1, 2])
     with pytest.raises(ValueError, match=r"of 16 numbers got \(1, 8\)"):
         index.search(rows(1, 8))

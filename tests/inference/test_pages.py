@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hfvlm.inference.pages import depth_thumbnail, draw_grid, thermal_thumbnail, write_page
+from hfvlm.inference.pages import draw_grid, drawn, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<img src=x onerror='document.title=1'>&\"#%?.wav"
@@ -116,21 +116,21 @@ def test_names_and_captions_are_no_markup(hostile, media, tmp_path):
 
 
 def test_depth_can_be_seen(media, tmp_path):
-    image = np.asarray(depth_thumbnail(str(media / "depth.png"))).astype(int)
+    image = np.asarray(drawn("depth", str(media / "depth.png"))).astype(int)
     assert image[0, 0].tolist() == [0, 0, 0], "not measured"
     brightness = image[100].sum(axis=1)
     assert brightness[0] > 500, "near"
     assert brightness[-1] < 200, "far"
     assert (np.diff(brightness[::10]) <= 0).all()
-    heat = np.asarray(thermal_thumbnail(str(media / "thermal.png")))
+    heat = np.asarray(drawn("thermal", str(media / "thermal.png")))
     assert heat.max() == 255
     assert np.ptp(heat) > 250
-    assert depth_thumbnail(str(media / EVIL)) is None
+    assert drawn("depth", str(media / EVIL)) is None
     flat = tmp_path / "flat.npy"
     np.save(flat, np.full((8, 8), 2.0))
-    assert depth_thumbnail(str(flat)).size == (8, 8)
+    assert drawn("depth", str(flat)).size == (8, 8)
     np.save(flat, np.zeros((8, 8)))
-    assert np.asarray(depth_thumbnail(str(flat))).max() == 0
+    assert np.asarray(drawn("depth", str(flat))).max() == 0
 
 
 def test_a_grid_is_an_image_of_any_kind(media, tmp_path):

@@ -17,20 +17,8 @@ from transformers import (
 )
 
 import hfvlm
-from hfvlm.inference.video_grounding import (
-    BoxSegmenter,
-    Detection,
-    Track,
-    VideoGrounder,
-    confirmed,
-    cut_out,
-    distinct,
-    draw_tracks,
-    find_scenes,
-    meant,
-    overlap,
-    tracks_at,
-)
+from hfvlm.inference.detection import BoxSegmenter, Detection, confirmed, cut_out, distinct, meant, overlap
+from hfvlm.inference.video_grounding import Track, VideoGrounder, draw_tracks, find_scenes, tracks_at
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 

@@ -54,7 +54,7 @@ def losses(trainer):
     [
         ({"per_device_train_batch_size": 1}, "one pair has no negatives.*per_device_train_batch_size to at least 2"),
         ({"per_device_train_batch_size": 1, "mini_batch_size": 1}, "one pair has no negatives"),
-        ({"dataloader_drop_last": False}, "The last of 13 rows is alone: set dataloader_drop_last=True"),
+        ({"dataloader_drop_last": False}, "The last batch has one of 13 rows: set dataloader_drop_last=True"),
     ],
 )
 def test_one_pair_is_not_compared_with_nothing(tmp_path, clip_folder, rows, options, message):
@@ -96,7 +96,7 @@ def test_streams_leave_out_what_cannot_be_read_and_incomplete_groups(clip_folder
     found = list(stream)
     assert [row["index"] for row in found] == [0, 1, *range(4, 14)]
     assert [row["replaced"] for row in found[:4]] == [0, 0, 2, 0]
-    assert "Row 2 is passed over" in caplog.text
+    assert "Row 2 is skipped" in caplog.text
     with pytest.raises(ValueError, match="10 rows in turn cannot be read"):
         list(StreamedRows([{"image": b"", "text": "x"}] * 10, collator.read))
 
@@ -307,11 +307,11 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(damage, interrupted, clip_f
     shutil.copytree(folder, copy)
     DAMAGES[damage](copy / "checkpoint-6")
     assert whole_checkpoint(copy) == str(copy / "checkpoint-4")
-    assert f"checkpoint-6 is passed over: {damage}" in caplog.text
+    assert f"checkpoint-6 is skipped: {damage}" in caplog.text
     trainer = trainer_for(copy, clip_folder, rows, max_steps=6, save_strategy="no")
     trainer.train(resume_from_checkpoint="True")
     assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
-    with pytest.raises(ValueError, match=f"checkpoint-6: training cannot go on from it .*: {damage}"):
+    with pytest.raises(ValueError, match=f"checkpoint-6: training cannot resume exactly from it: {damage}"):
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=str(copy / "checkpoint-6"))
 
 
@@ -320,7 +320,7 @@ def test_without_a_whole_checkpoint_nothing_begins_silently(interrupted, clip_fo
     shutil.copytree(interrupted[0], copy)
     for path in copy.glob("checkpoint-*"):
         (path / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-2 is passed over: no optimizer"):
+    with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-2 is skipped: no optimizer"):
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no such checkpoint"):
         trainer_for(copy, clip_folder, rows).train(resume_from_checkpoint=str(copy / "checkpoint-8"))
@@ -344,9 +344,9 @@ def test_sharded_weights_are_checked(interrupted, tmp_path):
 def test_a_recipe_is_checked_before_anything_is_loaded(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"task: captions\nmodel: nowhere\ndataset: nowhere\noutput_dir: {tmp_path}\n")
-    with pytest.raises(ValueError, match="per_device_train_batch_size is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be an integer of at least 1, not 0"):
         run_recipe(recipe, ["per_device_train_batch_size=0"])
-    with pytest.raises(ValueError, match="lora_rank is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="lora_rank must be an integer of at least 1, not 0"):
         run_recipe(recipe, ["lora_rank=0"])
-    with pytest.raises(ValueError, match="crop_scale is 0.0; it must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match="crop_scale must be a finite number above 0 to 1, not 0.0"):
         run_recipe(recipe, ["crop_scale=0.0"])

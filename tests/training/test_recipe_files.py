@@ -97,18 +97,18 @@ def test_fields_have_their_types(field, given, value):
         ("learning_rate", "fast", "learning_rate is 'fast'; it must be a number"),
         ("learning_rate", "nan", "learning_rate is 'nan'; it must be a number"),
         ("learning_rate", float("inf"), "must be a number"),
-        ("learning_rate", -1e-4, "learning_rate is -0.0001; it must be at least 0"),
+        ("learning_rate", -1e-4, "learning_rate must be a finite number of at least 0, not -0.0001"),
         ("learning_rate", True, "must be a number"),
         ("learning_rate", None, "learning_rate needs a value"),
-        ("per_device_train_batch_size", 0, "per_device_train_batch_size is 0; it must be at least 1"),
+        ("per_device_train_batch_size", 0, "per_device_train_batch_size must be an integer of at least 1"),
         ("per_device_train_batch_size", 2.5, "must be a whole number"),
-        ("mini_batch_size", -1, "mini_batch_size is -1"),
-        ("lora_rank", 0, "lora_rank is 0"),
-        ("lora_dropout", 1.5, "at least 0 and at most 1"),
-        ("crop_scale", 0, "crop_scale is 0; it must be above 0 and at most 1"),
-        ("max_steps", 0, "max_steps is 0"),
-        ("dataloader_num_workers", -1, "dataloader_num_workers is -1"),
-        ("save_steps", 0, "save_steps is 0; it must be above 0"),
+        ("mini_batch_size", -1, "mini_batch_size must be an integer of at least 1, not -1"),
+        ("lora_rank", 0, "lora_rank must be an integer of at least 1, not 0"),
+        ("lora_dropout", 1.5, "lora_dropout must be a finite number from 0 to 1, not 1.5"),
+        ("crop_scale", 0, "crop_scale must be a finite number above 0 to 1, not 0"),
+        ("max_steps", 0, "max_steps must be -1"),
+        ("dataloader_num_workers", -1, "dataloader_num_workers must be an integer of at least 0, not -1"),
+        ("save_steps", 0, "save_steps must be a finite number above 0, not 0"),
         ("four_bits", "perhaps", "four_bits is 'perhaps'; it must be true or false"),
         ("columns", "caption", "columns is 'caption'; it must be a mapping"),
         ("dataset", ["a"], "dataset is \\['a'\\]; it must be a text"),
@@ -276,7 +276,7 @@ def test_a_run_that_fails_costs_nothing(run, checkpoint):
 def test_what_no_run_wrote_is_not_replaced(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     with (
-        pytest.raises(FileExistsError, match="which no training run wrote"),
+        pytest.raises(FileExistsError, match="which no run wrote"),
         run_output(tmp_path, overwrite=True, resume=False),
     ):
         pass
@@ -317,7 +317,7 @@ def test_a_run_as_users_have_it(described, clip_folder, tmp_path, caplog):
     metrics = run_recipe(path, changes)
     assert metrics["epoch"] == 2
     assert "'description' is taken for text" in caplog.text
-    assert "more than the rows there are: it becomes 6" in caplog.text
+    assert "more than the number of rows: it becomes 6" in caplog.text
     out = tmp_path / "out"
     assert "library_name: peft" in (out / "README.md").read_text()
     assert "Adapters (LORA" in (out / "README.md").read_text()

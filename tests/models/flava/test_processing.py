@@ -11,7 +11,7 @@ from hfvlm.models.flava import HfvlmFLAVAImageProcessor, HfvlmFLAVAProcessor, Hf
 from hfvlm.models.flava.block_mask import BlockMask
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.data import Rows
-from hfvlm.training.masking import MaskingCollator, draw_words, hide_words, whole_words
+from hfvlm.training.masking import MaskingCollator, draw_words, mask_words, whole_words
 from tests.support.suite import close
 
 PIECES = [
@@ -91,7 +91,7 @@ def test_whole_words():
 def test_most_words_are_hidden_some_replaced():
     ids, random = np.full(20_000, 7), np.random.default_rng(0)
     chosen = np.arange(len(ids)) % 2 == 0
-    masked, labels = hide_words(ids, chosen, 4, 1000, random)
+    masked, labels = mask_words(ids, chosen, 4, 1000, random)
     assert (labels[chosen] == 7).all()
     assert (labels[~chosen] == -100).all()
     assert (masked[~chosen] == 7).all()

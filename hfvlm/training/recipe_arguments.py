@@ -1,0 +1,78 @@
+"""The fields of recipes that `transformers.TrainingArguments` lacks."""
+
+from dataclasses import dataclass, field
+
+from hfvlm.training.failures import check_values
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which of its weights.
+
+    Args:
+        model: a folder or a Hub id.
+        modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
+        trained_parts: [projector, language_model]: all else is frozen; None trains all weights.
+        lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
+        lora_rank: of the adapters.
+        lora_dropout: on the adapters' inputs.
+        four_bits: load the frozen weights in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
+    """
+
+    model: str = field(metadata={"help": "A folder or a Hub id."})
+    modalities: list[str] | None = field(default=None, metadata={"help": "The towers to load, of more than two."})
+    trained_parts: list[str] | None = field(default=None, metadata={"help": "As projector; all else is frozen."})
+    lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale: adapters are trained."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
+
+
+@dataclass
+class DataArguments:
+    """Which data, and which of its columns.
+
+    Args:
+        dataset: a folder (images with a metadata.jsonl, webdataset tars, Parquet), or a Hub id.
+        subset: of a data set on the Hub that has several.
+        train_split: the rows to train on.
+        eval_split: the rows to evaluate on; None for no evaluation.
+        columns: {"image": "photo", "text": "caption"}, see `ContrastiveCollator`; a modality that is needed and not
+            named is looked for by the usual names, and else is the only column that can hold it.
+        text_column: the column of the captions, as `columns` with text alone.
+        id_column: see `ContrastiveCollator`.
+        crop_scale: smallest share of an image's area that a random resized crop takes; None for no augmentation.
+    """
+
+    dataset: str = field(metadata={"help": "A folder, or a Hub id."})
+    subset: str | None = field(default=None, metadata={"help": "Of a data set that has several."})
+    train_split: str = field(default="train", metadata={"help": "The rows to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "The rows to evaluate on."})
+    columns: dict[str, str] | None = field(default=None, metadata={"help": "The column of each modality."})
+    text_column: str | None = field(default=None, metadata={"help": "The column of the captions."})
+    id_column: str | None = field(default=None, metadata={"help": "Rows with equal ids are positives."})
+    crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop takes."})
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
+
+
+@dataclass
+class ChatDataArguments:
+    """Conversations about images.
+
+    Args:
+        data: JSON or JSON lines, in either form that `ChatCollator` takes.
+        pictures: the folder that the images' paths begin in.
+        max_length: tokens; longer conversations are cut.
+    """
+
+    data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
+    max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
