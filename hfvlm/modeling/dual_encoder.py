@@ -1,5 +1,7 @@
 """Models whose embeddings meet in one space: what is trained on pairs, and the base of those with two towers."""
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Unpack
@@ -68,6 +70,25 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
         """Apply a loss to the embeddings in an output."""
 
 
+def naming(forward: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
+    """Name further inputs in a forward's signature, where transformers' Trainer looks up the columns of a data set."""
+
+    @functools.wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    known = signature.parameters.values()
+    added = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for n in names
+        if n not in {p.name for p in known}
+    ]
+    ordered = sorted([*known, *added], key=lambda parameter: parameter.kind)
+    named.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+    return named
+
+
 class DualEncoder(ContrastiveModel):
     """A vision tower and a text tower whose embeddings meet in a cosine similarity.
 
@@ -91,6 +112,11 @@ class DualEncoder(ContrastiveModel):
         """Build both towers; the classes of their configurations decide on theirs."""
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.text_model = AutoModel.from_config(config.text_config)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "forward" not in vars(cls):
+            setattr(cls, "forward", naming(cls.forward, (*cls.image_inputs, *cls.text_inputs)))  # noqa: B010
 
     @property
     def modalities(self) -> tuple[str, ...]:
