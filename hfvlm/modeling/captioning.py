@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
@@ -17,6 +16,7 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
 from hfvlm.modeling.generation import Generation
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.language import next_token_loss
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.context import Context
 from hfvlm.modules.embeddings import text_positions, text_starts
@@ -127,9 +127,8 @@ class TextDecoder(Generation, ABC):
             ValueError: there are labels for a text that is embedded, or more tokens than positions.
         """
         options: dict[str, Any] = dict(kwargs)
-        learns = labels is not None or shift_labels is not None
         if context is None and self.embeds_texts_alone:
-            if learns:
+            if labels is not None or shift_labels is not None:
                 raise ValueError(f"{type(self).__name__} predicts labels only with a context.")
             return self.embed(input_ids, **options)
         decoder: Any = self
@@ -140,11 +139,7 @@ class TextDecoder(Generation, ABC):
         x = self.embed_ids(input_ids, position_ids)
         mask = self.mask(x, input_ids, attention_mask, cache, **own)
         logits = self.logits_of(last_tokens(self.decode(x, mask, context, cache=cache, **options), logits_to_keep))
-        loss = None
-        if learns:
-            count = options.get("num_items_in_batch")
-            size = self.config.get_text_config(decoder=True).vocab_size
-            loss = ForCausalLMLoss(logits, labels, size, count, shift_labels=shift_labels)
+        loss = next_token_loss(self.config, logits, labels, shift_labels, options.get("num_items_in_batch"))
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **with_cache(cache))
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:

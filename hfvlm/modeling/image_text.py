@@ -339,7 +339,7 @@ class ProjectedModel(ImageTextModel):
 
     @property
     def unused_modules(self) -> list[str]:
-        return [f"vision_model.{name}" for name in self.vision_model.unread(self.config.vision_feature_layer)]
+        return [f"vision_model.{name}" for name in self.vision_model.unused(self.config.vision_feature_layer)]
 
 
 class _Backbone:

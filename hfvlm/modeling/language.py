@@ -3,7 +3,9 @@
 from typing import Any, Unpack
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -13,13 +15,33 @@ from hfvlm.modeling.keywords import Keywords
 from hfvlm.modules.language_head import last_tokens
 
 
+def next_token_loss(
+    config: PreTrainedConfig, logits: Tensor, labels: Tensor | None, shift_labels: Tensor | None, count: Any = None
+) -> Tensor | None:
+    """Compute the cross-entropy of each next token, the mean over labels that are not -100.
+
+    Args:
+        config: of the model; the vocabulary is its decoder's.
+        logits: `(B, N, V)`.
+        labels: `(B, N)`, the ids themselves, which are shifted here.
+        shift_labels: `(B, N)`, labels that are shifted already.
+        count: divisor of the sum, in place of the number of labels.
+
+    Returns:
+        The loss, None without labels.
+    """
+    if labels is None and shift_labels is None:
+        return None
+    size = config.get_text_config(decoder=True).vocab_size
+    return ForCausalLMLoss(logits, labels, size, count, shift_labels=shift_labels)
+
+
 class CausalLanguageModel(Generation):
     """Base of a language model with an output layer, `lm_head`, on its `base_model`."""
 
     config: Any
     base_model: Any
     lm_head: Any
-    loss_function: Any
 
     @can_return_tuple
     def forward(
@@ -50,12 +72,8 @@ class CausalLanguageModel(Generation):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         output = self.base_model(**inputs, use_cache=use_cache, **with_cache(cache), **{**kwargs, "return_dict": True})
         logits = self.lm_head(last_tokens(output.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            options = {"vocab_size": self.config.vocab_size, "shift_labels": shift_labels, **kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, **options)
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=next_token_loss(self.config, logits, labels, shift_labels, kwargs.get("num_items_in_batch")),
             logits=logits,
             **with_cache(cache_of(output)),
             hidden_states=output.hidden_states,

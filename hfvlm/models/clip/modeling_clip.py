@@ -60,7 +60,7 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
         pooled = self.post_norm(x[:, 0])
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
-    def unread(self, until: int) -> list[str]:
+    def unused(self, until: int) -> list[str]:
         """Names of the modules that `hidden_states[until]` does not depend on."""
         depth = self.layers.depth_of(until)
         return [*(f"layers.{i}" for i in range(depth, len(self.layers))), "post_norm", "projection"]

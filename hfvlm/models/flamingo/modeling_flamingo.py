@@ -223,7 +223,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
 
     @property
     def unused_modules(self) -> list[str]:
-        return [f"vision_model.{name}" for name in self.vision_model.unread(-1)]
+        return [f"vision_model.{name}" for name in self.vision_model.unused(-1)]
 
     def freeze_pretrained(self) -> None:
         """Train what the authors train: the resampler and the gated layers; of the language model the embeddings of
