@@ -37,6 +37,7 @@ STAGE_2 = [r"^(projector|language_model)\."]
 class BLIP2VisionModel(ClassTokenTower):
     """Base of both towers."""
 
+    layers: Stack
     resize_rule = BICUBIC_SAMPLED
     _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
 
