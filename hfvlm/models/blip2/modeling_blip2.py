@@ -2,6 +2,9 @@
 
 The Q-Former is one transformer for learned queries and for words. They share its attention and have MLPs of their own;
 only the queries have cross-attention to the image.
+
+With both stages, the configuration and the language models' conventions the architecture is longer than others: it is
+two papers, two vision towers and three kinds of language models.
 """
 
 from typing import Any, Unpack

@@ -2,6 +2,9 @@
 
 The paper's figure 2: an image encoder, a text encoder, and a multimodal encoder over the tokens of both. The first two
 are a dual encoder.
+
+With its configuration the architecture is longer than others: it is four networks, the codebook included, and six
+pretraining losses.
 """
 
 from dataclasses import dataclass
