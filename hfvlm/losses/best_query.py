@@ -1,4 +1,4 @@
-"""The best of several vectors of one side speaks for it: BLIP-2 (https://arxiv.org/abs/2301.12597, section 3.2)."""
+"""The best of several vectors of one side stands for it: BLIP-2 (https://arxiv.org/abs/2301.12597, section 3.2)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from hfvlm.losses.processes import GatherRows, check_equal_rows, positives, rank
 
 
 def best_query_scores(queries: Tensor, vectors: Tensor) -> Tensor:
-    """`(A, Q, D)` and `(B, D)`, of unit length -> `(A, B)`, the cosine of the query that fits best.
+    """Compare `(A, Q, D)` and `(B, D)`, of unit length -> `(A, B)`, the cosine of the query that fits best.
 
     Some rows are compared at a time, and again for the gradient.
     """
@@ -29,7 +29,7 @@ def best_query_loss(
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Cross-entropy over `best_query_scores`, in both directions, averaged.
+    """Compute the cross-entropy over `best_query_scores`, in both directions, averaged.
 
     Args:
         a: `(B, Q, D)` queries of unit length.

@@ -11,16 +11,16 @@ from torch import Tensor
 BLOCK = 2**22
 # The side of square blocks: on a CPU, what is done with one finds it in the core's cache.
 CPU_SIDE, SIDE = 512, 4096
-# Logits that are kept for the gradient; all others are computed again.
-KEPT = 2**22
+# Logits that are stored for the gradient; all others are computed again.
+STORED = 2**22
 
 Block = tuple[slice, slice, Tensor]
 
 
 def row_blocks(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """`(B, D)`, `(M, D)` -> slices of the rows of `a`, each with its logits `(rows, M)`, which the caller may change.
+    """Multiply `(B, D)` and `(M, D)` -> slices of the rows of `a`, each with its logits `(rows, M)`.
 
-    One buffer serves all blocks.
+    The caller may change them; one buffer serves all blocks.
     """
     height = max(1, min(len(a), BLOCK // len(b)))
     buffer = a.new_empty(height, len(b))
@@ -29,38 +29,40 @@ def row_blocks(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Ten
         yield rows, torch.mm(a[rows] * scale, b.t(), out=part)
 
 
-def square_blocks(a: Tensor, b: Tensor, scale: Tensor, kept: dict[Any, Tensor] | None = None) -> Iterator[Block]:
-    """`(B, D)`, `(M, D)` -> slices of the rows of `a` and of `b`, each two with their logits.
+def square_blocks(a: Tensor, b: Tensor, scale: Tensor, stored: dict[Any, Tensor] | None = None) -> Iterator[Block]:
+    """Multiply `(B, D)` and `(M, D)` -> slices of the rows of `a` and of `b`, each two with their logits.
 
-    With a dictionary as `kept`, the first blocks stay there, and a second pass finds them; only without it may the
+    With a dictionary as `stored`, the first blocks stay there, and a second pass finds them; only without it may the
     caller change them.
     """
     side = CPU_SIDE if a.device.type == "cpu" else SIDE
     scaled, columns_first = a * scale, b.t()
     for rows in slices(len(a), side):
         for columns in slices(len(b), side):
-            place = rows.start, columns.start
-            logits = kept.get(place) if kept else None
+            corner = rows.start, columns.start
+            logits = stored.get(corner) if stored else None
             if logits is None:
                 logits = scaled[rows] @ columns_first[:, columns]
-                if kept is not None and (len(kept) + 1) * side**2 <= KEPT:
-                    kept[place] = logits
+                if stored is not None and (len(stored) + 1) * side**2 <= STORED:
+                    stored[corner] = logits
             yield rows, columns, logits
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
-    """0 ... length in parts."""
+    """Split 0 ... length into parts."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 @contextmanager
 def in_full_precision(like: Tensor) -> Iterator[torch.dtype]:
-    """Logits are scaled by up to 100 and exponentiated: half precision would be off by tens of percent."""
+    """Compute in float32 or better: logits are scaled by up to 100 and exponentiated, and half precision would be off
+    by tens of percent."""
     with torch.autocast(like.device.type, enabled=False):
         yield torch.promote_types(like.dtype, torch.float32)
 
 
 def check_pairs(a: Tensor, b: Tensor) -> None:
+    """Refuse embeddings of different shapes."""
     if a.shape != b.shape:
         raise ValueError(
             f"A contrastive loss compares row i with row i, but got {tuple(a.shape)} and {tuple(b.shape)}: pass as "

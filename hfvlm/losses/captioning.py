@@ -10,7 +10,7 @@ from hfvlm.losses.processes import rank_and_size, sum_over
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each token, `(B, N)`, 0 where it does not count; see `captioning_loss`."""
+    """Compute the cross-entropy of each token, `(B, N)`, 0 where it does not count; see `captioning_loss`."""
     check_number("label_smoothing", label_smoothing, 0, 1)
     flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
     losses = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
@@ -26,12 +26,12 @@ def captioning_loss(
     num_items: Tensor | int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Cross-entropy per token, averaged over the tokens that count.
+    """Compute the cross-entropy per token, averaged over the tokens that count.
 
     Args:
         logits: `(B, N, V)`.
         labels: `(B, N)`, the token that each row of logits is to predict: already shifted.
-        ignore_index: the label of places that do not count.
+        ignore_index: the label of positions that do not count.
         label_smoothing: share of the target that is spread over the vocabulary.
         num_items: how many tokens count, where the caller knows of more of them: the Trainer, of those of all the
             batches whose gradients it adds up.
@@ -44,7 +44,7 @@ def captioning_loss(
 
 
 def average_losses(total: Tensor, count: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """The sum of the losses of `count` tokens -> their average, over one process or several; see `captioning_loss`."""
+    """Average a sum of the losses of `count` tokens, over one process or several; see `captioning_loss`."""
     _, size = rank_and_size(group)
     loss = total * size / sum_over(count.clone(), group).clamp_min(1)
     return loss + (sum_over(loss.detach().clone(), group) / size - loss.detach())

@@ -21,7 +21,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """InfoNCE in both directions, averaged (CLIP, https://arxiv.org/abs/2103.00020, figure 3).
+    """Compute InfoNCE in both directions, averaged (CLIP, https://arxiv.org/abs/2103.00020, figure 3).
 
     The `(B, B)` logits are never held at once: memory grows as `B * D`. Value and gradients are those of the plain
     formula in float32, whatever the precision of the embeddings.
@@ -49,14 +49,14 @@ def contrastive_loss(
 
 
 class _Contrastive(torch.autograd.Function):
-    """Own rows of `a` against all rows of `b`, in blocks, of which few are kept for the gradient."""
+    """Own rows of `a` against all rows of `b`, in blocks, of which few are stored for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, smoothing: float, group: ProcessGroup | None) -> Tensor:
         everything = gather_rows(b, group)
-        kept: dict[Any, Tensor] = {}
+        stored: dict[Any, Tensor] = {}
         row_sums, column_sums = (a.new_full((len(x),), -torch.inf) for x in (a, everything))
-        for rows, columns, logits in square_blocks(a, everything, scale, kept):
+        for rows, columns, logits in square_blocks(a, everything, scale, stored):
             row_sums[rows] = torch.logaddexp(row_sums[rows], log_sum_exp(logits, dim=1))
             column_sums[columns] = torch.logaddexp(column_sums[columns], log_sum_exp(logits, dim=0))
         _, size = rank_and_size(group)
@@ -67,7 +67,7 @@ class _Contrastive(torch.autograd.Function):
         average = (a.sum(dim=0) * everything.mean(dim=0)).sum() * smoothing
         sums = row_sums.sum() + column_sums[own_rows(a, group)].sum()
         ctx.save_for_backward(a, b, scale, row_sums, column_sums)
-        ctx.kept, ctx.smoothing, ctx.group = kept, smoothing, group
+        ctx.stored, ctx.smoothing, ctx.group = stored, smoothing, group
         return sum_over(sums / 2 - scale * (matching + average), group) / len(everything)
 
     @staticmethod
@@ -76,12 +76,12 @@ class _Contrastive(torch.autograd.Function):
         a, b, scale, row_sums, column_sums = ctx.saved_tensors
         everything = gather_rows(b, ctx.group)
         total = len(everything)
-        # The gradients times twice the number of rows; first of what the targets say.
+        # The gradients times twice the number of rows; first the targets' part.
         right, spread = 2 * (1 - ctx.smoothing), 2 * ctx.smoothing / total
         grad_a = -right * b - spread * everything.sum(dim=0)
         grad_b = (-spread * a.sum(dim=0)).repeat(total, 1)
         grad_b[own_rows(a, ctx.group)] -= right * a
-        for rows, columns, logits in square_blocks(a, everything, scale, ctx.kept):
+        for rows, columns, logits in square_blocks(a, everything, scale, ctx.stored):
             slope = (logits - row_sums[rows, None]).exp_()
             slope += (logits - column_sums[columns]).exp_()
             grad_a[rows].addmm_(slope, everything[columns])
@@ -95,12 +95,12 @@ class _Contrastive(torch.autograd.Function):
 
 
 def own_rows(a: Tensor, group: ProcessGroup | None) -> slice:
-    """Where this process's rows stand among those of all."""
+    """Return the slice of this process's rows among those of all."""
     rank, _ = rank_and_size(group)
     return slice(rank * len(a), (rank + 1) * len(a))
 
 
 def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
-    """As `torch.logsumexp`, which takes three times as long for what infinities would need."""
+    """Compute what `torch.logsumexp` does, which takes three times as long for what infinities would need."""
     highest = logits.amax(dim=dim, keepdim=True)
     return (logits - highest).exp_().sum(dim=dim).log_() + highest.squeeze(dim)

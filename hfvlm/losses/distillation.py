@@ -18,8 +18,10 @@ Targets = Tensor | Callable[[slice], Tensor]
 def soft_contrastive_loss(
     a: Tensor, candidates: Tensor, targets: Targets, logit_scale: Tensor, *, group: ProcessGroup | None = None
 ) -> Tensor:
-    """Cross-entropy of `softmax(scale * a @ candidates.T)` against soft targets, per row: the image-text contrastive
-    loss of ALBEF (https://arxiv.org/abs/2107.07651, section 3.2) and BLIP, one direction of it.
+    """Compute the cross-entropy of `softmax(scale * a @ candidates.T)` against soft targets, per row.
+
+    It is one direction of the image-text contrastive loss of ALBEF (https://arxiv.org/abs/2107.07651, section 3.2)
+    and BLIP.
 
     Value and gradients come out of one pass over blocks of the logits. The candidates, a teacher's embeddings of the
     batch and its queue, get no gradient.
@@ -45,7 +47,7 @@ def soft_contrastive_loss(
 def distilled_targets(
     teacher: Tensor, candidates: Tensor, logit_scale: Tensor, right: Tensor, distillation: float
 ) -> Tensor:
-    """What belongs together, mixed with what the teacher finds alike.
+    """Mix what belongs together with what is similar to the teacher.
 
     Args:
         teacher: `(B, D)`, the teacher's embeddings of the rows.

@@ -17,7 +17,7 @@ from hfvlm.losses.processes import GatherRows, check_equal_rows, gather_rows, ra
 def late_interaction_scores(
     queries: Tensor, keys: Tensor, query_mask: Tensor | None = None, key_mask: Tensor | None = None
 ) -> Tensor:
-    """The mean over the tokens of a query of their largest similarity with a token of the key
+    """Compute the mean over the tokens of a query of their largest similarity with a token of the key
     (FILIP, https://arxiv.org/abs/2111.07783, equations 1 to 4). Not symmetric.
 
     Some queries are compared at a time, and again for the gradient: the token similarities of all pairs are never
@@ -39,14 +39,14 @@ def late_interaction_scores(
 
 
 def query_blocks(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """As many queries at a time as make one block of token similarities, each with its mask."""
+    """Split queries so that each part makes one block of token similarities, each with its mask."""
     height = max(1, BLOCK // (queries.shape[1] * keys.shape[0] * keys.shape[1]))
     parts = queries.split(height)
     return zip(parts, repeat(None) if mask is None else mask.split(height), strict=False)
 
 
 def scores(queries: Tensor, query_mask: Tensor | None, keys: Tensor, key_mask: Tensor | None) -> Tensor:
-    """`late_interaction_scores`, all at once."""
+    """Compute `late_interaction_scores`, all at once."""
     similarity = torch.einsum("and,bmd->anbm", queries, keys)
     if key_mask is not None:
         similarity = similarity.masked_fill(~key_mask.bool(), -torch.inf)
@@ -67,7 +67,7 @@ def late_interaction_loss(
     top_k: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """InfoNCE over `late_interaction_scores`, in both directions, averaged.
+    """Compute InfoNCE over `late_interaction_scores`, in both directions, averaged.
 
     Args:
         a: `(B, N, D)` tokens of unit length.
@@ -75,7 +75,7 @@ def late_interaction_loss(
         logit_scale: the temperature's inverse, already exponentiated; of one element.
         a_mask: `(B, N)`, True where a token counts; None for all.
         b_mask: `(B, M)`, likewise.
-        top_k: only the `top_k` tokens of each row that resemble its partner's most may be matched by others, as in
+        top_k: only the `top_k` tokens of each row that resemble its positive's most may be matched by others, as in
             the public reproduction (https://github.com/Sense-GVT/DeCLIP at 5d99a85, 16) and, for less memory, in
             the paper's section 3.3. None lets all.
         group: see `contrastive_loss`.
@@ -104,7 +104,7 @@ def one_direction(
     logit_scale: Tensor,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """The mean cross-entropy of this process' queries among the keys of all processes."""
+    """Compute the mean cross-entropy of this process' queries among the keys of all processes."""
     rank, _ = rank_and_size(group)
     keys = GatherRows.apply(keys, group)
     key_mask = None if key_mask is None else gather_rows(key_mask, group)
@@ -122,26 +122,26 @@ def one_direction(
 
 
 def most_alike(
-    tokens: Tensor, partner: Tensor, mask: Tensor | None, partner_mask: Tensor | None, top_k: int
+    tokens: Tensor, positive: Tensor, mask: Tensor | None, positive_mask: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The `top_k` tokens of each row whose similarities with all of its partner's tokens have the largest sum.
+    """Select the `top_k` tokens of each row whose similarities with all of its positive's tokens have the largest sum.
 
     `(B, N, D)` -> `(B, top_k, D)`, and which of them count, `(B, top_k)`.
     """
-    places = places_of_most_alike(tokens, partner, mask, partner_mask, top_k)
-    chosen = tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-    return chosen, None if mask is None else mask.gather(1, places)
+    positions = positions_of_most_alike(tokens, positive, mask, positive_mask, top_k)
+    chosen = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return chosen, None if mask is None else mask.gather(1, positions)
 
 
 @torch.no_grad()
-def places_of_most_alike(
-    tokens: Tensor, partner: Tensor, mask: Tensor | None, partner_mask: Tensor | None, top_k: int
+def positions_of_most_alike(
+    tokens: Tensor, positive: Tensor, mask: Tensor | None, positive_mask: Tensor | None, top_k: int
 ) -> Tensor:
-    """Where those tokens are, `(B, top_k)`."""
+    """Return the positions of those tokens, `(B, top_k)`."""
     if check_integer("top_k", top_k) > tokens.shape[1]:
         raise ValueError(f"top_k is {top_k}, a row has {tokens.shape[1]} tokens.")
-    weight = None if partner_mask is None else partner_mask.to(partner.dtype).unsqueeze(-1)
-    whole = (partner if weight is None else partner * weight).sum(dim=1)
+    weight = None if positive_mask is None else positive_mask.to(positive.dtype).unsqueeze(-1)
+    whole = (positive if weight is None else positive * weight).sum(dim=1)
     likeness = torch.einsum("bnd,bd->bn", tokens, whole)
     if mask is not None:
         likeness = likeness.masked_fill(~mask.bool(), -torch.inf)

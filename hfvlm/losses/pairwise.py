@@ -1,4 +1,4 @@
-"""Each pair of rows judged on its own: a match or not."""
+"""Losses of each pair of rows on its own: a match or not."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from hfvlm.losses.processes import check_equal_rows, pass_on, rank_and_size, sum
 def sigmoid_loss(
     a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *, group: ProcessGroup | None = None
 ) -> Tensor:
-    """`-log sigmoid(z * logit)` summed over all pairs, z = 1 for a match and -1 otherwise, per row
+    """Compute `-log sigmoid(z * logit)` summed over all pairs, z = 1 for a match and -1 otherwise, per row
     (SigLIP, https://arxiv.org/abs/2303.15343, algorithm 1).
 
     Value and gradient come out of one pass over blocks of the logits. Over several processes, the rows of `b` travel
@@ -50,8 +50,8 @@ def focal_contrastive_loss(
     gamma: float = 2.0,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """`sigmoid_loss` whose terms are weighted by `(1 - p) ** gamma`, p the probability given to the truth: pairs that
-    are told apart already count little (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.2; used by MaMMUT,
+    """Compute `sigmoid_loss` with terms weighted by `(1 - p) ** gamma`, p the probability of the truth: pairs that are
+    classified well already count little (RO-ViT, https://arxiv.org/abs/2305.07011, section 3.2; used by MaMMUT,
     https://arxiv.org/abs/2303.16839).
 
     The papers average both directions of the double sum, which are equal, and add no bias. Arguments and errors as
@@ -106,7 +106,7 @@ class _Pairwise(torch.autograd.Function):
 
 
 def mismatch(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The sum of `q ** gamma * softplus(logits)`, `q = sigmoid(logits)`, and its derivative; `logits` are used up."""
+    """Compute the sum of `q ** gamma * softplus(logits)`, `q = sigmoid(logits)`, and its derivative, in place."""
     costs = F.softplus(logits)
     wrong = logits.sigmoid_()
     if gamma == 0:

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """This process' place among those of the group; None is a group of one."""
+    """Return this process's rank in the group, and its size; None is a group of one."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
@@ -20,7 +20,7 @@ def all_processes() -> ProcessGroup | None:
 
 
 def check_equal_rows(rows: Tensor, group: ProcessGroup | None) -> None:
-    """Collectives of tensors of different sizes return garbage or wait for ever."""
+    """Refuse different numbers of rows, of which collectives return garbage or wait for ever."""
     if group is None:
         return
     count = torch.tensor([len(rows)], device=rows.device)
@@ -33,7 +33,7 @@ def check_equal_rows(rows: Tensor, group: ProcessGroup | None) -> None:
 
 
 def gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`(B, ...)` -> `(processes * B, ...)`, in the order of the ranks, without a gradient."""
+    """Gather `(B, ...)` to `(processes * B, ...)`, in the order of the ranks, without a gradient."""
     _, size = rank_and_size(group)
     if size == 1:
         return rows
@@ -56,7 +56,7 @@ def positives(size: int, pair_ids: Tensor | None, device: torch.device, group: P
 
 
 def scatter_sum(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`(processes * B, ...)` -> the sum over the processes of this one's `(B, ...)`: the gradient of a gather."""
+    """Sum `(processes * B, ...)` over the processes to this one's `(B, ...)`: the gradient of a gather."""
     rank, size = rank_and_size(group)
     if size == 1:
         return rows
@@ -67,7 +67,7 @@ def scatter_sum(rows: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def sum_over(value: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the processes, in place."""
+    """Sum over the processes, in place."""
     if group is not None:
         dist.all_reduce(value, group=group)
     return value
@@ -88,7 +88,7 @@ def pass_on(tensors: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
 
 
 class GatherRows(torch.autograd.Function):
-    """`gather_rows` with a gradient: each process receives what all of them found out about its rows."""
+    """`gather_rows` with a gradient: each process receives the gradients of its rows in all of them."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: ProcessGroup | None) -> Tensor:

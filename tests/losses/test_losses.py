@@ -43,7 +43,7 @@ def tokens():
 def any_blocks(request, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", request.param)
     monkeypatch.setattr(blocks, "CPU_SIDE", math.isqrt(request.param))
-    monkeypatch.setattr(blocks, "KEPT", 2 * request.param)
+    monkeypatch.setattr(blocks, "STORED", 2 * request.param)
     monkeypatch.setattr(late_interaction, "BLOCK", request.param * 20)
 
 

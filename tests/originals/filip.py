@@ -4,7 +4,7 @@ import torch
 
 from hfvlm.conversion.filip import config_from_original, layout_of
 from hfvlm.losses import contrastive_loss, late_interaction_scores
-from hfvlm.losses.late_interaction import most_alike, places_of_most_alike
+from hfvlm.losses.late_interaction import most_alike, positions_of_most_alike
 from hfvlm.models.filip import HfvlmFILIPModel
 from tests.originals.common import converted
 from tests.support.golden import Golden, Recorder
@@ -46,8 +46,8 @@ def compare(golden: Golden) -> None:
         "dense_logits_per_image": scale
         * late_interaction_scores(image, most_alike(text, image, None, None, count)[0]),
         "dense_logits_per_text": scale * late_interaction_scores(text, most_alike(image, text, None, None, count)[0]),
-        "selected_patches": places_of_most_alike(image, text, None, None, count).sort().values,
-        "selected_tokens": places_of_most_alike(text, image, None, None, count).sort().values,
+        "selected_patches": positions_of_most_alike(image, text, None, None, count).sort().values,
+        "selected_tokens": positions_of_most_alike(text, image, None, None, count).sort().values,
         "clip_loss": contrastive_loss(output.image_summary_embeds, output.text_summary_embeds, output.summary_scale),
         "dense_loss": output.loss,
         "loss": output.loss,

@@ -1,4 +1,4 @@
-"""BLIP (https://arxiv.org/abs/2201.12086): reads, matches and writes about pictures with one text transformer."""
+"""BLIP (https://arxiv.org/abs/2201.12086): encodes, matches and captions with one text transformer."""
 
 from typing import Any
 

@@ -28,10 +28,10 @@ class HfvlmBLIPTextConfig(BertTextConfig):
     """The mixture of encoder and decoder.
 
     Args:
-        context_size: width of what the cross-attention reads, the vision tower's.
+        context_size: width of the cross-attention's inputs, the vision tower's.
         projection_dim: width of the joint space; None leaves the projection out.
-        bos_token_id: [DEC], which begins what is written.
-        encoder_token_id: [ENC], which begins what is read together with a picture.
+        bos_token_id: [DEC], which begins generated texts.
+        encoder_token_id: [ENC], which begins texts that attend to an image.
         eos_token_id: [SEP].
     """
 
@@ -49,14 +49,14 @@ class HfvlmBLIPTextConfig(BertTextConfig):
 
 @strict
 class HfvlmBLIPConfig(HfvlmConfig):
-    """BLIP. `architectures` names the head that a checkpoint is for; each reads its parts of the others' folders.
+    """BLIP. `architectures` names the head that a checkpoint is for; each loads its parts of the others' folders.
 
     Args:
-        similarity_temperature: that cosine similarities are divided by before training; None leaves them as they are.
-        label_smoothing: of the losses of what is written.
+        similarity_temperature: that cosine similarities are divided by before training; None does not scale them.
+        label_smoothing: of the losses of captions and answers.
         queue_size: momentum features of past batches that momentum training compares with.
-        momentum: share of themselves that the momentum towers keep at a step of training.
-        distillation: weight of the momentum towers' soft targets in the contrastive loss.
+        momentum: share of their weights that the momentum encoders retain at a step of training.
+        distillation: weight of the momentum encoders' soft targets in the contrastive loss.
         negatives_from_all_ranks: hard negatives of retrieval training come from all processes, not from one's own.
     """
 
@@ -80,4 +80,4 @@ class HfvlmBLIPConfig(HfvlmConfig):
             raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")
         width, read = self.vision_config.hidden_size, self.text_config.context_size
         if width != read:
-            raise ValueError(f"text_config reads a context_size of {read}, vision_config's hidden_size is {width}.")
+            raise ValueError(f"text_config has a context_size of {read}, vision_config's hidden_size is {width}.")

@@ -1,4 +1,4 @@
-"""BLIP-2 (https://arxiv.org/abs/2301.12597) and InstructBLIP (2305.06500): queries between a picture and a language
+"""BLIP-2 (https://arxiv.org/abs/2301.12597) and InstructBLIP (2305.06500): queries between an image and a language
 model."""
 
 from typing import Any

@@ -47,14 +47,14 @@ class HfvlmBLIP2QFormerConfig(TowerConfig):
     """The querying transformer.
 
     Args:
-        num_queries: learned vectors that read a picture; a language model gets as many tokens.
-        context_size: width of what the queries read, the vision tower's.
-        context_norm_eps: of the norm of what they read.
-        cross_attention_frequency: every so many layers, from the first on, the queries read the picture.
-        vocab_size: of the texts that are read beside the queries; None for a Q-Former without words.
-        projection_dim: width of the joint space of pictures and texts; None leaves the projections out.
+        num_queries: learned vectors that attend to an image; a language model gets as many tokens.
+        context_size: width of the cross-attention's inputs, the vision tower's.
+        context_norm_eps: of the norm of these inputs.
+        cross_attention_frequency: every n-th layer, from the first on, has cross-attention to the image.
+        vocab_size: of the texts next to the queries; None for a Q-Former without texts.
+        projection_dim: width of the joint space of images and texts; None leaves the projections out.
         hidden_dropout: on every branch, in training.
-        bos_token_id: [DEC], which begins what is written.
+        bos_token_id: [DEC], which begins generated texts.
         eos_token_id: [SEP].
     """
 
@@ -87,14 +87,14 @@ class HfvlmBLIP2Config(HfvlmConfig):
 
     Args:
         vision_config: of the EVA-CLIP tower, or with the `model_type` "hfvlm_blip2_clip_vision" of CLIP's.
-        qformer_config: with a `vocab_size`, the Q-Former reads texts: all of the first stage, and InstructBLIP's
+        qformer_config: with a `vocab_size`, the Q-Former takes texts: all of the first stage, and InstructBLIP's
             instructions.
         text_config: of the language model, one of transformers'; None in the first stage, which has none.
-        image_token_id: the placeholder, of which each picture takes `num_queries`. The first id after the vocabulary
-            will do: placeholders are never looked up.
-        video_token_id: likewise, of films, of whose frames each takes as many.
-        similarity_temperature: that cosine similarities are divided by before training; None leaves them as they are.
-        label_smoothing: of the first stage's losses of comparing and of writing.
+        image_token_id: the placeholder, of which each image takes `num_queries`. The first id after the vocabulary
+            suffices: placeholders are never looked up.
+        video_token_id: likewise, of videos, of whose frames each takes as many.
+        similarity_temperature: that cosine similarities are divided by before training; None does not scale them.
+        label_smoothing: of the first stage's contrastive and captioning losses.
     """
 
     model_type = "hfvlm_blip2"
@@ -122,14 +122,14 @@ class HfvlmBLIP2Config(HfvlmConfig):
             self.tie_word_embeddings = text.tie_word_embeddings and not text.is_encoder_decoder
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
-        """Of what writes: the language model, or in the first stage the Q-Former."""
+        """Return that of the decoder: the language model, or in the first stage the Q-Former."""
         return self.qformer_config if self.text_config is None else self.text_config
 
     def validate_widths(self) -> None:
         width, read = self.vision_config.hidden_size, self.qformer_config.context_size
         if width != read:
-            raise ValueError(f"qformer_config reads a context_size of {read}, vision_config's hidden_size is {width}.")
+            raise ValueError(f"qformer_config has a context_size of {read}, vision_config's hidden_size is {width}.")
 
     def count_tokens(self, frames: int = 1) -> int:
-        """Placeholders of a picture, or of a film of so many frames."""
+        """Count the placeholders of an image, or of a video of n frames."""
         return frames * self.qformer_config.num_queries

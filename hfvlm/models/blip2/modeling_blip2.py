@@ -1,7 +1,10 @@
 """BLIP-2's towers and its Q-Former (https://arxiv.org/abs/2301.12597; https://github.com/salesforce/LAVIS at 506965b).
 
 The Q-Former is one transformer for learned queries and for words. They share its attention and have MLPs of their own;
-the queries alone look at the picture.
+only the queries have cross-attention to the image.
+
+With both stages, the configuration and the language models' conventions the architecture is longer than others: it is
+two papers, two vision towers and three kinds of language models.
 """
 
 from typing import Any, Unpack
@@ -29,7 +32,7 @@ from hfvlm.modules.embeddings import text_positions
 from hfvlm.modules.positions import BICUBIC_SAMPLED
 from hfvlm.modules.transformer import MLP, Attention, CrossAttention, MultiHead, PreNormLayer, Stack
 
-# One folder serves several heads; each leaves unread what it has no part for.
+# One folder serves several heads; each leaves unused what it has no part for.
 PARTS = [r"^(vision_model|qformer_model|image_projection|text_projection|logit_scale|itm_head|lm_head)\."]
 STAGE_2 = [r"^(projector|language_model)\."]
 
@@ -37,6 +40,7 @@ STAGE_2 = [r"^(projector|language_model)\."]
 class BLIP2VisionModel(ClassTokenTower):
     """Base of both towers."""
 
+    layers: Stack
     resize_rule = BICUBIC_SAMPLED
     _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
 
@@ -98,7 +102,7 @@ class HfvlmBLIP2CLIPVisionModel(BLIP2VisionModel):
 
 
 class QFormerEmbedding(nn.Module):
-    """Learned queries, without positions, and behind them the words of a text, with theirs."""
+    """Learned queries, without positions, followed by the words of a text, with theirs."""
 
     def __init__(self, config: HfvlmBLIP2QFormerConfig):
         super().__init__()
@@ -115,7 +119,7 @@ class QFormerEmbedding(nn.Module):
             init.normal_(self.position, std=std)
 
     def forward(self, rows: int, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """The queries for so many `rows`, then the words `(B, N)`, if there are any -> `(B, Q + N, D)`."""
+        """Embed the queries of `rows` images and the words `(B, N)` of texts, if there are any -> `(B, Q + N, D)`."""
         parts = [self.queries.expand(rows, -1, -1)] if rows else []
         if input_ids is not None:
             parts.append(self.token(input_ids) + self.position[position_ids])
@@ -123,7 +127,7 @@ class QFormerEmbedding(nn.Module):
 
 
 class QFormerAttention(MultiHead):
-    """Attention of queries and words to each other; and of words to what they follow on."""
+    """Attention of queries and words to each other, and of words to those before them."""
 
     def __init__(self, config: HfvlmBLIP2QFormerConfig, layer_idx: int):
         super().__init__(config)
@@ -138,13 +142,13 @@ class QFormerAttention(MultiHead):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`(B * T, N, D)` -> the same, with weights where the implementation has them.
+        """Attend: `(B * T, N, D)` -> the same, with weights where the implementation has them.
 
         Args:
-            x: of T consecutive texts for each picture.
+            x: of T consecutive texts for each image.
             mask: over `before`, what is in the cache, and `x`.
-            before: `(B, Q, D)`, queries that stand before the texts.
-            kept: keys and values of these by layer; with it they are taken from there, or put there.
+            before: `(B, Q, D)`, queries before the texts.
+            kept: their keys and values by layer, cached from the first call on; None caches none.
             cache: keys and values of the words between.
         """
         key, value = self.read(x)
@@ -167,7 +171,7 @@ class QFormerAttention(MultiHead):
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """norm(x + f(x)) for attention, in some layers of queries to the picture, and an MLP for queries or for words."""
+    """norm(x + f(x)) for attention, in some layers of queries to the image, and an MLP for queries or for words."""
 
     def __init__(self, config: HfvlmBLIP2QFormerConfig, layer_idx: int):
         super().__init__()
@@ -176,8 +180,8 @@ class QFormerLayer(GradientCheckpointingLayer):
             return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
         self.attention, self.attention_norm = QFormerAttention(config, layer_idx), norm()
-        self.looks = layer_idx % config.cross_attention_frequency == 0
-        if self.looks:
+        self.crosses = layer_idx % config.cross_attention_frequency == 0
+        if self.crosses:
             self.cross_attention = CrossAttention(config, layer_idx, config.context_size)
             self.cross_attention_norm = norm()
         self.query_mlp, self.query_mlp_norm = MLP(config), norm()
@@ -195,14 +199,14 @@ class QFormerLayer(GradientCheckpointingLayer):
         kept: dict[int, tuple[Tensor, Tensor]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`(B * T, N, D)`, of which the first `queries` are such and look at `context`, `(B, M, C)`."""
+        """Run the layer over `(B * T, N, D)`, whose first `queries` are such and attend to `context`, `(B, M, C)`."""
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, before, kept, **kwargs)[0]))
         parts = []
         if queries:
-            seen = x[:, :queries]
-            if self.looks:
-                seen = self.cross_attention_norm(seen + self.dropout(self.cross_attention(seen, context)[0]))
-            parts.append(self.query_mlp_norm(seen + self.dropout(self.query_mlp(seen))))
+            own = x[:, :queries]
+            if self.crosses:
+                own = self.cross_attention_norm(own + self.dropout(self.cross_attention(own, context)[0]))
+            parts.append(self.query_mlp_norm(own + self.dropout(self.query_mlp(own))))
         if x.shape[1] > queries:
             words = x[:, queries:]
             parts.append(self.mlp_norm(words + self.dropout(self.mlp(words))))
@@ -210,7 +214,7 @@ class QFormerLayer(GradientCheckpointingLayer):
 
 
 class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
-    """The querying transformer: it reads pictures, texts, texts together with pictures, and writes about pictures."""
+    """The querying transformer: it encodes images, texts, texts together with images, and captions images."""
 
     config: HfvlmBLIP2QFormerConfig
     base_model_prefix = "qformer_model"
@@ -245,19 +249,19 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
-        """Pictures, texts, or both together.
+        """Encode images, texts, or both together.
 
         Args:
             image_tokens: `(B, M, C)`, of a vision tower; without them, there are no queries.
-            input_ids: `(B * T, N)`, [CLS] first, T consecutive texts for each picture.
+            input_ids: `(B * T, N)`, [CLS] first, T consecutive texts for each image.
             attention_mask: `(B * T, N)`, 0 for padding on either side.
 
         Returns:
-            `last_hidden_state` `(B * T, Q + N, D)`, the queries first; `pooler_output`, of pictures the queries
-            `(B, Q, D)`, of a text alone its first token `(B, D)`.
+            `last_hidden_state` `(B * T, Q + N, D)`, the queries first; `pooler_output`, of images the queries
+            `(B, Q, D)`, of only a text its first token `(B, D)`.
         """
         if input_ids is not None and self.config.vocab_size is None:
-            raise ValueError("This Q-Former reads no texts: its config.vocab_size is None.")
+            raise ValueError("This Q-Former takes no texts: its config.vocab_size is None.")
         if input_ids is None and attention_mask is not None:
             raise ValueError("attention_mask is that of texts, and there are no input_ids.")
         context = None if image_tokens is None else self.context_norm(image_tokens.to(self.context_norm.weight.dtype))
@@ -283,6 +287,6 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         )
 
     def read(self, image_tokens: Tensor) -> Context:
-        """`(B, M, C)` -> what texts are written about: the queries before each layer, `(B, layers, Q, D)`."""
+        """Encode `(B, M, C)` -> what generated texts attend to: the queries before each layer, `(B, layers, Q, D)`."""
         states = self(image_tokens, output_hidden_states=True).hidden_states
         return Context(torch.stack(states[:-1], dim=1))

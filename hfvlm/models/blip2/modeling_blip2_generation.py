@@ -1,5 +1,5 @@
-"""BLIP-2's second stage and InstructBLIP: a language model that reads queries (https://arxiv.org/abs/2301.12597, 3.3;
-https://arxiv.org/abs/2305.06500)."""
+"""BLIP-2's second stage and InstructBLIP: a language model whose inputs are queries
+(https://arxiv.org/abs/2301.12597, section 3.3; https://arxiv.org/abs/2305.06500)."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Unpack
@@ -34,9 +34,9 @@ INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
 
 
 class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
-    """A language model that reads what the queries made of pictures: BLIP-2 with OPT, InstructBLIP with Vicuna.
+    """A language model whose inputs are the queries' outputs: BLIP-2 with OPT, InstructBLIP with Vicuna.
 
-    With a Q-Former that reads texts, as InstructBLIP's, the queries look for what the instruction asks for.
+    With a Q-Former that takes texts, as InstructBLIP's, the queries attend to the instruction, too.
     """
 
     config: HfvlmBLIP2Config
@@ -57,8 +57,8 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As every language model with pictures. One that begins from the first stage's folder, with a `config` of its
-        own, does not end its texts as the Q-Former does there."""
+        """Load as every language model with images. One that begins from the first stage's folder, with a `config` of
+        its own, does not end its texts as the Q-Former does there."""
         folder = pretrained_model_name_or_path
         loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
         if folder is not None and config is not None:
@@ -81,27 +81,27 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
-        """Pictures -> an output whose `pooler_output`, `(P, Q, hidden_size)`, the language model reads.
+        """Encode images -> an output whose `pooler_output`, `(P, Q, hidden_size)`, are inputs of the language model.
 
         Args:
             pixel_values: `(P, C, H, W)`, normalised.
-            qformer_input_ids: `(P, N)`, what is asked about each picture, for a Q-Former that reads it.
+            qformer_input_ids: `(P, N)`, the instruction about each image, for a Q-Former that takes it.
             qformer_attention_mask: `(P, N)`, 0 for padding on either side.
-            interpolate_pos_encoding: take pictures of any size.
+            interpolate_pos_encoding: take images of any size.
 
         Raises:
-            ValueError: the Q-Former reads instructions, and there are none; or the other way round.
+            ValueError: the Q-Former takes instructions, and there are none; or the other way round.
         """
-        reads = self.config.qformer_config.vocab_size is not None
-        if reads != (qformer_input_ids is not None):
+        takes_texts = self.config.qformer_config.vocab_size is not None
+        if takes_texts != (qformer_input_ids is not None):
             raise ValueError(
                 f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}: the Q-Former "
-                + ("reads qformer_input_ids, which are missing." if reads else "reads no qformer_input_ids.")
+                + ("takes qformer_input_ids, which are missing." if takes_texts else "takes no qformer_input_ids.")
             )
         options = {"interpolate_pos_encoding": interpolate_pos_encoding}
         tokens = in_parts(self.vision_model, pixel_values, **options).last_hidden_state
         output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
-        # The queries alone, without the instruction's words.
+        # Only the queries, without the instruction's words.
         return BaseModelOutputWithPooling(
             last_hidden_state=output.pooler_output,
             pooler_output=self.projector(output.pooler_output),
@@ -117,14 +117,14 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         qformer_attention_mask: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
-        """Films `(V, F, C, H, W)`, each frame read as a picture -> as above, `(V, F * Q, hidden_size)`."""
-        films, frames = pixel_values_videos.shape[:2]
-        asked = (
+        """Encode videos `(V, F, C, H, W)`, each frame as an image -> as above, `(V, F * Q, hidden_size)`."""
+        videos, frames = pixel_values_videos.shape[:2]
+        instructions = (
             None if part is None else part.repeat_interleave(frames, dim=0)
             for part in (qformer_input_ids, qformer_attention_mask)
         )
-        output = self.get_image_features(pixel_values_videos.flatten(0, 1), *asked, **kwargs)
-        joined = output.pooler_output.unflatten(0, (films, frames)).flatten(1, 2)
+        output = self.get_image_features(pixel_values_videos.flatten(0, 1), *instructions, **kwargs)
+        joined = output.pooler_output.unflatten(0, (videos, frames)).flatten(1, 2)
         output.pooler_output = joined
         return output
 
@@ -132,13 +132,13 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
     def rank(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, candidates: Tensor, **media: Any
     ) -> RankedAnswers:
-        """Order answers by their probability, as InstructBLIP chooses among a list. Each picture is encoded once.
+        """Order answers by their probability, as InstructBLIP chooses among a list. Each image is encoded once.
 
         Args:
-            input_ids: `(B, N)`, what is asked, with placeholders.
+            input_ids: `(B, N)`, the questions, with placeholders.
             attention_mask: `(B, N)`, 0 for padding on either side.
-            candidates: `(A, M)` answers that each question has, -100 behind their end; see the processor's `answers`.
-            **media: the pictures' inputs.
+            candidates: `(A, M)` answers that each question has, -100 after their end; see the processor's `answers`.
+            **media: the images' inputs.
 
         Returns:
             `indices` `(B, A)`, the likeliest first, and their `scores`.
@@ -149,14 +149,14 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         scores, indices = torch.stack(rows).neg().sort(dim=1, descending=True)
         return RankedAnswers(indices=indices, scores=scores, best=indices[:, 0])
 
-    def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
-        """`(N, D)` and `(A, M)` -> `(A,)`, the sum of the losses of each answer's tokens."""
+    def cost_of_answers(self, prompt: Tensor, candidates: Tensor) -> Tensor:
+        """Sum the losses of each answer's tokens: `(N, D)` and `(A, M)` -> `(A,)`."""
         real = (candidates != IGNORE).long()
         words = self.get_input_embeddings()(candidates.clamp_min(0))
-        x = torch.cat([asked.expand(words.shape[0], -1, -1), words], dim=1)
-        mask = torch.cat([real.new_ones(x.shape[0], asked.shape[0]), real], dim=1)
+        x = torch.cat([prompt.expand(words.shape[0], -1, -1), words], dim=1)
+        mask = torch.cat([real.new_ones(x.shape[0], prompt.shape[0]), real], dim=1)
         logits = self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
-        return token_losses(logits[:, asked.shape[0] - 1 : -1], candidates).sum(dim=1)
+        return token_losses(logits[:, prompt.shape[0] - 1 : -1], candidates).sum(dim=1)
 
     def step_inputs(self, step: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """Return positions, which OPT takes from the mask, and cannot from that of a cache of fixed length."""
@@ -185,7 +185,7 @@ class _WithoutPrompt(LogitsProcessorList):
 
 
 class FlanT5(EveryModule, T5ForConditionalGeneration):
-    """FLAN-T5 (https://arxiv.org/abs/2210.11416), whose output layer is not its table of words."""
+    """FLAN-T5 (https://arxiv.org/abs/2210.11416), whose output layer is not its embedding table."""
 
     _tied_weights_keys = {
         "encoder.embed_tokens.weight": "shared.weight",
@@ -199,7 +199,7 @@ class FlanT5(EveryModule, T5ForConditionalGeneration):
 
 
 class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
-    """The same with an encoder and a decoder: BLIP-2 and InstructBLIP with FLAN-T5. The encoder reads the queries."""
+    """The same with an encoder, whose inputs the queries are, and a decoder: BLIP-2 and InstructBLIP with FLAN-T5."""
 
     # T5 averages over the labels of its own batch; the Trainer must not rescale that by counted tokens.
     accepts_loss_kwargs = False
@@ -222,18 +222,18 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         mm_encoder_outputs: Mapping[str, Features] | None = None,
         **kwargs: Unpack[Keywords],
     ) -> Any:
-        """Texts with pictures in them -> the logits of each next token of what is written about them.
+        """Score each next token of what is generated about texts with images in them.
 
         Args:
-            input_ids: `(B, N)`, with a placeholder for each token of each picture.
-            pixel_values: all pictures of the batch, in the order of their placeholders.
+            input_ids: `(B, N)`, with a placeholder for each token of each image.
+            pixel_values: all images of the batch, in the order of their placeholders.
             attention_mask: `(B, N)`, 0 where a row is padded.
-            inputs_embeds: `(B, N, D)` in place of `input_ids`; its pictures are merged already, see `embed`.
-            labels: `(B, M)`, what is to be written; the loss leaves out -100.
-            pixel_values_videos: likewise, all films.
-            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of pictures.
+            inputs_embeds: `(B, N, D)` in place of `input_ids`; its images are merged already, see `embed`.
+            labels: `(B, M)`, what to generate; the loss leaves out -100.
+            pixel_values_videos: likewise, all videos.
+            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of images.
             **kwargs: what else `media_inputs` names, and of the language model: without `labels`, `decoder_input_ids`,
-                by default its start token alone.
+                by default only its start token.
         """
         media: dict[str, Any] = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
         rest: dict[str, Any] = dict(kwargs)
@@ -246,20 +246,20 @@ class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
         output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
         return ImageTextSeq2SeqOutput(**{**output, **as_outputs(features)})
 
-    def cost_of_answers(self, asked: Tensor, candidates: Tensor) -> Tensor:
-        read = self.language_model.encoder(inputs_embeds=asked[None]).last_hidden_state
-        told = BaseModelOutput(last_hidden_state=read.expand(candidates.shape[0], -1, -1))
-        logits = self.language_model(encoder_outputs=told, labels=candidates).logits
+    def cost_of_answers(self, prompt: Tensor, candidates: Tensor) -> Tensor:
+        states = self.language_model.encoder(inputs_embeds=prompt[None]).last_hidden_state
+        encoded = BaseModelOutput(last_hidden_state=states.expand(candidates.shape[0], -1, -1))
+        logits = self.language_model(encoder_outputs=encoded, labels=candidates).logits
         return token_losses(logits, candidates).sum(dim=1)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' of the language model: token ids of what is written, behind its start token. Each picture
-        is encoded once, and so is the text."""
+        """Generate as the language model does: token ids after its start token. Each image is encoded once, and so is
+        the text."""
         names = [name for names in self.media_inputs.values() for name in names]
         media = {name: kwargs.pop(name, None) for name in dict.fromkeys(names)}
         features = self.encode_media(media, kwargs.pop("mm_encoder_outputs", None))
         embeds = self.merged(kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None), features)
-        kwargs.pop(CACHE, None)  # of the prompt, which this encoder reads again
+        kwargs.pop(CACHE, None)  # of the prompt, which this encoder encodes again
         self.language_model.generation_config = self.generation_config
         return self.language_model.generate(*args, inputs_embeds=embeds, **kwargs)

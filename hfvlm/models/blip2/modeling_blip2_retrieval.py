@@ -284,8 +284,8 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel)
         output = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
         if return_loss:
             vision: Any = output.vision_model_output
-            ids, seen = self.begin(input_ids, attention_mask), torch.stack(vision.hidden_states[:-1], dim=1)
-            logits = self.text_decoder(ids, attention_mask, Context(seen)).logits
+            ids, states = self.begin(input_ids, attention_mask), torch.stack(vision.hidden_states[:-1], dim=1)
+            logits = self.text_decoder(ids, attention_mask, Context(states)).logits
             labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
             smoothing = self.config.label_smoothing
             output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)

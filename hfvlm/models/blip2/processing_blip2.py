@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import read_images
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
+from hfvlm.models.blip2.language_blip2 import LANGUAGES, Vicuna
 from hfvlm.processing.assembly import IGNORE, padded
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import is_empty, listed, texts_of
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import one_of, string, whole
-from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer
-from hfvlm.processing.vocabularies import byte_pairs, sentencepiece, template
+from hfvlm.processing.tokenization import HfvlmTokenizer
 
 
 class HfvlmBLIP2ImageProcessor(HfvlmBLIPImageProcessor):
@@ -64,7 +64,8 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
         Raises:
             ValueError: the file is no such vocabulary, or has more pieces than the model.
         """
-        engine, special = ENGINES[kind](Path(path))
+        language = LANGUAGES[kind]
+        engine, special = language.engine(Path(path))
         pieces = engine.get_vocab_size()
         if size is not None and pieces > size:
             raise ValueError(
@@ -73,37 +74,12 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
             )
         added = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
         engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
-        # T5 pads after a text, which its decoder does not continue.
-        defaults: dict[str, Any] = {"padding_side": "right" if kind == "t5" else "left"}
-        # LAVIS's tokenizers of OPT and T5 take spaces before punctuation out; LLaMA's does not.
-        defaults |= {"clean_up_tokenization_spaces": kind != "llama"}
-        return cls(tokenizer_object=engine, **defaults | special | kwargs)
+        return cls(tokenizer_object=engine, **language.tokenizer_defaults | special | kwargs)
 
 
 IMAGE, VIDEO = "<image>", "<video>"
 
 
-def opt_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """Make OPT's engine, which begins every text with its end token."""
-    engine = byte_pairs(path)
-    engine.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "<pad>", "</s>", "<unk>")])
-    engine.post_processor = template(engine, "</s>", "")
-    return engine, {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
-
-
-def t5_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """Make T5's engine, which ends every text."""
-    return sentencepiece(path), {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-
-
-def llama_engine(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """Make Vicuna's engine: InstructBLIP uses its end token as the start and the unknown one, and adds padding."""
-    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "[PAD]"}
-    engine = PieceTokenizer.from_vocabulary(path, bos_token="</s>", added=["[PAD]"]).backend_tokenizer
-    return engine, special
-
-
-ENGINES = {"opt": opt_engine, "t5": t5_engine, "llama": llama_engine}
 # Each image of a message, then its text; answers end in a period where the conversation goes on.
 CHAT = (
     "{% for message in messages %}{% if message.content is string %}{% set text = message.content %}{% else %}"
@@ -141,7 +117,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
     num_queries: Annotated[int, whole(1, 2**16)]
     prompt: Annotated[str, string]
     question: Annotated[str, string]
-    kind: Annotated[str, one_of(*ENGINES)]
+    kind: Annotated[str, one_of(*LANGUAGES)]
 
     def __init__(
         self,
@@ -157,6 +133,11 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         self.set_arguments(num_queries=num_queries, prompt=prompt, question=question, kind=kind)
         template = chat_template or default_chat_template(question)
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
+
+    @property
+    def language(self) -> Vicuna:
+        """The conventions of the language model."""
+        return LANGUAGES[self.kind]
 
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         return [self.num_queries] * len(image_sizes)
@@ -256,8 +237,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         batch = self.tokenizer.pad(
             {"input_ids": [queries + ids for ids in encoded]}, padding_side="right", return_tensors="pt"
         )
-        before = 0 if self.kind == "t5" else count
-        labels = torch.tensor(padded([[IGNORE] * before + row for row in answered]))
+        labels = torch.tensor(padded([self.language.labels(count, row) for row in answered]))
         return BatchFeature({**batch, "labels": labels, **media})
 
     def answers(self, text: Sequence[str]) -> Tensor:
@@ -266,22 +246,11 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
 
     def answer_ids(self, answer: str) -> list[int]:
         """Encode an answer as it follows a text, with its end."""
-        if self.kind == "t5":
-            return self.text_ids(answer)
-        return self.text_ids(f" {answer}\n" if self.kind == "opt" else answer + self.tokenizer.eos_token)[1:]
+        return self.language.answer(self, answer)
 
     def answered(self, text: str, answer: str) -> tuple[list[int], list[int]]:
         """Encode a prompt and its answer -> input ids and labels: aligned, or, of T5, the decoder's own ids."""
-        text = text.rstrip(" ")
-        given = self.text_ids(text)
-        if self.kind == "t5":
-            return given, self.answer_ids(answer)
-        if self.kind == "opt":  # one text, whose end is a new line
-            ids = self.text_ids(f"{text} {answer}\n" if text else f"{answer}\n")
-            known = len(given) if text else 0
-            return ids, [IGNORE] * known + ids[known:]
-        ids = self.answer_ids(answer)
-        return given + ids, [IGNORE] * len(given) + ids
+        return self.language.example(self, text.rstrip(" "), answer)
 
     def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         """Put images first; the last message's answer is trained on.
@@ -289,8 +258,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         Raises:
             ValueError: the language model is a T5.
         """
-        if self.kind == "t5":
-            raise ValueError("A T5 generates apart from its inputs: train it on `processor.examples(...)`.")
+        self.language.check_conversations()
         *before, last = messages
         given, answer = self.render(before, add_generation_prompt=True), last["content"]
         if not isinstance(answer, str):
@@ -301,8 +269,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
 
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> list[str]:
         """Decode as transformers does; of T5, which does not repeat the prompt, all tokens are new."""
-        if new_tokens_only is not None and self.kind == "t5":
-            new_tokens_only, kwargs = None, {"skip_special_tokens": True} | kwargs
+        new_tokens_only, kwargs = self.language.decoding(new_tokens_only, kwargs)
         texts = super().batch_decode(sequences, *args, new_tokens_only=new_tokens_only, **kwargs)
         return [text.strip() for text in texts]
 

@@ -1,4 +1,4 @@
-"""FLAVA (https://arxiv.org/abs/2112.04482): pictures, texts and both together, with one encoder for each."""
+"""FLAVA (https://arxiv.org/abs/2112.04482): images, texts and both together, with one encoder for each."""
 
 from typing import Any
 

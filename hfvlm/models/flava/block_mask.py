@@ -1,4 +1,4 @@
-"""Which patches of a picture are hidden in pretraining."""
+"""Which patches of an image are masked in pretraining."""
 
 from dataclasses import dataclass
 from math import exp, log, sqrt

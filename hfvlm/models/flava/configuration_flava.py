@@ -14,7 +14,7 @@ class HfvlmFLAVAVisionConfig(VisionConfig):
     Args:
         projection_dim: width of the joint space.
         hidden_dropout: on every branch and between the layers of an MLP, in training.
-        mask_token: whether there is a token that stands for hidden patches.
+        mask_token: whether there is a token that stands for masked patches.
     """
 
     model_type = "hfvlm_flava_vision"
@@ -26,7 +26,9 @@ class HfvlmFLAVAVisionConfig(VisionConfig):
 
     def validate_patch_dropout(self) -> None:
         if self.patch_dropout:
-            raise ValueError(f"{type(self).__name__}: its losses need all patches in their places, no patch_dropout.")
+            raise ValueError(
+                f"{type(self).__name__}: its losses need all patches in their positions, no patch_dropout."
+            )
 
 
 @strict
@@ -68,13 +70,13 @@ class HfvlmFLAVAMultimodalConfig(TowerConfig):
 
 @strict
 class HfvlmFLAVACodebookConfig(HfvlmConfig):
-    """The encoder of DALL-E's discrete VAE, whose codes are what hidden patches are to be told by.
+    """The encoder of DALL-E's discrete VAE, whose codes are the targets of masked patches.
 
     Args:
         hidden_size: channels of the first group of blocks; each of the next three groups has twice as many.
         vocab_size: number of codes.
         blocks_per_group: of which a group's first changes the channels.
-        num_groups: that the gain of the blocks is reckoned by; there are four, whatever it says.
+        num_groups: that the gain of the blocks is computed from; there are always four.
     """
 
     model_type = "hfvlm_flava_codebook"
@@ -89,19 +91,19 @@ class HfvlmFLAVACodebookConfig(HfvlmConfig):
 
 @strict
 class HfvlmFLAVAConfig(HfvlmConfig):
-    """FLAVA. `architectures` names the class that a checkpoint is for; the others read their parts of its folder.
+    """FLAVA. `architectures` names the class that a checkpoint is for; the others load their parts of its folder.
 
     Args:
-        logit_scale_init_value: logarithm of what cosine similarities are multiplied by, before training; None leaves
-            them as they are.
-        head_act: activation of the heads that tell hidden words and patches.
+        logit_scale_init_value: logarithm of what cosine similarities are multiplied by, before training; None does
+            not scale them.
+        head_act: activation of the heads that predict masked words and patches.
         head_layer_norm_eps: of their norm.
-        mim_weight: of the loss of hidden patches, where there is no text; 0 leaves a loss out.
-        mlm_weight: of the loss of hidden words, where there is no picture.
-        mmm_image_weight: of the loss of hidden patches, where there is a text.
-        mmm_text_weight: of the loss of hidden words, where there is a picture.
-        itm_weight: of the loss of telling pairs from others.
-        contrastive_weight: of the loss of comparing all pictures with all texts.
+        mim_weight: of the loss of masked patches, where there is no text; 0 leaves a loss out.
+        mlm_weight: of the loss of masked words, where there is no image.
+        mmm_image_weight: of the loss of masked patches, where there is a text.
+        mmm_text_weight: of the loss of masked words, where there is an image.
+        itm_weight: of the matching loss.
+        contrastive_weight: of the contrastive loss.
         classifier_hidden_sizes: widths of a classifier's layers but the last.
         classifier_act: their activation.
         classifier_dropout: after each of them, in training.
@@ -143,6 +145,6 @@ class HfvlmFLAVAConfig(HfvlmConfig):
         widths, read = (vision.hidden_size, text.hidden_size), (both.image_hidden_size, both.text_hidden_size)
         if widths != read:
             raise ValueError(
-                f"multimodal_config reads an image_hidden_size and a text_hidden_size of {read}, the encoders' "
+                f"multimodal_config has an image_hidden_size and a text_hidden_size of {read}, the encoders' "
                 f"hidden_size are {widths}."
             )

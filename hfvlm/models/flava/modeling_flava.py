@@ -1,7 +1,10 @@
 """FLAVA (https://arxiv.org/abs/2112.04482; https://github.com/facebookresearch/multimodal at 3c2a85a).
 
 The paper's figure 2: an image encoder, a text encoder, and a multimodal encoder over the tokens of both. The first two
-alone are a dual encoder.
+are a dual encoder.
+
+With its configuration the architecture is longer than others: it is four networks, the codebook included, and six
+pretraining losses.
 """
 
 from dataclasses import dataclass
@@ -36,7 +39,7 @@ from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import FixedTemperature, LogitScale
 from hfvlm.modules.transformer import MLP, PreNormLayer, Stack
 
-# One folder serves several heads; each leaves unread what it has no part for.
+# One folder serves several heads; each leaves unused what it has no part for.
 PARTS = [
     r"^(vision_model|text_model|multimodal_model|codebook_model|classifier|logit_scale)\.",
     r"^(mim|mlm|mmm_image|mmm_text|itm)_head\.",
@@ -45,10 +48,10 @@ PARTS = [
 
 @dataclass
 class FLAVATowerOutput(TowerOutput):
-    """What one of the encoders makes of its tokens.
+    """The output of one of the encoders.
 
     Args:
-        before_norm: `(B, N, D)`, the tokens before the last norm, which the multimodal encoder reads.
+        before_norm: `(B, N, D)`, the tokens before the last norm, the multimodal encoder's inputs.
     """
 
     before_norm: Tensor | None = None
@@ -79,15 +82,15 @@ class DroppedLayer(PreNormLayer):
 
 
 class Pooler(nn.Linear):
-    """The first token's summary: BERT's."""
+    """BERT's pooler of the first token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D)."""
+        """Pool (B, N, D) -> (B, D)."""
         return super().forward(x[:, 0]).tanh()
 
 
 class HfvlmFLAVAPreTrainedModel(HfvlmPreTrainedModel):
-    """What all classes share."""
+    """Base of all classes."""
 
     _no_split_modules = ["DroppedLayer"]
     _keys_to_ignore_on_load_unexpected = PARTS
@@ -143,13 +146,13 @@ class HfvlmFLAVAVisionModel(ClassTokenTower, HfvlmFLAVAPreTrainedModel):
         return FLAVATowerOutput(last_hidden_state=x, pooler_output=self.summary(x), embeds=embeds, before_norm=before)
 
     def hide(self, patches: Tensor, hidden: Tensor) -> Tensor:
-        """`(B, N, D)` with the mask token in the place of each hidden patch."""
+        """Put the mask token in the place of each masked patch of `(B, N, D)`."""
         if self.mask_token is None:
             raise ValueError("bool_masked_pos: this model has no mask token (mask_token is off in vision_config).")
         if hidden.flatten(1).shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos is {tuple(hidden.shape)}, but there are {patches.shape[1]} patches in each of "
-                f"{patches.shape[0]} pictures."
+                f"{patches.shape[0]} images."
             )
         return torch.where(hidden.flatten(1).bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
@@ -194,12 +197,12 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
         token_type_ids: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> FLAVATowerOutput:
-        """`(B, N)` token ids, [CLS] first -> all tokens after the last norm, and the first one's summaries.
+        """Encode `(B, N)` token ids, [CLS] first -> all tokens after the last norm, and pooled outputs of the first.
 
         Args:
             input_ids: padded on the right.
             attention_mask: `(B, N)`, 0 for padding; by default for every `pad_token_id`.
-            token_type_ids: `(B, N)`; trained on type 0 alone, the default.
+            token_type_ids: `(B, N)`; trained on type 0, the default.
         """
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -216,7 +219,7 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
 
 
 class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
-    """The multimodal encoder: a class token of its own, then a picture's tokens, then a text's."""
+    """The multimodal encoder: a class token of its own, then an image's tokens, then a text's."""
 
     config: HfvlmFLAVAMultimodalConfig
     base_model_prefix = "multimodal_model"
@@ -244,9 +247,9 @@ class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
     def forward(
         self, image_tokens: Tensor, text_tokens: Tensor, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
-        """`before_norm` of both encoders, `(B, M, D)` and `(B, N, E)` -> `(B, 1 + M + N, F)`, and the first's summary.
+        """Encode both `before_norm`, `(B, M, D)` and `(B, N, E)` -> `(B, 1 + M + N, F)`, and the first pooled.
 
-        Trained on texts that were padded to 77 tokens, without a mask: padding is read like other tokens.
+        Trained on texts that were padded to 77 tokens, without a mask: padding is attended to like other tokens.
         """
         image, text = (
             self.image_projection(image_tokens.to(self.dtype)),
@@ -259,14 +262,14 @@ class HfvlmFLAVAMultimodalModel(HfvlmFLAVAPreTrainedModel):
 
 
 class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
-    """Pictures and texts in one space, and texts read together with pictures."""
+    """Images and texts in one space, and texts encoded together with images."""
 
     config: HfvlmFLAVAConfig
     base_model_prefix = "flava"
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = 100.0
     text_inputs = ("token_type_ids",)
-    lora_recipe = "vision+text"  # no loss of this class reads the multimodal encoder
+    lora_recipe = "vision+text"  # no loss of this class depends on the multimodal encoder
 
     def __init__(self, config: HfvlmFLAVAConfig):
         super().__init__(config)
@@ -279,7 +282,7 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
         self.post_init()
 
     def build_heads(self, config: HfvlmFLAVAConfig) -> None:
-        """What a head has beside the three encoders."""
+        """Build what a head has next to the three encoders."""
 
     @can_return_tuple
     def get_multimodal_features(
@@ -290,11 +293,11 @@ class HfvlmFLAVAModel(DualEncoder, HfvlmFLAVAPreTrainedModel):
         bool_masked_pos: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
-        """Texts `(B, N)` read together with pictures `(B, C, H, W)`, text i with picture i.
+        """Encode texts `(B, N)` together with images `(B, C, H, W)`, text i with image i.
 
-        `last_hidden_state`, `(B, 1 + 1 + patches + N, D)`, are the multimodal encoder's class token, the picture's
-        tokens and the text's; `pooler_output`, `(B, D)`, is the first one's summary. The tokens of padding are read
-        too: pad texts to the 77 tokens of training, as the processor does.
+        `last_hidden_state`, `(B, 1 + 1 + patches + N, D)`, are the multimodal encoder's class token, the image's
+        tokens and the text's; `pooler_output`, `(B, D)`, is the first one pooled. Padding is attended to, too:
+        pad texts to the 77 tokens of training, as the processor does.
         """
         image = self.vision_model(pixel_values, bool_masked_pos)
         text = self.text_model(input_ids, attention_mask)
@@ -312,14 +315,14 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, num_labels)."""
+        """Classify (B, D) -> (B, num_labels)."""
         for i, layer in enumerate(self.layers):
             x = layer(self.dropout(self.act(x)) if i else x)
         return x
 
 
 class HfvlmFLAVAForClassification(HfvlmFLAVAPreTrainedModel):
-    """A classifier on the first token: of pictures, of texts or of pairs of both, by what it is given."""
+    """A classifier on the first token of images, of texts or of pairs of both, whichever the inputs are."""
 
     config: HfvlmFLAVAConfig
     base_model_prefix = "flava"
@@ -331,7 +334,7 @@ class HfvlmFLAVAForClassification(HfvlmFLAVAPreTrainedModel):
         self.text_model = HfvlmFLAVATextModel._from_config(config.text_config)
         self.multimodal_model = HfvlmFLAVAMultimodalModel._from_config(config.multimodal_config)
         for tower in (self.vision_model, self.text_model):
-            tower.projection = nn.Identity()  # the first token is read before it enters the joint space
+            tower.projection = nn.Identity()  # the first token is used before it enters the joint space
         self.classifier = Classifier(config)
         self.loss_type = "ForSequenceClassification"
         self.post_init()
@@ -352,13 +355,13 @@ class HfvlmFLAVAForClassification(HfvlmFLAVAPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Unpack[Keywords],
     ) -> SequenceClassifierOutput:
-        """Texts, pictures, or text i with picture i -> logits `(B, num_labels)`.
+        """Classify texts, images, or text i with image i -> logits `(B, num_labels)`.
 
         Args:
-            input_ids: `(B, N)`, [CLS] first, padded on the right; with pictures, to the 77 tokens of training.
+            input_ids: `(B, N)`, [CLS] first, padded on the right; with images, to the 77 tokens of training.
             pixel_values: `(B, C, H, W)`, normalised.
             attention_mask: `(B, N)`, 0 for padding; by default for every `pad_token_id`.
-            token_type_ids: `(B, N)`; trained on type 0 alone, the default.
+            token_type_ids: `(B, N)`; trained on type 0, the default.
             labels: `(B,)` or `(B, num_labels)`, for the loss that `config.problem_type` names.
         """
         if input_ids is None and pixel_values is None:

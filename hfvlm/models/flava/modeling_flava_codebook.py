@@ -1,7 +1,7 @@
 """The encoder of DALL-E's discrete VAE (https://arxiv.org/abs/2102.12092;
 https://github.com/openai/DALL-E at 5be4b23).
 
-A picture becomes an eighth of its rows and columns of codes, which FLAVA learns to tell for hidden patches.
+An image becomes an eighth of its rows and columns of codes, which FLAVA learns to predict for masked patches.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVACodebookConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAPreTrainedModel
 
-# Each group but the first has twice the channels of the one before it, and all but the last halve the picture.
+# Each group but the first has twice the channels of the one before it, and all but the last halve the image.
 GROUPS = 4
 
 
 @dataclass
 class CodebookOutput(ModelOutput):
-    """Pictures as codes.
+    """Images as codes.
 
     Args:
         logits: `(B, V, H/8, W/8)`, of each code.
@@ -38,12 +38,12 @@ class CodebookOutput(ModelOutput):
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
-    """One that keeps rows and columns."""
+    """Make one that retains rows and columns."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
 class CodebookBlock(GradientCheckpointingLayer):
-    """Four convolutions, narrow in their middle, beside a shortcut."""
+    """Four convolutions, narrow in their middle, next to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, gain: float):
         super().__init__()
@@ -64,7 +64,7 @@ class CodebookBlock(GradientCheckpointingLayer):
 
 
 class HfvlmFLAVACodebookModel(HfvlmFLAVAPreTrainedModel):
-    """Pictures to codes. FLAVA does not train it."""
+    """Encodes images to codes. FLAVA does not train it."""
 
     config: HfvlmFLAVACodebookConfig
     base_model_prefix = "codebook_model"
@@ -95,7 +95,7 @@ class HfvlmFLAVACodebookModel(HfvlmFLAVAPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, codebook_pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> CodebookOutput:
-        """`(B, C, H, W)` pixels in 0.1..0.9, as the image processor makes them -> codes.
+        """Encode `(B, C, H, W)` pixels in 0.1..0.9, as the image processor makes them -> codes.
 
         Args:
             codebook_pixel_values: of any size that is a multiple of 8.

@@ -1,4 +1,4 @@
-"""FLAVA's pretraining (https://arxiv.org/abs/2112.04482, section 3.2): six losses, of which a batch of pictures has
+"""FLAVA's pretraining (https://arxiv.org/abs/2112.04482, section 3.2): six losses, of which a batch of images has
 one, a batch of texts another, and a batch of both the other four.
 
 Source: https://github.com/facebookresearch/multimodal at 3c2a85a, torchmultimodal/modules/losses/flava.py.
@@ -33,24 +33,24 @@ HIGHEST_LOGIT_SCALE = 4.6052
 
 @dataclass
 class FLAVAPreTrainingOutput(DualEncoderOutput):
-    """A step of pretraining. What was not given leaves its fields empty; each loss is already weighted.
+    """A step of pretraining. Inputs that are missing leave their fields empty; each loss is already weighted.
 
     Logits are those of the M tokens of the whole batch that have a label, or `(B, N, V)` without labels.
 
     Args:
-        mim_loss: of hidden patches, of pictures without texts.
-        mlm_loss: of hidden words, of texts without pictures.
-        mmm_image_loss: of hidden patches, of pictures with texts; of pairs alone, as the next.
-        mmm_text_loss: of hidden words, of texts with pictures.
+        mim_loss: of masked patches, of images without texts.
+        mlm_loss: of masked words, of texts without images.
+        mmm_image_loss: of masked patches, of images with texts; only of pairs, as the next.
+        mmm_text_loss: of masked words, of texts with images.
         itm_loss: of telling pairs from others.
-        contrastive_loss: of comparing all pictures with all texts.
+        contrastive_loss: of all images and all texts.
         mim_logits: `(M, codes)`.
         mlm_logits: `(M, words)`.
         mmm_image_logits: `(M, codes)`.
         mmm_text_logits: `(M, words)`.
         itm_logits: `(B, 2)`, the second column for a pair.
         matched_mask: `(B,)`, which rows count as pairs; None for all.
-        multimodal_model_output: the multimodal encoder's whole output on what was left of both.
+        multimodal_model_output: the multimodal encoder's whole output on the masked inputs.
     """
 
     mim_loss: Tensor | None = None
@@ -68,13 +68,13 @@ class FLAVAPreTrainingOutput(DualEncoderOutput):
     multimodal_model_output: BaseModelOutputWithPooling | None = None
 
     def total(self) -> Tensor | None:
-        """The sum of the losses that there are."""
+        """Sum the losses that there are."""
         losses = [value for name, value in self.items() if name.endswith("_loss")]
         return sum(losses[1:], start=losses[0]) if losses else None
 
 
 class MatchingHead(nn.Module):
-    """The first token's own summary -> `(B, 2)`, the second column for a pair."""
+    """A pooler of its own and a classifier -> `(B, 2)`, the second column for a pair."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -86,7 +86,7 @@ class MatchingHead(nn.Module):
 
 
 class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
-    """Learns from pictures, from texts and from both; whatever of these a batch has decides which losses it has."""
+    """Learns from images, from texts and from both; what a batch holds decides which losses it has."""
 
     _keep_in_fp32_modules_strict = ["logit_scale", "codebook_model"]
     lora_recipe = "vision+text+multimodal"
@@ -95,7 +95,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
     def build_heads(self, config: HfvlmFLAVAConfig) -> None:
         width = config.multimodal_config.hidden_size
         if {config.vision_config.hidden_size, config.text_config.hidden_size} != {width}:
-            raise ValueError("The heads read tokens of all three encoders: their hidden_size must be the same.")
+            raise ValueError("The heads take tokens of all three encoders: their hidden_size must be the same.")
         words, codes = config.text_config.vocab_size, config.codebook_config.vocab_size
         self.codebook_model = HfvlmFLAVACodebookModel._from_config(config.codebook_config)
         self.codebook_model.requires_grad_(requires_grad=False)
@@ -120,7 +120,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
 
     @loss_without_labels
     @can_return_tuple
-    def forward(  # noqa: PLR0913  (what is hidden, and what is to be told, of either modality)
+    def forward(  # noqa: PLR0913  (what is masked, and its labels, of either modality)
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -135,21 +135,21 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         return_loss: bool | None = None,
         **kwargs: Unpack[Keywords],
     ) -> DualEncoderOutput:
-        """Pictures and texts of which nothing is hidden as `HfvlmFLAVAModel`, without `return_loss`; else a step of
-        pretraining: text i with picture i, or pictures alone, or texts alone.
+        """Compare as `HfvlmFLAVAModel` where nothing is masked, without `return_loss`; else compute a step of
+        pretraining: text i with image i, or only images, or only texts.
 
         Args:
             input_ids: `(B, N)`, [CLS] first, padded on the right.
             pixel_values: `(B, C, H, W)`, normalised.
             attention_mask: `(B, N)`, 0 for padding; by default for every `pad_token_id`.
-            input_ids_masked: `(B, N)`, `input_ids` with some words hidden.
-            mlm_labels: `(B, N)`, the hidden words in their places, negative numbers elsewhere.
-            bool_masked_pos: `(B, H/p, W/p)` or `(B, H/p * W/p)`, other than 0 for hidden patches.
-            codebook_pixel_values: `(B, C, h, w)`, the same pictures for the codebook, one code a patch.
-            mim_labels: `(B, patches)`, in place of the codebook's: codes of hidden patches, negative elsewhere.
-            itm_labels: `(B,)` or `(B, 1)`, 1 for pairs and 0 for texts that do not belong to their pictures, which
-                count in no other loss than that of matching but as wrong answers for others.
-            return_loss: compute the losses even where nothing is hidden.
+            input_ids_masked: `(B, N)`, `input_ids` with some words masked.
+            mlm_labels: `(B, N)`, the masked words in their positions, negative numbers elsewhere.
+            bool_masked_pos: `(B, H/p, W/p)` or `(B, H/p * W/p)`, other than 0 for masked patches.
+            codebook_pixel_values: `(B, C, h, w)`, the same images for the codebook, one code a patch.
+            mim_labels: `(B, patches)`, in place of the codebook's: codes of masked patches, negative elsewhere.
+            itm_labels: `(B,)` or `(B, 1)`, 1 for pairs and 0 for texts that do not belong to their images, which
+                count in no other loss than that of matching but as negatives for others.
+            return_loss: compute the losses even where nothing is masked.
         """
         alone = input_ids is None or pixel_values is None
         if not (alone or return_loss) and input_ids_masked is None and bool_masked_pos is None:
@@ -160,7 +160,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         if pixel_values is None:
             output = self.learn_texts(input_ids_masked, attention_mask, mlm_labels, **kwargs)
         elif input_ids is None:
-            output = self.learn_pictures(pixel_values, bool_masked_pos, mim_labels, **kwargs)
+            output = self.learn_images(pixel_values, bool_masked_pos, mim_labels, **kwargs)
         else:
             with torch.no_grad():
                 self.logit_scale.scale.clamp_(0, HIGHEST_LOGIT_SCALE)
@@ -180,23 +180,23 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
 
     @torch.no_grad()
     def codes(self, codebook_pixel_values: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
-        """`(B, patches)`: the codes of the hidden patches, -100 elsewhere."""
+        """Encode the masked patches -> their codes, `(B, patches)`, -100 elsewhere."""
         if bool_masked_pos is None:
-            raise ValueError("codebook_pixel_values say what is hidden: bool_masked_pos must say where.")
+            raise ValueError("codebook_pixel_values need bool_masked_pos, the patches that are masked.")
         with torch.autocast(codebook_pixel_values.device.type, enabled=False):
             codes = self.codebook_model(codebook_pixel_values).codes.flatten(1)
         hidden = bool_masked_pos.flatten(1).bool()
         if codes.shape != hidden.shape:
             raise ValueError(
-                f"The codebook gives {codes.shape[1]} codes a picture, for {hidden.shape[1]} patches: "
+                f"The codebook gives {codes.shape[1]} codes an image, for {hidden.shape[1]} patches: "
                 "codebook_pixel_values must have 8 rows and columns of pixels for each of the patches'."
             )
         return codes.masked_fill(~hidden, -100)
 
-    def learn_pictures(
+    def learn_images(
         self, pixels: Tensor, hidden: Tensor | None, labels: Tensor | None, **kwargs: Any
     ) -> FLAVAPreTrainingOutput:
-        """Hidden patches, told by the picture."""
+        """Predict masked patches from the image."""
         tower, weight = self.vision_model(pixels, hidden, **kwargs), self.config.mim_weight
         output = FLAVAPreTrainingOutput(vision_model_output=as_features(tower))
         if weight > 0:
@@ -207,7 +207,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
     def learn_texts(
         self, ids: Tensor | None, mask: Tensor | None, labels: Tensor | None, **kwargs: Any
     ) -> FLAVAPreTrainingOutput:
-        """Hidden words, told by the text."""
+        """Predict masked words from the text."""
         if ids is None:
             raise ValueError(f"{type(self).__name__} needs pixel_values, or texts in input_ids_masked.")
         tower, weight = self.text_model(ids, mask, **kwargs), self.config.mlm_weight
@@ -223,7 +223,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         mim_labels: Tensor | None,
         mlm_labels: Tensor | None,
     ) -> None:
-        """Whether a text belongs to its picture, and what is hidden in either, told by both."""
+        """Predict from both whether a text belongs to its image, and what is masked in either."""
         config, tokens = self.config, output.multimodal_model_output.last_hidden_state
         if config.itm_weight > 0:
             output.itm_logits = self.itm_head(tokens)
@@ -238,7 +238,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         rows = slice(None) if output.matched_mask is None else output.matched_mask
         tokens = tokens[rows]
         mim_labels, mlm_labels = (None if labels is None else labels[rows] for labels in (mim_labels, mlm_labels))
-        # Class tokens of the multimodal encoder and of the picture come first, the text comes last.
+        # Class tokens of the multimodal encoder and of the image come first, the text comes last.
         first, last = 2, 2 + prod(self.vision_model.config.grid)
         if config.mmm_image_weight > 0:
             output.mmm_image_logits, output.mmm_image_loss = predict(
@@ -255,7 +255,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
         pair_loss: Callable[..., Tensor] | None = None,
         group: ProcessGroup | None = None,
     ) -> Tensor:
-        """As every dual encoder's; rows that are no pairs are left out, and stay as wrong answers for the others."""
+        """Compute every dual encoder's loss; rows that are no pairs are only negatives for the others."""
         matched = getattr(output, "matched_mask", None)
         if matched is None or pair_loss is not None:
             return super().contrast(output, pair_loss, group)
@@ -266,7 +266,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
 
 
 def prediction_head(config: HfvlmFLAVAConfig, vocabulary: int) -> BertLanguageHead:
-    """BERT's at the encoders' width; its decoder is not tied to any embedding."""
+    """Make BERT's at the encoders' width; its decoder is not tied to any embedding."""
     sizes = BertTextConfig(
         hidden_size=config.multimodal_config.hidden_size,
         num_attention_heads=config.multimodal_config.num_attention_heads,
@@ -278,8 +278,8 @@ def prediction_head(config: HfvlmFLAVAConfig, vocabulary: int) -> BertLanguageHe
 
 
 def predict(head: nn.Module, tokens: Tensor, labels: Tensor | None, weight: float) -> tuple[Tensor, Tensor | None]:
-    """`(B, N, D)` and `(B, N)` -> the scores of those that have a label, and their weighted mean loss, which is 0
-    where none has; without labels, the scores of all."""
+    """Score tokens `(B, N, D)` that have a label in `(B, N)`, and compute their weighted mean loss, which is 0 where
+    none has; without labels, score all."""
     if labels is None:
         return head(tokens), None
     wanted = labels >= 0
@@ -291,14 +291,14 @@ def predict(head: nn.Module, tokens: Tensor, labels: Tensor | None, weight: floa
 def matched_contrastive_loss(
     a: Tensor, b: Tensor, logit_scale: Tensor, matched: Tensor, group: ProcessGroup | None = None
 ) -> Tensor:
-    """InfoNCE in both directions, averaged, of the rows that are `matched` against all rows.
+    """Compute InfoNCE in both directions, averaged, of the rows that are `matched` against all rows.
 
     Args:
         a: `(B, D)` embeddings of unit length.
         b: `(B, D)`, likewise.
         logit_scale: `(1,)`, what cosine similarities are multiplied by.
         matched: `(B,)`, which rows of `a` and `b` belong together.
-        group: processes whose rows are compared with; each has the loss of its own rows, and gradients of all losses.
+        group: processes whose rows are negatives, too; each has the loss of its own rows, and gradients of all losses.
     """
     check_equal_rows(a, group)
     rank, _ = rank_and_size(group)

@@ -117,7 +117,7 @@ class TestQFormer(PartSuite):
 
     def test_texts_need_words(self, batch):
         model = HfvlmBLIP2QFormerModel(HfvlmBLIP2QFormerConfig(**QFORMER))
-        with pytest.raises(ValueError, match="reads no texts: its config.vocab_size is None"):
+        with pytest.raises(ValueError, match="takes no texts: its config.vocab_size is None"):
             model(**batch)
 
     def test_words_attend_to_all_queries_and_to_words_before(self, model, batch):

@@ -360,9 +360,9 @@ class TestPreTraining(TestModel):
         assert (codes[~hidden] == -100).all()
         own = model(pixel_values=images["pixel_values"], bool_masked_pos=HIDDEN_PATCHES, mim_labels=codes)
         close(own.mim_loss, model(**images).mim_loss, 1e-6, "own labels")
-        with pytest.raises(ValueError, match="bool_masked_pos must say where"):
+        with pytest.raises(ValueError, match="codebook_pixel_values need bool_masked_pos"):
             model(pixel_values=images["pixel_values"], codebook_pixel_values=images["codebook_pixel_values"])
-        with pytest.raises(ValueError, match="16 codes a picture, for 9 patches"):
+        with pytest.raises(ValueError, match="16 codes an image, for 9 patches"):
             model.codes(torch.rand(3, 3, 32, 32), HIDDEN_PATCHES)
 
     def test_where_nothing_is_to_be_told_the_loss_is_zero(self, model):
