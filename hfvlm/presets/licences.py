@@ -164,7 +164,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
-        raise LicenceError(f"{path} is damaged ({error}): whose weights these are cannot be told.") from error
+        raise LicenceError(f"{path} is damaged ({error}): it is unknown whose weights these are.") from error
     if not isinstance(content, Mapping):
-        raise LicenceError(f"{path} is no mapping: whose weights these are cannot be told.")
+        raise LicenceError(f"{path} is no mapping: it is unknown whose weights these are.")
     return content
