@@ -161,11 +161,14 @@ def test_in_a_browser(media, tmp_path):
     assert page.of("script") == []
     assert "<title>run</title>" not in dom.stdout
     shot = tmp_path / "page.png"
-    subprocess.run([*command, f"--screenshot={shot}", address], capture_output=True, check=True, timeout=120)
-    pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3).astype(int)
+    for _ in range(8):  # a busy machine may not have decoded the video when Chromium's clock has run out
+        subprocess.run([*command, f"--screenshot={shot}", address], capture_output=True, check=True, timeout=120)
+        pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3).astype(int)
+        red = (pixels[:, 0] > 150) & (pixels[:, 1] < 60) & (pixels[:, 2] < 60)
+        if red.any():
+            break
     assert (pixels.sum(axis=1) < 30).any(), "text and the map's hole"
     assert (np.abs(pixels - (20, 20, 90)).max(axis=1) < 30).sum() > 50, "what is far in the depth map"
-    red = (pixels[:, 0] > 150) & (pixels[:, 1] < 60) & (pixels[:, 2] < 60)
     assert red.sum() > 1000, "the video's first frame"
 
 

@@ -347,7 +347,7 @@ class TestBLIP2(Stage2, GenerationSuite, ModelSuite):
         assert torch.equal(self.answer(model, again, max_new_tokens=1, repetition_penalty=50.0), expected)
 
     def test_instructions_are_refused(self, model, batch):
-        with pytest.raises(ValueError, match="reads no qformer_input_ids"):
+        with pytest.raises(ValueError, match="takes no qformer_input_ids"):
             model(**batch, qformer_input_ids=torch.tensor([[2, 3]] * 3))
 
 
@@ -366,7 +366,7 @@ class TestInstructBLIP(Stage2, GenerationSuite, ModelSuite):
             one = model(**batch).logits
             other = model(**batch | {"qformer_input_ids": batch["qformer_input_ids"].flip(0)}).logits
         assert relative(one, other) > 1e-4
-        with pytest.raises(ValueError, match="reads qformer_input_ids, which are missing"):
+        with pytest.raises(ValueError, match="takes qformer_input_ids, which are missing"):
             model(**{name: batch[name] for name in ("input_ids", "pixel_values")})
 
     def test_films_are_their_frames(self, model, batch):
