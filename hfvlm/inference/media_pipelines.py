@@ -58,7 +58,43 @@ class MediaPipeline:
         return to_8_bits(read_image(image)).convert("RGB")
 
 
-class HfvlmZeroShotImageClassificationPipeline(MediaPipeline, ZeroShotImageClassificationPipeline):  # type: ignore[misc]
+class ZeroShotPipeline(MediaPipeline):
+    """For pipelines that compare media with labels: the labels' tokens and embeddings are cached between calls."""
+
+    model: Any
+    tokenizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        from hfvlm.inference.label_cache import LabelCache, RecentlyUsed
+
+        super().__init__(*args, **kwargs)
+        self.tokens, self.embeddings = RecentlyUsed(), LabelCache()
+
+    def preprocess(self, inputs: Any, candidate_labels: Any = None, *args: Any, **kwargs: Any) -> Any:
+        labels = candidate_labels if isinstance(candidate_labels, list | tuple) else [None]
+        if args or not all(isinstance(label, str) for label in labels):
+            return super().preprocess(inputs, candidate_labels, *args, **kwargs)
+        simple = {name: x for name, x in vars(self.tokenizer).items() if isinstance(x, str | int | float | None)}
+        settings = repr((self.tokenizer, simple, kwargs))
+        key = self.tokenizer, settings, tuple(labels)
+        # One label is enough to prepare the media where the tokens of all are known.
+        needed = labels[:1] if key in self.tokens.entries else labels
+        given = super().preprocess(inputs, needed, **kwargs)
+        tokens = self.tokens.get(key, lambda: given["text_inputs"][0])
+        given["candidate_labels"], given["text_inputs"] = labels, [tokens]
+        return given
+
+    def _forward(self, model_inputs: Any) -> Any:
+        media = dict(model_inputs)
+        labels, texts = media.pop("candidate_labels"), media.pop("text_inputs")[0]
+        # Media in batches come with the texts of each.
+        features = self.embeddings.features(self.model, texts[0] if isinstance(texts, list) else texts)
+        if features is None:
+            return super()._forward(model_inputs)  # type: ignore[misc]
+        return {"candidate_labels": labels, "logits": self.model.logits_with(features, **media)}
+
+
+class HfvlmZeroShotImageClassificationPipeline(ZeroShotPipeline, ZeroShotImageClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
@@ -70,7 +106,7 @@ class HfvlmImageFeatureExtractionPipeline(MediaPipeline, ImageFeatureExtractionP
     """As transformers', of whatever `hfvlm.media.read_image` reads."""
 
 
-class HfvlmZeroShotAudioClassificationPipeline(MediaPipeline, ZeroShotAudioClassificationPipeline):  # type: ignore[misc]
+class HfvlmZeroShotAudioClassificationPipeline(ZeroShotPipeline, ZeroShotAudioClassificationPipeline):  # type: ignore[misc]
     """As transformers', of whatever `hfvlm.media.read_audio` reads."""
 
     def read(self, source: Any, allow_urls: "AllowUrls") -> Any:

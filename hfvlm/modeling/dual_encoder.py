@@ -66,6 +66,14 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
                 module.clamp_(*bounds)
 
     @abstractmethod
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Embed texts `(T, N)` as forward does -> features that `logits_with` compares with other inputs."""
+
+    @abstractmethod
+    def logits_with(self, text: Any, **media: Any) -> Tensor:
+        """Compare the inputs of one other modality with features of texts, as forward does -> `(rows, T)`."""
+
+    @abstractmethod
     def loss_of_pairs(self, output: Any, pair_loss: Callable[..., Tensor], group: ProcessGroup | None) -> Tensor:
         """Apply a loss to the embeddings in an output."""
 
@@ -209,6 +217,12 @@ class DualEncoder(ContrastiveModel):
         if return_loss:
             output.loss = self.contrast(output)
         return output
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return self.encode_text(input_ids, attention_mask, **kwargs)
+
+    def logits_with(self, text: Any, **media: Any) -> Tensor:
+        return self.compare(self.encode_image(**media), text, return_loss=None).logits_per_image
 
     def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Compare embeddings of unit length: `(I, T)`, not scaled."""

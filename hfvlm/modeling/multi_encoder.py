@@ -215,6 +215,15 @@ class MultiEncoder(ContrastiveModel):
                 output[f"logits_per_{modality}"] = output.logits(modality, other)
         return MultiEncoderOutput(loss=self.contrast(output) if return_loss else None, **output)
 
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return self.encode("text", input_ids, attention_mask=attention_mask, **kwargs)
+
+    def logits_with(self, text: Any, **media: Any) -> Tensor:
+        output = self(**media)
+        (modality,) = output.modalities
+        output["text_embeds"], output["text_scale"] = text.pooler_output, self.scale("text")
+        return output.logits(modality, "text")
+
     def loss_of_pairs(self, output: Any, pair_loss: Callable[..., Tensor], group: ProcessGroup | None) -> Tensor:
         """Average the losses of the `pairs` of what was given; the temperature of a pair is the larger of its two
         scales.
