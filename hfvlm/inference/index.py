@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.vectors import as_array, unit_rows
@@ -99,12 +100,22 @@ class Index:
         positions = np.empty((len(queries), 0), np.int64)
         step = max(k, BLOCK // max(1, self.size))
         for start in range(0, len(self), step):
-            found = queries @ self.vectors[start : start + step].T
+            found, best = self.nearest_in(slice(start, start + step), queries, k)
             scores = np.concatenate([scores, found], axis=1)
-            block = np.arange(start, start + found.shape[1])
-            positions = np.concatenate([positions, np.broadcast_to(block, found.shape)], axis=1)
-            best = highest(scores, k)
+            positions = np.concatenate([positions, start + best], axis=1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             scores, positions = np.take_along_axis(scores, best, 1), np.take_along_axis(positions, best, 1)
+        return scores, positions
+
+    def nearest_in(self, block: slice, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cosines and positions within a block of its best vectors, best first; `(N, k)` each."""
+        vectors = self.vectors[block]
+        step, parts = max(1, BLOCK // len(vectors)), []
+        for start in range(0, max(1, len(queries)), step):
+            cosines = queries[start : start + step] @ vectors.T
+            best = highest(cosines, k)
+            parts.append((np.take_along_axis(cosines, best, 1), best))
+        scores, positions = (np.concatenate(rows) for rows in zip(*parts, strict=True))
         return scores, positions
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -132,11 +143,13 @@ class Index:
 def highest(scores: np.ndarray, k: int) -> np.ndarray:
     """Find the positions, `(N, k)`, of the highest of each row of `(N, M)`, best first; of equal ones the first."""
     k = min(k, scores.shape[1])
-    found = np.empty((len(scores), k), np.int64)
-    for row, lowest, best in zip(scores, -np.partition(-scores, k - 1, axis=1)[:, k - 1], found, strict=True):
-        enough = np.flatnonzero(row >= lowest)
-        best[:] = enough[np.argsort(-row[enough], kind="stable")[:k]]
-    return found
+    values, found = (part.numpy() for part in torch.from_numpy(scores).topk(min(k + 1, scores.shape[1])))
+    best = found[:, :k].copy()
+    # top-k does not define the order of equal ones, nor which of them it leaves out.
+    for i in np.flatnonzero((values[:, :-1] == values[:, 1:]).any(axis=1)):
+        enough = np.flatnonzero(scores[i] >= values[i, k - 1])
+        best[i] = enough[np.argsort(-scores[i, enough], kind="stable")[:k]]
+    return best
 
 
 class FaissIndex(Index):

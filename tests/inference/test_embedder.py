@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoProcessor
 import hfvlm
 from hfvlm.conversion import filip
 from hfvlm.inference.embedder import Embedder, Embeddings, combine, similarity
-from hfvlm.inference.index import BACKENDS, FaissIndex, Index, load_index
+from hfvlm.inference.index import BACKENDS, FaissIndex, Index, highest, load_index
 from hfvlm.media import MediaError
 from hfvlm.samples import scenes
 from tests.conftest import SHIPPED
@@ -186,6 +186,24 @@ def test_equal_vectors_come_in_the_order_in_which_they_were_added(monkeypatch):
     index = Index(np.tile(rows(2, 2), (6, 1)), list("abcdefghijkl"))
     assert [place for place, _ in index.search(index.vectors[0], 4)] == list("aceg")
     assert len(index.search(index.vectors[0], 100)) == 12
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 60])
+def test_blocks_of_queries_and_vectors_give_the_order_of_one_sort(k, monkeypatch):
+    monkeypatch.setattr("hfvlm.inference.index.BLOCK", 60)
+    sizes = []
+    monkeypatch.setattr(
+        "hfvlm.inference.index.highest", lambda scores, k: (sizes.append(scores.size), highest(scores, k))[1]
+    )
+    # Cosines of few values, so that ties are on every boundary, and are exact.
+    vectors = np.random.RandomState(0).choice([-0.5, 0.5], (60, 4)).astype(np.float32)
+    queries = np.random.RandomState(1).choice([-0.5, 0.5], (9, 4)).astype(np.float32)
+    scores, positions = Index(vectors).nearest(queries, k)
+    expected = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]
+    assert positions.tolist() == expected.tolist()
+    assert scores.tolist() == np.take_along_axis(queries @ vectors.T, expected, 1).tolist()
+    assert max(sizes) <= 60, "of 540 scores"
+    assert Index(vectors).search(queries[:0], k) == []
 
 
 def test_what_an_index_refuses(tmp_path):
