@@ -19,6 +19,8 @@ from hfvlm.modeling.outputs import DualEncoderOutput
 
 # What pairs are matched from: `(B, M, C)` image tokens, `(B, N)` token ids and `(B, N)` attention mask.
 Pairs = tuple[Tensor, Tensor, Tensor]
+# Texts that are matched with an image at a time.
+MOST_TEXTS = 256
 
 
 @dataclass
@@ -149,23 +151,30 @@ class MatchingModel(DualEncoder, ABC):
 
 def two_stage_scores(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top_k: int) -> RetrievalScores:
     """Score `(I, T)` cosines of images and texts in two stages: the `top_k` nearest of each have the cosine plus the
-    logit of a match.
+    logit of a match. A pair is matched once, also if each is a candidate of the other.
 
     Args:
         cosines: the first stage.
-        match: indices of images, and of as many consecutive texts for each -> `(texts, 2)`, the second column for a
-            match.
+        match: index of an image, `(1,)`, and of texts -> `(texts, 2)`, the second column for a match.
         top_k: candidates of the second stage.
 
     Raises:
         ValueError: top_k is no number of candidates.
     """
     check_integer("top_k", top_k)
+    of_images, of_texts = (
+        torch.zeros_like(cosines, dtype=torch.bool).scatter_(dim, nearest(cosines, top_k, dim), value=True)
+        for dim in (1, 0)
+    )
     per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
-    for i, row in enumerate(cosines):
-        cosine, texts = row.topk(min(top_k, row.shape[0]))
-        per_image[i, texts] = match(texts.new_tensor([i]), texts)[:, 1] + cosine
-    for i, row in enumerate(cosines.t()):
-        cosine, images = row.topk(min(top_k, row.shape[0]))
-        per_text[i, images] = match(images, torch.full_like(images, i))[:, 1] + cosine
+    for i, wanted in enumerate(of_images | of_texts):
+        for texts in wanted.nonzero().flatten().split(MOST_TEXTS):
+            scores = match(texts.new_tensor([i]), texts)[:, 1] + cosines[i, texts]
+            per_image[i, texts] = scores.masked_fill(~of_images[i, texts], -100)
+            per_text[texts, i] = scores.masked_fill(~of_texts[i, texts], -100)
     return RetrievalScores(per_image, per_text)
+
+
+def nearest(cosines: Tensor, top_k: int, dim: int) -> Tensor:
+    """Find the positions of the highest cosines along a dimension."""
+    return cosines.topk(min(top_k, cosines.shape[dim]), dim=dim).indices
