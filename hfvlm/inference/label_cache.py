@@ -93,16 +93,22 @@ def tensors(modules: list[nn.Module]) -> list[Tensor]:
 def weights_state(model: Any) -> Hashable:
     """Describe the weights that texts' features depend on; equal while they are unchanged.
 
-    Fused optimizers and `parameter.data` change values without a new version: one value of each tensor is compared.
+    Fused optimizers and `parameter.data` change values without a new version, so the bits are added up as well, which
+    takes a hundredth of a second for the text tower of CLIP ViT-B/32.
     """
     weights = tensors([model, *text_modules(model)])
     versions = tuple((x._version, x.data_ptr(), x.dtype, x.device, x.shape) for x in weights)
-    samples: dict[Any, list[Tensor]] = {}
+    sums: dict[torch.device, list[Tensor]] = {}
     for x in weights:
-        if x.numel():
-            samples.setdefault((x.dtype, x.device), []).append(x.as_strided((1,), (1,)))
-    values = tuple(as_bytes(torch.cat(group)) for group in samples.values())
-    return versions, values
+        sums.setdefault(x.device, []).append(bits(x).sum())
+    return versions, tuple(value for group in sums.values() for value in torch.stack(group).tolist())
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """View a tensor's values as integers, as wide as its size allows."""
+    flat = tensor.detach().reshape(-1)
+    aligned = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0
+    return flat.view(torch.int64 if aligned else torch.uint8)
 
 
 def content(inputs: Mapping[str, Tensor]) -> Hashable:

@@ -159,11 +159,16 @@ def by_data(model):
         parameter.data.mul_(1.3)
 
 
+def by_row(model):
+    """As learned tokens change their rows of the table alone."""
+    model.text_model.get_input_embeddings().weight.data[60:] += 0.5
+
+
 def by_new_parameters(model):
     model.load_state_dict({name: x * 1.2 for name, x in model.state_dict().items()}, assign=True)
 
 
-CHANGES = [by_optimizer, by_copy, by_data, by_new_parameters, nn.Module.double, nn.Module.half]
+CHANGES = [by_optimizer, by_copy, by_data, by_row, by_new_parameters, nn.Module.double, nn.Module.half]
 
 
 @pytest.mark.parametrize("change", CHANGES)
