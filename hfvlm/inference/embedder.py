@@ -230,7 +230,7 @@ class Embedder:
     @torch.inference_mode()
     def features(self, modality: str, inputs: Any) -> Tensor:
         """Embed a batch's inputs: `(B, D)`, float32, on the CPU."""
-        features = getattr(self.model, f"get_{modality}_features")(**placed(inputs, self.model)).pooler_output
+        features = self.model.embeddings(modality, **placed(inputs, self.model))
         return unit(features.float()).cpu()
 
     def encode_readable(self, modality: str, sources: list[Any], **options: Any) -> tuple[np.ndarray, dict[int, str]]:

@@ -1,9 +1,9 @@
 """Base classes of the models."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,13 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": LAYER_ATTENTIONS}
+    # Of a tower: it pools one token, and its forward takes `pooled_only`, by which the last layer computes that alone.
+    pools_one_token: ClassVar[bool] = False
     # Children that no loss trains: gradient checkpointing leaves them out.
     frozen_modules: tuple[str, ...] = ()
+
+    def further_keywords(self, method: str) -> Collection[str]:
+        return ("pooled_only",) if method == "forward" and self.pools_one_token else ()
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -166,10 +171,25 @@ def unit(features: Tensor | None) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def as_features(output: TowerOutput) -> BaseModelOutputWithPooling:
-    """Return a tower's output with the joint embedding where every `get_*_features` has it."""
+def records(config: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a forward returns what its layers compute, by its keywords or by its configuration."""
+    flags = ("output_hidden_states", "output_attentions")
+    values = [value for flag in flags for value in (kwargs.get(flag), getattr(config, flag, None))]
+    return any(value is not None and value is not False for value in values)
+
+
+def for_pooled(tower: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Complete a tower's keywords where its tokens are not wanted: what only they need is left out, if it can be."""
+    if getattr(tower, "pools_one_token", False) and not records(tower.config, kwargs):
+        return kwargs | {"pooled_only": True}
+    return kwargs
+
+
+def as_features(output: TowerOutput, *, pooled_only: bool = False) -> BaseModelOutputWithPooling:
+    """Return a tower's output with the joint embedding where every `get_*_features` has it; with `pooled_only` it has
+    no tokens."""
     return BaseModelOutputWithPooling(
-        last_hidden_state=output.last_hidden_state,
+        last_hidden_state=None if pooled_only else output.last_hidden_state,
         pooler_output=output.embeds,
         hidden_states=output.hidden_states,
         attentions=output.attentions,

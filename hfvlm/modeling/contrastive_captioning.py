@@ -64,6 +64,7 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
 
     training_inputs = {"return_loss": True}
     output_class = ContrastiveCaptioningOutput
+    needs_tokens = True
 
     @property
     def text_decoder(self) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, unit
+from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, for_pooled, unit
 from hfvlm.modeling.keywords import Keywords, tower_keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, contrastive_fields
 from hfvlm.modules.similarity import LogitScale, cosines
@@ -34,6 +34,8 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
     pair_loss: Callable[..., Tensor]
     min_logit_scale: float | None = None
     max_logit_scale: float | None = None
+    # Whether more than embeddings is made of the tokens of towers, so that all are computed in training too.
+    needs_tokens: ClassVar[bool] = False
     # Further inputs of forward in training, so that its output has all that `contrast` needs.
     training_inputs: ClassVar[dict[str, Any]] = {}
 
@@ -57,6 +59,12 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
             rows, _ = contrastive_fields(output)
             check_negatives(next(iter(rows.values())).shape[0], rank_and_size(group)[1])
         return self.loss_of_pairs(output, pair_loss or self.pair_loss, group)
+
+    def embeddings(self, modality: str, **inputs: Any) -> Tensor:
+        """Embed a batch as `get_<modality>_features`, but without what its `pooler_output` does not depend on."""
+        model: Any = self
+        inputs = for_pooled(getattr(self, model.towers[modality]), inputs)
+        return getattr(self, f"get_{modality}_features")(**inputs).pooler_output
 
     def bound_temperatures(self, highest: float | None = None) -> None:
         """Bound every temperature that is trained; its factor is at most `highest`, by default `max_logit_scale`."""
@@ -154,13 +162,15 @@ class DualEncoder(ContrastiveModel):
 
     def encode_image(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Embed images; see `get_image_features`."""
-        return as_features(self.vision_model(pixel_values, **kwargs))
+        output = self.vision_model(pixel_values, **kwargs)
+        return as_features(output, pooled_only=kwargs.get("pooled_only", False))
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Embed texts; see `get_text_features`."""
-        return as_features(self.text_model(input_ids, attention_mask, **kwargs))
+        output = self.text_model(input_ids, attention_mask, **kwargs)
+        return as_features(output, pooled_only=kwargs.get("pooled_only", False))
 
     @can_return_tuple
     def forward(
@@ -189,11 +199,16 @@ class DualEncoder(ContrastiveModel):
     def encode(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling]:
-        """Embed images and texts, each tower with the keywords that are for it."""
+        """Embed images and texts, each tower with the keywords that are for it.
+
+        In training, towers return no tokens unless these or hidden states are wanted.
+        """
         for_image, for_text = (
             {name: kwargs[name] for name in kwargs if name not in others}
             for others in (self.text_inputs, self.image_inputs)
         )
+        if self.training and not self.needs_tokens:
+            for_image, for_text = for_pooled(self.vision_model, for_image), for_pooled(self.text_model, for_text)
         return self.encode_image(pixel_values, **for_image), self.encode_text(input_ids, attention_mask, **for_text)
 
     def compare(

@@ -70,6 +70,7 @@ class MatchingModel(DualEncoder, ABC):
     """
 
     output_class = MatchingOutput
+    needs_tokens = True
     image_tokens_field: ClassVar[str] = "last_hidden_state"
 
     @abstractmethod

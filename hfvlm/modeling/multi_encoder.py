@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.configuration import MultiEncoderConfig, config_of
-from hfvlm.modeling.base import as_features, unit
+from hfvlm.modeling.base import as_features, for_pooled, unit
 from hfvlm.modeling.dual_encoder import ContrastiveModel
 from hfvlm.modeling.keywords import Keywords, tower_keywords
 from hfvlm.modeling.outputs import MultiEncoderOutput
@@ -150,7 +150,8 @@ class MultiEncoder(ContrastiveModel):
         tower, clips = self.tower(modality), values.ndim > DIMENSIONS[modality]
         rows = values.flatten(0, 1) if clips else values
         frames = rows.shape[2] if modality == "video" else 1
-        output = as_features(in_parts(tower, rows, frames, **kwargs) if clips or frames > 1 else tower(rows, **kwargs))
+        output = in_parts(tower, rows, frames, **kwargs) if clips or frames > 1 else tower(rows, **kwargs)
+        output = as_features(output, pooled_only=kwargs.get("pooled_only", False))
         output.pooler_output = unit(output.pooler_output)
         if clips:
             output.pooler_output = output.pooler_output.unflatten(0, values.shape[:2]).mean(dim=1)
@@ -202,8 +203,12 @@ class MultiEncoder(ContrastiveModel):
         output = MultiEncoderOutput()
         for modality, values in given.items():
             if values is not None:
-                options = {"attention_mask": attention_mask} if modality == "text" else {}
-                features = self.encode(modality, values, **options, **kwargs)
+                options: dict[str, Any] = dict(kwargs)
+                if self.training:
+                    options = for_pooled(self.tower(modality), options)
+                if modality == "text":
+                    options["attention_mask"] = attention_mask
+                features = self.encode(modality, values, **options)
                 output[f"{modality}_embeds"] = features.pooler_output
                 output[f"{modality}_scale"] = self.scale(modality)
                 output["vision_model_output" if modality == "image" else f"{modality}_model_output"] = features

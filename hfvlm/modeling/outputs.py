@@ -34,8 +34,9 @@ class DualEncoderOutput(ModelOutput):
         logits_per_text: `(texts, images)`, the transpose.
         text_embeds: `(texts, projection_dim)`, of unit length.
         image_embeds: `(images, projection_dim)`, of unit length.
-        text_model_output: the text tower's whole output.
-        vision_model_output: the vision tower's whole output.
+        text_model_output: the text tower's whole output; in training without its tokens, `last_hidden_state`, unless
+            hidden states are asked for.
+        vision_model_output: as `text_model_output`, of the vision tower.
         logit_scale: `(1,)`, the temperature's inverse that the similarities were multiplied by.
         logit_bias: `(1,)`, what was added to them, if anything.
     """
@@ -66,7 +67,8 @@ class MultiEncoderOutput(ModelOutput):
             the texts, `(texts, images)`, with the images. `logits` gives any other pair's.
         <m>_embeds: `(rows, projection_dim)`, of unit length; of several clips, the mean of theirs, which is shorter.
         <m>_scale: `(1,)`, what the modality's embeddings are multiplied by.
-        <m>_model_output: the tower's whole output; that of images is `vision_model_output`.
+        <m>_model_output: the tower's whole output; in training without its tokens, `last_hidden_state`, unless hidden
+            states are asked for. That of images is `vision_model_output`.
     """
 
     loss: Tensor | None = None

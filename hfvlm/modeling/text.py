@@ -1,9 +1,11 @@
 """Bases of text towers."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.compat import causal_mask
@@ -12,6 +14,14 @@ from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import PreNormLayer, Stack
+
+
+def mask_of_one(config: Any, x: Tensor, attention_mask: Tensor | None) -> Any:
+    """Make the mask of one query for each text `(B, N, D)` over its tokens, `(B, N)` with 0 for those it must not see,
+    in the form that `config`'s attention takes."""
+    return create_bidirectional_mask(
+        config=config, inputs_embeds=x[:, :1], attention_mask=attention_mask, encoder_hidden_states=x
+    )
 
 
 class TextTower(HfvlmPreTrainedModel):
@@ -35,6 +45,7 @@ class CausalTextTower(TextTower):
     """
 
     projection_bias: ClassVar[bool] = False
+    pools_one_token = True
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -45,13 +56,22 @@ class CausalTextTower(TextTower):
         self.post_init()
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm."""
+        """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm, or, with `pooled_only`, `(B, 1, D)`
+        of the end-of-text tokens."""
         x = self.embeddings(input_ids, attention_mask)
         mask = causal_mask(self.config, x, attention_mask)
-        return self.layers(x, mask, **kwargs | {"is_causal": True})
+        if kwargs.get("pooled_only"):
+            ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask).unsqueeze(-1)
+            before = torch.arange(x.shape[1], device=x.device) <= ends
+            visible = before if attention_mask is None else before & attention_mask.bool()
+            kwargs["pooled_mask"] = mask_of_one(self.config, x, visible)
+        pool = partial(self.end_tokens, input_ids=input_ids, attention_mask=attention_mask)
+        return self.layers(x, mask, pool=pool, **kwargs | {"is_causal": True})
 
     def end_tokens(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Take the end-of-text token of each text: `(B, N, D)` -> `(B, D)`."""
+        """Take the end-of-text token of each text: `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`."""
+        if x.shape[1] == 1:
+            return x[:, 0]
         ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
         return x[torch.arange(x.shape[0], device=x.device), ends]
 

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, for_pooled, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modules.dropout import PatchDropout
 from hfvlm.modules.embeddings import PatchEmbedding
@@ -154,7 +154,7 @@ class ImageClassifier(HfvlmPreTrainedModel):
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> ImageClassifierOutput:
         """`(B, C, H, W)` -> logits `(B, num_labels)` and, for `labels`, the loss that `config.problem_type` names."""
-        vision = self.vision_model(pixel_values, **kwargs)
+        vision = self.vision_model(pixel_values, **for_pooled(self.vision_model, dict(kwargs)))
         logits = self.classifier(vision.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(

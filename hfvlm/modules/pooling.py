@@ -31,15 +31,17 @@ class AttentionPool(nn.Module):
 
 
 def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Take each text's first token, `(B, N, D)` -> `(B, D)`; `attention_mask`, `(B, N)`, is 0 for padding."""
-    if attention_mask is None:
+    """Take each text's first token, `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`; `attention_mask`, `(B, N)`,
+    is 0 for padding."""
+    if attention_mask is None or x.shape[1] == 1:
         return x[:, 0]
     return x.gather(1, text_starts(attention_mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
 
 
 def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Take the token at the last position, `(B, N, D)` -> `(B, D)`; with padding before a text, that before it."""
-    if attention_mask is None:
+    """Take the token at the last position, `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`; with padding before a
+    text, that before it."""
+    if attention_mask is None or x.shape[1] == 1:
         return x[:, -1]
     last = (text_starts(attention_mask) - 1) % x.shape[1]
     return x.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)

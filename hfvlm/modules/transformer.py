@@ -1,5 +1,6 @@
 """The parts every transformer tower is made of: attention, MLP, a residual wiring, a stack of layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,9 +171,16 @@ class PreNormLayer(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x = x + self.drop_path(self.attention(self.attention_norm(x), mask, **kwargs)[0])
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, N, D), (B, 1, N, M) or None, (B, M, D) -> (B, N, D); `context` are all tokens where `x` are some."""
+        x = x + self.drop_path(self.attend(x, mask, context, **kwargs))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+    def attend(self, x: Tensor, mask: Tensor | None, context: Tensor | None, **kwargs: Any) -> Tensor:
+        """Attend to the tokens, or to `context`: as `forward`, without the residual."""
+        if context is not None:
+            kwargs["context"] = self.attention_norm(context)
+        return self.attention(self.attention_norm(x), mask, **kwargs)[0]
 
 
 class GroundingLayer(GradientCheckpointingLayer):
@@ -211,7 +219,10 @@ class PostNormLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, N, D), (B, 1, N, M) or None, (B, M, D) -> (B, N, D); `context` are all tokens where `x` are some."""
+        if context is not None:
+            kwargs["context"] = context
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, **kwargs)[0]))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
@@ -219,10 +230,28 @@ class PostNormLayer(GradientCheckpointingLayer):
 class Stack(nn.ModuleList):
     """Layers applied one after the other; a list, so `Stack(PreNormLayer(config) for _ in range(n))`."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, depth: int | None = None, **kwargs: Any) -> Tensor:
-        """Through the first `depth` layers, by default through all."""
-        for layer in list(self)[:depth]:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        depth: int | None = None,
+        pooled_only: bool = False,
+        pool: Callable[[Tensor], Tensor] | None = None,
+        pooled_mask: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Apply the first `depth` layers, by default all: `(B, N, D)` -> `(B, N, D)`.
+
+        With `pooled_only`, the last of them computes one token of each row, `(B, 1, D)`: that which `pool` takes from
+        `(B, N, D)`, by default the first. `pooled_mask` is the mask of its attention to all tokens.
+        """
+        layers = list(self)[:depth]
+        for layer in layers[:-1] if pooled_only else layers:
             x = layer(x, mask, **kwargs)
+        if pooled_only:
+            pooled = x[:, :1] if pool is None else pool(x).unsqueeze(1)
+            x = layers[-1](pooled, pooled_mask, x, **kwargs | {"is_causal": False})
         return x
 
     def depth_of(self, index: int) -> int:

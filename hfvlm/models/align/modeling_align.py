@@ -1,5 +1,6 @@
 """ALIGN (https://arxiv.org/abs/2102.05918; https://github.com/kakaobrain/coyo-align at 8cea82e)."""
 
+from functools import partial
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import TextTower
+from hfvlm.modeling.text import TextTower, mask_of_one
 from hfvlm.modeling.vision import ImageClassifier, VisionTower
 from hfvlm.models.align.configuration_align import (
     BlockSizes,
@@ -146,6 +147,7 @@ class HfvlmALIGNTextModel(TextTower):
     """A BERT that pools its first token."""
 
     config: HfvlmALIGNTextConfig
+    pools_one_token = True
     _no_split_modules = ["PostNormLayer"]
     _can_record_outputs = {"hidden_states": PostNormLayer, "attentions": LAYER_ATTENTIONS}
 
@@ -175,8 +177,10 @@ class HfvlmALIGNTextModel(TextTower):
         positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
         x = self.embeddings(input_ids, positions, token_type_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
-        x = self.layers(x, mask, **kwargs)
-        pooled = first_token(x, attention_mask)
+        pool = partial(first_token, attention_mask=attention_mask)
+        one = mask_of_one(self.config, x, attention_mask) if kwargs.get("pooled_only") else None
+        x = self.layers(x, mask, pool=pool, pooled_mask=one, **kwargs)
+        pooled = pool(x)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 

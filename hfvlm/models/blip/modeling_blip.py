@@ -60,6 +60,7 @@ class HfvlmBLIPVisionModel(ClassTokenTower, HfvlmBLIPPreTrainedModel):
     """A vision transformer."""
 
     config: HfvlmBLIPVisionConfig
+    pools_one_token = True
     resize_rule = BICUBIC_SAMPLED
     _keys_to_ignore_on_load_unexpected = PARTS
     _no_split_modules = ["PreNormLayer"]

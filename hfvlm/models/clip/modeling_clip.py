@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import DepthScaledModel, as_features
+from hfvlm.modeling.base import DepthScaledModel, as_features, records
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
@@ -28,6 +28,7 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
 
     config: HfvlmCLIPVisionConfig
     patch_bias = False
+    pools_one_token = True
 
     def __init__(self, config: HfvlmCLIPVisionConfig):
         super().__init__(config)
@@ -104,11 +105,12 @@ class HfvlmCLIPModel(DualEncoder):
         Nothing after the batch's last end-of-text token can change an embedding, and it is not computed, unless hidden
         states or attentions are wanted.
         """
+        if kwargs.get("pooled_only"):
+            return super().encode_text(input_ids, attention_mask, **kwargs)
         ends = end_of_text(input_ids, self.text_model.config.eos_token_id, attention_mask)
         length = input_ids.shape[1]
-        flags = ("output_hidden_states", "output_attentions")
-        wanted = any(kwargs.get(flag) or getattr(self.text_model.config, flag, False) for flag in flags)
-        computed = length if wanted or torch.compiler.is_compiling() else int(ends.max()) + 1
+        whole = records(self.text_model.config, kwargs) or torch.compiler.is_compiling()
+        computed = length if whole else int(ends.max()) + 1
         mask = None if attention_mask is None else attention_mask[:, :computed]
         output = self.text_model(input_ids[:, :computed], mask, **kwargs)
         after = torch.arange(computed, device=ends.device) > ends.unsqueeze(-1)

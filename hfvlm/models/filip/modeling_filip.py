@@ -108,6 +108,7 @@ class HfvlmFILIPTextModel(CausalTextTower, DepthScaledModel):
     config: HfvlmFILIPTextConfig
     _keys_to_ignore_on_load_unexpected = [*other_towers("text_model"), SUMMARIES]
     projection_bias = True
+    pools_one_token = False
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -8,6 +8,7 @@ pretraining losses.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -26,6 +27,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.text import mask_of_one
 from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVAConfig,
@@ -76,8 +78,8 @@ class DroppedLayer(PreNormLayer):
         self.mlp = DroppedMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask, **kwargs)[0])
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = x + self.dropout(self.attend(x, mask, context, **kwargs))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -101,6 +103,7 @@ class HfvlmFLAVAVisionModel(ClassTokenTower, HfvlmFLAVAPreTrainedModel):
     """The image encoder: a vision transformer, some of whose patches may be masked."""
 
     config: HfvlmFLAVAVisionConfig
+    pools_one_token = True
     _keys_to_ignore_on_load_unexpected = PARTS
 
     def __init__(self, config: HfvlmFLAVAVisionConfig):
@@ -175,6 +178,7 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
     """The text encoder: BERT's embeddings, and layers that normalise first."""
 
     config: HfvlmFLAVATextConfig
+    pools_one_token = True
     base_model_prefix = "text_model"
     input_modalities = ["text"]
     _input_embed_layer = "token"
@@ -211,9 +215,11 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
             positions = padded_positions(attention_mask)
         x = self.embeddings(input_ids, positions, token_type_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
-        before = self.layers(x, mask, **kwargs)
+        pool = partial(first_token, attention_mask=attention_mask)
+        one = mask_of_one(self.config, x, attention_mask) if kwargs.get("pooled_only") else None
+        before = self.layers(x, mask, pool=pool, pooled_mask=one, **kwargs)
         x = self.post_norm(before)
-        first = first_token(x, attention_mask)
+        first = pool(x)
         pooled, embeds = self.summary(first.unsqueeze(1)), self.projection(first)
         return FLAVATowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=embeds, before_norm=before)
 

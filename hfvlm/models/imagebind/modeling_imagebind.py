@@ -44,6 +44,7 @@ class HfvlmImageBindVisionModel(ClassTokenTower):
     """A vision transformer over patches that reach through time, pooled at its class token."""
 
     config: HfvlmImageBindVisionConfig
+    pools_one_token = True
     input_modalities = ["image", "video"]
     resize_rule = BICUBIC_SAMPLED
 
@@ -119,6 +120,7 @@ class HfvlmImageBindSensorModel(ClassTokenTower):
     learned key and value."""
 
     patch_bias = False
+    pools_one_token = True
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -101,6 +101,7 @@ class HfvlmLanguageBindVideoModel(ClassTokenTower, DepthScaledModel):
     main_input_name = "pixel_values_videos"
     input_modalities = ["video"]
     patch_bias = False
+    pools_one_token = True
     _no_split_modules = ["TemporalLayer"]
     # The weights of attention within frames; those across time are left out.
     _can_record_outputs = {
@@ -157,14 +158,18 @@ class TemporalLayer(PreNormLayer):
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.temporal_position, std=self.temporal_position.shape[1] ** -0.5)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+        context = None if context is None else self.across_time(context, **kwargs)
+        return super().forward(self.across_time(x, **kwargs), mask, context, **kwargs)
+
+    def across_time(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Attend to the same position in the other frames: `(B * T, N, D)` -> `(B * T, N, D)`."""
         frames, tokens = len(self.temporal_position), x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if frames > 1:  # the original has positions for one frame too, and leaves them out
             x = x + self.temporal_position
         x = x + self.temporal_attention(self.temporal_norm(x), **kwargs)[0]
-        x = x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
-        return super().forward(x, mask, **kwargs)
+        return x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
 
 class HfvlmLanguageBindModel(MultiEncoder):

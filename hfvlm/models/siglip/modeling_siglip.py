@@ -3,6 +3,7 @@
 Source: https://github.com/google-research/big_vision at 0127fb6.
 """
 
+from functools import partial
 from math import isqrt
 from typing import Unpack
 
@@ -126,6 +127,7 @@ class HfvlmSigLIPTextModel(TextTower, HfvlmSigLIPPreTrainedModel):
     """A bidirectional transformer that pools its last position."""
 
     config: HfvlmSigLIPTextConfig
+    pools_one_token = True
 
     def __init__(self, config: HfvlmSigLIPTextConfig):
         super().__init__(config)
@@ -151,8 +153,9 @@ class HfvlmSigLIPTextModel(TextTower, HfvlmSigLIPPreTrainedModel):
                 f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
                 "padding='max_length', as the processor does by default."
             )
-        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), **kwargs))
-        pooled = last_position(x, attention_mask)
+        pool = partial(last_position, attention_mask=attention_mask)
+        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), pool=pool, **kwargs))
+        pooled = pool(x)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
