@@ -1,5 +1,7 @@
 """Bases of text towers."""
 
+import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -7,13 +9,70 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
+from hfvlm.losses.processes import all_processes, rank_and_size
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.compat import causal_mask
 from hfvlm.modules.embeddings import TokenEmbedding
-from hfvlm.modules.pooling import end_of_text
+from hfvlm.modules.pooling import end_of_text, tokens_at
 from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import PreNormLayer, Stack
+
+
+def bucket_size(device: torch.device) -> int:
+    """Return the number of tokens from which on a batch of its own pays: where a pass costs as its tokens, not as its
+    launches. Processes that share a batch need equally many passes, which wait for each other: one."""
+    if rank_and_size(all_processes())[1] > 1:
+        return sys.maxsize
+    return 1024 if device.type == "cpu" else 16384
+
+
+def length_buckets(lengths: list[int], size: int) -> list[list[int]]:
+    """Part rows of these lengths into buckets, shortest first, each in order: one ends before a longer row once all of
+    its rows, as long as the longest of them, have `size` tokens."""
+    buckets: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = buckets[-1]
+        if last and lengths[row] > lengths[last[-1]] and len(last) * lengths[last[-1]] >= size:
+            buckets.append([])
+        buckets[-1].append(row)
+    return [sorted(bucket) for bucket in buckets]
+
+
+def each_length(
+    read: Callable[[Tensor, Tensor | None, Tensor], Any],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ends: Tensor,
+) -> tuple[list[Any], Tensor]:
+    """Read texts `(B, N)` in buckets of like length, without what follows the ends of those in a bucket.
+
+    Args:
+        read: ids, mask and ends of some texts -> anything.
+        input_ids: token ids.
+        attention_mask: `(B, N)` or None.
+        ends: `(B,)`, the position of each text's last token.
+
+    Returns:
+        What `read` returned for each bucket, and the order that puts the rows of all of these in the order of texts.
+    """
+    lengths, found = (ends + 1).tolist(), []
+    buckets = length_buckets(lengths, bucket_size(ends.device))
+    for bucket in buckets:
+        rows, stop = torch.tensor(bucket, device=ends.device), max(lengths[row] for row in bucket)
+        mask = None if attention_mask is None else attention_mask[rows, :stop]
+        found.append(read(input_ids[rows, :stop], mask, ends[rows]))
+    return found, torch.tensor([row for bucket in buckets for row in bucket], device=ends.device).argsort()
+
+
+def without_padding(attention_mask: Tensor | None, *rows: Tensor | None) -> tuple[Any, ...]:
+    """Cut columns that are padding in every row, at both ends of the mask and of what else has a column for each
+    token, `(B, N)`."""
+    if attention_mask is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return attention_mask, *rows
+    columns = attention_mask.any(dim=0).nonzero()
+    start, stop = (0, None) if not columns.numel() else (int(columns[0]), int(columns[-1]) + 1)
+    return tuple(None if each is None else each[:, start:stop] for each in (attention_mask, *rows))
 
 
 def mask_of_one(config: Any, x: Tensor, attention_mask: Tensor | None) -> Any:
@@ -57,23 +116,34 @@ class CausalTextTower(TextTower):
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm, or, with `pooled_only`, `(B, 1, D)`
-        of the end-of-text tokens."""
+        of the end-of-text tokens. What follows these cannot change them: each is computed in a batch of its length."""
+        if not kwargs.get("pooled_only"):
+            return self.read_rows(input_ids, attention_mask, **kwargs)
+        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.read_rows(input_ids, attention_mask, ends, **kwargs)
+        found, order = each_length(partial(self.read_rows, **kwargs), input_ids, attention_mask, ends)
+        return torch.cat(found)[order]
+
+    def read_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, ends: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Run the layers over texts `(B, N)`; as `read`, of tokens at `ends`, `(B,)`, or of all."""
         x = self.embeddings(input_ids, attention_mask)
         mask = causal_mask(self.config, x, attention_mask)
-        if kwargs.get("pooled_only"):
-            ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask).unsqueeze(-1)
-            before = torch.arange(x.shape[1], device=x.device) <= ends
-            visible = before if attention_mask is None else before & attention_mask.bool()
+        if ends is not None:
+            visible = torch.arange(x.shape[1], device=x.device) <= ends.unsqueeze(-1)
+            if attention_mask is not None:
+                visible = visible & attention_mask.bool()
             kwargs["pooled_mask"] = mask_of_one(self.config, x, visible)
-        pool = partial(self.end_tokens, input_ids=input_ids, attention_mask=attention_mask)
-        return self.layers(x, mask, pool=pool, **kwargs | {"is_causal": True})
+            kwargs["pool"] = partial(tokens_at, positions=ends)
+        return self.layers(x, mask, **kwargs | {"is_causal": True})
 
     def end_tokens(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Take the end-of-text token of each text: `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`."""
         if x.shape[1] == 1:
             return x[:, 0]
-        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-        return x[torch.arange(x.shape[0], device=x.device), ends]
+        return tokens_at(x, end_of_text(input_ids, self.config.eos_token_id, attention_mask))
 
     def resize_positions(self, context_length: int) -> None:
         """Change the number of positions for good, as open_clip does when it loads a file."""

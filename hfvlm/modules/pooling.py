@@ -47,6 +47,11 @@ def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     return x.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
 
 
+def tokens_at(x: Tensor, positions: Tensor) -> Tensor:
+    """Take one token of each row: `(B, N, D)`, `(B,)` -> `(B, D)`."""
+    return x[torch.arange(x.shape[0], device=x.device), positions]
+
+
 def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
     """Find where CLIP pools, `(B, N)` -> `(B,)`: the first end-of-text token, or the first largest id in a row without
     one. Padding, where `attention_mask` is 0, is no such token.

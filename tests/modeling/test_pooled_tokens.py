@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from hfvlm.modeling import text
+from hfvlm.modeling.base import unit
+from hfvlm.modeling.text import length_buckets
 from hfvlm.modules.transformer import PostNormLayer, PreNormLayer
 from hfvlm.presets import load_preset
 from hfvlm.registry import architectures
@@ -175,3 +178,58 @@ def test_layers_at_some_tokens(kind):
     config = load_preset("align/tiny").make_config().text_config
     layer, x = kind(config).eval(), torch.randn(2, 5, config.hidden_size)
     torch.testing.assert_close(layer(x[:, 2:4], None, x), layer(x)[:, 2:4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("lengths", "size", "expected"), [
+    ([5, 3, 5, 9, 3], 1, [[1, 4], [0, 2], [3]]),
+    ([5, 3, 5, 9, 3], 7, [[0, 1, 2, 4], [3]]),
+    ([5, 3, 5, 9, 3], 100, [[0, 1, 2, 3, 4]]),
+    ([2], 1, [[0]]),
+])  # fmt: skip
+def test_buckets_of_length(lengths, size, expected):
+    assert length_buckets(lengths, size) == expected
+
+
+@pytest.mark.parametrize("name", ["clip", "imagebind", "languagebind"])
+def test_texts_cost_their_own_length(name, monkeypatch):
+    model = tiny(name)
+    inputs = inputs_of(model.text_model, "text")
+    read = []
+    model.text_model.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape[:2]))
+    whole = model.text_model(**inputs).embeds
+    sizes = {1: [(2, SHORT), (1, LENGTH)], 1000: [(3, LENGTH)]}
+    assert read == sizes[1000]
+    for size, expected in sizes.items():
+        monkeypatch.setattr(text, "bucket_size", lambda device, size=size: size)
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):
+            read.clear()
+            embeds = model.embeddings("text", **given)
+            assert read == expected
+            torch.testing.assert_close(unit(embeds), unit(whole), rtol=1e-5, atol=1e-5)
+    read.clear()
+    monkeypatch.setattr(text, "bucket_size", lambda device: 1)
+    found = model.get_text_features(**inputs)
+    torch.testing.assert_close(unit(found.pooler_output), unit(whole), rtol=1e-5, atol=1e-5)
+    tokens = model.text_model(**inputs).last_hidden_state
+    if name == "clip":
+        assert read[:2] == sizes[1]
+        tokens = tokens * inputs["attention_mask"].unsqueeze(-1)
+    torch.testing.assert_close(found.last_hidden_state, tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["align", "flava"])
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_of_all_texts_is_not_read(name, left):
+    model = tiny(name)
+    inputs = {key: value[1:] for key, value in inputs_of(model.text_model, "text", left).items()}
+    read = []
+    model.text_model.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape[1]))
+    whole = model.get_text_features(**inputs).pooler_output
+    torch.testing.assert_close(model.embeddings("text", **inputs), whole, rtol=1e-5, atol=1e-5)
+    assert read == [LENGTH, SHORT]
+
+
+def test_processes_of_one_batch_read_in_one_pass(monkeypatch):
+    assert text.bucket_size(torch.device("cpu")) < text.bucket_size(torch.device("cuda"))
+    monkeypatch.setattr(text, "rank_and_size", lambda group: (0, 2))
+    assert len(length_buckets([1, 1000000], text.bucket_size(torch.device("cpu")))) == 1

@@ -16,7 +16,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import TextTower, mask_of_one
+from hfvlm.modeling.text import TextTower, mask_of_one, without_padding
 from hfvlm.modeling.vision import ImageClassifier, VisionTower
 from hfvlm.models.align.configuration_align import (
     BlockSizes,
@@ -174,6 +174,8 @@ class HfvlmALIGNTextModel(TextTower):
             attention_mask: `(B, N)` with 0 for padding; None for no padding.
             token_type_ids: `(B, N)`; trained on type 0 alone, the default.
         """
+        if kwargs.get("pooled_only"):
+            attention_mask, input_ids, token_type_ids = without_padding(attention_mask, input_ids, token_type_ids)
         positions = text_positions(input_ids, attention_mask, self.config.max_position_embeddings)
         x = self.embeddings(input_ids, positions, token_type_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)

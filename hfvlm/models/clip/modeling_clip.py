@@ -14,9 +14,10 @@ from hfvlm.modeling.base import DepthScaledModel, as_features, records
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import CausalTextTower
+from hfvlm.modeling.text import CausalTextTower, each_length
 from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier, ImageSize
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
+from hfvlm.modules.parts import joined
 from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
@@ -102,21 +103,27 @@ class HfvlmCLIPModel(DualEncoder):
     ) -> BaseModelOutputWithPooling:
         """Embed each text; `last_hidden_state` is zero after a text's own end.
 
-        Nothing after the batch's last end-of-text token can change an embedding, and it is not computed, unless hidden
-        states or attentions are wanted.
+        Nothing after a text's end-of-text token can change its embedding, and it is not computed, unless hidden states
+        or attentions are wanted.
         """
         if kwargs.get("pooled_only"):
             return super().encode_text(input_ids, attention_mask, **kwargs)
         ends = end_of_text(input_ids, self.text_model.config.eos_token_id, attention_mask)
         length = input_ids.shape[1]
-        whole = records(self.text_model.config, kwargs) or torch.compiler.is_compiling()
-        computed = length if whole else int(ends.max()) + 1
-        mask = None if attention_mask is None else attention_mask[:, :computed]
-        output = self.text_model(input_ids[:, :computed], mask, **kwargs)
-        after = torch.arange(computed, device=ends.device) > ends.unsqueeze(-1)
-        tokens = output.last_hidden_state.masked_fill(after.unsqueeze(-1), 0)
-        output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - computed))
-        return as_features(output)
+
+        def embed(ids: Tensor, mask: Tensor | None, ends: Tensor) -> BaseModelOutputWithPooling:
+            output = as_features(self.text_model(ids, mask, **kwargs))
+            tokens: Any = output.last_hidden_state
+            after = torch.arange(tokens.shape[1], device=ends.device) > ends.unsqueeze(-1)
+            tokens = tokens.masked_fill(after.unsqueeze(-1), 0)
+            output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+            return output
+
+        if records(self.text_model.config, kwargs) or torch.compiler.is_compiling():
+            return embed(input_ids, attention_mask, ends)
+        found, order = each_length(embed, input_ids, attention_mask, ends)
+        output: Any = joined(found)
+        return type(output)(**{name: rows[order] for name, rows in output.items()})
 
     def resize_positions(self, image_size: ImageSize | None = None, context_length: int | None = None) -> None:
         """Change the image size or the number of text positions for good, as open_clip does when it loads a file.

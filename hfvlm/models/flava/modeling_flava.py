@@ -27,7 +27,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import mask_of_one
+from hfvlm.modeling.text import mask_of_one, without_padding
 from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVAConfig,
@@ -210,6 +210,8 @@ class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
         """
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
+        if kwargs.get("pooled_only"):
+            attention_mask, input_ids, token_type_ids = without_padding(attention_mask, input_ids, token_type_ids)
         positions = text_positions(input_ids, None, self.config.max_position_embeddings)
         if attention_mask is not None:
             positions = padded_positions(attention_mask)
