@@ -146,13 +146,20 @@ class CrossAttention(MultiHead):
         return out.reshape(texts, x.shape[1], -1), weights
 
 
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), of which only 1.702 x is stored for the gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(1.702 * x, inplace=not torch.is_grad_enabled()).mul_(1 / 1.702)
+
+
 class MLP(nn.Module):
     """Widen, activate, narrow."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = QuickGELU() if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hfvlm.checkpoints.key_table import grouped
 from hfvlm.configuration import TowerConfig
 from hfvlm.modules.pooling import AttentionPool, end_of_text
 from hfvlm.modules.positions import ALIGNED_CORNERS, BICUBIC, resize_grid, resize_line, sampled_grid, sine_grid
-from hfvlm.modules.transformer import Attention, PreNormLayer
+from hfvlm.modules.transformer import MLP, Attention, PreNormLayer, QuickGELU
 from tests.support.suite import close
 
 
@@ -114,3 +114,26 @@ def test_grouped_parts_come_apart_and_together():
         [f"{part}{head}.{i}" for head in range(heads) for i in range(size)] for part in "qkv"
     ]
     assert torch.equal(change.undo(*parts), torch.arange(len(names)))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_quick_gelu(trained):
+    x = torch.linspace(-60, 60, 2001).requires_grad_(trained)
+    again, stored = x.detach().clone().requires_grad_(trained), []
+    with torch.set_grad_enabled(trained):
+        expected = again * torch.sigmoid(1.702 * again)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+            found = QuickGELU()(x)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, again)
+    assert len([each for each in stored if each.ndim]) == trained
+    if trained:
+        (expected * expected.detach().cos()).sum().backward()
+        (found * expected.detach().cos()).sum().backward()
+        assert torch.allclose(x.grad, again.grad, rtol=1e-5, atol=1e-5)
+        double = torch.linspace(-3, 3, 7, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradcheck(QuickGELU(), double)
+
+
+def test_an_mlp_uses_it():
+    assert isinstance(MLP(TowerConfig(hidden_size=8, num_attention_heads=2, hidden_act="quick_gelu")).act, QuickGELU)
