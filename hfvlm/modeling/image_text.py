@@ -249,7 +249,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
 
     def count_placeholders(self, rows: Tensor) -> int:
         """Count the placeholders of an image with these features, `(tokens, hidden_size)`."""
-        return len(rows)
+        return rows.shape[0]
 
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """Count those of the first `known` tokens in a cache that are the same in a prompt of `length` tokens."""

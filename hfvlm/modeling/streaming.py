@@ -52,7 +52,7 @@ class _Stop(StoppingCriteria):
         self.stopped = stopped
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
+        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Context:
             return None
         return create_bidirectional_mask(
             config=config,
-            inputs_embeds=x.reshape(len(self.tokens), -1, x.shape[-1]),
+            inputs_embeds=x.reshape(self.tokens.shape[0], -1, x.shape[-1]),
             attention_mask=self.mask,
             encoder_hidden_states=self.tokens,
         )

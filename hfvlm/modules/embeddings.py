@@ -33,7 +33,7 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embed token ids `(B, N)`, padded on either side where `attention_mask`, `(B, N)`, is 0."""
-        length, longest = input_ids.shape[1], len(self.position)
+        length, longest = input_ids.shape[1], self.position.shape[0]
         if length > longest:
             raise ValueError(
                 f"input_ids have {length} tokens, the text tower has positions for {longest} "

@@ -94,7 +94,7 @@ class Teacher(nn.Module):
         Raises:
             ValueError: there are more rows than a queue has.
         """
-        count, size = len(next(iter(rows.values()))), len(self.image_queue)
+        count, size = next(iter(rows.values())).shape[0], self.image_queue.shape[0]
         if count > size:
             raise ValueError(f"A batch of {count} pairs does not fit into a queue of {size} (queue_size).")
         oldest = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
@@ -195,7 +195,7 @@ class MomentumTraining(HfvlmBLIPForImageTextRetrieval, ABC):
     ) -> MomentumOutput:
         """Add the loss against soft targets: what belongs together, mixed with the teacher's similarities."""
         alpha = self.config.distillation if distillation is None else distillation
-        scale, size = output.logit_scale, len(taught[0])
+        scale, size = output.logit_scale, taught[0].shape[0]
         images = torch.cat([taught[0], self.teacher.image_queue.to(taught[0].dtype)])
         texts = torch.cat([taught[1], self.teacher.text_queue.to(taught[1].dtype)])
         right = self.right_columns(pair_ids, size, images.shape[0])
@@ -246,7 +246,7 @@ class HfvlmBLIPForRetrievalTraining(MomentumTraining):
         return pair_ids.view(-1, 1) == torch.cat([pair_ids.view(-1), self.teacher.id_queue])
 
     def queue_rows(self, taught: tuple[Tensor, Tensor], pair_ids: Tensor | None) -> dict[str, Tensor]:
-        ids = self.teacher.id_queue.new_full((len(taught[0]),), -100) if pair_ids is None else pair_ids.view(-1)
+        ids = self.teacher.id_queue.new_full((taught[0].shape[0],), -100) if pair_ids is None else pair_ids.view(-1)
         return {**super().queue_rows(taught, pair_ids), "id_queue": ids.clamp_min(-100)}
 
 

@@ -301,11 +301,11 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         latents = torch.stack(each(features["image"]))
         counts = placeholders.sum(dim=1)
         # Of how many images a row has the graph of a compiled model knows only that they are no more than all.
-        most = len(latents) if torch.compiler.is_compiling() else max(int(counts.max()), 1)
-        numbers = torch.arange(most, device=latents.device).expand(len(placeholders), -1)
+        most = latents.shape[0] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
+        numbers = torch.arange(most, device=latents.device).expand(placeholders.shape[0], -1)
         own = numbers < counts.unsqueeze(1)
         which = (counts.cumsum(dim=0) - counts).unsqueeze(1) + numbers
-        media = latents[which.clamp(max=len(latents) - 1)] * own[..., None, None]
+        media = latents[which.clamp(max=latents.shape[0] - 1)] * own[..., None, None]
         # The columns of placeholders, in order, come first when all are sorted by whether they are one.
         order = (~placeholders).long().argsort(dim=1, stable=True)[:, :most]
         columns = F.pad(order + past, (0, most - order.shape[1])).masked_fill(~own, NOWHERE)

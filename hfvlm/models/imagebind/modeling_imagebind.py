@@ -91,7 +91,7 @@ class HfvlmImageBindVisionModel(ClassTokenTower):
         if frames // self.config.temporal_patch_size > 1:
             return self.position
         position = super().positions_for(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return position[: 1 + (len(position) - 1) // self.config.num_moments]
+        return position[: 1 + (position.shape[0] - 1) // self.config.num_moments]
 
     def resized(self, grid: tuple[int, int]) -> Tensor:
         moments = self.position[1:].chunk(self.config.num_moments)
@@ -138,10 +138,11 @@ class HfvlmImageBindSensorModel(ClassTokenTower):
         """Batches of what `patches` takes -> all tokens before the last norm, class token first, and the pooled
         output."""
         x = self.with_prefix(self.patch_norm(self.patches(values)))
-        if x.shape[1] != len(self.position):
+        patches, positions = x.shape[1] - 1, self.position.shape[0] - 1
+        if patches != positions:
             raise ValueError(
-                f"{self.main_input_name} of {tuple(values.shape)} give {x.shape[1] - 1} patches; "
-                f"{type(self).__name__} has positions for {len(self.position) - 1}, and they cannot be interpolated: "
+                f"{self.main_input_name} of {tuple(values.shape)} give {patches} patches; "
+                f"{type(self).__name__} has positions for {positions}, and they cannot be interpolated: "
                 "use the processor."
             )
         x = self.layers(self.patch_dropout(x + self.position), **kwargs)

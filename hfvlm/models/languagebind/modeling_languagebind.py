@@ -164,7 +164,7 @@ class TemporalLayer(PreNormLayer):
 
     def across_time(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Attend to the same position in the other frames: `(B * T, N, D)` -> `(B * T, N, D)`."""
-        frames, tokens = len(self.temporal_position), x.shape[1]
+        frames, tokens = self.temporal_position.shape[0], x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if frames > 1:  # the original has positions for one frame too, and leaves them out
             x = x + self.temporal_position

@@ -125,9 +125,9 @@ class HfvlmLLaVAForConditionalGeneration(ProjectedModel):
         counts = [1 + rows * columns for rows, columns in map(self.config.tiling.tiles, sizes)]
         if pixel_values.ndim == 5:
             return [image[:count] for image, count in zip(pixel_values, counts, strict=True)]
-        if sum(counts) != len(pixel_values):
+        if sum(counts) != pixel_values.shape[0]:
             raise ValueError(
-                f"pixel_values hold {len(pixel_values)} views, but images of the sizes {sizes} have {sum(counts)} "
+                f"pixel_values hold {pixel_values.shape[0]} views, but images of the sizes {sizes} have {sum(counts)} "
                 f"by config.grid_pinpoints {self.config.grid_pinpoints}: the processor's must be the same."
             )
         return list(pixel_values.split(counts))
