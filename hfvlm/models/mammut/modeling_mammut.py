@@ -74,8 +74,8 @@ class AttentionLayer(PreNormLayer):
         super().__init__(config, attention=attention)
         del self.mlp_norm, self.mlp
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return x + self.attention(self.attention_norm(x), mask, **kwargs)[0]
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return x + self.attend(x, mask, context, **kwargs)
 
 
 LAYERS: dict[str, Any] = {"full": PreNormLayer, "attention": AttentionLayer}
