@@ -214,8 +214,9 @@ class DualEncoderConfig(HfvlmConfig):
         logit_scale_init_value: logarithm of the temperature's inverse before training.
     """
 
-    vision_config: Any
-    text_config: Any
+    # Each architecture has defaults of its own; transformers 5.4 needs one here as well.
+    vision_config: Any = None
+    text_config: Any = None
     logit_scale_init_value: float = 2.6592
 
     def validate_joint_space(self) -> None:

@@ -83,6 +83,7 @@ def uncompiled_flex_attention(monkeypatch):
     """Run flex attention as plain operations: compiling it takes ten seconds for every shape of a mask."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)  # what it did not compile ends with the test
     monkeypatch.setattr(
         WrappedFlexAttention, "__call__", lambda self: torch.nn.attention.flex_attention.flex_attention
     )
