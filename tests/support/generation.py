@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig
 
 from hfvlm.modeling.compat import cache_of
-from tests.support.suite import close, relative
+from tests.support.suite import close, from_disk, relative
 
 NEW = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
 
@@ -33,6 +33,7 @@ class GenerationSuite:
         real = alone["attention_mask"][0].bool()
         return alone | {name: alone[name][:, real] for name in ("input_ids", "attention_mask")}
 
+    @from_disk
     def test_generates_with_offloaded_weights(self, model, batch, tmp_path):
         batch, expected = self.one(batch, 0), self.answer(model, self.one(batch, 0))
         model.save_pretrained(tmp_path / "model")
