@@ -17,6 +17,7 @@ from transformers.utils import hub
 import hfvlm
 from hfvlm import auto
 from hfvlm.inference import media_pipelines, pipelines
+from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.generation import Generation, WholeTextBeams
 from hfvlm.registry import architectures
 from hfvlm.training import chat as chat_training
@@ -132,3 +133,17 @@ def test_flex_attention_compiles():
         torch._dynamo.reset()
         assert torch.allclose(tower(pixels).pooler_output, expected, atol=1e-5)
     assert flex_attention.WrappedFlexAttention._instance._is_flex_compiled
+
+
+def subclasses(kind):
+    for child in kind.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_no_name_of_a_part_keeps_attention_implementations_from_being_set():
+    """transformers reads the source: a part `class ...Attention(nn.Module)` must call the implementations itself."""
+    for architecture in architectures().values():
+        architecture.load()
+    ours = [kind for kind in subclasses(HfvlmPreTrainedModel) if kind.__module__.startswith("hfvlm.")]
+    assert [kind.__name__ for kind in ours if not kind._can_set_attn_implementation()] == []

@@ -25,7 +25,7 @@ from hfvlm.registry import find_class
 SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
-class PairAttention(nn.Module):
+class ImagePair(nn.Module):
     """Cross-attention to two images, whose tokens follow each other, each with projections of its own."""
 
     def __init__(self, config: HfvlmBLIPTextConfig, layer_idx: int):
@@ -42,7 +42,7 @@ class PairAttention(nn.Module):
         return (first + second) / 2
 
 
-class MergingPairAttention(PairAttention):
+class MergingPair(ImagePair):
     """The same, with a linear layer in place of the mean."""
 
     def __init__(self, config: HfvlmBLIPTextConfig, layer_idx: int):
@@ -59,7 +59,7 @@ class PairTextModel(HfvlmBLIPTextModel):
 
     @staticmethod
     def cross_attention(config: HfvlmBLIPTextConfig, layer: int) -> nn.Module:
-        return PairAttention(config, layer) if layer < 6 else MergingPairAttention(config, layer)
+        return ImagePair(config, layer) if layer < 6 else MergingPair(config, layer)
 
 
 def _pair_names(key: str) -> list[str]:
