@@ -157,6 +157,15 @@ def test_links_lead_somewhere(page):
             assert found["heading"] in headings(target.read_text(encoding="utf-8")), f"{page.name}: {found[0]}"
 
 
+PLACE = re.compile(r"`((?:hfvlm|tests|conversion|examples|model_cards|modeling_configs)/[\w./-]*\w)`")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE[1:]], ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page):
+    named = PLACE.findall(page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_links_between_generated_pages_lead_somewhere():
     pages = {f"docs/{path}": text for path, text in generated().items()}
     for path, text in pages.items():

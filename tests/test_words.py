@@ -10,7 +10,7 @@ import pytest
 from tests.support.paths import ROOT
 
 # Where the words hold.
-CLEAN = ("README.md", "SECURITY.md", "docs", "model_cards", "examples", "hfvlm", "conversion")
+CLEAN = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "model_cards", "examples", "hfvlm", "conversion")
 # The odd word, and what the field says.
 ODD = {
     r"pictures?": "image",

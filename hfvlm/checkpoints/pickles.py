@@ -25,7 +25,6 @@ MOST_OPCODES = 3_000_000
 SMALLEST_BUDGET = 2**24
 # Of one integer, in bytes: a generator's state has 16, most have four.
 LONGEST_INTEGER = 32
-LONGEST_LINE = 2**16
 MOST_AXES = 64
 MOST_LEVELS = 64
 

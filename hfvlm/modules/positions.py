@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from hfvlm.configuration import VisionConfig
-
 # open_clip and timm
 BICUBIC = {"mode": "bicubic", "antialias": True}
 # BLIP, Qwen-VL
@@ -25,12 +23,6 @@ def check_positions(
             f"{name} are {tuple(pixel_values.shape[-2:])}, the vision tower takes image_size {image_size}: "
             "resize the images, or pass interpolate_pos_encoding=True."
         )
-
-
-def grid_for(table: Tensor, config: VisionConfig, pixel_values: Tensor, **rule: Any) -> Tensor:
-    """Resize a tower's position table to images `(..., H, W)` of another size; see `resize_grid`."""
-    height, width = (edge // config.patch_size for edge in pixel_values.shape[-2:])
-    return resize_grid(table, config.grid, (height, width), **rule)
 
 
 def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], **rule: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """What hfvlm overrides or reads of transformers that is private: each is listed, and still there and in use.
 
-Those of `generate` are in tests/test_generation.py.
+Those of `generate` are in tests/modeling/test_generation.py.
 """
 
 import inspect
