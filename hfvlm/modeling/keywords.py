@@ -57,8 +57,9 @@ class StrictKeywords:
 
 def keywords_of(module: Any) -> frozenset[str]:
     """Return the names of the arguments that a module's forward has in its signature, or takes next to them."""
-    further = module.further_keywords("forward") if isinstance(module, StrictKeywords) else ()
-    return parameters(module.forward).union(further)
+    if isinstance(module, StrictKeywords):
+        return type(module).forward.own_keywords.union(module.further_keywords("forward"))  # type: ignore[attr-defined]
+    return parameters(module.forward)
 
 
 def tower_keywords(model: Any, method: str) -> frozenset[str]:
@@ -86,6 +87,7 @@ def strict(method: Callable[..., Any]) -> Callable[..., Any]:
             check_keywords(f"{type(self).__name__}.{method.__name__}()", kwargs, {*known, *further})
         return method(self, *args, **kwargs)
 
+    checked.own_keywords = own  # type: ignore[attr-defined]
     # `generate` looks for the cache in the signature, by its own name.
     checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
