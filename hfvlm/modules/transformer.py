@@ -242,23 +242,26 @@ class Stack(nn.ModuleList):
         x: Tensor,
         mask: Tensor | None = None,
         *,
-        depth: int | None = None,
         pooled_only: bool = False,
         pool: Callable[[Tensor], Tensor] | None = None,
         pooled_mask: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the first `depth` layers, by default all: `(B, N, D)` -> `(B, N, D)`.
+        """Apply all layers: `(B, N, D)` -> `(B, N, D)`.
 
         With `pooled_only`, the last of them computes one token of each row, `(B, 1, D)`: that which `pool` takes from
         `(B, N, D)`, by default the first. `pooled_mask` is the mask of its attention to all tokens.
         """
-        layers = list(self)[:depth]
-        for layer in layers[:-1] if pooled_only else layers:
+        if not pooled_only:
+            return self.until(x, -1, mask, **kwargs)
+        x = self.until(x, -2, mask, **kwargs)
+        pooled = x[:, :1] if pool is None else pool(x).unsqueeze(1)
+        return self[-1](pooled, pooled_mask, x, **kwargs | {"is_causal": False})
+
+    def until(self, x: Tensor, index: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Apply the layers that make `hidden_states[index]`: `(B, N, D)` -> `(B, N, D)`."""
+        for layer in list(self)[: self.depth_of(index)]:
             x = layer(x, mask, **kwargs)
-        if pooled_only:
-            pooled = x[:, :1] if pool is None else pool(x).unsqueeze(1)
-            x = layers[-1](pooled, pooled_mask, x, **kwargs | {"is_causal": False})
         return x
 
     def depth_of(self, index: int) -> int:

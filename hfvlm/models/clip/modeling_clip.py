@@ -54,11 +54,10 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
         With `interpolate_pos_encoding`, images may have any size; the position table is resized to it. With `until`,
         the tokens are `hidden_states[until]`, and nothing is computed that comes after them: nothing is pooled.
         """
-        x = self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        depth = None if until is None else self.layers.depth_of(until)
-        x = self.layers(self.pre_norm(x), depth=depth, **kwargs)
+        x = self.pre_norm(self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         if until is not None:
-            return TowerOutput(last_hidden_state=x)
+            return TowerOutput(last_hidden_state=self.layers.until(x, until, **kwargs))
+        x = self.layers(x, **kwargs)
         pooled = self.post_norm(x[:, 0])
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
