@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity wheel release-check clean
+.PHONY: help demo bench bench-quick test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +38,12 @@ test-newest: ## run all tests on the newest release of everything; warnings are 
 
 test-matrix: $(VENV)/.dev ## run generation, contracts and goldens on five versions of transformers
 	$(BIN)/python -m tests.matrix --base $(VENV)
+
+bench: $(VENV)/.dev ## measure everything next to transformers, and write it into docs/performance.md
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --output docs/performance.json --page
+
+bench-quick: $(VENV)/.dev ## assert that what is measured is equal, and grows as promised; no times
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --quick
 
 fuzz: $(VENV)/.dev ## try thousands of damaged files, folders and URLs (HFVLM_FUZZ=5000)
 	HFVLM_FUZZ=$${HFVLM_FUZZ:-5000} $(PYTEST) tests/fuzz

@@ -1,4 +1,5 @@
-"""Measurements of hfvlm beside what people run today, in one process on one machine.
+"""Measurements of hfvlm next to transformers' own classes and to what a careful user does, in one process.
 
-They are no tests: times depend on the machine, so only ratios of neighbours in one run are worth telling.
+A row asserts equal results before it is timed. Times depend on the machine, so only ratios of neighbours in one run
+are worth telling.
 """
