@@ -59,7 +59,7 @@ def converting(path: str, output: str) -> Run:
 
     def run() -> float:
         folder = hfvlm.convert(path, "clip", output, vocabulary="none", overwrite=True)
-        return float(AutoModel.from_pretrained(folder).vision_model.position.sum())
+        return float(AutoModel.from_pretrained(folder).vision_model.position.detach().sum())
 
     return run
 

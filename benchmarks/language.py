@@ -1,4 +1,4 @@
-"""The further turns of a conversation.
+"""Generation of captions and answers next to transformers' own classes, and the further turns of a conversation.
 
 python -m benchmarks.language [--quick] [--rounds 7] [--device cuda] [--output language.json]
 """
@@ -9,12 +9,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import hfvlm
 from benchmarks.measuring import Item, Row, Run, Size
+from benchmarks.models import config, native_of, pixels, seeded
 from benchmarks.report import main
 from hfvlm.modeling.compat import new_cache
+from hfvlm.models.blip import HfvlmBLIPForConditionalGeneration
 from tests.models.llava.tiny import TEXT, VISION, converted
 
 
@@ -22,7 +25,46 @@ def rows(size: Size) -> Iterator[Item]:
     with TemporaryDirectory() as folder:
         path = converted(Path(folder), **{} if size.quick else larger())
         model = AutoModelForImageTextToText.from_pretrained(path).to(size.device).eval()
-        yield Row("LLaVA, three turns of 8 tokens", turns(model, AutoProcessor.from_pretrained(path)))
+        processor = AutoProcessor.from_pretrained(path)
+        yield Row("LLaVA, three turns of 8 tokens", turns(model, processor))
+        native = hfvlm.export(path, Path(folder) / "native")
+        theirs = LlavaForConditionalGeneration.from_pretrained(native).to(size.device).eval()
+        inputs = processor(images=image(), text="<image>\nWhat is it?", return_tensors="pt").to(size.device)
+        for beams in (1, 4):
+            ways = {name: answer(kind, dict(inputs), beams) for name, kind in both(model, theirs)}
+            yield Row(f"LLaVA, answers of 16 tokens, {beams} beams", ways, tolerance=0.0)
+    captioner = make_captioner(size)
+    theirs = native_of(captioner, "blip", "BlipForConditionalGeneration")
+    for beams in (1, 4):
+        ways = {name: caption(kind, pixels(captioner, 2), beams) for name, kind in both(captioner, theirs)}
+        yield Row(f"BLIP, captions of 2 images, {beams} beams", ways, tolerance=0.0)
+
+
+def both(ours: Any, theirs: Any) -> Iterator[tuple[str, Any]]:
+    """Name the models, with the same ends of what they generate."""
+    theirs.generation_config = ours.generation_config
+    yield from {"hfvlm": ours, "transformers": theirs}.items()
+
+
+def answer(model: Any, inputs: dict[str, Any], beams: int) -> Run:
+    """Generate token ids, those of the prompt left out."""
+    length = inputs["input_ids"].shape[1]
+    return lambda: model.generate(**inputs, num_beams=beams, min_new_tokens=16, max_new_tokens=16)[:, length:]
+
+
+def caption(model: Any, batch: Tensor, beams: int) -> Run:
+    return lambda: model.generate(pixel_values=batch, num_beams=beams, min_new_tokens=12, max_new_tokens=12)
+
+
+def make_captioner(size: Size) -> HfvlmBLIPForConditionalGeneration:
+    settings = config("blip", size)
+    settings.architectures = ["HfvlmBLIPForConditionalGeneration"]
+    settings.vision_config.projection_dim = settings.text_config.projection_dim = None
+    return seeded(HfvlmBLIPForConditionalGeneration, settings, size)
+
+
+def image() -> Image.Image:
+    return Image.new("RGB", (64, 48), "red")
 
 
 def larger() -> dict[str, Any]:
@@ -38,12 +80,11 @@ def larger() -> dict[str, Any]:
 
 def turns(model: Any, processor: Any) -> dict[str, Run]:
     """Ask three times about an image; by hand, each answer computes the whole conversation again."""
-    image = Image.new("RGB", (64, 48), "red")
 
     def ask(*, keep: bool) -> Run:
         def run() -> list[str]:
             chat = hfvlm.Chat(model, processor, max_new_tokens=8)
-            answers = [chat.ask("What is it?", images=[image])]
+            answers = [chat.ask("What is it?", images=[image()])]
             for question in ("And the colour?", "And the shape?"):
                 if not keep:
                     chat.cache, chat.cached = new_cache(model), []

@@ -51,9 +51,10 @@ def native_of(ours: Any, name: str, kind: str | None = None) -> Any:
     state = restore_keys(ours.state_dict(), conversion.keys_for(ours.config, "transformers"))
     theirs = AutoModel.from_config(native) if kind is None else getattr(transformers, kind)(native)
     state = {key: tensor.contiguous() for key, tensor in conversion.export.tensors(state, native).items()}
-    missing = set(theirs.load_state_dict(state, strict=False).missing_keys)
+    missing = set(theirs.load_state_dict(state, strict=False).missing_keys) - theirs.all_tied_weights_keys.keys()
     if any("position_ids" not in key for key in missing):
         raise RuntimeError(f"transformers' {name} got no {sorted(missing)[:3]}.")
+    theirs.tie_weights()
     return theirs.to(ours.device).eval()
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.measuring import Size, Workload, machine, measure
 
 PEERS = ("transformers", "careful", "open_clip", "faiss")
+WIDTH = 190  # of the table, wherever it is printed
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
@@ -29,7 +30,7 @@ def main(workloads: Mapping[str, Workload], about: str | None) -> None:
     arguments = parser.parse_args()
     size = Size(quick=arguments.quick, device=arguments.device)
     report = run(workloads, size, arguments.rounds)
-    Console().print(table(report["rows"]))
+    Console(width=WIDTH).print(table(report["rows"]))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -48,7 +49,7 @@ def run(workloads: Mapping[str, Workload], size: Size, rounds: int) -> dict[str,
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """Return what a row has to tell: its name, error, seconds, ratios of each peer, memory, exponent."""
+    """Return the cells of a row: its name, error, seconds, ratios of each peer, memory, exponent."""
     found = [row["workload"], row["name"], f"{row['error']:.0e}" if "error" in row else ""]
     found.append(f"{row['seconds']['hfvlm']:.3f}" if "seconds" in row else "")
     for peer in PEERS:
@@ -63,16 +64,25 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 HEADINGS = ("workload", "row", "error", "hfvlm, s", *(f"{peer}, ratio" for peer in PEERS), "peak MiB", "exponent")
 
 
+def filled(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the headings and every row's cells, without columns that no row fills."""
+    lines = [cells(row) for row in rows]
+    present = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
+    return [[line[i] for i in present] for line in ([*HEADINGS], *lines)]
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table(*HEADINGS, box=None)
-    for row in rows:
-        result.add_row(*cells(row))
+    headings, *lines = filled(rows)
+    result = Table(*headings, box=None)
+    for line in lines:
+        result.add_row(*line)
     return result
 
 
 def write_page(report: Mapping[str, Any], page: Path) -> None:
     """Put the results between the page's marks, and a plot next to it."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in report["rows"])]
+    headings, *rows = filled(report["rows"])
+    lines = [headings, ["---"] * len(headings), *rows]
     found = report.get("machine", {})
     about = [f"{name}: {value}" for name, value in found.items() if name != "gflops"]
     speeds = [f"{name} {speed:.0f}" for name, speed in found.get("gflops", {}).items()]
@@ -82,8 +92,8 @@ def write_page(report: Mapping[str, Any], page: Path) -> None:
     _, after = rest.split(END)
     heading = f"{'; '.join(about)}. Float32 products, GFLOP/s: {', '.join(speeds)}."
     plot(report["rows"], page.with_suffix(".png"))
-    picture = f"![Ratios of all rows]({page.with_suffix('.png').name})"
-    page.write_text(f"{before}{BEGIN}\n{heading}\n\n{picture}\n\n{body}\n{END}{after}", encoding="utf-8")
+    image = f"![Ratios of all rows]({page.with_suffix('.png').name})"
+    page.write_text(f"{before}{BEGIN}\n{heading}\n\n{image}\n\n{body}\n{END}{after}", encoding="utf-8")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

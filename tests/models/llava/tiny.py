@@ -60,7 +60,7 @@ def original_config(model: HfvlmLLaVAForConditionalGeneration) -> dict:
 
 
 def vision_settings(model) -> dict:
-    tower = config_to_transformers(tiny_config()).vision_config
+    tower = config_to_transformers(model.config).vision_config
     return tower.to_dict() | {"model_type": "clip_vision_model"}
 
 
