@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hfvlm.checkpoints.compositions import merge_lora
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
+from hfvlm.checkpoints.gptq import dequantized
 from hfvlm.checkpoints.key_table import Row, Table, grouped, split, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
 from hfvlm.conversion.processors import check_vocabulary, sized
@@ -28,8 +29,15 @@ from hfvlm.models.qwen_vl.processing_qwen_vl import (
 VOCABULARIES = ("qwen.tiktoken",)
 PARTS = {"base": "the folder of Qwen-VL or Qwen-VL-Chat that an adapter was trained on"}
 FILES = {"lora": {"main": ("adapter_model.safetensors", "adapter_model.bin")}}
+# Layers with a bias, whatever `no_bias` is.
+BIASED = (".attn.c_attn",)
 # In the original a head of the resampler is so wide, whatever the width.
 RESAMPLER_HEAD = 128
+
+
+def layout_of(original: Mapping[str, Any]) -> str:
+    """Return the layout of a whole model; an adapter is recognised by its file."""
+    return "gptq" if original.get("quantization_config") else "original"
 
 
 def keys_for(config: HfvlmQwenVLConfig, layout: str = "original", keys: Iterable[str] = ()) -> list[Row]:
@@ -99,12 +107,16 @@ def language_rows(config: HfvlmQwenVLConfig) -> list[Row]:
 
 
 def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
-    """Return the table of a whole model, or of an adapter merged into its base.
+    """Return the table of a whole model, which may be quantized, or of an adapter merged into its base.
 
     Raises:
         FileNotFoundError: an adapter came without its base.
+        CheckpointError: a quantized model has no `quantization_config` that hfvlm reads.
     """
     tensors: Mapping[str, Tensor] = sources["main"].tensors
+    if layout == "gptq":
+        biased = ("",) if config.text_config.linear_bias else BIASED
+        tensors = dequantized(tensors, sources["main"].settings.get("quantization_config") or {}, biased)
     if layout == "lora":
         tensors = merge_lora(part_of(sources, "base", PARTS), tensors, sources["main"].settings)
     return [Table(tensors, keys_for(config, layout, tensors))]
@@ -113,7 +125,6 @@ def tables_for(config: HfvlmQwenVLConfig, layout: str, sources: Mapping[str, Sou
 def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmQwenVLConfig:
     """Read config.json of the release; of an adapter, its base's."""
     own = original.get("base_config") or original.get("config") or original
-    check_options("Qwen-VL's config.json", {name: own.get(name) for name in ("quantization_config",)}, ())
     check_options("Qwen-VL's config.json", {"tie_word_embeddings": own.get("tie_word_embeddings")}, ())
     if own["kv_channels"] * own["num_attention_heads"] != own["hidden_size"]:
         raise UnsupportedOriginalError(
@@ -177,11 +188,11 @@ def processor_for(config: HfvlmQwenVLConfig, settings: Mapping[str, Any], vocabu
     return processor
 
 
-# An adapter is recognised by its file. Qwen-VL and Qwen-VL-Chat have one config.json; the settings are the latter's.
+# Qwen-VL and Qwen-VL-Chat have one config.json; the settings are the latter's.
 CONVERSION = Conversion(
     config_from_original=config_from_original,
     keys_for=keys_for,
-    layout_of=always("original"),
+    layout_of=layout_of,
     settings_from_original=always({"conversation": "chatml"}),
     image_processor_for=image_processor_for,
     processor_for=processor_for,

@@ -1,8 +1,10 @@
 """Qwen-VL's releases become what they were made from."""
 
+import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hfvlm
-from hfvlm.checkpoints.key_table import KeyTableError, restore_keys
+from hfvlm.checkpoints.errors import CheckpointError
+from hfvlm.checkpoints.key_table import KeyTableError, convert_keys, restore_keys
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.qwen_vl import config_from_original, keys_for
 from hfvlm.models.qwen_vl import HfvlmQwenVLForConditionalGeneration
@@ -48,10 +51,10 @@ def model():
     return model
 
 
-def release(folder, tensors, shards=1, kind="bin"):
+def release(folder, tensors, shards=1, kind="bin", **settings):
     """A released folder, in one file or several."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(ORIGINAL))
+    (folder / "config.json").write_text(json.dumps(ORIGINAL | settings))
     shutil.copy(VOCABULARY, folder)
     tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     stem = {"bin": "pytorch_model", "safetensors": "model"}[kind]
@@ -108,6 +111,64 @@ def test_a_release_in_bfloat16_keeps_its_positions(model, tmp_path):
     assert torch.equal(loaded.projector.position, model.projector.position.bfloat16())
 
 
+QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+
+
+def packed(codes, bits=4):
+    """Codes along the first axis, the lowest bits first, in int32."""
+    words = np.zeros((len(codes) * bits // 32, codes.shape[1]), np.uint32)
+    for i, row in enumerate(codes.numpy().astype(np.uint32)):
+        words[i * bits // 32] |= row << np.uint32(i * bits % 32)
+    return torch.from_numpy(words.view(np.int32).copy())
+
+
+def quantized(tensors):
+    """A release as AutoGPTQ writes it, and the weights that its codes stand for."""
+    tensors, plain = dict(tensors), dict(tensors)
+    for i, name in itertools.product(range(3), QUANTIZED):
+        layer = f"transformer.h.{i}.{name}"
+        rows, columns = tensors.pop(f"{layer}.weight").shape
+        codes, zeros = torch.randint(0, 16, (columns, rows)), torch.randint(1, 16, (columns // 32, rows))
+        scales = (torch.rand(columns // 32, rows) * 0.02).half()
+        groups = torch.randint(0, columns // 32, (columns,), dtype=torch.int32)
+        tensors |= {f"{layer}.qweight": packed(codes), f"{layer}.qzeros": packed(zeros.t() - 1).t().contiguous()}
+        tensors |= {f"{layer}.scales": scales, f"{layer}.g_idx": groups}
+        tensors.setdefault(f"{layer}.bias", torch.zeros(rows).half())
+        steps = torch.stack([codes[c] - zeros[groups[c]] for c in range(columns)])
+        plain[f"{layer}.weight"] = (steps.half() * torch.stack([scales[g] for g in groups])).t()
+    return tensors, plain
+
+
+def test_a_quantized_release(model, tmp_path):
+    tensors, plain = quantized(original(model))
+    source = release(tmp_path / "Int4", tensors, shards=2, kind="safetensors", quantization_config=GPTQ)
+    expected = convert_keys(plain, keys_for(model.config), model.state_dict())
+    folder = hfvlm.convert(source, "qwen_vl", tmp_path / "out")
+    loaded = same_weights(folder, expected)
+    assert {x.dtype for x in loaded.state_dict().values()} == {torch.float32}
+    assert "quantization_config" not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        ({"bits": 3}, {}, "bits 3 .* hfvlm reads 'gptq' of 2, 4, 8 bits"),
+        ({"quant_method": "awq"}, {}, "quant_method 'awq'"),
+        ({}, {"transformer.h.0.mlp.w1.scales": None}, "missing, the first is transformer.h.0.mlp.w1.scales"),
+        ({}, {"transformer.h.0.mlp.w1.bias": torch.ones(256)}, "transformer.h.0.mlp.w1.bias is not zero"),
+        ({}, {"transformer.h.0.mlp.w1.g_idx": torch.full((128,), 4, dtype=torch.int32)}, "groups from 4 to 4 of 4"),
+        ({}, {"transformer.h.0.mlp.w1.g_idx": torch.zeros(64, dtype=torch.int32)}, "do not fit scales"),
+    ],
+)
+def test_a_quantized_release_that_is_damaged(model, settings, changes, message, tmp_path):
+    tensors = {key: x for key, x in (quantized(original(model))[0] | changes).items() if x is not None}
+    source = release(tmp_path / "Int4", tensors, quantization_config=GPTQ | settings)
+    with pytest.raises(CheckpointError, match=message):
+        hfvlm.convert(source, "qwen_vl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_on_its_base(model, tmp_path):
     """As the authors' finetune.py writes it: their names, inside PEFT's."""
     names = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2")
@@ -151,7 +212,6 @@ def test_what_is_missing_or_strange_is_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"bits": 4}}, "does not implement quantization_config"),
         ({"tie_word_embeddings": True}, "does not implement tie_word_embeddings"),
         ({"kv_channels": 16}, "kv_channels 16 times num_attention_heads 4 must be hidden_size 128"),
     ],
