@@ -1,3 +1,4 @@
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,19 @@ def _quiet_and_few_threads():
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: garbage is not looked for in the meantime, and never again in it, which each run of a
+    Trainer would do."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
