@@ -28,7 +28,7 @@ else:
         """`SubConfig[X]` annotates a nested configuration: type checkers read `X`, loading accepts X's dictionary."""
 
         def __class_getitem__(cls, _):
-            return dict | PreTrainedConfig | None
+            return PreTrainedConfig | dict | None  # in this order: a mismatch of huggingface_hub prints the value
 
 
 class ConfigurationError(StrictDataclassError, ValueError):

@@ -1,3 +1,4 @@
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -7,22 +8,35 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModel
-from transformers.integrations.flex_attention import WrappedFlexAttention
 
 import hfvlm
-from hfvlm.conversion import blip, flava
-from hfvlm.conversion.imagebind import processor_for
-from hfvlm.models.blip import HfvlmBLIPConfig
-from hfvlm.presets import load_preset
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-transformers.utils.logging.disable_progress_bar()
-
+# torch, transformers and what imports them are imported where they are used: the process that hands the tests out to
+# others reads this file too, and they begin when it has.
 
 SHIPPED = Path(hfvlm.__file__).parent / "samples" / "clip-tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_few_threads():
+    import torch
+    import transformers
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: garbage is not looked for in the meantime, and never again in it, which each run of a
+    Trainer would do."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +48,13 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def imagebind_folder(tmp_path_factory):
     """An ImageBind that learned nothing yet: the tiny preset with the small CLIP's vocabulary. Read only."""
+    import torch
+    from transformers import AutoModel
+
+    from hfvlm.conversion.imagebind import processor_for
+
     folder = tmp_path_factory.mktemp("imagebind")
-    preset = load_preset("imagebind/tiny")
+    preset = hfvlm.load_preset("imagebind/tiny")
     config = preset.make_config()
     torch.manual_seed(0)
     AutoModel.from_config(config).save_pretrained(folder)
@@ -46,13 +65,17 @@ def imagebind_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_blip(tmp_path_factory):
     """A BLIP of a given class that learned nothing yet: the tiny preset with a few words. Read only."""
+    import torch
+
+    from hfvlm.conversion import blip
+    from hfvlm.models.blip import HfvlmBLIPConfig
 
     @cache
     def make(name):
         folder = tmp_path_factory.mktemp("blip")
         pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a picture of what shape ? circle square".split()]  # noqa: SIM905
         (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-        preset = load_preset("blip/tiny")
+        preset = hfvlm.load_preset("blip/tiny")
         ids = {"vocab_size": 15, "bos_token_id": 13, "encoder_token_id": 14, "eos_token_id": 3, "pad_token_id": 0}
         config = HfvlmBLIPConfig(**preset.config | {"text_config": preset.config["text_config"] | ids})
         torch.manual_seed(0)
@@ -66,10 +89,14 @@ def small_blip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flava_folder(tmp_path_factory):
     """A FLAVA for pretraining that learned nothing yet: the tiny preset with a few words. Read only."""
+    import torch
+
+    from hfvlm.conversion import flava
+
     folder = tmp_path_factory.mktemp("flava")
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a picture of what ##s shape circle square".split()]  # noqa: SIM905
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    preset = load_preset("flava/tiny")
+    preset = hfvlm.load_preset("flava/tiny")
     config = preset.make_config()
     config.text_config.vocab_size = len(pieces)
     torch.manual_seed(0)
@@ -81,6 +108,9 @@ def flava_folder(tmp_path_factory):
 @pytest.fixture
 def uncompiled_flex_attention(monkeypatch):
     """Run flex attention as plain operations: compiling it takes ten seconds for every shape of a mask."""
+    import torch
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(WrappedFlexAttention, "_instance", None)  # what it did not compile ends with the test
@@ -91,4 +121,6 @@ def uncompiled_flex_attention(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)

@@ -1,8 +1,6 @@
 """One logger, which transformers' verbosity quiets."""
 
 import logging
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoProcessor
@@ -10,6 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 import hfvlm
 from hfvlm.logs import logged_once, logger
+from tests.support.processes import run_fresh
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +39,7 @@ def test_a_level_of_its_own_goes_first():
 def test_the_environment_quiets_it(verbosity, seen):
     code = "import hfvlm, logging, transformers\nfrom transformers.utils import logging as t; t.get_logger('x')\n"
     code += "logging.getLogger('hfvlm.media').warning('odd')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), "TRANSFORMERS_VERBOSITY": verbosity},
-    )  # fmt: skip
+    done = run_fresh(code, TRANSFORMERS_VERBOSITY=verbosity)
     assert ("odd" in done.stderr) is seen
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline
@@ -13,29 +12,76 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hfvlm
 from hfvlm.registry import architectures
+from tests.support.processes import run_fresh
 
-MEMORY = "int(open('/proc/self/statm').read().split()[1]) * 4096"
 AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline"
+COSTS = """
+import json, sys, time
+def memory(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+start, before = time.process_time(), memory()
+import hfvlm
+seconds, grown = time.process_time() - start, memory() - before
+loaded = [name for name in sys.modules if "modeling_" in name and name.startswith("hfvlm")]
+print(json.dumps([seconds, grown, loaded]))
+"""
+FOUND = """
+import hfvlm
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+import transformers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+autos = [AutoTokenizer, AutoImageProcessor, transformers.AutoProcessor, transformers.AutoModel]
+autos += [transformers.AutoConfig, transformers.AutoModelForZeroShotImageClassification]
+found = [type(auto.from_pretrained(folder)).__name__.removeprefix("HfvlmCLIP") for auto in autos]
+from transformers.pipelines import PIPELINE_REGISTRY
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+found += ["video-text-to-text" in PIPELINE_REGISTRY.get_supported_tasks()]
+found += [table[t] == ["q_proj", "v_proj"] for t in ("hfvlm_clip", "hfvlm_siglip", "hfvlm_clip_vision")]
+print(found)
+"""
+TAKEN = """
+from transformers.models.auto import configuration_auto, modeling_auto
+configuration_auto.CONFIG_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPConfig"
+configuration_auto.CONFIG_MAPPING._mapping["hfvlm_clip"] = "HfvlmCLIPConfig"
+modeling_auto.MODEL_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPModel"
+modeling_auto.MODEL_MAPPING._reverse_config_mapping["HfvlmCLIPConfig"] = "hfvlm_clip"
+import hfvlm
+config = AutoConfig.for_model("hfvlm_clip")
+print(type(config).__module__, AutoModel._model_mapping[type(config)].__name__)
+"""
+ALONE = """
+from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPTextConfig
+print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__name__)
+"""
+# What follows an import of transformers' Auto classes, each in a fork of the process that has imported them.
+AFTERWARDS = {"costs": COSTS, "everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
+FORKS = """
+import os, sys
+for code in afterwards:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, code
+    else:
+        exec(code)
+        sys.stdout.flush()
+        os._exit(0)
+"""
 
 
 def run(code: str) -> str:
-    """A fresh interpreter; what it prints last."""
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip().splitlines()[-1]
+    """In a process that has imported nothing of transformers; what it prints last."""
+    return run_fresh(code).stdout.strip().splitlines()[-1]
 
 
-def test_costs_little_beyond_the_auto_classes():
-    printed = run(f"""
-        import sys, time
-        {AUTO}
-        start, memory = time.process_time(), {MEMORY}
-        import hfvlm
-        seconds, grown = time.process_time() - start, {MEMORY} - memory
-        loaded = [name for name in sys.modules if "modeling_" in name and name.startswith("hfvlm")]
-        import json; print(json.dumps([seconds, grown, loaded]))
-    """)
-    seconds, grown, loaded = json.loads(printed)
+@pytest.fixture(scope="module")
+def afterwards(clip_folder):
+    """What each of `AFTERWARDS` prints last."""
+    code = f"{AUTO}\nfolder, afterwards = {str(clip_folder)!r}, {list(AFTERWARDS.values())!r}\n{FORKS}"
+    lines = run_fresh(code).stdout.splitlines()
+    assert len(lines) == len(AFTERWARDS), lines
+    return dict(zip(AFTERWARDS, lines, strict=True))
+
+
+def test_costs_little_beyond_the_auto_classes(afterwards):
+    seconds, grown, loaded = json.loads(afterwards["costs"])
     assert seconds <= 0.1
     assert grown <= 20e6
     assert loaded == []
@@ -43,35 +89,19 @@ def test_costs_little_beyond_the_auto_classes():
 
 def test_imports_nothing_of_transformers():
     heavy = "('torch', 'transformers', 'numpy', 'huggingface_hub', 'typer', 'PIL')"
-    assert run(f"import hfvlm, hfvlm.presets, sys; print([m for m in {heavy} if m in sys.modules])") == "[]"
+    code = f"import hfvlm, hfvlm.presets, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
-BEFORE = {
-    "nothing": "",
-    "configurations": "from transformers import AutoConfig",
-    "everything": "import peft; from transformers import pipeline",
-}
+BEFORE = {"nothing": "", "configurations": "from transformers import AutoConfig", "everything": None}
 
 
 @pytest.mark.parametrize("before", BEFORE)
-def test_auto_classes_and_peft_know_the_models_in_any_order_of_imports(before, clip_folder):
+def test_auto_classes_and_peft_know_the_models_in_any_order_of_imports(before, clip_folder, afterwards):
     """The tokenizer's class is the first to be looked for, before any module of a model is loaded."""
-    printed = run(f"""
-        {BEFORE[before]}
-        import hfvlm
-        from transformers.models.auto.tokenization_auto import AutoTokenizer
-        import transformers
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
-        folder = {str(clip_folder)!r}
-        autos = [AutoTokenizer, AutoImageProcessor, transformers.AutoProcessor, transformers.AutoModel]
-        autos += [transformers.AutoConfig, transformers.AutoModelForZeroShotImageClassification]
-        found = [type(auto.from_pretrained(folder)).__name__.removeprefix("HfvlmCLIP") for auto in autos]
-        from transformers.pipelines import PIPELINE_REGISTRY
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
-        found += ["video-text-to-text" in PIPELINE_REGISTRY.get_supported_tasks()]
-        found += [table[t] == ["q_proj", "v_proj"] for t in ("hfvlm_clip", "hfvlm_siglip", "hfvlm_clip_vision")]
-        print(found)
-    """)
+    code = BEFORE[before]
+    printed = afterwards[before] if code is None else run(f"{code}\nfolder = {str(clip_folder)!r}\n{FOUND}")
     classes = ["Tokenizer", "ImageProcessor", "Processor", "Model", "Config", "Model"]
     assert printed == str([*classes, True, True, True, True])
 
@@ -91,21 +121,8 @@ def test_needs_no_network_and_no_extra_but_names_its_pip_line():
     assert "pip install 'hfvlm[train]'" in printed
 
 
-def test_survives_upstream_taking_its_names():
-    assert (
-        run("""
-        from transformers import AutoConfig, AutoModel
-        from transformers.models.auto import configuration_auto, modeling_auto
-        configuration_auto.CONFIG_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPConfig"
-        configuration_auto.CONFIG_MAPPING._mapping["hfvlm_clip"] = "HfvlmCLIPConfig"
-        modeling_auto.MODEL_MAPPING_NAMES["hfvlm_clip"] = "HfvlmCLIPModel"
-        modeling_auto.MODEL_MAPPING._reverse_config_mapping["HfvlmCLIPConfig"] = "hfvlm_clip"
-        import hfvlm
-        config = AutoConfig.for_model("hfvlm_clip")
-        print(type(config).__module__, AutoModel._model_mapping[type(config)].__name__)
-    """)
-        == "hfvlm.models.clip.configuration_clip HfvlmCLIPModel"
-    )
+def test_survives_upstream_taking_its_names(afterwards):
+    assert afterwards["taken"] == "hfvlm.models.clip.configuration_clip HfvlmCLIPModel"
 
 
 def test_registering_again_changes_nothing():
@@ -130,15 +147,8 @@ def test_every_public_class_is_reachable_from_the_top():
             assert found.__doc__, name
 
 
-def test_a_model_made_from_a_configuration_alone_is_found():
-    assert (
-        run("""
-        from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPTextConfig
-        from transformers import AutoModel
-        print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__name__)
-    """)
-        == "HfvlmSigLIPTextModel"
-    )
+def test_a_model_made_from_a_configuration_alone_is_found(afterwards):
+    assert afterwards["alone"] == "HfvlmSigLIPTextModel"
 
 
 def test_vllm_finds_the_entry_point():

@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from hfvlm.checkpoints import CheckpointError, read_checkpoint
 from tests.checkpoints.test_reading import archive, tensor_stream
 from tests.checkpoints.test_tensor_bundle import TABLE_END, block, entry, field, table, varint
+from tests.support.processes import run_fresh
 
 MIB = 2**20
 READ = """
@@ -184,9 +183,7 @@ def results(tmp_path_factory):
     for i, (name, write) in enumerate(HOSTILE.items()):
         paths[name] = folder / f"{i}.index"
         write(paths[name])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", READ, *map(str, paths.values())]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    run = run_fresh(READ, *paths.values(), check=False)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(lines) == len(HOSTILE), (run.stderr[-2000:], list(HOSTILE)[len(lines)])
     return dict(zip(HOSTILE, lines, strict=True))

@@ -15,12 +15,15 @@ from hfvlm.samples.digits import Digit
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_demo_learns_two_digits_and_replaces_an_earlier_demo(tmp_path, monkeypatch):
+    """It is measured on a third of the images."""
+    every = {split: digits.load_digits(split) for split in ("train", "test")}
+    monkeypatch.setattr(digits, "load_digits", (every | {"test": every["test"][::3]}).get)
     output = demo(tmp_path / "demo", seed=0)
     folder = output / "clip-tiny-ten-digits"
     card = ModelCard.load(folder / "README.md")
-    one_prompt, ensemble, known, new = (result.metric_value for result in card.data.eval_results)
+    one_prompt, ensemble, old, new = (result.metric_value for result in card.data.eval_results)
     assert min(one_prompt, ensemble) >= 0.95
-    assert known >= 0.94
+    assert old >= 0.94
     assert new >= 0.5
     for name in ("confusion.png", "retrieval.png"):
         assert (folder / name).stat().st_size > 10_000
@@ -28,8 +31,7 @@ def test_the_demo_learns_two_digits_and_replaces_an_earlier_demo(tmp_path, monke
     assert type(AutoModel.from_pretrained(folder)).__name__ == "HfvlmCLIPModel"
     assert AutoProcessor.from_pretrained(output / "clip-tiny")
     assert sorted(path.name for path in output.iterdir()) == ["clip-tiny", "clip-tiny-ten-digits"]
-    few = {split: digits.load_digits(split)[:60] for split in ("train", "test")}
-    monkeypatch.setattr(digits, "load_digits", few.get)
+    monkeypatch.setattr(digits, "load_digits", {split: known[:60] for split, known in every.items()}.get)
     monkeypatch.setattr("hfvlm.cli.demo.STEPS", 1)
     demo(output, seed=1)
     assert "Trained with seed 1" in (folder / "README.md").read_text()

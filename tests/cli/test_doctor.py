@@ -1,8 +1,6 @@
 """Which versions are known, and whether the self-test finds what it is there for."""
 
 import json
-import subprocess
-import sys
 import tomllib
 import warnings
 
@@ -20,6 +18,7 @@ from hfvlm.registry import architectures
 from hfvlm.release import selftest
 from hfvlm.versions import TESTED, UntestedVersionWarning, is_tested, warn_if_untested
 from tests.support.paths import ROOT
+from tests.support.processes import run_fresh
 
 LLAVA = [case for case in selftest.CASES if case.name == "llava"]
 
@@ -72,12 +71,7 @@ def test_an_import_warns_once_and_says_nothing_else():
     code = (
         "import importlib.metadata as m; v = m.version; m.version = lambda n: '5.99' if n == 'transformers' else v(n)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", f"{code}; import hfvlm, hfvlm.registry; hfvlm.HfvlmCLIPModel.config_class"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_fresh(f"{code}; import hfvlm, hfvlm.registry; hfvlm.HfvlmCLIPModel.config_class")
     assert run.stdout == ""
     lines = [line for line in run.stderr.splitlines() if "Warning" in line]
     assert len(lines) == 1

@@ -20,6 +20,7 @@ from hfvlm.cli.console import line, neutral
 from hfvlm.cli.options import pairs, processor_options
 from hfvlm.presets import list_presets
 from tests.conftest import SHIPPED
+from tests.support.processes import run_fresh
 
 runner = CliRunner()
 ESCAPES = "\x1b[31mred\x1b[0m\x07\u202etxt.exe\r"
@@ -97,10 +98,17 @@ def test_info_is_whole_and_for_programs(hfvlm_command):
 
 
 def test_a_pipe_that_closes_early_is_no_error():
-    command = f"{sys.executable} -m hfvlm list | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("preset")
-    assert done.stderr == ""
+    code = """
+        import os, sys
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.argv[1:] = ["list"]
+        from hfvlm.cli import main
+        main()
+    """
+    done = run_fresh(code, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("name", ["a [red] circle.jpg", "[/INST]", "[bold]x[/bold]", ":smile: [link=x]y"])
@@ -339,9 +347,9 @@ def test_verify_for_programs(clip_folder):
 
 def test_quiet_prints_results_only(tmp_path, hfvlm_command, monkeypatch):
     """In a process of its own where libraries read at their import how much they may print."""
-    command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "hfvlm", "convert", SHIPPED / "clip-tiny.pt"]
-    command += ["--preset", "clip/tiny", "-o", tmp_path / "m", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    code = "import warnings; warnings.simplefilter('ignore', FutureWarning); import hfvlm.__main__"
+    arguments = ["convert", SHIPPED / "clip-tiny.pt", "--preset", "clip/tiny", "-o", tmp_path / "m", "-q"]
+    done = run_fresh(code, *arguments)
     assert (done.stdout, done.stderr) == ("", "")
     monkeypatch.setattr(console._State, "quiet", False)  # which the next command sets, and the last one must not
     for name in console.QUIET:

@@ -24,7 +24,7 @@ def test_modalities_that_were_never_paired_find_each_other(tmp_path, preset, pai
     spec = importlib.util.spec_from_file_location("six_modalities", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    table = example.main(["--output", str(tmp_path), "--preset", preset, "--steps", "150", "--views", "12"])
+    table = example.main(["--output", str(tmp_path), "--preset", preset, "--steps", "90", "--views", "12"])
     chance = 1 / len(example.EVENTS)
     assert all(table[a][b] > 3 * chance for a, b in pairs), table
     assert (tmp_path / "recall.png").stat().st_size > 10_000

@@ -371,6 +371,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
     ray = pytest.importorskip("ray", reason="comes with hfvlm[ray]")
     options = {"--model": clip_folder, "--pictures": folder, "--output": tmp_path / "out", "--batch-size": 10}
+    ray.init(num_cpus=2, include_dashboard=False)
     try:
         run_script(EXAMPLES / "embed_with_ray.py", *[part for pair in options.items() for part in pair])
     finally:

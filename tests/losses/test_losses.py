@@ -1,7 +1,6 @@
 """Losses against their definitions; the originals' values and gradients are in the goldens."""
 
 import math
-import subprocess
 import sys
 
 import pytest
@@ -24,7 +23,7 @@ from hfvlm.losses import (
     soft_contrastive_loss,
     token_losses,
 )
-from tests.support.processes import run_processes
+from tests.support.processes import run_fresh, run_processes
 
 SCALE, BIAS = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-5.0, dtype=torch.float64)
 
@@ -257,8 +256,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 def test_the_matrix_of_logits_is_never_held():
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 200  # MiB; 8,192 x 8,192 logits alone are 256
+    assert float(run_fresh(MEMORY).stdout) < 200  # MiB; 8,192 x 8,192 logits alone are 256
 
 
 QUEUE = F.normalize(torch.arange(45, dtype=torch.float64).sin().view(9, 5), dim=-1)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,6 +11,7 @@ import hfvlm
 from hfvlm.presets.licences import LicenceError, check_licence
 from hfvlm.registry import architectures
 from hfvlm.release import hub
+from tests.support.processes import run_fresh
 
 RESULT = {
     "task": "zero-shot-image-classification",
@@ -133,9 +132,11 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model.save_pretrained({str(tmp_path / "again")!r})
 print(type(model).__module__, type(processor).__module__)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split()[-2:] == ["hfvlm.models.clip.modeling_clip", "hfvlm.models.clip.processing_clip"]
+    printed = run_fresh(code).stdout
+    assert printed.split()[-2:] == [
+        "hfvlm.models.clip.modeling_clip",
+        "hfvlm.models.clip.processing_clip",
+    ]
 
 
 @pytest.mark.parametrize("licence", ["unknown", "other", "cc-by-nc-sa-4.0"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
@@ -16,6 +15,7 @@ from hfvlm.conversion.llava import EMBEDDING, HEAD, linear_rows, projector_rows
 from hfvlm.models.clip import HfvlmCLIPConfig
 from hfvlm.models.llava import HfvlmLLaVAConfig
 from hfvlm.models.video_chatgpt import HfvlmVideoChatGPTConfig
+from hfvlm.release.plans import empty_model
 from tests.conftest import SHIPPED
 from tests.models.llava.tiny import VISION as TOWER
 from tests.models.llava.tiny import original_config, vision_settings, write
@@ -53,16 +53,25 @@ def peak(tmp_path, command, *arguments, **options):
     return run_alone(measure, scratch, command, arguments, options)
 
 
+def zeros(config):
+    """A model whose numbers take as much room as any, and no time to be drawn."""
+    model = empty_model(config).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
 def large_clip():
+    """A CLIP of 150 MB in OpenAI's layout."""
     text = TEXT | {"vocab_size": 632, "eos_token_id": 631, "pad_token_id": 631, "bos_token_id": 630}
     config = HfvlmCLIPConfig(vision_config=VISION, text_config=text)
-    return AutoModel.from_config(config)
+    return restore_keys(zeros(config).state_dict(), clip.keys_for(config, "openai"))
 
 
-def released(tmp_path, kind):
-    """A CLIP of 150 MB in OpenAI's layout, in each kind of file."""
-    model = large_clip()
-    state = restore_keys(model.state_dict(), clip.keys_for(model.config, "openai"))
+def released(tmp_path, kind, state):
+    """It in each kind of file."""
     path = tmp_path / f"large.{kind}"
     if kind == "pt":
         torch.save({"state_dict": state}, path)
@@ -77,14 +86,14 @@ def released(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["pt", "legacy", "npz", "safetensors"])
-def test_converting(tmp_path, kind):
-    source = released(tmp_path, kind)
+def test_converting(tmp_path, kind, large_clip):
+    source = released(tmp_path, kind, large_clip)
     used = peak(tmp_path, "convert", source, "clip", tmp_path / "out", vocabulary="none")
     assert used < 1.2 * os.path.getsize(source)
 
 
-def test_exporting(tmp_path):
-    source = released(tmp_path, "pt")
+def test_exporting(tmp_path, large_clip):
+    source = released(tmp_path, "pt", large_clip)
     vocabulary = SHIPPED / "bpe_simple_vocab.txt.gz"
     folder = hfvlm.convert(source, "clip", tmp_path / "out", vocabulary=vocabulary)
     size = os.path.getsize(folder / "model.safetensors")
@@ -98,7 +107,7 @@ LANGUAGE |= {"num_hidden_layers": 8, "num_attention_heads": 12, "max_position_em
 def composed(kind, **fields):
     """The parts, in their authors' names, of a model around a language model of 270 MB."""
     model = kind(vision_config=TOWER, text_config=LANGUAGE, **fields)
-    return AutoModel.from_config(model).eval()
+    return zeros(model)
 
 
 def named(model, start, rows):

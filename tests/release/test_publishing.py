@@ -2,14 +2,13 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import ModelCard
+
+from tests.support.processes import run_fresh
 
 ROADS = """
 import sys
@@ -109,10 +108,7 @@ def hub(clip_folder, tmp_path_factory):
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-c", ROADS, str(clip_folder), str(out)],
-        capture_output=True, text=True, check=False, env=os.environ | settings, timeout=300,
-    )  # fmt: skip
+    result = run_fresh(ROADS, clip_folder, out, check=False, **settings)
     server.shutdown()
     server.server_close()
     thread.join()

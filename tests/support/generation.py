@@ -20,9 +20,9 @@ class GenerationSuite:
         model.language_model.config.use_cache = False  # a cache is no tensor
         super().test_tuple_output_is_the_same(model, batch)
 
-    def test_exports(self, model, batch):
-        model.language_model.config.use_cache = False
-        super().test_exports(model, batch)
+    def test_exports(self, shallow, batch):
+        shallow.language_model.config.use_cache = False
+        super().test_exports(shallow, batch)
 
     def answer(self, model, batch, **options):
         return model.generate(**batch, **NEW | {"pad_token_id": 0} | options)[:, batch["input_ids"].shape[1] :]
@@ -85,15 +85,16 @@ class GenerationSuite:
         assert torch.equal(self.answer(model, batch, use_cache=False), expected)
         assert torch.equal(self.answer(model, batch, cache_implementation="static"), expected)
 
-    def test_decoding_compiles_as_one_graph(self, model, batch):
+    def test_decoding_compiles_as_one_graph(self, shallow, batch):
         """With a static cache, as generate does where there is a GPU."""
         batch = self.one(batch, 0)
-        expected = self.answer(model, batch)
+        expected = self.answer(shallow, batch)
         options = CompileConfig(fullgraph=True, backend="eager", mode=None)
         options._compile_all_devices = True
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        assert torch.equal(self.answer(model, batch, cache_implementation="static", compile_config=options), expected)
+        answer = self.answer(shallow, batch, cache_implementation="static", compile_config=options)
+        assert torch.equal(answer, expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
     def test_split_over_devices(self, model, batch, tmp_path):

@@ -1,11 +1,15 @@
 """Several processes that talk to each other, on one machine without a GPU, and scripts run as a user runs them."""
 
+import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,3 +55,70 @@ def run_script(path: Path, *arguments: Any) -> None:
     """Run a script as `python path arguments` does, in this process: its libraries are imported already."""
     with patch.object(sys, "argv", [str(path), *map(str, arguments)]):
         runpy.run_path(str(path), run_name="__main__")
+
+
+# Runs in the nursery: forks itself for each line that it reads, and answers with the exit code.
+NURSERY = """
+import atexit, json, os, signal, sys, traceback
+import torch._dynamo, torch._inductor.compile_fx, torch.distributed.tensor, scipy.optimize, sklearn.linear_model
+
+def live(request):
+    signal.alarm(300)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, path in enumerate(request["outputs"], 1):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.path[:], sys.argv[:] = request["path"], ["-c", *request["arguments"]]
+    try:
+        exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as error:
+        return error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+others = {"transformers", "peft", "huggingface_hub", "datasets", "hfvlm"}
+assert others.isdisjoint(sys.modules)
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        code = live(json.loads(line))
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+"""
+
+
+@cache
+def nursery() -> subprocess.Popen[str]:
+    """A process that has imported torch and scipy, and neither transformers nor what builds on it."""
+    return subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_fresh(code: str, *arguments: Any, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code as `python -c code arguments` does, in a process that has imported nothing but torch and scipy: their
+    import is most of what a new interpreter takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        for path in outputs:
+            path.touch()
+        request = {
+            "code": textwrap.dedent(code),
+            "arguments": [str(argument) for argument in arguments],
+            "environment": os.environ | environment,
+            "folder": os.getcwd(),
+            "path": sys.path,
+            "outputs": [str(path) for path in outputs],
+        }
+        server = nursery()
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        done = subprocess.CompletedProcess(["python", "-c"], status, *(path.read_text() for path in outputs))
+    assert not (check and status), done.stderr[-3000:]
+    return done

@@ -451,8 +451,9 @@ def test_options_that_cannot_work_are_refused(tmp_path, clip_folder, processor, 
 
 def test_bfloat16_and_gradient_checkpointing(tmp_path, clip_folder, processor):
     trainer = trainer_for(
-        tmp_path, clip_folder, processor, bf16=True, gradient_checkpointing=True, mini_batch_size=6, max_steps=16
-    )
+        tmp_path, clip_folder, processor, bf16=True, gradient_checkpointing=True, max_steps=16,
+        per_device_train_batch_size=12, mini_batch_size=6,
+    )  # fmt: skip
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

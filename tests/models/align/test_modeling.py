@@ -72,6 +72,10 @@ class EfficientNetSuite(ModelSuite):
     records = ("hidden_states",)
 
     @pytest.fixture
+    def shallow(self, model):
+        return model
+
+    @pytest.fixture
     def model(self, batch):
         model = self.model_class(self.config()).train()
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

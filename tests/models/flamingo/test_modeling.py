@@ -61,6 +61,10 @@ class TestFlamingo(GenerationSuite, ModelSuite):
     text = NEOX
 
     @pytest.fixture
+    def shallow(self, model):
+        return model
+
+    @pytest.fixture
     def model(self):
         return tiny(self.text)
 

@@ -80,12 +80,12 @@ class TestTiles(GenerationSuite, ModelSuite):
         ids = self.inputs()["input_ids"]
         return {"labels": ids.masked_fill(ids == IMAGE, -100)}
 
-    def test_compiles_as_one_graph(self, model, batch):
+    def test_compiles_as_one_graph(self, shallow, batch):
         """Sizes decide shapes, and so are numbers of the graph."""
-        super().test_compiles_as_one_graph(model, batch | {"image_sizes": self.sizes})
+        super().test_compiles_as_one_graph(shallow, batch | {"image_sizes": self.sizes})
 
-    def test_exports(self, model, batch):
-        super().test_exports(model, batch | {"image_sizes": self.sizes})
+    def test_exports(self, shallow, batch):
+        super().test_exports(shallow, batch | {"image_sizes": self.sizes})
 
     def test_padded_joined_and_listed_views_have_equal_features(self, model):
         sizes = ((20, 60), (60, 20), (400, 400))

@@ -91,12 +91,12 @@ class TestPaddedFilms(FilmSuite):
     def inputs(self):
         return super().inputs() | {"num_frames": torch.tensor([3, 2, 1])}
 
-    def test_compiles_as_one_graph(self, model, batch):
+    def test_compiles_as_one_graph(self, shallow, batch):
         """Lengths decide shapes, and so are numbers of the graph."""
-        super().test_compiles_as_one_graph(model, batch | {"num_frames": (3, 2, 1)})
+        super().test_compiles_as_one_graph(shallow, batch | {"num_frames": (3, 2, 1)})
 
-    def test_exports(self, model, batch):
-        super().test_exports(model, batch | {"num_frames": (3, 2, 1)})
+    def test_exports(self, shallow, batch):
+        super().test_exports(shallow, batch | {"num_frames": (3, 2, 1)})
 
 
 class TestPGVideoLLaVA(FilmSuite):
