@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hfvlm.losses.processes import all_processes, rank_and_size
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, other_towers, records
 from hfvlm.modeling.compat import causal_mask
 from hfvlm.modules.embeddings import TokenEmbedding
+from hfvlm.modules.parts import joined
 from hfvlm.modules.pooling import end_of_text, tokens_at
 from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
@@ -114,12 +117,42 @@ class CausalTextTower(TextTower):
         self.projection = projection(config, bias=self.projection_bias)
         self.post_init()
 
+    def ends(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Find the token of each text that is pooled, `(B, N)` -> `(B,)`; see `end_of_text`."""
+        return end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Embed texts `(B, N)`; `last_hidden_state` is zero after a text's own end.
+
+        Nothing after a text's end-of-text token can change its embedding, and it is not computed, unless hidden states
+        or attentions are wanted.
+        """
+        if kwargs.get("pooled_only"):
+            return super().features(input_ids, attention_mask, **kwargs)
+        ends, length = self.ends(input_ids, attention_mask), input_ids.shape[1]
+
+        def embed(ids: Tensor, mask: Tensor | None, ends: Tensor) -> BaseModelOutputWithPooling:
+            output = as_features(self(ids, mask, **kwargs))
+            tokens: Any = output.last_hidden_state
+            after = torch.arange(tokens.shape[1], device=ends.device) > ends.unsqueeze(-1)
+            tokens = tokens.masked_fill(after.unsqueeze(-1), 0)
+            output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+            return output
+
+        if records(self.config, kwargs) or torch.compiler.is_compiling():
+            return embed(input_ids, attention_mask, ends)
+        found, order = each_length(embed, input_ids, attention_mask, ends)
+        output: Any = joined(found)
+        return type(output)(**{name: rows[order] for name, rows in output.items()})
+
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm, or, with `pooled_only`, `(B, 1, D)`
         of the end-of-text tokens. What follows these cannot change them: each is computed in a batch of its length."""
         if not kwargs.get("pooled_only"):
             return self.read_rows(input_ids, attention_mask, **kwargs)
-        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        ends = self.ends(input_ids, attention_mask)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.read_rows(input_ids, attention_mask, ends, **kwargs)
         found, order = each_length(partial(self.read_rows, **kwargs), input_ids, attention_mask, ends)
@@ -143,7 +176,7 @@ class CausalTextTower(TextTower):
         """Take the end-of-text token of each text: `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`."""
         if x.shape[1] == 1:
             return x[:, 0]
-        return tokens_at(x, end_of_text(input_ids, self.config.eos_token_id, attention_mask))
+        return tokens_at(x, self.ends(input_ids, attention_mask))
 
     def resize_positions(self, context_length: int) -> None:
         """Change the number of positions for good, as open_clip does when it loads a file."""

@@ -1,5 +1,6 @@
 """Sequences to one vector."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +65,37 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(attention_mask == 0, -1)
     return input_ids.argmax(dim=-1)
+
+
+def own_pooled(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the pooled output that a model of transformers has itself, `(B, D)`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if output.get("pooler_output") is None:
+        raise ValueError('The trunk has no pooled output of its own: set pooling to "mean" or "first".')
+    return output.pooler_output.flatten(1)
+
+
+def first_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the first token of a model's output; see `first_token`."""
+    return first_token(output.last_hidden_state, mask)
+
+
+def mean_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Average a model's tokens `(B, N, D)` where `mask`, `(B, N)`, is not 0, or its map `(B, D, H, W)` -> `(B, D)`."""
+    x = output.last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    if mask is None:
+        return x.mean(dim=1)
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+# How the output of a model of transformers is pooled, by the name that a configuration has for it.
+POOLINGS: Mapping[str, Callable[[Any, Tensor | None], Tensor]] = {
+    "pooler": own_pooled,
+    "first": first_output,
+    "mean": mean_output,
+}

@@ -11,9 +11,14 @@ architecture = Architecture(
         "hfvlm_clip_vision": "HfvlmCLIPVisionConfig",
         "hfvlm_clip_resnet": "HfvlmCLIPResNetConfig",
         "hfvlm_clip_text": "HfvlmCLIPTextConfig",
+        "hfvlm_vision_trunk": "HfvlmVisionTrunkConfig",
+        "hfvlm_text_trunk": "HfvlmTextTrunkConfig",
     },
     models={
-        "AutoModel": ("HfvlmCLIPModel", "HfvlmCLIPVisionModel", "HfvlmCLIPResNetModel", "HfvlmCLIPTextModel"),
+        "AutoModel": (
+            *("HfvlmCLIPModel", "HfvlmCLIPVisionModel", "HfvlmCLIPResNetModel", "HfvlmCLIPTextModel"),
+            *("HfvlmVisionTrunkModel", "HfvlmTextTrunkModel"),
+        ),
         "AutoModelForZeroShotImageClassification": ("HfvlmCLIPModel",),
         "AutoModelForImageClassification": ("HfvlmCLIPForImageClassification",),
     },
