@@ -15,12 +15,14 @@ from hfvlm.checkpoints.originals import check_options, count_layers, original_co
 from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, transformers_vision_rows
 from hfvlm.conversion.interop import clip as interop
 from hfvlm.conversion.processors import open_clip_pixels, paired, sized, special_tokens, transformers_pixels
+from hfvlm.conversion.timm_towers import timm_config, timm_rows
 from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPResNetConfig,
     HfvlmCLIPTextConfig,
     HfvlmCLIPVisionConfig,
 )
+from hfvlm.models.clip.configuration_clip_timm import TimmVisionConfig
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
 
 VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
@@ -39,19 +41,27 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     """Return the rows for a file of `layout`: "openai", which is also open_clip's, or "transformers"."""
     if layout == "transformers":
         return interop.rows(config)
-    resnet = isinstance(config.vision_config, HfvlmCLIPResNetConfig)
     # open_clip's models with a text tower of their own
     prefix = "text." if "text.text_projection" in set(keys) else ""
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
         *(Row(name, None, optional=True) for name in ARCHIVE_ENTRIES),
-        *(resnet_rows() if resnet else openai_vision_rows("visual", "vision_model")),
+        *vision_rows(config.vision_config),
         Row(f"{prefix}token_embedding.weight", "text_model.embeddings.token.weight"),
         Row(f"{prefix}positional_embedding", "text_model.embeddings.position"),
         *openai_layers(f"{prefix}transformer.resblocks", "text_model.layers"),
         Row(f"{prefix}ln_final.{{}}", "text_model.post_norm.{}"),
         Row(f"{prefix}text_projection", "text_model.projection.weight", transpose),
     ]
+
+
+def vision_rows(config: Any) -> list[Row]:
+    """Return the rows of a vision tower in OpenAI's or open_clip's files."""
+    if isinstance(config, HfvlmCLIPResNetConfig):
+        return resnet_rows()
+    if isinstance(config, TimmVisionConfig):
+        return timm_rows(config)
+    return openai_vision_rows("visual", "vision_model")
 
 
 def resnet_rows() -> list[Row]:
@@ -116,13 +126,16 @@ def _from_open_clip(original: Mapping[str, Any], state_dict: Mapping[str, Tensor
     vision, text = original["vision_cfg"], original["text_cfg"]
     known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
     check_options("open_clip's model config", original, known)
-    sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
-    check_options("open_clip's vision_cfg", vision, sizes)
     check_options(
         "open_clip's text_cfg", text, ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
     )
     act = "quick_gelu" if original.get("quick_gelu") else "gelu"
-    config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
+    if "timm_model_name" in vision:
+        config: Any = timm_config(vision, state_dict)
+    else:
+        sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
+        check_options("open_clip's vision_cfg", vision, sizes)
+        config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
     return HfvlmCLIPConfig(vision_config=config, text_config=_text_config(state_dict, act, text.get("heads")))
 
 

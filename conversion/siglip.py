@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.conversion import Conversion, always
-from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
+from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, transpose, unbatched, unstack
 from hfvlm.checkpoints.originals import check_options, count_layers, original_config
-from hfvlm.conversion.blocks import openai_layers, timm_layers
+from hfvlm.conversion.blocks import openai_layers, timm_layers, timm_pool
 from hfvlm.conversion.clip import settings_from_original
 from hfvlm.conversion.interop import siglip as interop
 from hfvlm.conversion.interop.siglip import GEMMA_VOCABULARY, is_naflex
@@ -60,19 +60,13 @@ def keys_for(config: HfvlmSigLIPConfig, layout: str = "open_clip", keys: Iterabl
 
 def open_clip_rows(config: HfvlmSigLIPConfig) -> list[Row]:
     source, target = "visual.trunk", "vision_model"
-    pool, ours = f"{source}.attn_pool", f"{target}.pool"
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
         Row("logit_bias", "logit_scale.bias", scalar),
         *(naflex_embeddings() if is_naflex(config) else patch_embeddings()),
         *timm_layers(f"{source}.blocks", f"{target}.layers"),
         Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
-        Row(f"{pool}.latent", f"{ours}.probe"),
-        Row(f"{pool}.q.{{}}", f"{ours}.attention.q_proj.{{}}"),
-        Row(f"{pool}.kv.{{}}", (f"{ours}.attention.k_proj.{{}}", f"{ours}.attention.v_proj.{{}}"), split(2)),
-        Row(f"{pool}.proj.{{}}", f"{ours}.attention.out_proj.{{}}"),
-        Row(f"{pool}.norm.{{}}", f"{ours}.mlp_norm.{{}}"),
-        Row(f"{pool}.mlp.{{}}.{{}}", f"{ours}.mlp.{{}}.{{}}"),
+        *timm_pool(f"{source}.attn_pool", f"{target}.pool"),
         Row("text.token_embedding.weight", "text_model.embeddings.token.weight"),
         Row("text.positional_embedding", "text_model.embeddings.position"),
         *openai_layers("text.transformer.resblocks", "text_model.layers"),

@@ -13,14 +13,15 @@ from hfvlm.modules.transformer import MLP, Attention
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision."""
+    """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision. Without `heads` and
+    an `intermediate_size` of its own, it has its tower's."""
 
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: TowerConfig, heads: int | None = None, intermediate_size: int | None = None):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.attention = Attention(config)
+        self.attention = Attention(config, heads=heads)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, intermediate_size)
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.probe, std=std)
@@ -29,6 +30,14 @@ class AttentionPool(nn.Module):
         """(B, N, D), (B, 1, 1, N) or None -> (B, D)."""
         pooled, _ = self.attention(self.probe.expand(x.shape[0], -1, -1), mask, context=x, **kwargs)
         return (pooled + self.mlp(self.mlp_norm(pooled))).squeeze(1)
+
+
+class FirstToken(nn.Module):
+    """The class token."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """(B, N, D) -> (B, D)."""
+        return x[:, 0]
 
 
 def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:

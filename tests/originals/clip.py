@@ -127,8 +127,10 @@ def module_path(name: str, model: HfvlmCLIPModel, resnet: bool) -> str | None:
         "patch_embeddings": "patches.projection",
         "embeddings": "embeddings",
         "ln_pre": "pre_norm",
+        "norm_pre": "pre_norm",
+        "norm": "post_norm",
         "ln_final": "post_norm",
-        "pooled": "post_norm",
+        "pooled": "pool" if hasattr(model.get_submodule(f"{tower}_model"), "pool") else "post_norm",
         "last_block": f"layers.{last - 1}",
     }
     block = re.fullmatch(r"block(\d+)(_attention)?", place)

@@ -10,6 +10,12 @@ architecture = Architecture(
         "hfvlm_clip": "HfvlmCLIPConfig",
         "hfvlm_clip_vision": "HfvlmCLIPVisionConfig",
         "hfvlm_clip_resnet": "HfvlmCLIPResNetConfig",
+        "hfvlm_clip_vit": "HfvlmCLIPViTConfig",
+        "hfvlm_clip_eva": "HfvlmCLIPEVAConfig",
+        "hfvlm_clip_eva_post_norm": "HfvlmCLIPEVAPostNormConfig",
+        "hfvlm_clip_eva02": "HfvlmCLIPEVA02Config",
+        "hfvlm_clip_pe": "HfvlmCLIPPEConfig",
+        "hfvlm_clip_pe_gigantic": "HfvlmCLIPPEGiganticConfig",
         "hfvlm_clip_text": "HfvlmCLIPTextConfig",
         "hfvlm_vision_trunk": "HfvlmVisionTrunkConfig",
         "hfvlm_text_trunk": "HfvlmTextTrunkConfig",
@@ -17,6 +23,8 @@ architecture = Architecture(
     models={
         "AutoModel": (
             *("HfvlmCLIPModel", "HfvlmCLIPVisionModel", "HfvlmCLIPResNetModel", "HfvlmCLIPTextModel"),
+            *("HfvlmCLIPViTModel", "HfvlmCLIPEVAModel", "HfvlmCLIPEVAPostNormModel", "HfvlmCLIPEVA02Model"),
+            *("HfvlmCLIPPEModel", "HfvlmCLIPPEGiganticModel"),
             *("HfvlmVisionTrunkModel", "HfvlmTextTrunkModel"),
         ),
         "AutoModelForZeroShotImageClassification": ("HfvlmCLIPModel",),
