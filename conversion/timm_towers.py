@@ -80,7 +80,7 @@ def timm_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> 
         UnsupportedOriginalError: it has an option that hfvlm's tower does not have.
     """
     name, arguments = vision["timm_model_name"], vision.get("timm_model_kwargs") or {}
-    trunk = tower_of(name)
+    trunk = tower_of(str(name))
     if trunk is None:
         raise UnsupportedOriginalError(f"timm_model_name {name!r} is none of {', '.join(TOWERS)}.")
     check_options("open_clip's vision_cfg", vision, OPTIONS)

@@ -47,6 +47,19 @@ def test_all_released_openai_models_are_here():
     assert all(load_preset(name).source["url"].split("/")[-2] == load_preset(name).source["sha256"] for name in wanted)
 
 
+def test_a_hash_may_be_published_in_part():
+    """As open_clip does, of the files on GitHub; their copies on the Hub are others."""
+    preset = load_preset("clip/rn50-cc12m")
+    assert preset.published_sha256("rn50-quickgelu-cc12m-f000538c.pt") == "f000538c"
+    assert preset.published_sha256("open_clip_model.safetensors") is None
+    whole = load_preset("clip/rn50")
+    assert whole.published_sha256("renamed.pt") == whole.source["sha256"]
+    for name in PRESETS:
+        source = load_preset(name).source
+        if "sha256_begins" in source:
+            assert source["url"].rpartition("/")[2].rpartition(".")[0].endswith(f"-{source['sha256_begins']}")
+
+
 def test_names_may_be_short_where_they_are_unique():
     assert load_preset("vit-b-32").name == load_preset("clip/vit-b-32").name == "clip/vit-b-32"
     with pytest.raises(ValueError, match="Did you mean .*clip/tiny.*siglip/tiny"):
