@@ -3,7 +3,8 @@
 Sources: https://github.com/openai/CLIP at d05afc4, https://github.com/mlfoundations/open_clip at 89fb801.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
 from typing import Any
 
@@ -11,11 +12,22 @@ from torch import Tensor
 
 from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, scalar, transpose
-from hfvlm.checkpoints.originals import check_options, count_layers, original_config
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.configuration import FOREIGN
 from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, transformers_vision_rows
 from hfvlm.conversion.interop import clip as interop
-from hfvlm.conversion.processors import open_clip_pixels, paired, sized, special_tokens, transformers_pixels
+from hfvlm.conversion.processors import paired, settings_from_original, sized, special_tokens
+from hfvlm.conversion.siglip import open_clip_vision_config, siglip_vision_rows
 from hfvlm.conversion.timm_towers import timm_config, timm_rows
+from hfvlm.conversion.transformers_towers import (
+    OPTIONS,
+    encoder_config,
+    encoder_rows,
+    is_trunk,
+    trunk_config,
+    trunk_rows,
+)
+from hfvlm.modeling.trunks import HfvlmTextTrunkConfig
 from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPResNetConfig,
@@ -23,7 +35,14 @@ from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPVisionConfig,
 )
 from hfvlm.models.clip.configuration_clip_timm import TimmVisionConfig
+from hfvlm.models.clip.configuration_clip_variants import (
+    HfvlmCLIPATextConfig,
+    HfvlmCLIPAVisionConfig,
+    HfvlmCLIPBidirectionalTextConfig,
+    HfvlmMetaCLIP2TextConfig,
+)
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
+from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPConfig
 
 VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
 # Sizes that the archives repeat as entries of their own.
@@ -41,12 +60,34 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     """Return the rows for a file of `layout`: "openai", which is also open_clip's, or "transformers"."""
     if layout == "transformers":
         return interop.rows(config)
-    # open_clip's models with a text tower of their own
-    prefix = "text." if "text.text_projection" in set(keys) else ""
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
+        # With SigLIP's loss.
+        *([Row("logit_bias", "logit_scale.bias", scalar)] if hasattr(config, "logit_bias_init_value") else ()),
         *(Row(name, None, optional=True) for name in ARCHIVE_ENTRIES),
         *vision_rows(config.vision_config),
+        *text_rows(config.text_config, keys),
+    ]
+
+
+def vision_rows(config: Any) -> list[Row]:
+    """Return the rows of a vision tower in OpenAI's or open_clip's files."""
+    if isinstance(config, TimmVisionConfig):
+        return timm_rows(config)
+    rows = VISION_ROWS.get(config.model_type)
+    return rows(config) if rows else openai_vision_rows("visual", "vision_model")
+
+
+def clipa_rows(config: HfvlmCLIPAVisionConfig) -> list[Row]:
+    return [row for row in openai_vision_rows("visual", "vision_model") if ".ln_pre." not in row.source]
+
+
+def text_rows(config: Any, keys: Iterable[str]) -> list[Row]:
+    """Return the rows of a text tower in OpenAI's or open_clip's files, of which some keep it apart, as `text`."""
+    if isinstance(config, HfvlmTextTrunkConfig):
+        return encoder_rows(config)
+    prefix = "text." if "text.text_projection" in set(keys) else ""
+    return [
         Row(f"{prefix}token_embedding.weight", "text_model.embeddings.token.weight"),
         Row(f"{prefix}positional_embedding", "text_model.embeddings.position"),
         *openai_layers(f"{prefix}transformer.resblocks", "text_model.layers"),
@@ -55,16 +96,7 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     ]
 
 
-def vision_rows(config: Any) -> list[Row]:
-    """Return the rows of a vision tower in OpenAI's or open_clip's files."""
-    if isinstance(config, HfvlmCLIPResNetConfig):
-        return resnet_rows()
-    if isinstance(config, TimmVisionConfig):
-        return timm_rows(config)
-    return openai_vision_rows("visual", "vision_model")
-
-
-def resnet_rows() -> list[Row]:
+def resnet_rows(config: HfvlmCLIPResNetConfig) -> list[Row]:
     return [
         Row("visual.conv{}.weight", "vision_model.stem.conv{}.conv.weight"),
         Row("visual.bn{}.{}", "vision_model.stem.conv{}.norm.{}"),
@@ -76,6 +108,15 @@ def resnet_rows() -> list[Row]:
         *(Row(f"visual.attnpool.{part}_proj.{{}}", f"vision_model.pool.{part}_proj.{{}}") for part in "qkv"),
         Row("visual.attnpool.c_proj.{}", "vision_model.pool.out_proj.{}"),
     ]
+
+
+# By the model_type of a vision tower; others have OpenAI's.
+VISION_ROWS: Mapping[str, Callable[[Any], list[Row]]] = {
+    "hfvlm_clip_resnet": resnet_rows,
+    "hfvlm_clipa_vision": clipa_rows,
+    "hfvlm_siglip_vision": siglip_vision_rows,
+    "hfvlm_vision_trunk": trunk_rows,
+}
 
 
 def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
@@ -108,35 +149,100 @@ def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
     return [*rows, *(Row(name, None, optional=True) for name in left_out)]
 
 
-def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
+def config_from_original(
+    original: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> HfvlmCLIPConfig | HfvlmSigLIPConfig:
     """Read OpenAI's constructor arguments (none are needed), open_clip's model config, or transformers'
-    config.json."""
+    config.json. Towers with a bias of their logits are a SigLIP."""
+    encoder = original.get("text_model_config") or {}
     original = original_config(original)
     if original.get("model_type") == "clip":
         return interop.config_from_transformers(original)
     if "vision_cfg" in original:
-        return _from_open_clip(original, state_dict)
+        return _from_open_clip(original, encoder, state_dict)
     return HfvlmCLIPConfig(
         vision_config=_vision_config(state_dict, "quick_gelu"),
         text_config=_text_config(state_dict, "quick_gelu", original.get("transformer_heads")),
     )
 
 
-def _from_open_clip(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
-    vision, text = original["vision_cfg"], original["text_cfg"]
-    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+def _from_open_clip(
+    original: Mapping[str, Any], encoder: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> HfvlmCLIPConfig | HfvlmSigLIPConfig:
+    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias")
     check_options("open_clip's model config", original, known)
-    check_options(
-        "open_clip's text_cfg", text, ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
-    )
     act = "quick_gelu" if original.get("quick_gelu") else "gelu"
-    if "timm_model_name" in vision:
-        config: Any = timm_config(vision, state_dict)
-    else:
-        sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
-        check_options("open_clip's vision_cfg", vision, sizes)
-        config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
-    return HfvlmCLIPConfig(vision_config=config, text_config=_text_config(state_dict, act, text.get("heads")))
+    towers = {
+        "vision_config": _open_clip_vision(original["vision_cfg"], act, state_dict),
+        "text_config": _open_clip_text(original["text_cfg"], act, encoder, state_dict),
+    }
+    bias = original.get("init_logit_bias")
+    return (
+        HfvlmCLIPConfig(**towers) if bias is None else HfvlmSigLIPConfig(**towers, logit_bias_init_value=float(bias))
+    )
+
+
+def _open_clip_vision(vision: Mapping[str, Any], act: str, state_dict: Mapping[str, Tensor]) -> Any:
+    name = str(vision.get("timm_model_name") or "")
+    if "_siglip_" in name:
+        check_options("open_clip's vision_cfg", vision, OPTIONS)
+        return open_clip_vision_config(vision, {key: tensor.shape for key, tensor in state_dict.items()})
+    if is_trunk(name):
+        return trunk_config(vision, state_dict)
+    if name:
+        return timm_config(vision, state_dict)
+    structure = {option: vision[option] for option in CLIPA_VISION if vision.get(option)}
+    if structure not in ({}, CLIPA_VISION):
+        raise UnsupportedOriginalError(
+            f"open_clip's vision_cfg: {structure}; hfvlm implements these together, as CLIPA has them: {CLIPA_VISION}."
+        )
+    sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
+    check_options("open_clip's vision_cfg", vision, (*sizes, *CLIPA_VISION))
+    config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
+    return HfvlmCLIPAVisionConfig(**_fields(config)) if structure else config
+
+
+def _open_clip_text(
+    text: Mapping[str, Any], act: str, encoder: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> Any:
+    if text.get("hf_model_name"):
+        return encoder_config(text, encoder, state_dict)
+    sizes = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+    structure = ("pool_type", "no_causal_mask", "eos_id", "hf_tokenizer_name", "tokenizer_kwargs")
+    check_options("open_clip's text_cfg", text, (*sizes, *structure))
+    kind = (text.get("pool_type", "argmax"), bool(text.get("no_causal_mask")))
+    if kind not in TEXT_TOWERS:
+        raise UnsupportedOriginalError(
+            f"open_clip's text_cfg: pool_type {kind[0]!r} with no_causal_mask {kind[1]}; hfvlm implements "
+            f"{', '.join(f'{pool!r} with {mask}' for pool, mask in TEXT_TOWERS)}."
+        )
+    config = _text_config(state_dict, act, text.get("heads"))
+    tokens = OWN_TOKENS.get(kind, {}) | ({"eos_token_id": text["eos_id"]} if "eos_id" in text else {})
+    return TEXT_TOWERS[kind](**_fields(config) | tokens)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """Return what a tower's configuration has of its own."""
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in FOREIGN
+    }
+
+
+# CLIPA's vision tower, in open_clip's names.
+CLIPA_VISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+# Text towers by open_clip's `pool_type` and `no_causal_mask`.
+TEXT_TOWERS = {
+    ("argmax", False): HfvlmCLIPTextConfig,
+    ("argmax", True): HfvlmCLIPBidirectionalTextConfig,
+    ("last", True): HfvlmCLIPATextConfig,
+    ("eos", False): HfvlmMetaCLIP2TextConfig,
+}
+# Of BERT's vocabulary, and of XLM's.
+OWN_TOKENS: Mapping[tuple[str, bool], dict[str, Any]] = {
+    ("argmax", True): {"pad_token_id": 0},
+    ("last", True): {"bos_token_id": 101, "eos_token_id": None, "pad_token_id": 0},
+    ("eos", False): {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+}
 
 
 def _vision_config(
@@ -185,13 +291,6 @@ def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) 
         projection_dim=shapes["text_projection"][1],
         **special_tokens(vocabulary),
     )
-
-
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the processor's settings, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
-    if "preprocess_cfg" in original:
-        return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
-    return {"image_processor": transformers_pixels(preprocessing)}
 
 
 image_processor_for = sized(HfvlmCLIPImageProcessor)

@@ -100,3 +100,10 @@ def transformers_pixels(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """Take over the settings of transformers' preprocessor_config.json, or of the same in processor_config.json."""
     settings = preprocessing.get("image_processor", preprocessing)
     return {name: settings[name] for name in ("image_mean", "image_std", "resample") if name in settings}
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the processor's settings, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
+    if "preprocess_cfg" in original:
+        return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
+    return {"image_processor": transformers_pixels(preprocessing)}

@@ -3,23 +3,30 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses.processes import all_processes, rank_and_size
 from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, other_towers, records
 from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.parts import joined
-from hfvlm.modules.pooling import end_of_text, tokens_at
+from hfvlm.modules.pooling import end_of_text, last_position, tokens_at
 from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import PreNormLayer, Stack
+
+logger = logging.get_logger(__name__)
 
 
 def bucket_size(device: torch.device) -> int:
@@ -93,6 +100,50 @@ class TextTower(HfvlmPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ["text"]
     _input_embed_layer = "token"
+
+
+class BidirectionalTextTower(TextTower):
+    """Base of transformers in which every token of a text attends to all: SigLIP's, and those built like it.
+
+    They were trained on texts padded to full length without a mask: padding is attended to like any token, and
+    `attention_mask`, `(B, N)`, 0 for padding, defines no more than the side of the padding.
+
+    Attributes:
+        projection_bias: whether the projection into the joint space has a bias.
+    """
+
+    projection_bias: ClassVar[bool] = False
+    pools_one_token = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.embeddings = TokenEmbedding(config)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config, bias=self.projection_bias)
+        self.post_init()
+
+    def pooling(self, input_ids: Tensor, attention_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return what takes the pooled token of each text, `(B, N, D)` -> `(B, D)`: by default that at the last
+        position, whatever it is."""
+        return partial(last_position, attention_mask=attention_mask)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
+        """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the pooled output."""
+        if input_ids.shape[1] < self.config.max_position_embeddings:
+            logger.warning_once(
+                f"{type(self).__name__} got texts of {input_ids.shape[1]} tokens but was trained on texts padded to "
+                f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
+                "padding='max_length', as the processor does by default."
+            )
+        pool = self.pooling(input_ids, attention_mask)
+        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), pool=pool, **kwargs))
+        pooled = x[:, 0] if x.shape[1] == 1 else pool(x)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
 class CausalTextTower(TextTower):

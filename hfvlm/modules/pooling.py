@@ -76,6 +76,16 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
     return input_ids.argmax(dim=-1)
 
 
+def first_of(input_ids: Tensor, token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
+    """Find the first token of an id in each text, `(B, N)` -> `(B,)`: the text's first token where there is none.
+    Padding, where `attention_mask` is 0, is no such token."""
+    found = input_ids == token_id
+    if attention_mask is None:
+        return found.int().argmax(dim=-1)
+    found = found & attention_mask.bool()
+    return torch.where(found.any(dim=-1), found.int().argmax(dim=-1), text_starts(attention_mask).squeeze(1))
+
+
 def own_pooled(output: Any, mask: Tensor | None) -> Tensor:
     """Take the pooled output that a model of transformers has itself, `(B, D)`.
 

@@ -93,45 +93,73 @@ def positions(golden: Golden) -> None:
 def model_outputs(golden: Golden) -> None:
     config = config_from_original(golden.case, golden.state_dict)
     model = converted("clip", golden.state_dict, config, layout_of(golden.case))
-    resnet = isinstance(config.vision_config, HfvlmCLIPResNetConfig)
-    paths = {name: path for name in golden.in_order() if (path := module_path(name, model, resnet))}
-    image, text = golden.inputs["image"], golden.inputs["text"]
+    paths = {name: path for name in golden.in_order() if (path := module_path(name, model))}
+    image, text = golden.inputs["image"], golden.inputs["text"].long()
     pairs = min(len(image), len(text))
-    with torch.no_grad(), Recorder(model, sorted(set(paths.values()))) as seen:
+    with torch.no_grad(), Recorder(model, sorted({path.removesuffix(":input") for path in paths.values()})) as seen:
         features = {
             "image_features": model.get_image_features(image).pooler_output,
             "text_features": model.text_model(text).embeds,
         }
-        values = {name: seen[path] for name, path in paths.items()} | features
+        values = {name: tokens_of(seen[path]) for name, path in paths.items()} | features
+        values["text.pooled"] = model.text_model(text).pooler_output
         output = model(text, image)
         loss = model(text[:pairs], image[:pairs], return_loss=True).loss
     values |= {f"{name}_normalized": F.normalize(value, dim=-1) for name, value in features.items()}
     values |= {"logits_per_image": output.logits_per_image, "logits_per_text": output.logits_per_text}
-    values["contrastive_loss"] = loss
+    values |= {"contrastive_loss": loss, "sigmoid_loss": loss}
     for name in golden.in_order():
         golden.compare(name, values[name])
 
 
-def module_path(name: str, model: HfvlmCLIPModel, resnet: bool) -> str | None:
+def tokens_of(value) -> Tensor:
+    """The tokens in what a module returns."""
+    return value["last_hidden_state"] if isinstance(value, dict) else value
+
+
+# Where intermediates of the originals are in trunks of transformers, by its model_type; `{}` is a layer's number.
+TRUNKS = {
+    "convnext": {"stem": "embeddings", "stage": "encoder.stages.{}", "pooled": "layernorm"},
+    "swin": {"norm": "layernorm"},
+    "roberta": {"embeddings": "embeddings", "block": "encoder.layer.{}"},
+    "xlm-roberta": {"embeddings": "embeddings", "block": "encoder.layer.{}"},
+    "m2m_100": {"embeddings": "layers.0:input", "block": "layers.{}", "last_hidden_state": "layer_norm"},
+    "mt5": {"embeddings": "embed_tokens", "block": "block.{}", "last_hidden_state": "final_layer_norm"},
+}
+
+
+def module_path(name: str, model: HfvlmCLIPModel) -> str | None:
     """Where an intermediate of the original is in ours."""
     tower, _, place = name.partition(".")
-    if tower not in ("vision", "text"):
+    if tower not in ("vision", "text") or name == "text.pooled":
         return None
-    if resnet and tower == "vision":
+    config = getattr(model.config, f"{tower}_config")
+    if hasattr(config, "trunk_config"):
+        trunk = config.trunk_config
+        return (
+            f"{tower}_model.trunk.{in_trunk(place, TRUNKS[trunk.model_type], getattr(trunk, 'num_hidden_layers', 0))}"
+        )
+    if isinstance(config, HfvlmCLIPResNetConfig):
         fixed = {"stem_conv1": "stem.conv1.conv", "stem": "stem"}
         stage = re.fullmatch(r"layer(\d)(?:_block(\d+))?", place)
         path = fixed.get(place) or f"stage{stage[1]}" + (f".{stage[2]}" if stage[2] else "")
         return f"vision_model.{path}"
-    last = model.config.get_text_config().num_hidden_layers if tower == "text" else len(model.vision_model.layers)
+    parts = model.get_submodule(f"{tower}_model")
     fixed = {
         "patch_embeddings": "patches.projection",
-        "embeddings": "embeddings",
+        "embeddings": "pre_norm" if hasattr(parts, "pre_norm") else "embeddings",
         "ln_pre": "pre_norm",
         "norm_pre": "pre_norm",
         "norm": "post_norm",
         "ln_final": "post_norm",
-        "pooled": "pool" if hasattr(model.get_submodule(f"{tower}_model"), "pool") else "post_norm",
-        "last_block": f"layers.{last - 1}",
+        "pooled": "pool" if hasattr(parts, "pool") else "post_norm",
+        "last_block": f"layers.{len(parts.layers) - 1}",
     }
     block = re.fullmatch(r"block(\d+)(_attention)?", place)
     return f"{tower}_model." + (f"layers.{block[1]}{'.attention' if block[2] else ''}" if block else fixed[place])
+
+
+def in_trunk(place: str, paths: dict[str, str], depth: int) -> str:
+    place = place.replace("last_block", f"block{depth - 1}")
+    numbered = re.fullmatch(r"(stage|block)(\d+)", place)
+    return paths[numbered[1]].format(numbered[2]) if numbered else paths[place]

@@ -1,6 +1,9 @@
-"""CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4)."""
+"""CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4).
 
-from typing import Unpack
+The folder is longer than other architectures': open_clip's releases are all CLIPs, and brought towers of their own.
+"""
+
+from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
@@ -26,10 +29,11 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
     config: HfvlmCLIPVisionConfig
     patch_bias = False
     pools_one_token = True
+    first_norm: ClassVar[type[nn.Module]] = nn.LayerNorm
 
     def __init__(self, config: HfvlmCLIPVisionConfig):
         super().__init__(config)
-        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_norm = self.first_norm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = projection(config)
@@ -55,8 +59,12 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
         x = self.layers(self.pre_norm(x), depth=depth, **kwargs)
         if until is not None:
             return TowerOutput(last_hidden_state=x)
-        pooled = self.post_norm(x[:, 0])
+        pooled = self.post_norm(self.pooling(x))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def pooling(self, x: Tensor) -> Tensor:
+        """Take what is pooled of the tokens, class token first: `(B, N, D)` -> `(B, D)`."""
+        return x[:, 0]
 
     def unused(self, until: int) -> list[str]:
         """Names of the modules that `hidden_states[until]` does not depend on."""
