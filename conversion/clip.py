@@ -6,11 +6,12 @@ Sources: https://github.com/openai/CLIP at d05afc4, https://github.com/mlfoundat
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hfvlm.checkpoints.conversion import Conversion, always
+from hfvlm.checkpoints.conversion import Conversion
 from hfvlm.checkpoints.key_table import Row, scalar, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
 from hfvlm.configuration import FOREIGN
@@ -42,6 +43,12 @@ from hfvlm.models.clip.configuration_clip_variants import (
     HfvlmMetaCLIP2TextConfig,
 )
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
+from hfvlm.models.clip.processing_clip_variants import (
+    HfvlmCLIPATokenizer,
+    HfvlmCLIPNLLBTokenizer,
+    HfvlmCLIPRobertaTokenizer,
+    HfvlmCLIPXLMTokenizer,
+)
 from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPConfig
 
 VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
@@ -294,7 +301,38 @@ def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) 
 
 
 image_processor_for = sized(HfvlmCLIPImageProcessor)
-processor_for = paired(HfvlmCLIPProcessor, image_processor_for, HfvlmCLIPTokenizer)
+OPENAI = (HfvlmCLIPTokenizer, VOCABULARIES)
+XLM = (HfvlmCLIPXLMTokenizer, ("sentencepiece.bpe.model", "tokenizer.json"))
+# Tokenizers and names of their files, by the model_type of a text tower, or of its trunk.
+TOKENIZERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "hfvlm_clip_text": OPENAI,
+    "hfvlm_clip_bidirectional_text": OPENAI,
+    "hfvlm_clipa_text": (HfvlmCLIPATokenizer, ("vocab.txt", "tokenizer.json")),
+    "hfvlm_metaclip2_text": XLM,
+    "xlm-roberta": XLM,
+    "roberta": (HfvlmCLIPRobertaTokenizer, ("vocab.json", "tokenizer.json")),
+    "m2m_100": (HfvlmCLIPNLLBTokenizer, ("tokenizer.json",)),
+}
+
+
+def text_kind(config: Any) -> str:
+    """Return the model_type of a model's text tower, or of its trunk."""
+    text = config.text_config
+    return text.trunk_config.model_type if isinstance(text, HfvlmTextTrunkConfig) else text.model_type
+
+
+def processor_for(config: Any, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmCLIPProcessor:
+    """Return the processor; `vocabulary` is the tokenizer's original file."""
+    kind, _ = TOKENIZERS[text_kind(config)]
+    return paired(HfvlmCLIPProcessor, image_processor_for, kind)(config, settings, vocabulary)
+
+
+def vocabularies_for(config: Any) -> list[tuple[str, ...]]:
+    """Return the names of the tokenizer's file; none where hfvlm has no tokenizer."""
+    kind = text_kind(config)
+    return [TOKENIZERS[kind][1]] if kind in TOKENIZERS else []
+
+
 CONVERSION = Conversion(
     config_from_original=config_from_original,
     keys_for=keys_for,
@@ -302,6 +340,6 @@ CONVERSION = Conversion(
     settings_from_original=settings_from_original,
     image_processor_for=image_processor_for,
     processor_for=processor_for,
-    vocabularies_for=always([VOCABULARIES]),
+    vocabularies_for=vocabularies_for,
     export=interop.EXPORT,
 )

@@ -9,12 +9,15 @@ from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.clip import config_from_original, layout_of
 from hfvlm.conversion.processors import FILTERS
 from hfvlm.models.clip import (
+    HfvlmCLIPATokenizer,
     HfvlmCLIPConfig,
     HfvlmCLIPImageProcessor,
     HfvlmCLIPModel,
     HfvlmCLIPResNetConfig,
     HfvlmCLIPTokenizer,
+    HfvlmCLIPXLMTokenizer,
 )
+from hfvlm.processing.cleaning import CLEANINGS
 from tests.originals.common import converted, vocabulary
 from tests.support.golden import Golden, Recorder, compare_pixels
 
@@ -59,17 +62,32 @@ def pixels(setting: dict, path: Path, shape: list[int] | None) -> Tensor:
     return processor(path, return_tensors="pt")["pixel_values"][0]
 
 
+OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
+TOKENIZERS = {
+    OPENAI_FILE: HfvlmCLIPTokenizer,
+    "vocab.txt": HfvlmCLIPATokenizer,
+    "sentencepiece.bpe.model": HfvlmCLIPXLMTokenizer,
+}
+
+
 def tokens(golden: Golden) -> None:
     golden.check()
-    facts, files = golden.section("facts"), golden.section("files")
-    if files or "strip_sep_token" in facts:
-        raise UnsupportedOriginalError(f"hfvlm's CLIP has no tokenizer of {', '.join(files)}.")
-    path = vocabulary(golden.folder, "bpe_simple_vocab_16e6.txt.gz")
-    tokenizer = HfvlmCLIPTokenizer.from_vocabulary(path, model_max_length=facts.get("context_length", 77))
-    known = {"vocab_size": len(tokenizer), "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id}
+    facts, file = golden.section("facts"), next(iter(golden.section("files")), OPENAI_FILE)
+    if file not in TOKENIZERS:
+        raise UnsupportedOriginalError(f"hfvlm's CLIP has no tokenizer of {file}.")
+    path = vocabulary(golden.folder, file)
+    tokenizer = TOKENIZERS[file].from_vocabulary(path, model_max_length=facts.get("context_length", 77))
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "pad", "unk")}
+    known = {"vocab_size": len(tokenizer), "start": ids["bos"], "end": ids["eos"]}
+    if "padded_to" in facts:
+        known |= {"start": ids["cls"], "end": ids["sep"], "pad": ids["pad"]}
+        known |= {"unknown": ids["unk"]} if "unknown" in facts else {}
     assert {name: facts.get(name, value) for name, value in known.items()} == known
+    options = {"padding": "max_length"} if "padded_to" in facts else {}
     for row in golden.case["texts"]:
-        assert tokenizer(row["text"])["input_ids"] == row["ids"], row["text"]
+        assert tokenizer(row["text"], **options)["input_ids"] == row["ids"], row["text"]
+        clean = CLEANINGS[tokenizer.clean](row["text"])
+        assert clean == row.get("cleaned", clean)
 
 
 def positions(golden: Golden) -> None:

@@ -37,7 +37,10 @@ architecture = Architecture(
     },
     processor="HfvlmCLIPProcessor",
     image_processors=("HfvlmCLIPImageProcessor",),
-    tokenizers=("HfvlmCLIPTokenizer",),
+    tokenizers=(
+        *("HfvlmCLIPTokenizer", "HfvlmCLIPATokenizer", "HfvlmCLIPRobertaTokenizer", "HfvlmCLIPXLMTokenizer"),
+        "HfvlmCLIPNLLBTokenizer",
+    ),
 )
 
 
