@@ -19,7 +19,7 @@ from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, transform
 from hfvlm.conversion.interop import clip as interop
 from hfvlm.conversion.processors import paired, settings_from_original, sized, special_tokens
 from hfvlm.conversion.siglip import open_clip_vision_config, siglip_vision_rows
-from hfvlm.conversion.timm_towers import timm_config, timm_rows
+from hfvlm.conversion.timm_towers import timm_config, timm_rows, wrapped_rows
 from hfvlm.conversion.transformers_towers import (
     OPTIONS,
     encoder_config,
@@ -122,6 +122,7 @@ VISION_ROWS: Mapping[str, Callable[[Any], list[Row]]] = {
     "hfvlm_clip_resnet": resnet_rows,
     "hfvlm_clipa_vision": clipa_rows,
     "hfvlm_siglip_vision": siglip_vision_rows,
+    "hfvlm_timm_trunk": wrapped_rows,
     "hfvlm_vision_trunk": trunk_rows,
 }
 

@@ -1,4 +1,4 @@
-"""The vision transformers that open_clip takes from timm, which hfvlm writes out: rows and sizes.
+"""The vision towers that open_clip takes from timm, those that hfvlm writes out and all others: rows and sizes.
 
 Source: timm 1.0.31, timm/models/eva.py and vision_transformer.py; open_clip at 89fb801, src/open_clip/timm_model.py.
 """
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from hfvlm.checkpoints.key_table import Row, flat, split, unbatched
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.configuration import HfvlmConfig
 from hfvlm.conversion.blocks import timm_layers, timm_pool
+from hfvlm.conversion.transformers_towers import HEADS, head_of
+from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig
 from hfvlm.models.clip.configuration_clip_timm import (
     HfvlmCLIPEVA02Config,
     HfvlmCLIPEVAConfig,
@@ -60,11 +63,13 @@ TOWERS = {
     "vit_giant_patch14_clip_": TimmName(HfvlmCLIPViTConfig, 16),
     "vit_gigantic_patch14_clip_": TimmName(HfvlmCLIPViTConfig, 16),
 }
-# Of open_clip's vision_cfg and its timm_model_kwargs. Sizes are what the shapes say; dropout is for training alone.
+# Of open_clip's vision_cfg and its timm_model_kwargs. Most sizes are what the shapes say.
 OPTIONS = (
     *("image_size", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_model_kwargs"),
     *("timm_drop_path", "patch_dropout"),
 )
+# Modules of timm's models before their heads.
+PARTS = ("stem", "stages", "final_conv", "patch_embed", "blocks", "layers", "norm_pre", "norm", "fc_norm", "head.norm")
 ARGUMENTS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "ref_feat_shape")
 
 
@@ -73,17 +78,38 @@ def tower_of(name: str) -> TimmName | None:
     return next((trunk for beginning, trunk in TOWERS.items() if name.startswith(beginning)), None)
 
 
-def timm_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TimmVisionConfig:
+def timm_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmConfig:
     """Read open_clip's `vision_cfg` and the tensors of the trunk that it names.
 
     Raises:
         UnsupportedOriginalError: it has an option that hfvlm's tower does not have.
     """
-    name, arguments = vision["timm_model_name"], vision.get("timm_model_kwargs") or {}
-    trunk = tower_of(str(name))
-    if trunk is None:
-        raise UnsupportedOriginalError(f"timm_model_name {name!r} is none of {', '.join(TOWERS)}.")
     check_options("open_clip's vision_cfg", vision, OPTIONS)
+    trunk = tower_of(str(vision["timm_model_name"]))
+    return wrapped_config(vision, state_dict) if trunk is None else written_config(trunk, vision, state_dict)
+
+
+def wrapped_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmTimmTrunkConfig:
+    """Read a trunk that timm itself runs."""
+    rates = {"drop_path_rate": vision.get("timm_drop_path"), "patch_drop_rate": vision.get("patch_dropout")}
+    arguments = dict(vision.get("timm_model_kwargs") or {})
+    arguments |= {name: rate for name, rate in rates.items() if rate}
+    if vision.get("timm_pool"):
+        arguments["global_pool"] = vision["timm_pool"]
+    shapes = {key.removeprefix("visual."): tensor.shape for key, tensor in state_dict.items()}
+    first = next(name for name in (*HEADS, "head.mlp.fc1") if f"{name}.weight" in shapes)
+    return HfvlmTimmTrunkConfig(
+        architecture=vision["timm_model_name"],
+        model_args=arguments or None,
+        image_size=vision.get("image_size") or 224,
+        hidden_size=shapes[f"{first}.weight"][1],
+        **head_of(shapes),
+    )
+
+
+def written_config(trunk: TimmName, vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TimmVisionConfig:
+    """Read a trunk that hfvlm writes out."""
+    name, arguments = vision["timm_model_name"], vision.get("timm_model_kwargs") or {}
     check_options("open_clip's timm_model_kwargs", arguments, ARGUMENTS)
     if vision.get("timm_proj") is not None or vision.get("timm_pool", trunk.pool) != trunk.pool:
         raise UnsupportedOriginalError(
@@ -122,6 +148,21 @@ def _edge(grid: Any) -> int:
     if len(edges) > 1:
         raise UnsupportedOriginalError(f"open_clip's timm_model_kwargs: ref_feat_shape {grid} is not square.")
     return edges.pop()
+
+
+def wrapped_rows(config: HfvlmTimmTrunkConfig) -> list[Row]:
+    """Return the rows of a trunk that timm itself runs: whatever it has, with its head or what follows it for the
+    projection."""
+    source, target = "visual.trunk", "vision_model.trunk.timm_model"
+    layers = dict.fromkeys(HEADS, "") | {"head.mlp.fc1": ".fc1", "head.mlp.fc2": ".fc2"}
+    return [
+        *(Row(f"{source}.{part}.{{...}}", f"{target}.{part}.{{...}}", optional=True) for part in PARTS),
+        Row(f"{source}.{{}}", f"{target}.{{}}", optional=True),
+        *(
+            Row(f"visual.{name}.{{}}", f"vision_model.projection{ours}.{{}}", optional=True)
+            for name, ours in layers.items()
+        ),
+    ]
 
 
 def timm_rows(config: TimmVisionConfig, source: str = "visual.trunk", target: str = "vision_model") -> list[Row]:

@@ -12,6 +12,7 @@ from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
 from hfvlm.release.plans import empty_model
 from hfvlm.release.sources import conversion_of
+from tests.originals.common import needs_timm
 from tests.support.golden import key_lists, name_of, notes_of, read_key_list
 
 
@@ -31,6 +32,7 @@ def test_every_key_is_accounted_for(path):
         tensors, original, conversion = read_key_list(path), notes_of(path), conversion_of(name)
         config = conversion.config_from_original(original, tensors)
         tables = [Table(tensors, conversion.keys_for(config, conversion.layout_of(original), tensors))]
+    needs_timm(config)
     expected = empty_model(config).state_dict()
     converted = {key: t for part in convert_tables(tables, expected) for key, t in part.items()}
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}

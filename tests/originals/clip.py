@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.clip import config_from_original, layout_of
 from hfvlm.conversion.processors import FILTERS
+from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig
 from hfvlm.models.clip import (
     HfvlmCLIPATokenizer,
     HfvlmCLIPConfig,
@@ -18,7 +19,7 @@ from hfvlm.models.clip import (
     HfvlmCLIPXLMTokenizer,
 )
 from hfvlm.processing.cleaning import CLEANINGS
-from tests.originals.common import converted, vocabulary
+from tests.originals.common import converted, needs_timm, vocabulary
 from tests.support.golden import Golden, Recorder, compare_pixels
 
 # OpenAI's constructor, whose values the shapes of the weights say; open_clip's are checked where they are converted.
@@ -110,8 +111,9 @@ def positions(golden: Golden) -> None:
 
 def model_outputs(golden: Golden) -> None:
     config = config_from_original(golden.case, golden.state_dict)
+    needs_timm(config)
     model = converted("clip", golden.state_dict, config, layout_of(golden.case))
-    paths = {name: path for name in golden.in_order() if (path := module_path(name, model))}
+    paths = {name: path for name in golden.in_order() if (path := module_path(name, model) or timm_path(golden, name))}
     image, text = golden.inputs["image"], golden.inputs["text"].long()
     pairs = min(len(image), len(text))
     with torch.no_grad(), Recorder(model, sorted({path.removesuffix(":input") for path in paths.values()})) as seen:
@@ -121,6 +123,7 @@ def model_outputs(golden: Golden) -> None:
         }
         values = {name: tokens_of(seen[path]) for name, path in paths.items()} | features
         values["text.pooled"] = model.text_model(text).pooler_output
+        values.setdefault("vision.pooled", model.vision_model(image).pooler_output)
         output = model(text, image)
         loss = model(text[:pairs], image[:pairs], return_loss=True).loss
     values |= {f"{name}_normalized": F.normalize(value, dim=-1) for name, value in features.items()}
@@ -146,12 +149,20 @@ TRUNKS = {
 }
 
 
+def timm_path(golden: Golden, name: str) -> str | None:
+    """Where an intermediate of a trunk that timm runs is in ours: under its own name; None for other outputs."""
+    path = golden.description(name).get("original_module", "")
+    return path.replace("visual.trunk.", "vision_model.trunk.timm_model.") if "visual.trunk." in path else None
+
+
 def module_path(name: str, model: HfvlmCLIPModel) -> str | None:
     """Where an intermediate of the original is in ours."""
     tower, _, place = name.partition(".")
     if tower not in ("vision", "text") or name == "text.pooled":
         return None
     config = getattr(model.config, f"{tower}_config")
+    if isinstance(config, HfvlmTimmTrunkConfig):
+        return None
     if hasattr(config, "trunk_config"):
         trunk = config.trunk_config
         return (

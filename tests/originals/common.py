@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig, TimmMissingError, timm_wrapper_config
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.release.plans import empty_model, fresh_tensors, new_model
 from hfvlm.release.sources import conversion_of
@@ -35,6 +36,19 @@ def converted(
     assert {type(m) for m in model.modules()} == {type(m) for m in new_model(config).modules()}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     return model.eval()
+
+
+def needs_timm(config: PreTrainedConfig) -> None:
+    """Skip what needs timm where it does not load, once the message of the model has been seen to tell so."""
+    vision = getattr(config, "vision_config", None)
+    if not isinstance(vision, HfvlmTimmTrunkConfig):
+        return
+    try:
+        timm_wrapper_config(vision.architecture, {})
+    except TimmMissingError as reason:
+        with pytest.raises(TimmMissingError, match=rf"{vision.architecture} is .* timm.*pip install 'hfvlm\[timm\]'"):
+            empty_model(config)
+        pytest.skip(str(reason))
 
 
 def made_of(fields: dict[str, Any], name: str, text: str) -> Any:

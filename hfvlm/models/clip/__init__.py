@@ -23,6 +23,7 @@ architecture = Architecture(
         "hfvlm_metaclip2_text": "HfvlmMetaCLIP2TextConfig",
         "hfvlm_vision_trunk": "HfvlmVisionTrunkConfig",
         "hfvlm_text_trunk": "HfvlmTextTrunkConfig",
+        "hfvlm_timm_trunk": "HfvlmTimmTrunkConfig",
     },
     models={
         "AutoModel": (
@@ -30,7 +31,7 @@ architecture = Architecture(
             *("HfvlmCLIPViTModel", "HfvlmCLIPEVAModel", "HfvlmCLIPEVAPostNormModel", "HfvlmCLIPEVA02Model"),
             *("HfvlmCLIPPEModel", "HfvlmCLIPPEGiganticModel"),
             *("HfvlmCLIPAVisionModel", "HfvlmCLIPATextModel", "HfvlmCLIPBidirectionalTextModel"),
-            *("HfvlmMetaCLIP2TextModel", "HfvlmVisionTrunkModel", "HfvlmTextTrunkModel"),
+            *("HfvlmMetaCLIP2TextModel", "HfvlmVisionTrunkModel", "HfvlmTextTrunkModel", "HfvlmTimmTrunkModel"),
         ),
         "AutoModelForZeroShotImageClassification": ("HfvlmCLIPModel",),
         "AutoModelForImageClassification": ("HfvlmCLIPForImageClassification",),

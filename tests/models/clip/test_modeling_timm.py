@@ -1,4 +1,6 @@
-"""The vision transformers that open_clip takes from timm."""
+"""The vision towers that open_clip takes from timm: those that are written out, and those that timm runs."""
+
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoModel
 
+from hfvlm.modeling.timm_trunks import TimmMissingError
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPEVA02Config,
@@ -22,6 +25,8 @@ from hfvlm.models.clip import (
     HfvlmCLIPPEModel,
     HfvlmCLIPViTConfig,
     HfvlmCLIPViTModel,
+    HfvlmTimmTrunkConfig,
+    HfvlmTimmTrunkModel,
 )
 from hfvlm.models.clip.modeling_clip_timm import rotate
 from tests.models.clip.test_modeling import IDS, SIZES, TEXT
@@ -189,3 +194,46 @@ def test_classifiers_take_the_output_before_the_projection():
     model = HfvlmCLIPForImageClassification(config)
     assert model(pixels(28, 28)).logits.shape == (3, 4)
     assert isinstance(model.vision_model.projection, nn.Identity)
+
+
+SMALL = {
+    "architecture": "fastvit_mci0",
+    "model_args": {"global_pool": "avg", "layers": [1, 1, 1, 1], "embed_dims": [8, 16, 32, 64]},
+    "image_size": 64,
+    "hidden_size": 128,
+    "projection_dim": 16,
+    "projection_bias": True,
+}
+
+
+def test_a_configuration_needs_no_timm(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    vision = SMALL | {"model_type": "hfvlm_timm_trunk"}
+    config = HfvlmCLIPConfig(vision_config=vision, text_config=dict(TEXT))
+    config.save_pretrained(tmp_path)
+    again = HfvlmCLIPConfig.from_pretrained(tmp_path).vision_config
+    assert isinstance(again, HfvlmTimmTrunkConfig)
+    assert {name: getattr(again, name) for name in SMALL} == SMALL
+
+
+def test_without_timm_a_model_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(TimmMissingError, match=r"fastvit_mci0 is a model of timm.*pip install 'hfvlm\[timm\]'.*torch"):
+        AutoModel.from_config(HfvlmTimmTrunkConfig(**SMALL))
+
+
+def test_with_timm(tmp_path):
+    pytest.importorskip("timm", exc_type=ImportError)
+    model = AutoModel.from_config(HfvlmTimmTrunkConfig(**SMALL))
+    assert type(model) is HfvlmTimmTrunkModel
+    assert not model.gradient_checkpointing
+    model.gradient_checkpointing = True
+    output = model(pixels(64, 64))
+    output.embeds.sum().backward()
+    assert model.gradient_checkpointing
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    model.save_pretrained(tmp_path)
+    again = HfvlmTimmTrunkModel.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(pixels(64, 64)).embeds, model.eval()(pixels(64, 64)).embeds)
+    with pytest.raises(ValueError, match="hidden_size 64 is not 128, the width of fastvit_mci0"):
+        AutoModel.from_config(HfvlmTimmTrunkConfig(**SMALL | {"hidden_size": 64}))
