@@ -46,6 +46,7 @@ from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIP
 from hfvlm.models.clip.processing_clip_variants import (
     HfvlmCLIPATokenizer,
     HfvlmCLIPNLLBTokenizer,
+    HfvlmCLIPPaddedTokenizer,
     HfvlmCLIPRobertaTokenizer,
     HfvlmCLIPXLMTokenizer,
 )
@@ -307,7 +308,7 @@ XLM = (HfvlmCLIPXLMTokenizer, ("sentencepiece.bpe.model", "tokenizer.json"))
 # Tokenizers and names of their files, by the model_type of a text tower, or of its trunk.
 TOKENIZERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "hfvlm_clip_text": OPENAI,
-    "hfvlm_clip_bidirectional_text": OPENAI,
+    "hfvlm_clip_bidirectional_text": (HfvlmCLIPPaddedTokenizer, VOCABULARIES),
     "hfvlm_clipa_text": (HfvlmCLIPATokenizer, ("vocab.txt", "tokenizer.json")),
     "hfvlm_metaclip2_text": XLM,
     "xlm-roberta": XLM,

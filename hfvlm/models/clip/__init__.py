@@ -40,7 +40,7 @@ architecture = Architecture(
     image_processors=("HfvlmCLIPImageProcessor",),
     tokenizers=(
         *("HfvlmCLIPTokenizer", "HfvlmCLIPATokenizer", "HfvlmCLIPRobertaTokenizer", "HfvlmCLIPXLMTokenizer"),
-        "HfvlmCLIPNLLBTokenizer",
+        *("HfvlmCLIPNLLBTokenizer", "HfvlmCLIPPaddedTokenizer"),
     ),
 )
 

@@ -6,10 +6,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from hfvlm.processing.tokenization import FullLengthTokenizer, HfvlmTokenizer, WordPieceTokenizer
+from hfvlm.processing.tokenization import (
+    FullLengthTokenizer,
+    HfvlmTokenizer,
+    WordPieceTokenizer,
+    ZeroPaddedTokenizer,
+)
 from hfvlm.processing.vocabularies import (
+    OPENAI_TOKENS,
     fairseq_pieces,
     nllb_pieces,
+    openai_bpe,
     roberta_bpe,
     template,
     uncased_wordpiece,
@@ -49,6 +56,22 @@ class HfvlmCLIPATokenizer(FullLengthTokenizer, WordPieceTokenizer):
 
     def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
         """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as CLIPA was trained."""
+        return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
+
+
+class HfvlmCLIPPaddedTokenizer(ZeroPaddedTokenizer):
+    """OpenAI's byte-pair encoding, always padded to `model_max_length` with id 0: MobileCLIP attends to padding.
+
+    `from_vocabulary` reads `bpe_simple_vocab_16e6.txt.gz`, or transformers' tokenizer.json.
+    """
+
+    model_input_names = ["input_ids"]
+    DEFAULTS = {"clean": "lower", "model_max_length": 77, **OPENAI_TOKENS}
+    engine_of = staticmethod(openai_bpe)
+
+    def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
+        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as MobileCLIP was
+        trained."""
         return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
 
 

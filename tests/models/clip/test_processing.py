@@ -7,16 +7,20 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from hfvlm.conversion.clip import CONVERSION
+from hfvlm.conversion.processors import special_tokens
 from hfvlm.models.clip import (
     HfvlmCLIPATokenizer,
     HfvlmCLIPConfig,
     HfvlmCLIPNLLBTokenizer,
+    HfvlmCLIPPaddedTokenizer,
     HfvlmCLIPProcessor,
     HfvlmCLIPRobertaTokenizer,
+    HfvlmCLIPTokenizer,
     HfvlmCLIPXLMTokenizer,
 )
 from hfvlm.processing.vocabularies import VocabularyError, byte_letters
-from tests.models.clip.test_modeling import VISION
+from tests.conftest import SHIPPED
+from tests.models.clip.test_modeling import TEXT, VISION
 from tests.models.clip.test_trunks import NLLB, ROBERTA
 from tests.support.golden import OURS
 
@@ -110,3 +114,19 @@ def test_the_text_tower_decides_on_the_tokenizer(roberta, nllb, tmp_path):
         assert processor.tokenizer.model_max_length == 77
         with pytest.raises(ValueError, match="vocabulary of another model"):
             CONVERSION.processor_for(config_with(trunk, vocab_size=50), {}, tmp_path / "tokenizer.json")
+
+
+def test_mobileclip_pads_with_zeros_to_full_length(tmp_path):
+    """As open_clip's own tokenizer. CLIP's causal tower reads nothing after the end; MobileCLIP's attends to it."""
+    path = SHIPPED / "bpe_simple_vocab.txt.gz"
+    plain = HfvlmCLIPTokenizer.from_vocabulary(path, model_max_length=16)
+    text = TEXT | {"model_type": "hfvlm_clip_bidirectional_text", "vocab_size": len(plain)}
+    text |= {"max_position_embeddings": 16} | special_tokens(len(plain), pad=0)
+    config = HfvlmCLIPConfig(vision_config=dict(VISION), text_config=text)
+    CONVERSION.processor_for(config, {}, path).save_pretrained(tmp_path)
+    padded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(padded) is HfvlmCLIPPaddedTokenizer
+    for sentence in TEXTS:
+        ids = plain(sentence)["input_ids"]
+        for options in ({}, {"padding": True}, {"max_length": 99}):
+            assert padded(sentence, **options) == {"input_ids": ids + [0] * (16 - len(ids))}
