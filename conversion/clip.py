@@ -25,6 +25,8 @@ from hfvlm.conversion.transformers_towers import (
     encoder_config,
     encoder_rows,
     is_trunk,
+    swin_config,
+    swin_rows,
     trunk_config,
     trunk_rows,
 )
@@ -125,6 +127,8 @@ VISION_ROWS: Mapping[str, Callable[[Any], list[Row]]] = {
     "hfvlm_siglip_vision": siglip_vision_rows,
     "hfvlm_timm_trunk": wrapped_rows,
     "hfvlm_vision_trunk": trunk_rows,
+    "hfvlm_clip_swin": swin_rows,
+    "hfvlm_clip_swin_v2": swin_rows,
 }
 
 
@@ -198,6 +202,8 @@ def _open_clip_vision(vision: Mapping[str, Any], act: str, state_dict: Mapping[s
         return open_clip_vision_config(vision, {key: tensor.shape for key, tensor in state_dict.items()})
     if is_trunk(name):
         return trunk_config(vision, state_dict)
+    if name.startswith(("swin_", "swinv2_")):
+        return swin_config(vision, state_dict)
     if name:
         return timm_config(vision, state_dict)
     structure = {option: vision[option] for option in CLIPA_VISION if vision.get(option)}

@@ -16,6 +16,7 @@ from transformers.models.swin import modeling_swin
 from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, split
 from hfvlm.checkpoints.originals import check_options, count_layers, original_config
+from hfvlm.models.clip.configuration_clip_swin import HfvlmCLIPSwinConfig, HfvlmCLIPSwinV2Config
 
 # The authors' constructors. What is none of the shapes' is read; dropout is for training alone.
 OPTIONS = (
@@ -34,7 +35,7 @@ COMPUTED = ("attn.relative_position_index", "attn.relative_coords_table", "attn_
 
 
 def swin_rows(model_type: str, layout: str = "microsoft", source: str = "", target: str = "") -> list[Row]:
-    """Return the rows of a trunk; `source` and `target` end in a dot or are empty."""
+    """Return the rows of the authors' trunk; `source` and `target` end in a dot or are empty."""
     block, layer = f"{source}layers.{{}}.blocks.{{}}", f"{target}encoder.layers.{{}}.blocks.{{}}"
     new = RENAMED and model_type == "swin"
     names, qkv = (NEW_NAMES, NEW_QKV) if new else (OLD_NAMES, OLD_QKV)
@@ -47,7 +48,9 @@ def swin_rows(model_type: str, layout: str = "microsoft", source: str = "", targ
         *(Row(f"{block}.{theirs}.{{}}", f"{layer}.{ours}.{{}}") for theirs, ours in parts.items()),
         *(Row(f"{block}.{name}", None, optional=True) for name in COMPUTED),
         *(v2_attention(block, layer) if model_type == "swinv2" else v1_attention(block, layer, qkv, new=new)),
-        *merging(source, target, layout),
+        Row(
+            f"{source}layers.{{}}.downsample.{{...}}", f"{target}encoder.layers.{{}}.downsample.{{...}}", optional=True
+        ),
         *([] if layout == "detection" else [Row(f"{source}norm.{{}}", f"{target}layernorm.{{}}")]),
     ]
 
@@ -74,32 +77,50 @@ def v2_attention(block: str, layer: str) -> list[Row]:
     ]
 
 
-def merging(source: str, target: str, layout: str) -> list[Row]:
-    """Return the rows of what merges patches: at the end of a stage, or, in timm's files, at the beginning of the
-    next."""
-    theirs, ours, parts = f"{source}layers", f"{target}encoder.layers", ("norm.{}", "reduction.weight")
-    stages = {str(i + 1): str(i) for i in range(MOST_STAGES)} if layout == "timm" else {"{}": "{}"}
+def timm_rows(model_type: str, source: str = "", target: str = "") -> list[Row]:
+    """Return the rows of timm's tower, which merges patches at the beginning of a stage."""
+    block, layer = f"{source}layers.{{}}.blocks.{{}}", f"{target}stages.{{}}.layers.{{}}"
+    names = {"norm1": "attention_norm", "attn.proj": "attention.out_proj", "norm2": "mlp_norm"}
+    names |= {part: part for part in ("mlp.fc1", "mlp.fc2")}
+    version2 = model_type == "hfvlm_clip_swin_v2"
+    qkv = tuple(f"{layer}.attention.{part}_proj.{'weight' if version2 else '{}'}" for part in "qkv")
+    attention = {f"{part}_bias": f"{part}_proj.bias" for part in "qv"} | {"logit_scale": "scale"}
     return [
-        Row(f"{theirs}.{their}.downsample.{part}", f"{ours}.{our}.downsample.{part}", optional=True)
-        for their, our in stages.items()
-        for part in parts
+        Row(f"{source}patch_embed.proj.{{}}", f"{target}patches.{{}}"),
+        Row(f"{source}patch_embed.norm.{{}}", f"{target}patch_norm.{{}}"),
+        *(Row(f"{block}.{theirs}.{{}}", f"{layer}.{ours}.{{}}") for theirs, ours in names.items()),
+        *(Row(f"{block}.{name}", None, optional=True) for name in COMPUTED),
+        Row(f"{block}.attn.qkv.{'weight' if version2 else '{}'}", qkv, split(3)),
+        *(
+            [
+                *(Row(f"{block}.attn.{theirs}", f"{layer}.attention.{ours}") for theirs, ours in attention.items()),
+                # Zeros.
+                Row(f"{block}.attn.k_bias", None, optional=True),
+                Row(f"{block}.attn.cpb_mlp.{{}}.{{}}", f"{layer}.attention.position_mlp.{{}}.{{}}"),
+            ]
+            if version2
+            else [Row(f"{block}.attn.relative_position_bias_table", f"{layer}.attention.table")]
+        ),
+        Row(f"{source}layers.{{}}.downsample.{{}}.{{}}", f"{target}stages.{{}}.merging.{{}}.{{}}", optional=True),
+        Row(f"{source}norm.{{}}", f"{target}post_norm.{{}}"),
     ]
-
-
-MOST_STAGES = 8
 
 
 def keys_for(config: PreTrainedConfig, layout: str = "microsoft", keys: Iterable[str] = ()) -> list[Row]:
     """Return the rows for a file of `layout`: "microsoft", "detection" or "timm"."""
     kind = config.model_type
+    if layout == "timm":
+        return [*timm_rows(kind), Row("head.fc.{}", "projection.{}", optional=True)]
     if layout == "detection":
         norm = "hidden_states_norms.stage"
         norms = [Row(f"norm{i}.{{}}", f"{norm}{i + 1}.{{}}", optional=True) for i in range(MOST_STAGES)]
         return [*swin_rows(kind, layout, "", "swin." if RENAMED else ""), *norms]
-    head = "head.fc" if layout == "timm" else "head"
     prefix = f"{kind}." if is_classifier(config) else ""
-    classifier = Row(f"{head}.{{}}", "classifier.{}" if prefix else None, optional=not prefix)
+    classifier = Row("head.{}", "classifier.{}" if prefix else None, optional=not prefix)
     return [*swin_rows(kind, layout, "", prefix), classifier]
+
+
+MOST_STAGES = 8
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
@@ -123,21 +144,39 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     check_options("Swin's constructor", options, OPTIONS)
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     layout = layout_of(original)
+    if layout == "timm":
+        head = shapes.get("head.fc.weight", (None,))
+        return timm_config(options, shapes, projection_dim=head[0], projection_bias=True)
     fields = swin_config(options, shapes)
-    head = "head.fc.weight" if layout == "timm" else "head.weight"
     name = "Swinv2" if fields["model_type"] == "swinv2" else "Swin"
-    kind = "Backbone" if layout == "detection" else "ForImageClassification" if head in shapes else "Model"
-    if head in shapes:
-        fields["num_labels"] = shapes[head][0]
+    kind = "Backbone" if layout == "detection" else "ForImageClassification" if "head.weight" in shapes else "Model"
+    if "head.weight" in shapes:
+        fields["num_labels"] = shapes["head.weight"][0]
     if layout == "detection":
         indices = options.get("out_indices", range(len(fields["depths"])))
         fields["out_features"] = [f"stage{i + 1}" for i in indices]
     return CONFIG_MAPPING[fields.pop("model_type")](**fields, architectures=[f"{name}{kind}"])
 
 
+def timm_config(options: Mapping[str, Any], shapes: Mapping[str, Any], **fields: Any) -> HfvlmCLIPSwinConfig:
+    """Return the configuration of timm's tower whose tensors have these shapes."""
+    fields |= {name: value for name, value in swin_config(options, shapes).items() if name in TIMM_FIELDS}
+    if f"{FIRST}.attn.logit_scale" not in shapes:
+        return HfvlmCLIPSwinConfig(**fields)
+    windows = list(options.get("pretrained_window_sizes") or [0] * len(fields["depths"]))
+    return HfvlmCLIPSwinV2Config(**fields, pretrained_windows=windows)
+
+
+FIRST = "layers.0.blocks.0"
+TIMM_FIELDS = (
+    *("image_size", "patch_size", "num_channels", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"),
+    "layer_norm_eps",
+)
+
+
 def swin_config(options: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Swin or Swin-V2 whose tensors have these shapes."""
-    first, stages = "layers.0.blocks.0", range(count_layers(shapes, "layers."))
+    first, stages = FIRST, range(count_layers(shapes, "layers."))
     version2 = f"{first}.attn.logit_scale" in shapes
     width, channels, patch, _ = shapes["patch_embed.proj.weight"]
     heads = "cpb_mlp.2.weight" if version2 else "relative_position_bias_table"

@@ -1,5 +1,5 @@
-"""The towers of open_clip that are models of transformers: rows and sizes of timm's ConvNeXt and Swin, and of encoders
-of texts.
+"""The towers of open_clip that are models of transformers: rows and sizes of timm's ConvNeXt and of encoders of texts;
+and timm's Swin, which is not quite one.
 
 Source: https://github.com/mlfoundations/open_clip at 89fb801, src/open_clip/timm_model.py and hf_model.py; timm
 1.0.31, timm/models/convnext.py and swin_transformer.py.
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hfvlm.checkpoints.key_table import Row
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
-from hfvlm.conversion.swin import swin_config, swin_rows
+from hfvlm.conversion import swin
 from hfvlm.modeling.trunks import HfvlmTextTrunkConfig, HfvlmVisionTrunkConfig
+from hfvlm.models.clip.configuration_clip_swin import HfvlmCLIPSwinConfig
 
 # Of open_clip's vision_cfg, of its timm_model_kwargs and of its text_cfg. Sizes are what the shapes say.
 OPTIONS = (
@@ -58,24 +59,13 @@ def convnext_rows(source: str, target: str) -> list[Row]:
     ]
 
 
-def timm_swin_rows(source: str, target: str) -> list[Row]:
-    """Return the rows of timm's Swin, which merges patches at the beginning of a stage."""
-    return swin_rows("swin", "timm", f"{source}.", f"{target}.")
-
-
-def timm_swin_config(arguments: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a Swin whose tensors have these shapes, in timm's names."""
-    return swin_config(arguments, shapes)
-
-
 # By the beginning of timm's name: transformers' model_type, its sizes, and the epsilon of all norms where the model of
 # transformers has another.
 TRUNKS = {
     "convnext_xxlarge": ("convnext", convnext_config, 1e-5),
     "convnext_": ("convnext", convnext_config, None),
-    "swin_": ("swin", timm_swin_config, None),
 }
-TRUNK_ROWS = {"convnext": convnext_rows, "swin": timm_swin_rows}
+TRUNK_ROWS = {"convnext": convnext_rows}
 
 
 def is_trunk(name: str) -> bool:
@@ -89,16 +79,41 @@ def trunk_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) ->
     Raises:
         UnsupportedOriginalError: it has an option that hfvlm's tower does not have.
     """
-    name, arguments = vision["timm_model_name"], vision.get("timm_model_kwargs") or {}
-    check_options("open_clip's vision_cfg", vision, OPTIONS)
-    check_options("open_clip's timm_model_kwargs", arguments, ARGUMENTS)
-    if vision.get("timm_pool", "avg") not in ("", "avg"):
-        raise UnsupportedOriginalError(f"open_clip's vision_cfg: {name} with timm_pool {vision['timm_pool']!r}.")
+    name, arguments = vision["timm_model_name"], checked(vision)
     _, sizes_of, eps = next(kind for start, kind in TRUNKS.items() if name.startswith(start))
     shapes = {key.removeprefix("visual."): tensor.shape for key, tensor in state_dict.items()}
     sizes = sizes_of(arguments, {key.removeprefix("trunk."): shape for key, shape in shapes.items()})
     size = {"image_size": vision.get("image_size") or 224, "drop_path_rate": vision.get("timm_drop_path") or 0.0}
     return HfvlmVisionTrunkConfig(trunk_config=sizes | size, layer_norm_eps=eps, **head_of(shapes))
+
+
+def checked(vision: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of timm's model in open_clip's `vision_cfg`, without options that would be ignored."""
+    arguments = vision.get("timm_model_kwargs") or {}
+    check_options("open_clip's vision_cfg", vision, OPTIONS)
+    check_options("open_clip's timm_model_kwargs", arguments, ARGUMENTS)
+    if vision.get("timm_pool", "avg") not in ("", "avg"):
+        raise UnsupportedOriginalError(
+            f"open_clip's vision_cfg: {vision['timm_model_name']} with timm_pool {vision['timm_pool']!r}."
+        )
+    return arguments
+
+
+def swin_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPSwinConfig:
+    """Do as `trunk_config`, of timm's Swin."""
+    arguments = checked(vision)
+    shapes = {key.removeprefix("visual."): tensor.shape for key, tensor in state_dict.items()}
+    inner = {key.removeprefix("trunk."): shape for key, shape in shapes.items()}
+    size = {"img_size": arguments.get("img_size") or vision.get("image_size")}
+    head = {name: value for name, value in head_of(shapes).items() if name != "projection_hidden_size"}
+    return swin.timm_config({**arguments, **size}, inner, **head, drop_path_rate=vision.get("timm_drop_path") or 0.0)
+
+
+def swin_rows(config: HfvlmCLIPSwinConfig) -> list[Row]:
+    """Return the rows of timm's Swin in open_clip's files."""
+    head = "visual.trunk.head.fc" if config.projection_bias else "visual.head.proj"
+    rows = swin.timm_rows(config.model_type, "visual.trunk.", "vision_model.")
+    return [*rows, Row(f"{head}.{{}}", "vision_model.projection.{}", optional=True)]
 
 
 # Where a tower's projection is, by its keys: of one layer, or of two, in the trunk or behind it.
