@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-quick test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity wheel release-check clean
+.PHONY: help demo bench bench-quick test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -66,6 +66,9 @@ docs: $(VENV)/.docs ## build the documentation's site into site/, every link che
 
 parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others)
 	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity
+
+open-clip: $(VENV)/.dev ## write docs/open_clip.md, the preset of each of open_clip's tags
+	$(BIN)/python -m docs.generators.open_clip
 
 wheel: $(VENV)/.dev ## build the package into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

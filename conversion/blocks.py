@@ -58,6 +58,18 @@ def timm_layers(source: str, target: str) -> list[Row]:
     ]
 
 
+def timm_pool(source: str, target: str) -> list[Row]:
+    """Return the rows of timm's attention pooling."""
+    return [
+        Row(f"{source}.latent", f"{target}.probe"),
+        Row(f"{source}.q.{{}}", f"{target}.attention.q_proj.{{}}"),
+        Row(f"{source}.kv.{{}}", (f"{target}.attention.k_proj.{{}}", f"{target}.attention.v_proj.{{}}"), split(2)),
+        Row(f"{source}.proj.{{}}", f"{target}.attention.out_proj.{{}}"),
+        Row(f"{source}.norm.{{}}", f"{target}.mlp_norm.{{}}"),
+        Row(f"{source}.mlp.{{}}.{{}}", f"{target}.mlp.{{}}.{{}}"),
+    ]
+
+
 def transformers_layers(source: str, target: str = "") -> list[Row]:
     """Return the rows of the layers of transformers' CLIP, which its SigLIP shares."""
     source, target = f"{source}.encoder.layers.{{}}", f"{target or source}.layers.{{}}"

@@ -3,25 +3,56 @@
 Sources: https://github.com/openai/CLIP at d05afc4, https://github.com/mlfoundations/open_clip at 89fb801.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hfvlm.checkpoints.conversion import Conversion, always
+from hfvlm.checkpoints.conversion import Conversion
 from hfvlm.checkpoints.key_table import Row, scalar, transpose
-from hfvlm.checkpoints.originals import check_options, count_layers, original_config
+from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
+from hfvlm.configuration import FOREIGN
 from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, transformers_vision_rows
 from hfvlm.conversion.interop import clip as interop
-from hfvlm.conversion.processors import open_clip_pixels, paired, sized, special_tokens, transformers_pixels
+from hfvlm.conversion.processors import paired, settings_from_original, sized, special_tokens
+from hfvlm.conversion.siglip import open_clip_vision_config, siglip_vision_rows
+from hfvlm.conversion.timm_towers import timm_config, timm_rows, wrapped_rows
+from hfvlm.conversion.transformers_towers import (
+    OPTIONS,
+    encoder_config,
+    encoder_rows,
+    is_trunk,
+    swin_config,
+    swin_rows,
+    trunk_config,
+    trunk_rows,
+)
+from hfvlm.modeling.trunks import HfvlmTextTrunkConfig
 from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPResNetConfig,
     HfvlmCLIPTextConfig,
     HfvlmCLIPVisionConfig,
 )
+from hfvlm.models.clip.configuration_clip_timm import TimmVisionConfig
+from hfvlm.models.clip.configuration_clip_variants import (
+    HfvlmCLIPATextConfig,
+    HfvlmCLIPAVisionConfig,
+    HfvlmCLIPBidirectionalTextConfig,
+    HfvlmMetaCLIP2TextConfig,
+)
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
+from hfvlm.models.clip.processing_clip_variants import (
+    HfvlmCLIPATokenizer,
+    HfvlmCLIPNLLBTokenizer,
+    HfvlmCLIPPaddedTokenizer,
+    HfvlmCLIPRobertaTokenizer,
+    HfvlmCLIPXLMTokenizer,
+)
+from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPConfig
 
 VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab.txt.gz", "tokenizer.json")
 # Sizes that the archives repeat as entries of their own.
@@ -39,13 +70,34 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     """Return the rows for a file of `layout`: "openai", which is also open_clip's, or "transformers"."""
     if layout == "transformers":
         return interop.rows(config)
-    resnet = isinstance(config.vision_config, HfvlmCLIPResNetConfig)
-    # open_clip's models with a text tower of their own
-    prefix = "text." if "text.text_projection" in set(keys) else ""
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
+        # With SigLIP's loss.
+        *([Row("logit_bias", "logit_scale.bias", scalar)] if hasattr(config, "logit_bias_init_value") else ()),
         *(Row(name, None, optional=True) for name in ARCHIVE_ENTRIES),
-        *(resnet_rows() if resnet else openai_vision_rows("visual", "vision_model")),
+        *vision_rows(config.vision_config),
+        *text_rows(config.text_config, keys),
+    ]
+
+
+def vision_rows(config: Any) -> list[Row]:
+    """Return the rows of a vision tower in OpenAI's or open_clip's files."""
+    if isinstance(config, TimmVisionConfig):
+        return timm_rows(config)
+    rows = VISION_ROWS.get(config.model_type)
+    return rows(config) if rows else openai_vision_rows("visual", "vision_model")
+
+
+def clipa_rows(config: HfvlmCLIPAVisionConfig) -> list[Row]:
+    return [row for row in openai_vision_rows("visual", "vision_model") if ".ln_pre." not in row.source]
+
+
+def text_rows(config: Any, keys: Iterable[str]) -> list[Row]:
+    """Return the rows of a text tower in OpenAI's or open_clip's files, of which some keep it apart, as `text`."""
+    if isinstance(config, HfvlmTextTrunkConfig):
+        return encoder_rows(config)
+    prefix = "text." if "text.text_projection" in set(keys) else ""
+    return [
         Row(f"{prefix}token_embedding.weight", "text_model.embeddings.token.weight"),
         Row(f"{prefix}positional_embedding", "text_model.embeddings.position"),
         *openai_layers(f"{prefix}transformer.resblocks", "text_model.layers"),
@@ -54,7 +106,7 @@ def keys_for(config: HfvlmCLIPConfig, layout: str = "openai", keys: Iterable[str
     ]
 
 
-def resnet_rows() -> list[Row]:
+def resnet_rows(config: HfvlmCLIPResNetConfig) -> list[Row]:
     return [
         Row("visual.conv{}.weight", "vision_model.stem.conv{}.conv.weight"),
         Row("visual.bn{}.{}", "vision_model.stem.conv{}.norm.{}"),
@@ -66,6 +118,18 @@ def resnet_rows() -> list[Row]:
         *(Row(f"visual.attnpool.{part}_proj.{{}}", f"vision_model.pool.{part}_proj.{{}}") for part in "qkv"),
         Row("visual.attnpool.c_proj.{}", "vision_model.pool.out_proj.{}"),
     ]
+
+
+# By the model_type of a vision tower; others have OpenAI's.
+VISION_ROWS: Mapping[str, Callable[[Any], list[Row]]] = {
+    "hfvlm_clip_resnet": resnet_rows,
+    "hfvlm_clipa_vision": clipa_rows,
+    "hfvlm_siglip_vision": siglip_vision_rows,
+    "hfvlm_timm_trunk": wrapped_rows,
+    "hfvlm_vision_trunk": trunk_rows,
+    "hfvlm_clip_swin": swin_rows,
+    "hfvlm_clip_swin_v2": swin_rows,
+}
 
 
 def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
@@ -98,32 +162,102 @@ def tower_rows(layout: str, keys: Iterable[str]) -> list[Row]:
     return [*rows, *(Row(name, None, optional=True) for name in left_out)]
 
 
-def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
+def config_from_original(
+    original: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> HfvlmCLIPConfig | HfvlmSigLIPConfig:
     """Read OpenAI's constructor arguments (none are needed), open_clip's model config, or transformers'
-    config.json."""
+    config.json. Towers with a bias of their logits are a SigLIP."""
+    encoder = original.get("text_model_config") or {}
     original = original_config(original)
     if original.get("model_type") == "clip":
         return interop.config_from_transformers(original)
     if "vision_cfg" in original:
-        return _from_open_clip(original, state_dict)
+        return _from_open_clip(original, encoder, state_dict)
     return HfvlmCLIPConfig(
         vision_config=_vision_config(state_dict, "quick_gelu"),
         text_config=_text_config(state_dict, "quick_gelu", original.get("transformer_heads")),
     )
 
 
-def _from_open_clip(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmCLIPConfig:
-    vision, text = original["vision_cfg"], original["text_cfg"]
-    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+def _from_open_clip(
+    original: Mapping[str, Any], encoder: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> HfvlmCLIPConfig | HfvlmSigLIPConfig:
+    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias")
     check_options("open_clip's model config", original, known)
-    sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
-    check_options("open_clip's vision_cfg", vision, sizes)
-    check_options(
-        "open_clip's text_cfg", text, ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
-    )
     act = "quick_gelu" if original.get("quick_gelu") else "gelu"
+    towers = {
+        "vision_config": _open_clip_vision(original["vision_cfg"], act, state_dict),
+        "text_config": _open_clip_text(original["text_cfg"], act, encoder, state_dict),
+    }
+    bias = original.get("init_logit_bias")
+    return (
+        HfvlmCLIPConfig(**towers) if bias is None else HfvlmSigLIPConfig(**towers, logit_bias_init_value=float(bias))
+    )
+
+
+def _open_clip_vision(vision: Mapping[str, Any], act: str, state_dict: Mapping[str, Tensor]) -> Any:
+    name = str(vision.get("timm_model_name") or "")
+    if "_siglip_" in name:
+        check_options("open_clip's vision_cfg", vision, OPTIONS)
+        return open_clip_vision_config(vision, {key: tensor.shape for key, tensor in state_dict.items()})
+    if is_trunk(name):
+        return trunk_config(vision, state_dict)
+    if name.startswith(("swin_", "swinv2_")):
+        return swin_config(vision, state_dict)
+    if name:
+        return timm_config(vision, state_dict)
+    structure = {option: vision[option] for option in CLIPA_VISION if vision.get(option)}
+    if structure not in ({}, CLIPA_VISION):
+        raise UnsupportedOriginalError(
+            f"open_clip's vision_cfg: {structure}; hfvlm implements these together, as CLIPA has them: {CLIPA_VISION}."
+        )
+    sizes = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
+    check_options("open_clip's vision_cfg", vision, (*sizes, *CLIPA_VISION))
     config = _vision_config(state_dict, act, vision.get("head_width"), vision.get("image_size"))
-    return HfvlmCLIPConfig(vision_config=config, text_config=_text_config(state_dict, act, text.get("heads")))
+    return HfvlmCLIPAVisionConfig(**_fields(config)) if structure else config
+
+
+def _open_clip_text(
+    text: Mapping[str, Any], act: str, encoder: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> Any:
+    if text.get("hf_model_name"):
+        return encoder_config(text, encoder, state_dict)
+    sizes = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+    structure = ("pool_type", "no_causal_mask", "eos_id", "hf_tokenizer_name", "tokenizer_kwargs")
+    check_options("open_clip's text_cfg", text, (*sizes, *structure))
+    kind = (text.get("pool_type", "argmax"), bool(text.get("no_causal_mask")))
+    if kind not in TEXT_TOWERS:
+        raise UnsupportedOriginalError(
+            f"open_clip's text_cfg: pool_type {kind[0]!r} with no_causal_mask {kind[1]}; hfvlm implements "
+            f"{', '.join(f'{pool!r} with {mask}' for pool, mask in TEXT_TOWERS)}."
+        )
+    config = _text_config(state_dict, act, text.get("heads"))
+    tokens = OWN_TOKENS.get(kind, {}) | ({"eos_token_id": text["eos_id"]} if "eos_id" in text else {})
+    return TEXT_TOWERS[kind](**_fields(config) | tokens)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """Return what a tower's configuration has of its own."""
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in FOREIGN
+    }
+
+
+# CLIPA's vision tower, in open_clip's names.
+CLIPA_VISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+# Text towers by open_clip's `pool_type` and `no_causal_mask`.
+TEXT_TOWERS = {
+    ("argmax", False): HfvlmCLIPTextConfig,
+    ("argmax", True): HfvlmCLIPBidirectionalTextConfig,
+    ("last", True): HfvlmCLIPATextConfig,
+    ("eos", False): HfvlmMetaCLIP2TextConfig,
+}
+# Of BERT's vocabulary, and of XLM's.
+OWN_TOKENS: Mapping[tuple[str, bool], dict[str, Any]] = {
+    ("argmax", True): {"pad_token_id": 0},
+    ("last", True): {"bos_token_id": 101, "eos_token_id": None, "pad_token_id": 0},
+    ("eos", False): {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+}
 
 
 def _vision_config(
@@ -174,15 +308,39 @@ def _text_config(state_dict: Mapping[str, Tensor], act: str, heads: int | None) 
     )
 
 
-def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the processor's settings, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
-    if "preprocess_cfg" in original:
-        return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
-    return {"image_processor": transformers_pixels(preprocessing)}
-
-
 image_processor_for = sized(HfvlmCLIPImageProcessor)
-processor_for = paired(HfvlmCLIPProcessor, image_processor_for, HfvlmCLIPTokenizer)
+OPENAI = (HfvlmCLIPTokenizer, VOCABULARIES)
+XLM = (HfvlmCLIPXLMTokenizer, ("sentencepiece.bpe.model", "tokenizer.json"))
+# Tokenizers and names of their files, by the model_type of a text tower, or of its trunk.
+TOKENIZERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "hfvlm_clip_text": OPENAI,
+    "hfvlm_clip_bidirectional_text": (HfvlmCLIPPaddedTokenizer, VOCABULARIES),
+    "hfvlm_clipa_text": (HfvlmCLIPATokenizer, ("vocab.txt", "tokenizer.json")),
+    "hfvlm_metaclip2_text": XLM,
+    "xlm-roberta": XLM,
+    "roberta": (HfvlmCLIPRobertaTokenizer, ("vocab.json", "tokenizer.json")),
+    "m2m_100": (HfvlmCLIPNLLBTokenizer, ("tokenizer.json",)),
+}
+
+
+def text_kind(config: Any) -> str:
+    """Return the model_type of a model's text tower, or of its trunk."""
+    text = config.text_config
+    return text.trunk_config.model_type if isinstance(text, HfvlmTextTrunkConfig) else text.model_type
+
+
+def processor_for(config: Any, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmCLIPProcessor:
+    """Return the processor; `vocabulary` is the tokenizer's original file."""
+    kind, _ = TOKENIZERS[text_kind(config)]
+    return paired(HfvlmCLIPProcessor, image_processor_for, kind)(config, settings, vocabulary)
+
+
+def vocabularies_for(config: Any) -> list[tuple[str, ...]]:
+    """Return the names of the tokenizer's file; none where hfvlm has no tokenizer."""
+    kind = text_kind(config)
+    return [TOKENIZERS[kind][1]] if kind in TOKENIZERS else []
+
+
 CONVERSION = Conversion(
     config_from_original=config_from_original,
     keys_for=keys_for,
@@ -190,6 +348,6 @@ CONVERSION = Conversion(
     settings_from_original=settings_from_original,
     image_processor_for=image_processor_for,
     processor_for=processor_for,
-    vocabularies_for=always([VOCABULARIES]),
+    vocabularies_for=vocabularies_for,
     export=interop.EXPORT,
 )

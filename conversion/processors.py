@@ -40,12 +40,14 @@ def tokenizer_for(
     """Return a tokenizer of a kind, for texts as long as the tower that `text` configures has positions for, or no
     longer than `longest`.
 
+    A kind may name `spare_rows` of the embedding, for which there are no pieces.
+
     Raises:
         ValueError: the vocabulary is not the tower's.
     """
     length = {"model_max_length": min(text.max_position_embeddings, longest or text.max_position_embeddings)}
     tokenizer = kind.from_vocabulary(vocabulary, **length | settings.get("tokenizer", {}))
-    if len(tokenizer) != text.vocab_size:
+    if text.vocab_size - len(tokenizer) not in (0, getattr(kind, "spare_rows", 0)):
         raise ValueError(
             f"{vocabulary}: its {len(tokenizer)} pieces are not the model's {text.vocab_size} "
             "(text_config.vocab_size): this is the vocabulary of another model."
@@ -100,3 +102,10 @@ def transformers_pixels(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """Take over the settings of transformers' preprocessor_config.json, or of the same in processor_config.json."""
     settings = preprocessing.get("image_processor", preprocessing)
     return {name: settings[name] for name in ("image_mean", "image_std", "resample") if name in settings}
+
+
+def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the processor's settings, from open_clip's `preprocess_cfg` or transformers' preprocessor_config.json."""
+    if "preprocess_cfg" in original:
+        return {"image_processor": open_clip_pixels(original["preprocess_cfg"])}
+    return {"image_processor": transformers_pixels(preprocessing)}

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.conversion import Conversion, always
-from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, split, transpose, unbatched, unstack
+from hfvlm.checkpoints.key_table import Change, Row, permute, reshape, scalar, transpose, unbatched, unstack
 from hfvlm.checkpoints.originals import check_options, count_layers, original_config
-from hfvlm.conversion.blocks import openai_layers, timm_layers
-from hfvlm.conversion.clip import settings_from_original
+from hfvlm.conversion.blocks import openai_layers, timm_layers, timm_pool
 from hfvlm.conversion.interop import siglip as interop
 from hfvlm.conversion.interop.siglip import GEMMA_VOCABULARY, is_naflex
+from hfvlm.conversion.processors import settings_from_original
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPNaFlexVisionConfig,
@@ -59,25 +59,26 @@ def keys_for(config: HfvlmSigLIPConfig, layout: str = "open_clip", keys: Iterabl
 
 
 def open_clip_rows(config: HfvlmSigLIPConfig) -> list[Row]:
-    source, target = "visual.trunk", "vision_model"
-    pool, ours = f"{source}.attn_pool", f"{target}.pool"
     return [
         Row("logit_scale", "logit_scale.scale", scalar),
         Row("logit_bias", "logit_scale.bias", scalar),
-        *(naflex_embeddings() if is_naflex(config) else patch_embeddings()),
-        *timm_layers(f"{source}.blocks", f"{target}.layers"),
-        Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
-        Row(f"{pool}.latent", f"{ours}.probe"),
-        Row(f"{pool}.q.{{}}", f"{ours}.attention.q_proj.{{}}"),
-        Row(f"{pool}.kv.{{}}", (f"{ours}.attention.k_proj.{{}}", f"{ours}.attention.v_proj.{{}}"), split(2)),
-        Row(f"{pool}.proj.{{}}", f"{ours}.attention.out_proj.{{}}"),
-        Row(f"{pool}.norm.{{}}", f"{ours}.mlp_norm.{{}}"),
-        Row(f"{pool}.mlp.{{}}.{{}}", f"{ours}.mlp.{{}}.{{}}"),
+        *siglip_vision_rows(config.vision_config),
         Row("text.token_embedding.weight", "text_model.embeddings.token.weight"),
         Row("text.positional_embedding", "text_model.embeddings.position"),
         *openai_layers("text.transformer.resblocks", "text_model.layers"),
         Row("text.ln_final.{}", "text_model.post_norm.{}"),
         *([Row("text.text_projection.{}", "text_model.projection.{}")] if config.text_config.projection_dim else []),
+    ]
+
+
+def siglip_vision_rows(config: Any) -> list[Row]:
+    """Return the rows of the vision tower in open_clip's files."""
+    source, target = "visual.trunk", "vision_model"
+    return [
+        *(naflex_embeddings() if isinstance(config, HfvlmSigLIPNaFlexVisionConfig) else patch_embeddings()),
+        *timm_layers(f"{source}.blocks", f"{target}.layers"),
+        Row(f"{source}.norm.{{}}", f"{target}.post_norm.{{}}"),
+        *timm_pool(f"{source}.attn_pool", f"{target}.pool"),
     ]
 
 
@@ -184,8 +185,28 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
 
 
 def _from_open_clip(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> HfvlmSigLIPConfig:
-    vision, text = original["vision_cfg"], original["text_cfg"]
+    text = original["text_cfg"]
     check_options("open_clip's text_cfg", text, TEXT_OPTIONS)
+    layer = "text.transformer.resblocks"
+    return HfvlmSigLIPConfig(
+        vision_config=open_clip_vision_config(original["vision_cfg"], shapes),
+        text_config=_text_config(
+            shapes["text.token_embedding.weight"],
+            shapes.get("text.text_projection.bias"),
+            max_position_embeddings=shapes["text.positional_embedding"][0],
+            intermediate_size=shapes[f"{layer}.0.mlp.c_fc.weight"][0],
+            num_hidden_layers=count_layers(shapes, f"{layer}."),
+            num_attention_heads=text["heads"],
+            hidden_act=TANH if text.get("act_kwargs", {}).get("approximate") == "tanh" else ERF,
+            layer_norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
+        ),
+    )
+
+
+def open_clip_vision_config(
+    vision: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> HfvlmSigLIPVisionConfig | HfvlmSigLIPNaFlexVisionConfig:
+    """Read open_clip's `vision_cfg` and the shapes of the file."""
     name, options = vision["timm_model_name"], vision.get("timm_model_kwargs", {})
     check_options("open_clip's timm_model_kwargs", options, TIMM_OPTIONS)
     tanh = name.startswith((*TIMM_TANH, "naflexvit_")) or options.get("act_layer") == "gelu_tanh"
@@ -200,26 +221,11 @@ def _from_open_clip(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> H
     if "visual.trunk.embeds.pos_embed" in shapes:
         edge = shapes["visual.trunk.embeds.pos_embed"][1]
         patch = isqrt(shapes["visual.trunk.embeds.proj.weight"][1] // 3)
-        vision_config: Any = HfvlmSigLIPNaFlexVisionConfig(patch_size=patch, num_patches=edge**2, **sizes)
-    else:
-        patch = shapes["visual.trunk.patch_embed.proj.weight"][-1]
-        edge = isqrt(shapes["visual.trunk.pos_embed"][1])
-        image_size = options.get("img_size", vision.get("image_size", patch * edge))
-        vision_config = HfvlmSigLIPVisionConfig(patch_size=patch, image_size=image_size, **sizes)
-    layer = "text.transformer.resblocks"
-    return HfvlmSigLIPConfig(
-        vision_config=vision_config,
-        text_config=_text_config(
-            shapes["text.token_embedding.weight"],
-            shapes.get("text.text_projection.bias"),
-            max_position_embeddings=shapes["text.positional_embedding"][0],
-            intermediate_size=shapes[f"{layer}.0.mlp.c_fc.weight"][0],
-            num_hidden_layers=count_layers(shapes, f"{layer}."),
-            num_attention_heads=text["heads"],
-            hidden_act=TANH if text.get("act_kwargs", {}).get("approximate") == "tanh" else ERF,
-            layer_norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
-        ),
-    )
+        return HfvlmSigLIPNaFlexVisionConfig(patch_size=patch, num_patches=edge**2, **sizes)
+    patch = shapes["visual.trunk.patch_embed.proj.weight"][-1]
+    edge = isqrt(shapes["visual.trunk.pos_embed"][1])
+    image_size = options.get("img_size", vision.get("image_size", patch * edge))
+    return HfvlmSigLIPVisionConfig(patch_size=patch, image_size=image_size, **sizes)
 
 
 def _from_big_vision(original: Mapping[str, Any], shapes: Mapping[str, Any]) -> HfvlmSigLIPConfig:

@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hfvlm.checks.messages import LONGEST_NAME, cut, shown
 
@@ -104,6 +104,23 @@ def check_activation(name: str, value: str) -> None:
         )
 
 
+def foreign(model_type: str, values: Mapping[str, Any]) -> Any:
+    """Make a configuration of transformers' own, whose versions differ in declaring a switch as bool or as int."""
+    kind = CONFIG_MAPPING[model_type]
+    declared = {each.name: each for each in dataclasses.fields(kind) if each.type in (bool, int)}
+    for each in declared.values():
+        if each.type is int and isinstance(each.default, bool):
+            each.default = int(each.default)  # transformers 5.4 refuses this default of its own
+    given = {name: value for name, value in values.items() if name in declared and value in (0, 1)}
+    return kind(**dict(values) | {name: declared[name].type(value) for name, value in given.items()})
+
+
+def joint_size(tower: Any) -> int:
+    """Return the width of a tower's embeddings: of its projection, or without one of its pooled output."""
+    width = getattr(tower, "projection_dim", None)
+    return tower.pooled_size if width is None else width
+
+
 class LicenceError(PermissionError):
     """Weights that must not be published without a decision of the user."""
 
@@ -143,7 +160,8 @@ class HfvlmConfig(PreTrainedConfig):
     """Base of every configuration.
 
     A composite names its towers' configurations in `sub_configs`, each with the class that a dictionary without a
-    `model_type` becomes; a dictionary that names another registered `model_type` becomes that type's class.
+    `model_type` becomes; a dictionary that names another registered `model_type` becomes that type's class. Where a
+    tower may be any model of transformers, `trunks` has the class that its configuration becomes part of.
 
     Args:
         initializer_range: standard deviation of new weights where the architecture does not say another.
@@ -151,6 +169,8 @@ class HfvlmConfig(PreTrainedConfig):
             from them and with each tower, and `push_to_hub` reads it. None for a model of one's own.
         preset: name of the released checkpoint that the weights were converted from; it travels likewise.
     """
+
+    trunks: ClassVar[Mapping[str, Any]] = {}
 
     initializer_range: float = 0.02
     licence: str | None = None
@@ -164,10 +184,19 @@ class HfvlmConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, dict):
                 model_type = value.get("model_type", default.model_type)
-                kind = default if model_type == default.model_type else AutoConfig.for_model(model_type).__class__
-                setattr(self, name, kind(**value))
+                own = model_type == default.model_type
+                setattr(self, name, default(**value) if own else foreign(model_type, value))
+        self.make_towers()
         self.pass_on_origin()
         super().__post_init__(**kwargs)
+
+    def make_towers(self) -> None:
+        """Make each configuration of transformers' own that of a tower, as wide as the other towers' joint space."""
+        parts = {name: getattr(self, name) for name in self.trunks}
+        widths = [joint_size(part) for part in parts.values() if isinstance(part, HfvlmConfig)] or [512]
+        for name, part in parts.items():
+            if not isinstance(part, HfvlmConfig):
+                setattr(self, name, self.trunks[name](trunk_config=part, projection_dim=widths[0]))
 
     def pass_on_origin(self) -> None:
         """Write where the weights are from, and their licence, into the towers' configurations.
@@ -220,7 +249,7 @@ class DualEncoderConfig(HfvlmConfig):
     logit_scale_init_value: float = 2.6592
 
     def validate_joint_space(self) -> None:
-        image, text = self.vision_config.projection_dim, self.text_config.projection_dim
+        image, text = joint_size(self.vision_config), joint_size(self.text_config)
         if image != text:
             raise ValueError(f"projection_dim differs: {image} in vision_config, {text} in text_config.")
 

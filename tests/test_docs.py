@@ -12,6 +12,7 @@ import warnings
 import pytest
 
 import hfvlm
+from docs.generators import open_clip
 from docs.generators.pages import architecture_page, generated
 from hfvlm.cli.commands import app
 from hfvlm.presets import list_presets
@@ -191,6 +192,16 @@ def test_parity_has_a_row_for_each_checkpoint():
     for preset in list_presets():
         if not preset.endswith("/tiny"):
             assert f"| {preset.rpartition('/')[2]} |" in text, f"{preset}: make parity"
+
+
+def test_open_clips_models_are_current():
+    """Every name and tag of the commit has a row, and every tag of an image model a preset."""
+    assert open_clip.PAGE.read_text(encoding="utf-8") == open_clip.page(), "make open-clip"
+    models = open_clip.DATA["models"]
+    assert (len(models), sum(map(len, models.values()))) == (119, 200)
+    without = {name for name, tags in models.items() for preset in tags.values() if preset is None}
+    assert without == set(open_clip.DATA["elsewhere"])
+    assert all(name.startswith("CLAP-") for name in without)
 
 
 def test_the_front_door_is_short():

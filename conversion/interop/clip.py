@@ -27,10 +27,16 @@ NATIVE_SIZES = (
 
 
 def check_native(config: HfvlmCLIPConfig) -> None:
-    """Refuse what transformers' class does not compute."""
+    """Refuse what transformers' class does not compute: towers of other classes than OpenAI's transformers."""
     if isinstance(config.vision_config, HfvlmCLIPResNetConfig):
         raise UnsupportedOriginalError(
             "transformers' CLIPModel has no ResNet tower; only ViT models can be exchanged."
+        )
+    parts = {HfvlmCLIPVisionConfig: config.vision_config, HfvlmCLIPTextConfig: config.text_config}
+    if others := [type(part).__name__ for kind, part in parts.items() if type(part) is not kind]:
+        raise UnsupportedOriginalError(
+            f"transformers' CLIPModel has no tower of {' and '.join(others)}; only ViT models as OpenAI's can be "
+            "exchanged."
         )
 
 

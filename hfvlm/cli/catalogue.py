@@ -58,7 +58,7 @@ def info(
         ("pixels", pixels(known)),
         ("files", " or ".join(known.source.get("files", ("none: sizes only",)))),
         ("source", known.source.get("url", "")),
-        ("sha256", known.source.get("sha256", "not published")),
+        ("sha256", published_sha256(known)),
         ("parts", "; ".join(f"--part {part}=PATH: {what}" for part, what in known.source.get("parts", {}).items())),
         ("vocabulary", known.source.get("vocabulary", {}).get("url", "")),
         ("licence", licence_text(known).replace("\n", "; ")),
@@ -66,6 +66,13 @@ def info(
         *((name, json.dumps(value)) for name, value in settings(known).items()),
     )
     print_table(rows)
+
+
+def published_sha256(preset: Preset) -> str:
+    """Format what the authors publish of the hash of their file."""
+    if "sha256_begins" in preset.source:
+        return f"begins with {preset.source['sha256_begins']}"
+    return preset.source.get("sha256", "not published")
 
 
 def settings(preset: Preset) -> dict[str, Any]:

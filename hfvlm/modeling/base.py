@@ -65,6 +65,17 @@ class EveryModule:
         return False
 
 
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
+    (output[0] if isinstance(output, tuple) else output).requires_grad_()
+
+
 class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     """Base of every model and tower."""
 
@@ -85,11 +96,22 @@ class HfvlmPreTrainedModel(StrictKeywords, EveryModule, PreTrainedModel):
     def further_keywords(self, method: str) -> Collection[str]:
         return ("pooled_only",) if method == "forward" and self.pools_one_token else ()
 
+    def features(self, *inputs: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Embed the inputs of a tower's forward, with the joint embedding where every `get_*_features` has it."""
+        return as_features(self(*inputs, **kwargs), pooled_only=kwargs.get("pooled_only", False))
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         for module in (module for name in self.frozen_modules for module in self.get_submodule(name).modules()):
             if hasattr(module, "gradient_checkpointing"):
                 setattr(module, "gradient_checkpointing", False)  # noqa: B010  (nn.Module's own type)
+
+    def enable_input_require_grads(self) -> None:
+        """Do as transformers does, also for embeddings that return their grid beside their tokens, as Swin's."""
+        models = (module for module in self.modules() if isinstance(module, PreTrainedModel))
+        embeddings = {id(module): module for module in map(_input_embeddings, models) if module is not None}
+        self._require_grads_hooks = [each.register_forward_hook(_require_grad) for each in embeddings.values()]
+        self._require_grads_hook = self._require_grads_hooks[0]
 
     def post_init(self) -> None:
         """Initialise, with temperatures and what else is to stay exact in float32 from the start, as

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import rank_and_size
-from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, for_pooled, unit
+from hfvlm.modeling.base import HfvlmPreTrainedModel, for_pooled, unit
 from hfvlm.modeling.keywords import Keywords, tower_keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, contrastive_fields
 from hfvlm.modules.similarity import LogitScale, cosines
@@ -162,15 +162,13 @@ class DualEncoder(ContrastiveModel):
 
     def encode_image(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Embed images; see `get_image_features`."""
-        output = self.vision_model(pixel_values, **kwargs)
-        return as_features(output, pooled_only=kwargs.get("pooled_only", False))
+        return self.vision_model.features(pixel_values, **kwargs)
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Embed texts; see `get_text_features`."""
-        output = self.text_model(input_ids, attention_mask, **kwargs)
-        return as_features(output, pooled_only=kwargs.get("pooled_only", False))
+        return self.text_model.features(input_ids, attention_mask, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -3,20 +3,30 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses.processes import all_processes, rank_and_size
-from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
+from hfvlm.modeling.base import HfvlmPreTrainedModel, as_features, other_towers, records
 from hfvlm.modeling.compat import causal_mask
+from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.embeddings import TokenEmbedding
-from hfvlm.modules.pooling import end_of_text, tokens_at
+from hfvlm.modules.parts import joined
+from hfvlm.modules.pooling import end_of_text, last_position, tokens_at
 from hfvlm.modules.positions import resize_line
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import PreNormLayer, Stack
+
+logger = logging.get_logger(__name__)
 
 
 def bucket_size(device: torch.device) -> int:
@@ -92,6 +102,50 @@ class TextTower(HfvlmPreTrainedModel):
     _input_embed_layer = "token"
 
 
+class BidirectionalTextTower(TextTower):
+    """Base of transformers in which every token of a text attends to all: SigLIP's, and those built like it.
+
+    They were trained on texts padded to full length without a mask: padding is attended to like any token, and
+    `attention_mask`, `(B, N)`, 0 for padding, defines no more than the side of the padding.
+
+    Attributes:
+        projection_bias: whether the projection into the joint space has a bias.
+    """
+
+    projection_bias: ClassVar[bool] = False
+    pools_one_token = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.embeddings = TokenEmbedding(config)
+        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = projection(config, bias=self.projection_bias)
+        self.post_init()
+
+    def pooling(self, input_ids: Tensor, attention_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return what takes the pooled token of each text, `(B, N, D)` -> `(B, D)`: by default that at the last
+        position, whatever it is."""
+        return partial(last_position, attention_mask=attention_mask)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> TowerOutput:
+        """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the pooled output."""
+        if input_ids.shape[1] < self.config.max_position_embeddings:
+            logger.warning_once(
+                f"{type(self).__name__} got texts of {input_ids.shape[1]} tokens but was trained on texts padded to "
+                f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
+                "padding='max_length', as the processor does by default."
+            )
+        pool = self.pooling(input_ids, attention_mask)
+        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), pool=pool, **kwargs))
+        pooled = x[:, 0] if x.shape[1] == 1 else pool(x)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+
 class CausalTextTower(TextTower):
     """Base of causal transformers that pool the end-of-text token: CLIP's and those built like it.
 
@@ -114,12 +168,42 @@ class CausalTextTower(TextTower):
         self.projection = projection(config, bias=self.projection_bias)
         self.post_init()
 
+    def ends(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Find the token of each text that is pooled, `(B, N)` -> `(B,)`; see `end_of_text`."""
+        return end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Embed texts `(B, N)`; `last_hidden_state` is zero after a text's own end.
+
+        Nothing after a text's end-of-text token can change its embedding, and it is not computed, unless hidden states
+        or attentions are wanted.
+        """
+        if kwargs.get("pooled_only"):
+            return super().features(input_ids, attention_mask, **kwargs)
+        ends, length = self.ends(input_ids, attention_mask), input_ids.shape[1]
+
+        def embed(ids: Tensor, mask: Tensor | None, ends: Tensor) -> BaseModelOutputWithPooling:
+            output = as_features(self(ids, mask, **kwargs))
+            tokens: Any = output.last_hidden_state
+            after = torch.arange(tokens.shape[1], device=ends.device) > ends.unsqueeze(-1)
+            tokens = tokens.masked_fill(after.unsqueeze(-1), 0)
+            output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+            return output
+
+        if records(self.config, kwargs) or torch.compiler.is_compiling():
+            return embed(input_ids, attention_mask, ends)
+        found, order = each_length(embed, input_ids, attention_mask, ends)
+        output: Any = joined(found)
+        return type(output)(**{name: rows[order] for name, rows in output.items()})
+
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm, or, with `pooled_only`, `(B, 1, D)`
         of the end-of-text tokens. What follows these cannot change them: each is computed in a batch of its length."""
         if not kwargs.get("pooled_only"):
             return self.read_rows(input_ids, attention_mask, **kwargs)
-        ends = end_of_text(input_ids, self.config.eos_token_id, attention_mask)
+        ends = self.ends(input_ids, attention_mask)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.read_rows(input_ids, attention_mask, ends, **kwargs)
         found, order = each_length(partial(self.read_rows, **kwargs), input_ids, attention_mask, ends)
@@ -143,7 +227,7 @@ class CausalTextTower(TextTower):
         """Take the end-of-text token of each text: `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`."""
         if x.shape[1] == 1:
             return x[:, 0]
-        return tokens_at(x, end_of_text(input_ids, self.config.eos_token_id, attention_mask))
+        return tokens_at(x, self.ends(input_ids, attention_mask))
 
     def resize_positions(self, context_length: int) -> None:
         """Change the number of positions for good, as open_clip does when it loads a file."""

@@ -36,10 +36,16 @@ class PatchDropout(nn.Module):
 
     def forward(self, x: Tensor, frames: int = 1) -> Tensor:
         """`(B * frames, prefix + N, D)` -> `(B * frames, prefix + kept, D)`; frames of a video keep equal patches."""
+        kept = self.choose(x, frames)
+        return x if kept is None else x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    def choose(self, x: Tensor, frames: int = 1) -> Tensor | None:
+        """Choose the tokens that stay: `(B * frames, prefix + kept)` positions, the prefix first; None for all."""
         if not self.training or self.rate == 0:
-            return x
+            return None
         patches = x.shape[1] - self.prefix
         kept = max(1, int(patches * (1 - self.rate)))
         chosen = torch.randn(x.shape[0] // frames, patches, device=x.device).topk(kept, dim=-1).indices
         chosen = (chosen + self.prefix).repeat_interleave(frames, dim=0)
-        return torch.cat([x[:, : self.prefix], x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))], dim=1)
+        prefix = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
+        return torch.cat([prefix, chosen], dim=1)

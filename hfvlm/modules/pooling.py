@@ -1,5 +1,6 @@
 """Sequences to one vector."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from hfvlm.modules.transformer import MLP, Attention
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision."""
+    """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision. Without `heads` and
+    an `intermediate_size` of its own, it has its tower's."""
 
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: TowerConfig, heads: int | None = None, intermediate_size: int | None = None):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.attention = Attention(config)
+        self.attention = Attention(config, heads=heads)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, intermediate_size)
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.probe, std=std)
@@ -28,6 +30,14 @@ class AttentionPool(nn.Module):
         """(B, N, D), (B, 1, 1, N) or None -> (B, D)."""
         pooled, _ = self.attention(self.probe.expand(x.shape[0], -1, -1), mask, context=x, **kwargs)
         return (pooled + self.mlp(self.mlp_norm(pooled))).squeeze(1)
+
+
+class FirstToken(nn.Module):
+    """The class token."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """(B, N, D) -> (B, D)."""
+        return x[:, 0]
 
 
 def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -64,3 +74,47 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(attention_mask == 0, -1)
     return input_ids.argmax(dim=-1)
+
+
+def first_of(input_ids: Tensor, token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
+    """Find the first token of an id in each text, `(B, N)` -> `(B,)`: the text's first token where there is none.
+    Padding, where `attention_mask` is 0, is no such token."""
+    found = input_ids == token_id
+    if attention_mask is None:
+        return found.int().argmax(dim=-1)
+    found = found & attention_mask.bool()
+    return torch.where(found.any(dim=-1), found.int().argmax(dim=-1), text_starts(attention_mask).squeeze(1))
+
+
+def own_pooled(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the pooled output that a model of transformers has itself, `(B, D)`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if output.get("pooler_output") is None:
+        raise ValueError('The trunk has no pooled output of its own: set pooling to "mean" or "first".')
+    return output.pooler_output.flatten(1)
+
+
+def first_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the first token of a model's output; see `first_token`."""
+    return first_token(output.last_hidden_state, mask)
+
+
+def mean_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Average a model's tokens `(B, N, D)` where `mask`, `(B, N)`, is not 0, or its map `(B, D, H, W)` -> `(B, D)`."""
+    x = output.last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    if mask is None:
+        return x.mean(dim=1)
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+# How the output of a model of transformers is pooled, by the name that a configuration has for it.
+POOLINGS: Mapping[str, Callable[[Any, Tensor | None], Tensor]] = {
+    "pooler": own_pooled,
+    "first": first_output,
+    "mean": mean_output,
+}

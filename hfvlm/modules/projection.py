@@ -20,6 +20,27 @@ def projection(config: PreTrainedConfig, *, bias: bool = False) -> nn.Module:
     return Projection(config.hidden_size, config.projection_dim, bias=bias)
 
 
+class DeepProjection(nn.Module):
+    """Pooled vector to joint embedding in two layers with GELU between them, of which the second has no bias."""
+
+    def __init__(self, in_size: int, hidden_size: int, out_size: int, *, bias: bool):
+        super().__init__()
+        self.fc1 = Projection(in_size, hidden_size, bias=bias)
+        self.fc2 = Projection(hidden_size, out_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_size) -> (B, out_size)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def projection_head(config: PreTrainedConfig) -> nn.Module:
+    """Do as `projection`; in two layers, where there is a `projection_hidden_size`. The first may have a bias."""
+    if config.projection_dim is None or config.projection_hidden_size is None:
+        return projection(config, bias=config.projection_bias)
+    sizes = config.hidden_size, config.projection_hidden_size, config.projection_dim
+    return DeepProjection(*sizes, bias=config.projection_bias)
+
+
 class Bridge(nn.Module):
     """What stands between a tower and a language model. LoRA recipes train it in full, as "projection"."""
 

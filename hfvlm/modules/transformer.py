@@ -72,11 +72,20 @@ class MultiHead(nn.Module):
         self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) over keys and values -> (B, N, D) and, where the implementation has them, weights."""
-        query = self.heads(self.q_proj(x))
+        return self.mix(self.heads(self.q_proj(x)), key, value, mask, **kwargs)
+
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do as `attend`, with queries (B, heads, N, head_dim)."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
-        return self.out_proj(out.flatten(2)), weights
+        return self.join(out.flatten(2)), weights
+
+    def join(self, x: Tensor) -> Tensor:
+        """Turn the heads' outputs, side by side, into the output: (B, N, D) -> (B, N, D)."""
+        return self.out_proj(x)
 
 
 class Attention(MultiHead):
@@ -154,13 +163,14 @@ class QuickGELU(nn.Module):
 
 
 class MLP(nn.Module):
-    """Widen, activate, narrow."""
+    """Widen, activate, narrow. Without an `intermediate_size` of its own, one has its tower's."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, intermediate_size: int | None = None):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        wide = intermediate_size or config.intermediate_size
+        self.fc1 = nn.Linear(config.hidden_size, wide)
         self.act = QuickGELU() if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(wide, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -168,14 +178,20 @@ class MLP(nn.Module):
 
 class PreNormLayer(GradientCheckpointingLayer):
     """x + f(norm(x)), for attention and MLP: ViT, CLIP, SigLIP. In training, f is left out at a rate `drop_path`.
-    Its `attention` may be of another kind than the plain one."""
+    Its `attention` and its `mlp` may be of another kind than the plain ones."""
 
-    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0, attention: MultiHead | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        drop_path: float = 0.0,
+        attention: MultiHead | None = None,
+        mlp: nn.Module | None = None,
+    ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = attention or Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = mlp or MLP(config)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **kwargs: Any) -> Tensor:

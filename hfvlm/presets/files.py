@@ -22,10 +22,10 @@ class Preset:
         config: the configuration's fields that differ from its defaults; a `model_type` among them is that of a tower
             which was released alone.
         processor: settings of the processor's parts that differ from theirs.
-        source: `layout` of the keys, `files`, `url`, `sha256` where published, `vocabulary` of the tokenizer,
-            `parts`, what else the model is made of, and `published`, what the authors' `readme` prints: `inputs`,
-            texts and names of files by modality, and `probabilities`, each with the two modalities it is `of` and its
-            `values`.
+        source: `layout` of the keys, `files`, `url`, `sha256` where published, or `sha256_begins`, its first digits,
+            where the authors publish no more, of the file that `url` names, `vocabulary` of the tokenizer, `parts`,
+            what else the model is made of, and `published`, what the authors' `readme` prints: `inputs`, texts and
+            names of files by modality, and `probabilities`, each with the two modalities it is `of` and its `values`.
         licence: `id` as the Hub spells it (with `name` and `link` for "other"), `non_commercial`, `note`.
         parameters: of the whole model.
         notes: what a user should know.
@@ -39,6 +39,13 @@ class Preset:
     licence: Mapping[str, Any] = field(default_factory=lambda: {"id": "unknown"})
     parameters: int | None = None
     notes: str = ""
+
+    def published_sha256(self, file: str) -> str | None:
+        """Return the sha256 that the authors publish of a file of that name, or how it begins; None for no such."""
+        begins = self.source.get("sha256_begins")
+        if begins is not None:
+            return begins if self.source["url"].endswith(f"/{file}") else None
+        return self.source.get("sha256")
 
     def make_config(self) -> "PreTrainedConfig":
         """Return the configuration, in full."""

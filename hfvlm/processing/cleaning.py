@@ -19,6 +19,11 @@ def clean_lower(text: str) -> str:
     return " ".join(fixed(text).split()).lower()
 
 
+def clean_whitespace(text: str) -> str:
+    """Clean as open_clip for tokenizers of the Hub: repair, one space between words."""
+    return " ".join(fixed(text).split())
+
+
 def clean_repaired(text: str) -> str:
     """Clean as transformers' CLIP tokenizer with ftfy: HTML entities stay wherever ftfy leaves them."""
     return " ".join(ftfy.fix_text(text).split()).lower()
@@ -67,6 +72,7 @@ def clean_fold(text: str) -> str:
 
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "lower": clean_lower,
+    "whitespace": clean_whitespace,
     "repaired": clean_repaired,
     "canonical": clean_canonical,
     "case": clean_case,

@@ -116,9 +116,9 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
     has marked in a text are encoded as the words they are.
 
     Args:
-        clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "repaired" as LanguageBind, "canonical" as
-            open_clip's SigLIP, "case" as big_vision, "caption" and "question" as BLIP, "fold" as TensorFlow Text, or
-            "none".
+        clean: how texts are cleaned first: "lower" as OpenAI's CLIP, "whitespace" as open_clip for tokenizers of the
+            Hub, "repaired" as LanguageBind, "canonical" as open_clip's SigLIP, "case" as big_vision, "caption" and
+            "question" as BLIP, "fold" as TensorFlow Text, or "none".
         model_max_length: tokens of the longest text, special tokens included.
         clean_up_tokenization_spaces: take spaces before punctuation out of decoded texts, as the originals' tokenizers
             of word pieces do.
@@ -446,15 +446,22 @@ def is_marked(text: Any) -> bool:
     return any(isinstance(item, str) and PROTECTED in item for item in texts)
 
 
-class ZeroPaddedTokenizer(HfvlmTokenizer):
-    """Always pads to `model_max_length`, on the right, with id 0: the model was trained on texts of that length, and
-    `padding=True` means it too.
-
-    Id 0 is that of "!" within a word. It is no special token of the engine, which would be cut out of texts.
-    """
+class FullLengthTokenizer(HfvlmTokenizer):
+    """Always pads to `model_max_length`, on the right: the model was trained on texts of that length, and
+    `padding=True` means it too."""
 
     default_padding = "max_length"
     padding_sides = ("right",)
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
+        """Encode texts as every tokenizer; without `padding` and `truncation`, as the model was trained."""
+        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
+
+
+class ZeroPaddedTokenizer(FullLengthTokenizer):
+    """Pads with id 0, that of "!" within a word. It is no special token of the engine, which would be cut out of
+    texts."""
+
     pad_token_id = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -465,10 +472,6 @@ class ZeroPaddedTokenizer(HfvlmTokenizer):
     def pad_token(self) -> str:
         """The piece of id 0."""
         return str(self.convert_ids_to_tokens(self.pad_token_id))
-
-    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
-        """Encode texts as every tokenizer; without `padding` and `truncation`, as the model was trained."""
-        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
 
 
 class WordPieceTokenizer(HfvlmTokenizer):

@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hfvlm.checks.files import read_bytes, read_json, refusing
 from hfvlm.checks.messages import cut, shown
 
-# Of vocabularies, in bytes: a list of pieces, unpacked; and a tokenizer.json.
-LARGEST_LIST, LARGEST_TOKENIZER = 2**23, 2**26
+# Of vocabularies, in bytes: a list of pieces, unpacked; a sentencepiece model, of which XLM-V's is the largest; and a
+# tokenizer.json.
+LARGEST_LIST, LARGEST_PIECES, LARGEST_TOKENIZER = 2**23, 2**25, 2**26
 LONGEST_PIECE = 256
 # Ways to make a piece of two others, for each piece; vocabularies have two or three.
 MOST_SPLITS = 8
@@ -230,6 +231,74 @@ def sentencepiece_engine(path: Path) -> Tokenizer:
     """Read the engine of a sentencepiece `.model`, or its tokenizer.json."""
     if path.suffix == ".json":
         return engine_from_json(path)
+    proto = _pieces_of(path)
+    engine = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _piece_pairs(proto)
+    engine.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
+    engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
+    return engine
+
+
+# The first tokens of fairseq's vocabularies, and the last.
+FAIRSEQ_TOKENS, MASK_TOKEN = ("<s>", "<pad>", "</s>", "<unk>"), "<mask>"
+
+
+@_of_file
+def fairseq_pieces(path: str | Path) -> Tokenizer:
+    """Read XLM-R's engine from its `sentencepiece.bpe.model`, a unigram model whose ids fairseq numbered anew, or from
+    a tokenizer.json. Texts are between <s> and </s>.
+
+    Raises:
+        ImportError: sentencepiece or protobuf is not installed.
+        VocabularyError: the file is not such a model.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        engine = engine_from_json(path)
+    else:
+        proto = _pieces_of(path)
+        # After sentencepiece's own <unk>, <s> and </s>.
+        pieces = [*((token, 0.0) for token in FAIRSEQ_TOKENS), *((p.piece, p.score) for p in proto.pieces[3:])]
+        engine = _unigram(proto, [*pieces, (MASK_TOKEN, 0.0)], FAIRSEQ_TOKENS.index("<unk>"))
+    return between(engine, "<s>", "</s>")
+
+
+@_of_file
+def roberta_bpe(path: str | Path) -> Tokenizer:
+    """Read RoBERTa's engine, GPT-2's with fairseq's tokens around texts; see `byte_pairs`."""
+    return between(byte_pairs(path), "<s>", "</s>")
+
+
+@_of_file
+def nllb_pieces(path: str | Path, language: str = "eng_Latn") -> Tokenizer:
+    """Read NLLB's engine from its tokenizer.json; texts are between the code of their language and </s>.
+
+    Raises:
+        VocabularyError: the file is no tokenizer.json of NLLB.
+    """
+    engine = engine_from_json(path)
+    if engine.token_to_id(language) is None:
+        raise VocabularyError(f"{path}: not the tokenizer.json of NLLB, it has no {shown(language)}.")
+    return between(engine, language, "</s>")
+
+
+def between(engine: Tokenizer, before: str, after: str) -> Tokenizer:
+    """Put texts between two of fairseq's tokens, which are special wherever they stand in a text.
+
+    Raises:
+        VocabularyError: the engine lacks some of them.
+    """
+    tokens = (*FAIRSEQ_TOKENS, MASK_TOKEN)
+    if missing := [token for token in tokens if engine.token_to_id(token) is None]:
+        raise VocabularyError(f"Not a vocabulary of fairseq's, it has no {', '.join(missing)}.")
+    engine.no_padding()
+    engine.no_truncation()
+    engine.add_special_tokens([AddedToken(t, normalized=False, lstrip=t == MASK_TOKEN) for t in tokens])
+    engine.post_processor = template(engine, before, after)
+    return engine
+
+
+def _pieces_of(path: Path) -> Any:
+    """Read and check a sentencepiece model."""
     from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
@@ -239,16 +308,13 @@ def sentencepiece_engine(path: Path) -> Tokenizer:
         raise ImportError(f"{path}: reading a sentencepiece model needs `pip install 'hfvlm[convert]'`.")
     proto = import_protobuf().ModelProto()
     with refusing(path, "not a sentencepiece model", VocabularyError):
-        data = read_bytes(path, LARGEST_LIST, VocabularyError)
+        data = read_bytes(path, LARGEST_PIECES, VocabularyError)
         # The parser makes an object of each piece, which a file can have every other byte.
         if len(message(data, MOST_PIECES).get(1, ())) * 4 > len(data):
             raise ValueError("a flood of empty pieces")
         proto.ParseFromString(data)
     _check_pieces(path, [piece.piece for piece in proto.pieces])
-    engine = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _piece_pairs(proto)
-    engine.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
-    engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
-    return engine
+    return proto
 
 
 def _check_pieces(path: Path, pieces: Sequence[str | bytes]) -> None:
@@ -264,10 +330,12 @@ UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-def _unigram(proto: Any) -> Tokenizer:
-    """Make T5's engine: words apart, each with the mark of a word's beginning."""
-    pieces, spec = [(piece.piece, piece.score) for piece in proto.pieces], proto.trainer_spec
-    engine = Tokenizer(models.Unigram(pieces, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback))
+def _unigram(proto: Any, pieces: list[tuple[str, float]] | None = None, unknown: int | None = None) -> Tokenizer:
+    """Make T5's engine: words apart, each with the mark of a word's beginning; `pieces` and the id of the `unknown` in
+    place of the model's own."""
+    spec, own = proto.trainer_spec, [(piece.piece, piece.score) for piece in proto.pieces]
+    unk_id = spec.unk_id if unknown is None else unknown
+    engine = Tokenizer(models.Unigram(pieces or own, unk_id=unk_id, byte_fallback=spec.byte_fallback))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
         engine.normalizer = normalizers.Precompiled(charsmap)
     engine.pre_tokenizer = pre_tokenizers.Sequence(

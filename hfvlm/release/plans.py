@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -18,7 +19,7 @@ from hfvlm.checkpoints.key_table import KeyTableError, convert_tables, converted
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.checks.messages import shown
-from hfvlm.configuration import ConfigurationError
+from hfvlm.configuration import ConfigurationError, HfvlmConfig
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.presets.licences import UNKNOWN
 from hfvlm.registry import architectures
@@ -117,7 +118,8 @@ def make_plan(source: Path, name: str, sources: Mapping[str, Source], original: 
         raise ValueError(f"Preset {preset.name} has sizes only; there is no released checkpoint to convert.")
     config = preset.make_config()
     config.licence, config.preset = preset.licence["id"], preset.name
-    config.pass_on_origin()
+    if isinstance(config, HfvlmConfig):
+        config.pass_on_origin()
     return Plan(preset, conversion_of(preset.architecture), config, preset.source["layout"], preset.processor)
 
 
@@ -148,10 +150,16 @@ def plan_without_preset(source: Path, name: str, sources: Mapping[str, Source], 
     return Plan(Preset(name=name, architecture=name), conversion, config, layout, settings)
 
 
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration, of transformers' own the class that it names."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return AutoModel.from_config(config) if named is None else named._from_config(config)
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model without memory for its weights."""
     with torch.device("meta"):
-        return AutoModel.from_config(config)
+        return new_model(config)
 
 
 def fresh_tensors(
@@ -163,7 +171,7 @@ def fresh_tensors(
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        initial = AutoModel.from_config(config).state_dict()
+        initial = new_model(config).state_dict()
     return {name: initial[name] for name in names}
 
 

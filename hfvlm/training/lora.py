@@ -83,15 +83,23 @@ def towers(model: PreTrainedModel) -> dict[str, str]:
 
 
 def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[str] | None = None) -> str:
-    """Return the regular expression, over whole names, of the layers that a recipe adapts."""
+    """Return the regular expression, over whole names, of the layers that a recipe adapts.
+
+    Raises:
+        ValueError: it names no tower, or one that has no such layer.
+    """
     known = towers(model)
     chosen = [part for part in _parts(model, recipe) if part in known]
     if not chosen:
         raise ValueError(f"Recipe {recipe!r} adapts no tower; name at least one of {', '.join(known)}.")
-    prefixes = "|".join(re.escape(f"{known[part]}.") if known[part] else "" for part in chosen)
+    layers = layers or _default_layers(model)
     # An adapter of a layer that no output depends on would never learn.
     unused = "".join(rf"(?!{re.escape(name)}\.)" for name in getattr(model, "unused_modules", ()))
-    return rf"{unused}({prefixes}).*\b({'|'.join(layers or _default_layers(model))})"
+    patterns = {part: re.escape(f"{known[part]}.") if known[part] else "" for part in chosen}
+    for part, prefix in patterns.items():
+        if not any(re.fullmatch(rf"{prefix}.*\b({'|'.join(layers)})", name) for name, _ in model.named_modules()):
+            raise ValueError(f"No layer of the {part} tower is called {', '.join(layers)}: name its `layers`.")
+    return rf"{unused}({'|'.join(patterns.values())}).*\b({'|'.join(layers)})"
 
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:

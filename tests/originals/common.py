@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig, TimmMissingError, timm_wrapper_config
 from hfvlm.presets import Preset, list_presets, load_preset
-from hfvlm.release.plans import empty_model, fresh_tensors
+from hfvlm.release.plans import empty_model, fresh_tensors, new_model
 from hfvlm.release.sources import conversion_of
 from tests.support.golden import UnknownOptionError
 
@@ -32,9 +33,22 @@ def converted(
     tensors = {key: tensor.contiguous().clone() for key, tensor in (tensors | fresh).items()}
     model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info
-    assert {type(m) for m in model.modules()} == {type(m) for m in AutoModel.from_config(config).modules()}
+    assert {type(m) for m in model.modules()} == {type(m) for m in new_model(config).modules()}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     return model.eval()
+
+
+def needs_timm(config: PreTrainedConfig) -> None:
+    """Skip what needs timm where it does not load, once the message of the model has been seen to tell so."""
+    vision = getattr(config, "vision_config", None)
+    if not isinstance(vision, HfvlmTimmTrunkConfig):
+        return
+    try:
+        timm_wrapper_config(vision.architecture, {})
+    except TimmMissingError as reason:
+        with pytest.raises(TimmMissingError, match=rf"{vision.architecture} is .* timm.*pip install 'hfvlm\[timm\]'"):
+            empty_model(config)
+        pytest.skip(str(reason))
 
 
 def made_of(fields: dict[str, Any], name: str, text: str) -> Any:

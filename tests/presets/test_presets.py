@@ -8,6 +8,7 @@ import pytest
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
 from hfvlm.release.sources import conversion_of
+from tests.originals.common import needs_timm
 from tests.support.shapes import shapes_of
 
 PRESETS = list_presets()
@@ -20,8 +21,6 @@ def test_preset(name):
     preset = load_preset(name)
     assert preset.architecture == name.split("/")[0]
     config = preset.make_config()
-    _, parameters = shapes_of(config)
-    assert preset.parameters == parameters
     conversion = conversion_of(preset.architecture)
     processor = conversion.image_processor_for(config, preset.processor)
     size = getattr(getattr(config, "vision_config", None), "image_size", None)
@@ -35,6 +34,9 @@ def test_preset(name):
         if vocabularies := conversion.vocabularies_for(config):
             assert preset.source["vocabulary"]["file"] in vocabularies[0]
         assert len(preset.source.get("sha256", "0" * 64)) == 64
+    needs_timm(config)
+    _, parameters = shapes_of(config)
+    assert preset.parameters == parameters
 
 
 @pytest.mark.parametrize("architecture", sorted(architectures()))
@@ -45,6 +47,19 @@ def test_each_architecture_has_a_tiny_preset(architecture):
 def test_all_released_openai_models_are_here():
     wanted = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px"]
     assert all(load_preset(name).source["url"].split("/")[-2] == load_preset(name).source["sha256"] for name in wanted)
+
+
+def test_a_hash_may_be_published_in_part():
+    """As open_clip does, of the files on GitHub; their copies on the Hub are others."""
+    preset = load_preset("clip/rn50-cc12m")
+    assert preset.published_sha256("rn50-quickgelu-cc12m-f000538c.pt") == "f000538c"
+    assert preset.published_sha256("open_clip_model.safetensors") is None
+    whole = load_preset("clip/rn50")
+    assert whole.published_sha256("renamed.pt") == whole.source["sha256"]
+    for name in PRESETS:
+        source = load_preset(name).source
+        if "sha256_begins" in source:
+            assert source["url"].rpartition("/")[2].rpartition(".")[0].endswith(f"-{source['sha256_begins']}")
 
 
 def test_names_may_be_short_where_they_are_unique():

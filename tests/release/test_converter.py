@@ -133,8 +133,8 @@ def test_an_option_that_would_be_ignored_is_refused(tmp_path):
     shutil.copytree(SHIPPED, tmp_path / "in")
     for part, option in (
         ("vision_cfg", "ls_init_value"),
-        ("text_cfg", "no_causal_mask"),
-        ("vision_cfg", "timm_model_name"),
+        ("text_cfg", "embed_cls"),
+        ("vision_cfg", "attentional_pool"),
     ):
         model = {"embed_dim": 64, "vision_cfg": {"patch_size": 8}, "text_cfg": {"heads": 1}}
         model[part][option] = 1

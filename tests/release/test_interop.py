@@ -26,6 +26,7 @@ import hfvlm
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPImageProcessor, HfvlmCLIPModel
 from hfvlm.models.siglip import HfvlmSigLIPImageProcessor, HfvlmSigLIPNaFlexImageProcessor
+from hfvlm.release.sources import conversion_of
 from tests.support.paths import OURS
 from tests.support.suite import close
 
@@ -156,6 +157,16 @@ def test_resnets_are_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="not to 'onnx'"):
         hfvlm.export(tmp_path / "resnet", tmp_path / "out", to="onnx")
+
+
+@pytest.mark.parametrize("kind", ["hfvlm_clip_eva02", "hfvlm_clipa_vision"])
+def test_towers_of_other_classes_are_not_exported(kind):
+    text = SIZES | {"vocab_size": 50, "projection_dim": 8, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 49}
+    vision = SIZES | {"model_type": kind, "image_size": 28, "patch_size": 14, "projection_dim": 8}
+    config = HfvlmCLIPConfig(vision_config=vision, text_config=text)
+    name = type(config.vision_config).__name__
+    with pytest.raises(UnsupportedOriginalError, match=f"CLIPModel has no tower of {name}"):
+        conversion_of("clip").export.config(config)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (500, 375), (500, 333), (224, 224), (100, 100), (224, 448)])

@@ -58,6 +58,11 @@ def test_other_layers_and_ranks(model):
     assert tuned.peft_config["default"].lora_alpha == 5
 
 
+def test_a_tower_without_such_layers_is_named(model):
+    with pytest.raises(ValueError, match="No layer of the vision tower is called query: name its `layers`"):
+        hfvlm.lora(model, "vision+text", layers=["query"])
+
+
 def test_a_tower_of_its_own(clip_folder):
     tower = HfvlmCLIPVisionModel.from_pretrained(clip_folder)
     assert trained(hfvlm.lora(tower, quiet=True))

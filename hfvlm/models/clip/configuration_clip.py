@@ -1,10 +1,12 @@
 """CLIP's sizes. Defaults are those of OpenAI's ViT-B/32."""
 
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
 from hfvlm.configuration import DualEncoderConfig, HfvlmConfig, SubConfig, TextConfig, VisionConfig
+from hfvlm.modeling.trunks import HfvlmTextTrunkConfig, HfvlmVisionTrunkConfig
 
 
 @strict
@@ -70,12 +72,12 @@ class HfvlmCLIPTextConfig(TextConfig):
 
 @strict
 class HfvlmCLIPConfig(DualEncoderConfig):
-    """CLIP. The class of `vision_config` decides which vision tower is built."""
+    """CLIP. The classes of `vision_config` and `text_config` decide which towers are built; configurations of
+    transformers' own models make these the towers."""
 
     model_type = "hfvlm_clip"
     sub_configs = {"vision_config": HfvlmCLIPVisionConfig, "text_config": HfvlmCLIPTextConfig}
+    trunks = {"vision_config": HfvlmVisionTrunkConfig, "text_config": HfvlmTextTrunkConfig}
 
-    vision_config: SubConfig[HfvlmCLIPVisionConfig | HfvlmCLIPResNetConfig] = field(
-        default_factory=HfvlmCLIPVisionConfig
-    )
-    text_config: SubConfig[HfvlmCLIPTextConfig] = field(default_factory=HfvlmCLIPTextConfig)
+    vision_config: SubConfig[Any] = field(default_factory=HfvlmCLIPVisionConfig)
+    text_config: SubConfig[Any] = field(default_factory=HfvlmCLIPTextConfig)

@@ -1,24 +1,23 @@
-"""CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4)."""
+"""CLIP (https://arxiv.org/abs/2103.00020; https://github.com/openai/CLIP at d05afc4).
 
-from typing import Any, Unpack
+The folder is longer than other architectures': open_clip's releases are all CLIPs, and brought towers of their own.
+"""
 
-import torch
+from typing import ClassVar, Unpack
+
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import DepthScaledModel, as_features, records
+from hfvlm.modeling.base import DepthScaledModel
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import CausalTextTower, each_length
+from hfvlm.modeling.text import CausalTextTower
+from hfvlm.modeling.trunks import HfvlmTextTrunkModel, HfvlmVisionTrunkModel  # noqa: F401 (CLIP registers them)
 from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier, ImageSize
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPConfig, HfvlmCLIPTextConfig, HfvlmCLIPVisionConfig
-from hfvlm.modules.parts import joined
-from hfvlm.modules.pooling import end_of_text
 from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
@@ -30,10 +29,11 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
     config: HfvlmCLIPVisionConfig
     patch_bias = False
     pools_one_token = True
+    first_norm: ClassVar[type[nn.Module]] = nn.LayerNorm
 
     def __init__(self, config: HfvlmCLIPVisionConfig):
         super().__init__(config)
-        self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_norm = self.first_norm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = projection(config)
@@ -58,8 +58,12 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
         if until is not None:
             return TowerOutput(last_hidden_state=self.layers.until(x, until, **kwargs))
         x = self.layers(x, **kwargs)
-        pooled = self.post_norm(x[:, 0])
+        pooled = self.post_norm(self.pooling(x))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+
+    def pooling(self, x: Tensor) -> Tensor:
+        """Take what is pooled of the tokens, class token first: `(B, N, D)` -> `(B, D)`."""
+        return x[:, 0]
 
     def unused(self, until: int) -> list[str]:
         """Names of the modules that `hidden_states[until]` does not depend on."""
@@ -96,33 +100,6 @@ class HfvlmCLIPModel(DualEncoder):
         self.build_towers(config)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
-
-    def encode_text(
-        self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Embed each text; `last_hidden_state` is zero after a text's own end.
-
-        Nothing after a text's end-of-text token can change its embedding, and it is not computed, unless hidden states
-        or attentions are wanted.
-        """
-        if kwargs.get("pooled_only"):
-            return super().encode_text(input_ids, attention_mask, **kwargs)
-        ends = end_of_text(input_ids, self.text_model.config.eos_token_id, attention_mask)
-        length = input_ids.shape[1]
-
-        def embed(ids: Tensor, mask: Tensor | None, ends: Tensor) -> BaseModelOutputWithPooling:
-            output = as_features(self.text_model(ids, mask, **kwargs))
-            tokens: Any = output.last_hidden_state
-            after = torch.arange(tokens.shape[1], device=ends.device) > ends.unsqueeze(-1)
-            tokens = tokens.masked_fill(after.unsqueeze(-1), 0)
-            output.last_hidden_state = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
-            return output
-
-        if records(self.text_model.config, kwargs) or torch.compiler.is_compiling():
-            return embed(input_ids, attention_mask, ends)
-        found, order = each_length(embed, input_ids, attention_mask, ends)
-        output: Any = joined(found)
-        return type(output)(**{name: rows[order] for name, rows in output.items()})
 
     def resize_positions(self, image_size: ImageSize | None = None, context_length: int | None = None) -> None:
         """Change the image size or the number of text positions for good, as open_clip does when it loads a file.

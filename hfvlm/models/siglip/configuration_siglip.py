@@ -2,10 +2,12 @@
 
 from dataclasses import field
 from math import isqrt
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, TowerConfig, VisionConfig
+from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, TowerConfig, VisionConfig, joint_size
+from hfvlm.modeling.trunks import HfvlmTextTrunkConfig, HfvlmVisionTrunkConfig
 
 
 @strict
@@ -53,28 +55,23 @@ class HfvlmSigLIPTextConfig(TextConfig):
     pad_token_id: int | None = 1
     eos_token_id: int | None = 1
 
-    @property
-    def joint_size(self) -> int:
-        """Width of the embedding."""
-        return self.projection_dim or self.hidden_size
-
 
 @strict
 class HfvlmSigLIPConfig(HfvlmConfig):
-    """SigLIP and SigLIP 2. The class of `vision_config` decides which vision tower is built."""
+    """SigLIP and SigLIP 2. The classes of `vision_config` and `text_config` decide which towers are built;
+    configurations of transformers' own models make these the towers, as in NLLB-SigLIP."""
 
     model_type = "hfvlm_siglip"
     sub_configs = {"vision_config": HfvlmSigLIPVisionConfig, "text_config": HfvlmSigLIPTextConfig}
+    trunks = {"vision_config": HfvlmVisionTrunkConfig, "text_config": HfvlmTextTrunkConfig}
 
-    vision_config: SubConfig[HfvlmSigLIPVisionConfig | HfvlmSigLIPNaFlexVisionConfig] = field(
-        default_factory=HfvlmSigLIPVisionConfig
-    )
-    text_config: SubConfig[HfvlmSigLIPTextConfig] = field(default_factory=HfvlmSigLIPTextConfig)
+    vision_config: SubConfig[Any] = field(default_factory=HfvlmSigLIPVisionConfig)
+    text_config: SubConfig[Any] = field(default_factory=HfvlmSigLIPTextConfig)
     logit_scale_init_value: float = 2.3026
     logit_bias_init_value: float = -10.0
 
     def validate_joint_space(self) -> None:
-        image, text = self.vision_config.pooled_size, self.text_config.joint_size
+        image, text = joint_size(self.vision_config), joint_size(self.text_config)
         if image != text:
             raise ValueError(
                 f"The embeddings' widths differ: hidden_size {image} in vision_config, projection_dim (or "

@@ -3,7 +3,6 @@
 Source: https://github.com/google-research/big_vision at 0127fb6.
 """
 
-from functools import partial
 from math import isqrt
 from typing import Unpack
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -20,7 +18,7 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import TextTower
+from hfvlm.modeling.text import BidirectionalTextTower
 from hfvlm.modeling.vision import ImageClassifier, PatchTower, VisionTower
 from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPConfig,
@@ -28,14 +26,10 @@ from hfvlm.models.siglip.configuration_siglip import (
     HfvlmSigLIPTextConfig,
     HfvlmSigLIPVisionConfig,
 )
-from hfvlm.modules.embeddings import TokenEmbedding
-from hfvlm.modules.pooling import AttentionPool, last_position
+from hfvlm.modules.pooling import AttentionPool
 from hfvlm.modules.positions import ALIGNED_CORNERS, sampled_grid
-from hfvlm.modules.projection import projection
 from hfvlm.modules.similarity import BiasedLogitScale
 from hfvlm.modules.transformer import PreNormLayer, Stack
-
-logger = logging.get_logger(__name__)
 
 
 class HfvlmSigLIPPreTrainedModel(HfvlmPreTrainedModel):
@@ -123,40 +117,11 @@ class HfvlmSigLIPNaFlexVisionModel(VisionTower, HfvlmSigLIPPreTrainedModel):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
 
 
-class HfvlmSigLIPTextModel(TextTower, HfvlmSigLIPPreTrainedModel):
+class HfvlmSigLIPTextModel(BidirectionalTextTower, HfvlmSigLIPPreTrainedModel):
     """A bidirectional transformer that pools its last position."""
 
     config: HfvlmSigLIPTextConfig
-    pools_one_token = True
-
-    def __init__(self, config: HfvlmSigLIPTextConfig):
-        super().__init__(config)
-        self.embeddings = TokenEmbedding(config)
-        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = projection(config, bias=True)
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
-    ) -> TowerOutput:
-        """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the pooled output.
-
-        Trained on texts padded to full length without a mask: padding is attended to like any token, the last
-        position is always the pooled output, and `attention_mask` defines no more than the side of the padding.
-        """
-        if input_ids.shape[1] < self.config.max_position_embeddings:
-            logger.warning_once(
-                f"SigLIP got texts of {input_ids.shape[1]} tokens but was trained on texts padded to "
-                f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
-                "padding='max_length', as the processor does by default."
-            )
-        pool = partial(last_position, attention_mask=attention_mask)
-        x = self.post_norm(self.layers(self.embeddings(input_ids, attention_mask), pool=pool, **kwargs))
-        pooled = pool(x)
-        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+    projection_bias = True
 
 
 class HfvlmSigLIPModel(DualEncoder):

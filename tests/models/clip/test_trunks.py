@@ -1,0 +1,182 @@
+"""CLIP with towers that are models of transformers."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    ConvNextConfig,
+    M2M100Config,
+    RobertaConfig,
+    SwinConfig,
+    __version__,
+)
+
+from hfvlm.models.clip import (
+    HfvlmCLIPConfig,
+    HfvlmCLIPForImageClassification,
+    HfvlmCLIPModel,
+    HfvlmTextTrunkConfig,
+    HfvlmTextTrunkModel,
+    HfvlmVisionTrunkConfig,
+    HfvlmVisionTrunkModel,
+)
+from hfvlm.versions import numbers
+from tests.models.clip.test_modeling import TEXT
+from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+
+CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": 32}
+CONVNEXT |= {"layer_scale_init_value": 1.0}
+SWIN = {"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+SWIN |= {"window_size": 4, "drop_path_rate": 0.0, "initializer_range": 0.2}
+ROBERTA = {"model_type": "roberta", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48} | {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 20,
+    "type_vocab_size": 1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+NLLB = {"model_type": "m2m_100", "vocab_size": 50, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1} | {
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 20,
+    "encoder_layerdrop": 0.0,
+    "dropout": 0.0,
+}
+SWIN_LORA = ["query", "value"] if numbers(__version__) < (5, 12) else ["q_proj", "v_proj"]
+IDS = torch.tensor([[0, 7, 2, 1, 1], [0, 7, 8, 9, 2], [0, 5, 4, 2, 1]])
+
+
+class TestCLIPOfTransformers(ModelSuite):
+    """A ConvNeXt and a RoBERTa."""
+
+    model_class, auto_class = HfvlmCLIPModel, AutoModelForZeroShotImageClassification
+    records = ("hidden_states",)
+    lora_layers = ("query", "value")
+
+    def config(self):
+        vision = {"model_type": "hfvlm_vision_trunk", "trunk_config": CONVNEXT, "projection_dim": 16}
+        text = {"model_type": "hfvlm_text_trunk", "trunk_config": ROBERTA, "projection_dim": 16}
+        return HfvlmCLIPConfig(
+            vision_config=vision | {"projection_hidden_size": 32, "projection_bias": True},
+            text_config=text | {"projection_hidden_size": 24},
+        )
+
+    def inputs(self):
+        return {"input_ids": IDS, "pixel_values": torch.randn(3, 3, 32, 32)}
+
+    def loss_inputs(self):
+        return {"return_loss": True}
+
+    # ConvNeXt has no attention, and transformers refuses to set another than "eager".
+    implementations = ("eager",)
+
+    def test_padding_is_what_the_mask_or_the_pads_say(self, model):
+        mask = (IDS != 1).long()
+        expected = model.get_text_features(IDS, mask).pooler_output
+        close(model.get_text_features(IDS).pooler_output, expected, 1e-6, "pooled")
+        close(model.get_text_features(IDS[:1, :3]).pooler_output, expected[:1], 1e-5, "without padding")
+
+
+class TestCLIPWithSwin(ModelSuite):
+    """A Swin, whose keys versions of transformers have renamed, beside CLIP's own text tower."""
+
+    model_class, auto_class = HfvlmCLIPModel, AutoModelForZeroShotImageClassification
+    records = ("hidden_states",)
+    implementations = ("eager", "sdpa")
+    test_compiles_as_one_graph = test_exports = None
+
+    def config(self):
+        return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT))
+
+    def inputs(self):
+        return {"input_ids": torch.tensor([[48, 2, 49]]).repeat(3, 1), "pixel_values": torch.randn(3, 3, 32, 32)}
+
+    def loss_inputs(self):
+        return {"return_loss": True}
+
+
+class TestImageClassification(ImageClassifierSuite):
+    lora_layers = SWIN_LORA
+    model_class, auto_class = HfvlmCLIPForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmCLIPModel
+    records = ("hidden_states",)
+    implementations = ("eager", "sdpa")
+    test_compiles_as_one_graph = test_exports = None
+
+    def config(self):
+        return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT), num_labels=4)
+
+    def inputs(self):
+        return {"pixel_values": torch.randn(3, 3, 32, 32)}
+
+
+def test_configurations_of_transformers_become_towers():
+    config = HfvlmCLIPConfig(vision_config=ConvNextConfig(**CONVNEXT), text_config=dict(TEXT))
+    assert type(config.vision_config) is HfvlmVisionTrunkConfig
+    assert (config.vision_config.projection_dim, config.vision_config.pooled_size) == (16, 24)
+    config = HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=RobertaConfig(**ROBERTA))
+    assert type(config.text_config) is HfvlmTextTrunkConfig
+    assert config.vision_config.projection_dim == config.text_config.projection_dim == 512
+    assert isinstance(config.vision_config.trunk_config, SwinConfig)
+
+
+def test_a_text_tower_takes_the_encoder_of_a_translator():
+    """NLLB's, whose first token names the language."""
+    model = HfvlmTextTrunkModel(
+        HfvlmTextTrunkConfig(trunk_config=dict(NLLB), pooling="first", projection_dim=16)
+    ).eval()
+    assert isinstance(model.config.trunk_config, M2M100Config)
+    assert not any("decoder" in name for name, _ in model.named_parameters())
+    output = model(IDS)
+    close(model.projection(output.last_hidden_state[:, 0]), output.embeds, 1e-6, "first")
+    left = IDS.new_ones(1, 7)
+    left[0, 2:] = IDS[1]
+    close(model(left).embeds, output.embeds[1:2], 1e-5, "padded on the left")
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean", "first"])
+def test_pooling(pooling):
+    trunk = dict(ROBERTA)
+    model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=trunk, pooling=pooling, projection_dim=None)).eval()
+    assert (model.trunk.pooler is not None) == (pooling == "pooler")
+    x, expected = model(IDS).last_hidden_state, model(IDS).embeds
+    mask = (IDS != 1).unsqueeze(-1)
+    by_hand = {"mean": (x * mask).sum(1) / mask.sum(1), "first": x[:, 0]}
+    if pooling in by_hand:
+        close(expected, by_hand[pooling], 1e-6, pooling)
+    else:
+        assert torch.equal(expected, model.trunk.pooler(x))
+
+
+def test_the_mean_of_a_map_is_that_of_its_places():
+    config = HfvlmVisionTrunkConfig(trunk_config=dict(CONVNEXT), pooling="mean", projection_dim=None)
+    output = HfvlmVisionTrunkModel(config).eval()(torch.randn(2, 3, 64, 32))
+    close(output.embeds, output.last_hidden_state.mean(dim=(2, 3)), 1e-6, "mean")
+
+
+def test_towers_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="vision_config: RobertaModel takes input_ids"):
+        HfvlmVisionTrunkModel(HfvlmVisionTrunkConfig(trunk_config=RobertaConfig(**ROBERTA), pooling="mean"))
+    with pytest.raises(Exception, match="pooling 'max' is none of pooler, first, mean"):
+        HfvlmTextTrunkConfig(pooling="max")
+    model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=dict(NLLB), pooling="pooler"))
+    with pytest.raises(ValueError, match='no pooled output of its own: set pooling to "mean" or "first"'):
+        model(IDS)
+
+
+def test_the_epsilon_is_that_of_every_norm():
+    config = HfvlmVisionTrunkConfig(trunk_config=dict(CONVNEXT), layer_norm_eps=1e-3)
+    norms = [m for m in HfvlmVisionTrunkModel(config).modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) > 5
+    assert {norm.eps for norm in norms} == {1e-3}
+
+
+def test_a_tower_is_found_by_its_configuration():
+    config = HfvlmVisionTrunkConfig(trunk_config=dict(SWIN))
+    assert type(AutoModel.from_config(config)) is HfvlmVisionTrunkModel
+    assert HfvlmVisionTrunkConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
