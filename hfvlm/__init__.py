@@ -32,6 +32,8 @@ _LAZY = {
     "Embedder": "hfvlm.inference.embedder",
     "combine": "hfvlm.inference.embedder",
     "similarity": "hfvlm.inference.embedder",
+    "optimize": "hfvlm.inference.optimization",
+    "unoptimize": "hfvlm.inference.optimization",
     "Index": "hfvlm.inference.index",
     "FaissIndex": "hfvlm.inference.index",
     "LanceIndex": "hfvlm.inference.index",

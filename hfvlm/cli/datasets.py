@@ -40,6 +40,9 @@ def embed(  # noqa: PLR0913 (options)
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a Parquet file.")] = 4096,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Pack the weights where this machine is faster so; results are equal.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Embed a data set to Parquet shards; a run that was killed continues."""
@@ -51,7 +54,7 @@ def embed(  # noqa: PLR0913 (options)
     try:
         folder = run(
             source, output, model, split=split, columns=pairs(column, "--column") or None, id_column=id_column,
-            batch_size=batch_size, shard_rows=shard_rows, source_options=options, **settings,
+            batch_size=batch_size, shard_rows=shard_rows, source_options=options, optimize=optimize, **settings,
         )  # fmt: skip
     except TypeError as error:  # of a setting that the processor does not know
         if not options:

@@ -13,6 +13,8 @@ from torch import Tensor
 from hfvlm.checks.ranges import check_integer, shown
 from hfvlm.configuration import MultiEncoderConfig
 from hfvlm.inference.adapters import config_of, load_model, processor_of
+from hfvlm.inference.optimization import Optimization
+from hfvlm.inference.optimization import optimize as optimized
 from hfvlm.inference.placement import check_dtype, find_device, placed
 from hfvlm.inference.vectors import combine, similarity, unit_rows
 from hfvlm.logs import tracked
@@ -51,6 +53,7 @@ class Embedder:
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model.eval(), processor
         self.modalities = tuple(name for name in model.modalities if name in processor.modalities)
+        self.optimization: Optimization | None = None
 
     @classmethod
     def from_pretrained(
@@ -60,6 +63,7 @@ class Embedder:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        optimize: bool = False,
         **options: Any,
     ) -> "Embedder":
         """Load a model with its processor.
@@ -69,6 +73,7 @@ class Embedder:
             modalities: as ["image", "audio"]: only these towers are read from disk, where the model has more than two.
             device: "auto" is a GPU where there is one.
             dtype: "auto" is the files' own.
+            optimize: pack weights where that is faster, by `hfvlm.optimize`; what was chosen is `optimization`.
             **options: of the model's `from_pretrained`.
 
         Raises:
@@ -80,6 +85,8 @@ class Embedder:
         model = load_model(folder, dtype=dtype, **options)
         embedder = cls(model.to(device), processor_of(folder))
         embedder.check(modalities or ())
+        if optimize:
+            embedder.optimization = optimized(embedder.model)
         return embedder
 
     @property

@@ -17,6 +17,8 @@ from hfvlm.logs import logged_once
 from hfvlm.media.rows import are_several
 from hfvlm.writing import replaced
 
+BATCH_SIZE = 256
+
 
 class ZeroShotClassifier:
     """Classifier of images, or whatever else a model embeds, by the names of classes.
@@ -44,6 +46,8 @@ class ZeroShotClassifier:
         names = dict(labels) if isinstance(labels, Mapping) else {label: [label] for label in labels}
         if not names or len(names) != len(labels):
             raise ValueError("A classifier needs classes, each once.")
+        if empty := [label for label, given in names.items() if not given]:
+            raise ValueError(f"Class {empty[0]!r} has no names: give at least one.")
         self.embedder, self.labels = embedder, list(names)
         self.templates = template_set(templates if isinstance(templates, str) else list(templates))
         self.weights = self.cached({label: list(given) for label, given in names.items()}, cache)
@@ -74,13 +78,17 @@ class ZeroShotClassifier:
 
     def class_weights(self, names: Mapping[str, list[str]]) -> np.ndarray:
         """Compute the weights of classes, `(classes, D)`, of unit length."""
-        texts = [
-            [template.replace("{}", name) for name in given for template in self.templates] for given in names.values()
-        ]
+        given = [name for own in names.values() for name in own]
+        starts = np.cumsum([0, *map(len, names.values())])[:-1]
+        # Texts of one template begin alike: in one batch, towers compute that once.
+        step, total = max(1, BATCH_SIZE // len(given)), 0.0
         with logged_once("hfvlm.processing.tokenization"):  # that texts are cut
-            vectors = self.embedder.encode(text=[text for own in texts for text in own], batch_size=256)
-        ends = np.cumsum([len(own) for own in texts])[:-1]
-        return unit_rows(np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))
+            for start in range(0, len(self.templates), step):
+                templates = self.templates[start : start + step]
+                texts = [template.replace("{}", name) for template in templates for name in given]
+                vectors = self.embedder.encode(text=texts, batch_size=BATCH_SIZE)
+                total = total + vectors.reshape(len(templates), len(given), -1).sum(axis=0)
+        return unit_rows(np.add.reduceat(total, starts))
 
     def content_hash(self, names: Mapping[str, list[str]]) -> str:
         """Hash the names, the templates and the text tower's weights, which the classes' weights depend on."""

@@ -9,6 +9,7 @@ from hfvlm.losses.captioning import average_losses, captioning_loss, token_losse
 from hfvlm.losses.contrastive import contrastive_loss
 from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
+from hfvlm.losses.output_layer import output_layer_loss
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
 # Losses of pairs by the names that configurations and training arguments have for them.
@@ -29,6 +30,7 @@ __all__ = [
     "focal_contrastive_loss",
     "late_interaction_loss",
     "late_interaction_scores",
+    "output_layer_loss",
     "sigmoid_loss",
     "soft_contrastive_loss",
     "token_losses",

@@ -16,11 +16,10 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
 from hfvlm.modeling.generation import Generation
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.modeling.language import next_token_loss
+from hfvlm.modeling.language import as_output, next_tokens
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.context import Context
 from hfvlm.modules.embeddings import text_positions, text_starts
-from hfvlm.modules.language_head import last_tokens
 
 
 @dataclass
@@ -138,9 +137,9 @@ class TextDecoder(Generation, ABC):
         own = {name: options.pop(name) for name in self.further_keywords("forward") if name in options}
         x = self.embed_ids(input_ids, position_ids)
         mask = self.mask(x, input_ids, attention_mask, cache, **own)
-        logits = self.logits_of(last_tokens(self.decode(x, mask, context, cache=cache, **options), logits_to_keep))
-        loss = next_token_loss(self.config, logits, labels, shift_labels, options.get("num_items_in_batch"))
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **with_cache(cache))
+        x, count = self.decode(x, mask, context, cache=cache, **options), options.get("num_items_in_batch")
+        scores = next_tokens(self, self.logits_of, x, labels, shift_labels, count, logits_to_keep)
+        return as_output(scores, **with_cache(cache))
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Count the positions of ids `(B, N)` that follow a cache's from each text's first token."""

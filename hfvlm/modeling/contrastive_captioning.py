@@ -88,8 +88,8 @@ class ContrastiveCaptioner(DualEncoder, CaptioningModel, ABC):
         if attention_mask is None:
             return super().encode_text(input_ids, None, **kwargs)
         output = super().encode_text(*right_padded(attention_mask, input_ids, attention_mask), **kwargs)
-        tokens: Any = output.last_hidden_state
-        output.last_hidden_state = as_padded(attention_mask, tokens)
+        if output.last_hidden_state is not None:
+            output.last_hidden_state = as_padded(attention_mask, output.last_hidden_state)
         return output
 
     @loss_without_labels

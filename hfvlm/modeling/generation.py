@@ -1,5 +1,7 @@
 """hfvlm's changes of transformers' `generate`: all of its private methods that are overridden are overridden here."""
 
+import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -121,13 +123,27 @@ class WholeTextBeams(GenerationMixin):
         return GenerationMixin._check_early_stop_heuristic(**arguments | {"decoder_prompt_len": 1})
 
 
+@functools.cache
+def further_arguments(kind: type) -> tuple[str, ...]:
+    """Return the names of what a class of logits processors takes next to ids and scores."""
+    return tuple(inspect.signature(kind.__call__).parameters)[3:]
+
+
 class WithinVocabulary(LogitsProcessorList):
-    """Processors of logits that get no ids without a logit, which a penalty for repetition would index."""
+    """Processors of logits that get no ids without a logit, which a penalty for repetition would index.
+
+    Their signatures are read once, and not in every step, as transformers reads them.
+    """
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         last = scores.shape[-1] - 1
-        known = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
-        return super().__call__(known, scores, **kwargs)  # type: ignore[arg-type]
+        known: Any = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
+        for processor in self:
+            needed = further_arguments(type(processor))
+            if missing := [name for name in needed if name not in kwargs]:
+                raise ValueError(f"{type(processor).__name__} needs {', '.join(missing)}.")
+            scores = processor(known, scores, **kwargs if needed else {})
+        return scores
 
 
 class Without(LogitsProcessor):
@@ -137,8 +153,10 @@ class Without(LogitsProcessor):
         self.tokens = tuple(tokens)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scored = [token for token in self.tokens if token < scores.shape[-1]]
+        if not scored:
+            return scores
         scores = scores.clone()
-        for token in self.tokens:
-            if token < scores.shape[-1]:
-                scores[:, token] = -torch.inf
+        for token in scored:
+            scores[:, token] = -torch.inf
         return scores

@@ -1,6 +1,7 @@
 """Language models that attend to images and videos: the base of LLaVA and its relatives."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any, Unpack
 
@@ -17,7 +18,8 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.compat import CACHE_NAMES, cache_of, rename_cache, with_cache
 from hfvlm.modeling.generation import Generation, WithinVocabulary, Without
 from hfvlm.modeling.keywords import Keywords, keywords_of
-from hfvlm.modeling.outputs import ImageTextOutput
+from hfvlm.modeling.language import scored_late
+from hfvlm.modeling.outputs import ImageTextOutput, LateImageTextOutput
 from hfvlm.modules.projection import Projector
 
 Features = BaseModelOutputWithPooling
@@ -130,7 +132,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         features = self.encode_media(media, mm_encoder_outputs)
         labels = rest.get("shift_labels") if labels is None else labels  # without any, language models return no loss
         output = self.read_with(
-            self.language_model,
+            partial(scored_late, self.language_model),
             input_ids,
             inputs_embeds,
             features,
@@ -140,7 +142,8 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
             logits_to_keep=logits_to_keep,
             **rest,
         )
-        return ImageTextOutput(**{**output, **as_outputs(features)})
+        kind = ImageTextOutput if output.get("late_logits") is None else LateImageTextOutput
+        return kind(**{**output, **as_outputs(features)})
 
     def read_with(
         self,

@@ -1,12 +1,18 @@
 """Outputs of towers and models."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+    Seq2SeqLMOutput,
+)
 from transformers.utils import ModelOutput
 
 MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
@@ -124,6 +130,34 @@ class MultiEncoderOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
+class LateLogits(ModelOutput):
+    """Makes the `logits` of an output be computed when they are first read, where `late_logits` computes them.
+
+    In training, a loss needs the scores of labelled tokens alone, and not all at a time; few read all of them.
+    """
+
+    def compute_logits(self) -> None:
+        """Compute the logits, if that is still to be done."""
+        if (compute := OrderedDict.pop(self, "late_logits", None)) is not None:
+            self.late_logits = None
+            self.logits = compute()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "logits":
+            self.compute_logits()
+        return super().__getattribute__(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits" or not isinstance(key, str):
+            self.compute_logits()
+        return super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        self.compute_logits()
+        values = (self.get(field.name) for field in fields(self))  # type: ignore[arg-type]
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in values if v is not None)
+
+
 @dataclass
 class ImageTextOutput(CausalLMOutputWithPast):
     """Scores of a language model that attends to media.
@@ -138,6 +172,28 @@ class ImageTextOutput(CausalLMOutputWithPast):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+@dataclass
+class LateImageTextOutput(LateLogits, ImageTextOutput):
+    """The same in training.
+
+    Args:
+        late_logits: computes `logits`, which are not yet; see `LateLogits`.
+    """
+
+    late_logits: Callable[[], Tensor] | None = None
+
+
+@dataclass
+class LateLanguageOutput(LateLogits, CausalLMOutputWithCrossAttentions):
+    """Scores of a language model in training.
+
+    Args:
+        late_logits: computes `logits`, which are not yet; see `LateLogits`.
+    """
+
+    late_logits: Callable[[], Tensor] | None = None
 
 
 @dataclass

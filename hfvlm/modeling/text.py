@@ -23,10 +23,14 @@ from hfvlm.modules.embeddings import TokenEmbedding
 from hfvlm.modules.parts import joined
 from hfvlm.modules.pooling import end_of_text, last_position, tokens_at
 from hfvlm.modules.positions import resize_line
+from hfvlm.modules.prefixes import PrefixTree
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import PreNormLayer, Stack
 
 logger = logging.get_logger(__name__)
+
+# Share of the tokens of texts, padding included, up to which it pays to compute the distinct ones alone.
+MOST_NODES = 0.75
 
 
 def bucket_size(device: torch.device) -> int:
@@ -75,6 +79,18 @@ def each_length(
     return found, torch.tensor([row for bucket in buckets for row in bucket], device=ends.device).argsort()
 
 
+def prefix_tree(input_ids: Tensor, attention_mask: Tensor | None, ends: Tensor) -> PrefixTree | None:
+    """Return the distinct tokens of texts `(B, N)` that end at `ends`, `(B,)`; None where they are too many to be
+    worth more than rows of texts, or where padding is before tokens."""
+    if input_ids.numel() < bucket_size(ends.device) // 4:
+        return None
+    after = torch.arange(input_ids.shape[1], device=ends.device) > ends.unsqueeze(-1)
+    if attention_mask is not None and not (attention_mask.bool() | after).all():
+        return None
+    tree = PrefixTree(input_ids.masked_fill(after, -1))
+    return tree if tree.first.numel() <= MOST_NODES * input_ids.numel() else None
+
+
 def without_padding(attention_mask: Tensor | None, *rows: Tensor | None) -> tuple[Any, ...]:
     """Cut columns that are padding in every row, at both ends of the mask and of what else has a column for each
     token, `(B, N)`."""
@@ -100,6 +116,10 @@ class TextTower(HfvlmPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = other_towers("text_model")
     input_modalities = ["text"]
     _input_embed_layer = "token"
+
+    def drops_out(self) -> bool:
+        """Return whether equal tokens of two texts differ, by chance."""
+        return self.training and self.config.attention_dropout > 0
 
 
 class BidirectionalTextTower(TextTower):
@@ -206,8 +226,19 @@ class CausalTextTower(TextTower):
         ends = self.ends(input_ids, attention_mask)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.read_rows(input_ids, attention_mask, ends, **kwargs)
-        found, order = each_length(partial(self.read_rows, **kwargs), input_ids, attention_mask, ends)
+        found, order = each_length(partial(self.read_distinct, **kwargs), input_ids, attention_mask, ends)
         return torch.cat(found)[order]
+
+    def read_distinct(self, input_ids: Tensor, attention_mask: Tensor | None, ends: Tensor, **kwargs: Any) -> Tensor:
+        """Run the layers over texts `(B, N)`, of tokens at `ends`, `(B,)`; tokens after the same tokens are computed
+        once where that pays: see `prefix_tree`."""
+        tree = None if self.drops_out() else prefix_tree(input_ids, attention_mask, ends)
+        if tree is None:
+            return self.read_rows(input_ids, attention_mask, ends, **kwargs)
+        x = self.embeddings(tree.ids.clamp_min(0))
+        visible = torch.arange(x.shape[1], device=x.device) <= tree.ends.unsqueeze(-1)
+        kwargs |= {"pool": tree.pool, "pooled_mask": mask_of_one(self.config, x, visible), "is_causal": True}
+        return self.layers(tree.gather(x), causal_mask(self.config, x, None), tree=tree, **kwargs)[tree.texts]
 
     def read_rows(
         self, input_ids: Tensor, attention_mask: Tensor | None, ends: Tensor | None = None, **kwargs: Any

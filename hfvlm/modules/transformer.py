@@ -1,6 +1,7 @@
 """The parts every transformer tower is made of: attention, MLP, a residual wiring, a stack of layers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfvlm.modules.dropout import DropPath
+from hfvlm.modules.prefixes import PrefixTree
 
 
 def eager_attention_forward(
@@ -75,10 +77,19 @@ class MultiHead(nn.Module):
         return self.mix(self.heads(self.q_proj(x)), key, value, mask, **kwargs)
 
     def mix(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        tree: PrefixTree | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do as `attend`, with queries (B, heads, N, head_dim)."""
+        """Do as `attend`, with queries (B, heads, N, head_dim). With a `tree`, queries, keys and values are of its
+        nodes, and the mask is of its texts."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if tree is not None:
+            attend = partial(tree.attend, attend)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
         return self.join(out.flatten(2)), weights
@@ -108,10 +119,16 @@ class CausalAttention(MultiHead):
         self.layer_idx = layer_idx
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        context: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D), (B, 1, N, past + N) or None -> (B, N, D) and, where the implementation has them, weights."""
-        key, value = self.read(x)
+        """(B, N, D), (B, 1, N, past + N) or None -> (B, N, D) and, where the implementation has them, weights;
+        `context` are all tokens where `x` are some."""
+        key, value = self.read(x if context is None else context)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         return self.attend(x, key, value, mask, **kwargs)

@@ -14,6 +14,7 @@ import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.evaluation.report import compare
 from hfvlm.evaluation.tasks import Data, evaluate
+from hfvlm.inference import zero_shot
 from hfvlm.inference.templates import SETS, template_set
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.media.images import read_image
@@ -153,6 +154,18 @@ def test_a_report_is_written_and_goes_into_the_card(clip_folder, by_class, tmp_p
     card = (folder / "README.md").read_text()
     accuracy = next(r["value"] for r in report["results"] if r["metric"] == "accuracy")
     assert f"{accuracy:.4f}".rstrip("0") in card
+
+
+def test_class_weights_are_means_over_names_and_templates(clip_folder, monkeypatch):
+    monkeypatch.setattr(zero_shot, "BATCH_SIZE", 7)
+    names, templates = {"square": ["square", "blue square"], "circle": ["circle"]}, ["{}", "a {}.", "one {}", "{} x"]
+    classifier = ZeroShotClassifier.from_pretrained(clip_folder, names, templates)
+    for found, own in zip(classifier.weights, names.values(), strict=True):
+        texts = [template.replace("{}", name) for name in own for template in templates]
+        mean = classifier.embedder.encode(text=texts).mean(axis=0)
+        np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-6)
+    with pytest.raises(ValueError, match="Class 'none' has no names"):
+        ZeroShotClassifier(classifier.embedder, {"none": []})
 
 
 def test_class_weights_are_kept_by_their_content(clip_folder, tmp_path):

@@ -330,7 +330,7 @@ def test_tars_and_tables(form, folder, clip_folder, tmp_path):
 
 def test_the_commands(folder, clip_folder, tmp_path):
     run = CliRunner().invoke
-    result = run(app, ["embed", str(folder), "-o", str(tmp_path / "out"), "-m", str(clip_folder)])
+    result = run(app, ["embed", str(folder), "-o", str(tmp_path / "out"), "-m", str(clip_folder), "--optimize"])
     assert result.exit_code == 0, result.output
     kind = KINDS[10]
     page, grid = tmp_path / "page.html", tmp_path / "grid.png"

@@ -5,11 +5,12 @@ import inspect
 import pytest
 import torch
 from transformers import GenerationMixin
+from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.generation import utils as generation_utils
 
 from hfvlm.modeling.captioning import CaptioningModel, TextDecoder
 from hfvlm.modeling.compat import CACHE, cache_of
-from hfvlm.modeling.generation import Generation, WholeTextBeams
+from hfvlm.modeling.generation import Generation, WholeTextBeams, WithinVocabulary, Without
 from hfvlm.modeling.image_text import ImageTextModel
 from hfvlm.models.blip2 import HfvlmBLIP2T5ForConditionalGeneration
 from hfvlm.modules.context import Context
@@ -317,3 +318,21 @@ def test_nothing_else_that_is_private_is_overridden():
 
 def test_transformers_calls_the_cache_by_a_name_that_is_known():
     assert CACHE in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+
+class Shifted(LogitsProcessor):
+    """A processor that takes more than ids and scores."""
+
+    def __call__(self, input_ids, scores, shift):
+        return scores + shift
+
+
+def test_processors_of_logits_get_what_they_take():
+    ids, scores = torch.tensor([[1, 9]]), torch.zeros(1, 5)
+    processors = WithinVocabulary([RepetitionPenaltyLogitsProcessor(2.0), Shifted(), Without([3, 7])])
+    expected = torch.tensor([[1.0, 1, 1, -torch.inf, 1]])
+    assert torch.equal(processors(ids, scores, shift=1.0), expected)
+    assert not scores.any()
+    with pytest.raises(ValueError, match="Shifted needs shift"):
+        processors(ids, scores)
+    assert Without([7])(ids, scores) is scores

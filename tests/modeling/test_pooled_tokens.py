@@ -17,7 +17,7 @@ POOLED = {
     "align": ("text",),
     "blip": ("image",),
     "clip": ("image", "text"),
-    "coca": (),
+    "coca": ("text",),
     "filip": (),
     "flava": ("image", "text"),
     "imagebind": ("image", "text", "audio", "depth", "thermal", "imu"),
@@ -127,7 +127,7 @@ def test_training_has_the_outputs_of_evaluation(name):
     for modality, field in (("image", "vision_model_output"), ("text", "text_model_output")):
         tokens = found[field].last_hidden_state
         assert expected[field].last_hidden_state is not None
-        assert (tokens is None) == (modality in pooled)
+        assert (tokens is None) == (modality in pooled and not model.needs_tokens)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -215,6 +215,60 @@ def test_texts_cost_their_own_length(name, monkeypatch):
         assert read[:2] == sizes[1]
         tokens = tokens * inputs["attention_mask"].unsqueeze(-1)
     torch.testing.assert_close(found.last_hidden_state, tokens, rtol=1e-4, atol=1e-4)
+
+
+TEMPLATES = ((7, 8, 9, None, 61), (7, 8, None, None, 61), (7, None, 8, 9, 61))
+
+
+def prompts(config, generator):
+    """Texts of templates with names of one or two tokens, two of them equal, padded on the right."""
+    end, pad = (61 if (x := getattr(config, name)) is None else x for name in ("eos_token_id", "pad_token_id"))
+    ids = torch.full((8 * len(TEMPLATES), LENGTH), pad)
+    for row, template in enumerate(TEMPLATES * 8):
+        text = [int(torch.randint(10, 60, (), generator=generator)) if x is None else x for x in template]
+        ids[row, : len(text)] = torch.tensor([*text[:-1], end])
+    ids[-1] = ids[2]
+    return ids
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["clip", "imagebind", "coca"])
+def test_what_texts_begin_with_is_computed_once(name, attention, monkeypatch):
+    monkeypatch.setattr(text, "bucket_size", lambda device: 100)
+    model = tiny(name)
+    model.set_attn_implementation(attention)
+    tower = model.text_model
+    ids = prompts(tower.config, torch.Generator().manual_seed(1))
+    if name == "coca":
+        ids[3, 2] = tower.config.pad_token_id  # also a piece of words
+    given = {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < 5).long().expand(len(ids), -1)}
+    nodes = len({tuple(row[: n + 1]) for row in ids[:, :5].tolist() for n in range(5)})
+    if name == "coca":  # the original lets a text see the first padding after it; and the class token
+        nodes += 2 * len({tuple(row) for row in ids.tolist()})
+    expected = model.get_text_features(**given, output_hidden_states=True).pooler_output
+    read = []
+    tower.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape[:2]))
+    weights = torch.randn_like(expected)
+    whole = gradients(tower, expected, weights)
+    for inputs in (given, {"input_ids": ids}):
+        found = model.embeddings("text", **inputs)
+        assert read.pop() == (1, nodes)
+        torch.testing.assert_close(unit(found), unit(expected), rtol=1e-5, atol=1e-5)
+        for key, gradient in gradients(tower, found, weights).items():
+            assert (gradient - whole[key]).abs().max() <= 1e-5 * max(1, whole[key].abs().max()), key
+    # What pays is tokens of rows where few are alike, where padding comes first, and where dropout differs.
+    if name != "coca":
+        left = given["attention_mask"].roll(LENGTH - 5, dims=1)
+        found = model.embeddings("text", input_ids=ids.roll(LENGTH - 5, dims=1), attention_mask=left)
+        torch.testing.assert_close(unit(found), unit(expected), rtol=1e-5, atol=1e-5)
+        assert read.pop() == (len(ids), LENGTH)
+        different = torch.randint(10, 60, (24, LENGTH), generator=torch.Generator().manual_seed(2))
+        model.embeddings("text", input_ids=different.index_fill(1, torch.tensor([LENGTH - 1]), 61))
+        assert read.pop() == (24, LENGTH)
+        tower.train()
+        tower.config.attention_dropout = 0.5
+        model.embeddings("text", **given)
+        assert read.pop() == (len(ids), 5)
 
 
 @pytest.mark.parametrize("name", ["align", "flava"])

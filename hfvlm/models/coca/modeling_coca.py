@@ -23,9 +23,11 @@ from hfvlm.modeling.compat import causal_mask
 from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
+from hfvlm.modeling.text import mask_of_one
 from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
+from hfvlm.modules.prefixes import PrefixTree
 from hfvlm.modules.projection import Projection, projection
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import (
@@ -93,6 +95,7 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
     """The text decoder: without a context its lower half embeds, with one the whole of it generates."""
 
     config: HfvlmCoCaTextConfig
+    pools_one_token = True
 
     def __init__(self, config: HfvlmCoCaTextConfig):
         super().__init__(config)
@@ -119,7 +122,7 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
         init.normal_(self.position, std=std / 2)
 
     def further_keywords(self, method: str) -> Collection[str]:
-        return ("visible",) if method == "forward" else ()
+        return ("visible", *super().further_keywords(method)) if method == "forward" else ()
 
     def mask(
         self,
@@ -150,16 +153,38 @@ class HfvlmCoCaTextModel(CaptioningTextTower, DepthScaledModel):
     def logits_of(self, x: Tensor) -> Tensor:
         return self.lm_head(self.multimodal_norm(x))
 
-    def embed(self, input_ids: Tensor, **kwargs: Any) -> TowerOutput:
-        """Run the lower half: `(B, N)` -> its tokens, before any norm, and the class token as the pooled output."""
-        length = input_ids.shape[1]
+    def embed(self, input_ids: Tensor, *, pooled_only: bool = False, **kwargs: Any) -> TowerOutput:
+        """Run the lower half: `(B, N)` -> its tokens, before any norm, unless `pooled_only`, and the class token as
+        the pooled output."""
+        length, visible = input_ids.shape[1], self.visible_to_class(input_ids)
         self.positions(input_ids, None)  # refuses texts that are too long
-        x = torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1)
-        x = x + self.position[: length + 1]
-        mask = causal_mask(self.config, x, self.visible_to_class(input_ids))
-        x = self.layers(x, mask, **kwargs)
+        if pooled_only and not (self.drops_out() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            pooled = self.post_norm(self.class_tokens(input_ids, visible, **kwargs))
+            return TowerOutput(pooler_output=pooled, embeds=self.projection(pooled))
+        x = self.with_class(input_ids, self.position[: length + 1])
+        x = self.layers(x, causal_mask(self.config, x, visible), **kwargs)
         pooled = self.post_norm(x[:, -1])
         return TowerOutput(last_hidden_state=x[:, :-1], pooler_output=pooled, embeds=self.projection(pooled))
+
+    def class_tokens(self, input_ids: Tensor, visible: Tensor, **kwargs: Any) -> Tensor:
+        """Run the lower half without what the class token does not see, and each token after the same ones once:
+        `(B, N)`, `visible_to_class` of it -> `(B, D)`, before any norm."""
+        last = torch.arange(1, visible.shape[1] + 1, device=visible.device)[:-1] * visible[:, :-1]
+        stop = int(last.amax())
+        after = torch.arange(stop, device=visible.device) >= last.amax(dim=1, keepdim=True)
+        # The class token, which may see itself, has an id of its own here.
+        tokens = input_ids[:, :stop].masked_fill(after, -1)
+        tree = PrefixTree(torch.cat([tokens, self.config.vocab_size + visible[:, -1:].long()], dim=1))
+        seen = tree.distinct(torch.cat([visible[:, :stop], visible[:, -1:]], dim=1))
+        position = torch.cat([self.position[:stop], self.position[input_ids.shape[1]].unsqueeze(0)])
+        x = self.with_class(tree.ids[:, :-1].clamp_min(0), position)
+        mask, pooled_mask = causal_mask(self.config, x, seen), mask_of_one(self.config, x, seen)
+        options = {"pooled_only": True, "pool": tree.pool, "pooled_mask": pooled_mask, "tree": tree}
+        return self.layers(tree.gather(x), mask, **kwargs, **options)[tree.texts, 0]
+
+    def with_class(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Embed `(B, N)` tokens and the class token after them, at positions `(N + 1, D)` -> `(B, N + 1, D)`."""
+        return torch.cat([self.token(input_ids), self.class_token.expand(input_ids.shape[0], 1, -1)], dim=1) + position
 
     def decode_upper(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
         """Run the upper half over the lower half's tokens `(B * T, N, D)`, before any norm."""
