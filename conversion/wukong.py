@@ -4,22 +4,26 @@ Source: https://github.com/huawei-noah/Pretrained-Language-Model at 0598f02, Noa
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from math import isqrt
 from typing import Any
 
 from torch import Tensor
+from transformers import SwinConfig
 
 from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Change, Row, scalar, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
-from hfvlm.conversion.blocks import openai_layers, openai_vision_rows
+from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, swin_rows
 from hfvlm.conversion.clip import vision_sizes
 from hfvlm.conversion.processors import paired, sized
+from hfvlm.modeling.trunks import HfvlmVisionTrunkConfig
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 from hfvlm.models.wukong.configuration_wukong import (
     HfvlmWukongCLIPConfig,
     HfvlmWukongCLIPTextConfig,
     HfvlmWukongConfig,
     HfvlmWukongTextConfig,
+    HfvlmWukongTrunkConfig,
     HfvlmWukongVisionConfig,
 )
 from hfvlm.models.wukong.processing_wukong import (
@@ -33,6 +37,10 @@ flattened = Change(lambda tensor: tensor.squeeze(-1), lambda tensor: tensor.unsq
 SCALE = "loss.logit_scale"
 OPTIONS = ("type", "pretrained", "embed_dim", "visual", "text", "is_token_wise")
 TEXT_OPTIONS = ("type", "context_length", "vocab_size", "width", "heads", "layers")
+SWIN_OPTIONS = (
+    *("type", "name", "input_resolution", "img_size", "embed_dim", "depths", "num_heads", "window_size"),
+    *("patch_size", "num_classes", "mlp_ratio", "qkv_bias", "ape", "patch_norm", "drop_path_rate", "token_reduction"),
+)
 VISION_OPTIONS = ("type", "input_resolution", "layers", "width", "patch_size", "token_reduction")
 
 
@@ -44,13 +52,23 @@ def keys_for(
     return [
         # The authors' evaluation, which has no temperature, leaves it out.
         Row(SCALE, "logit_scale.scale", scalar, optional=True),
-        *openai_vision_rows("visual", "vision_model"),
+        *vision_rows(config.vision_config),
         *reduction_rows(config, keys),
         Row("transformer.token_embedding.weight", f"{text}.embeddings.token.weight"),
         Row("transformer.positional_embedding", f"{text}.embeddings.position"),
         *openai_layers("transformer.resblocks", f"{text}.layers"),
         Row("transformer.ln_final.{}", f"{text}.post_norm.{{}}"),
         Row("transformer.text_projection", f"{text}.projection.weight", transpose),
+    ]
+
+
+def vision_rows(vision: Any) -> list[Row]:
+    """Return the rows of a vision transformer, or of a Swin, whose head is the projection."""
+    if not isinstance(vision, HfvlmVisionTrunkConfig):
+        return openai_vision_rows("visual", "vision_model")
+    return [
+        *swin_rows("visual.", "vision_model.trunk"),
+        Row("visual.head.{}", "vision_model.projection.{}"),
     ]
 
 
@@ -99,22 +117,48 @@ def config_from_original(
     words = text_sizes(shapes, text.get("heads"))
     if token_wise:
         return HfvlmWukongConfig(
-            vision_config=HfvlmWukongVisionConfig(**vision_config(shapes, visual)),
+            vision_config=vision_config(shapes, visual, HfvlmWukongVisionConfig, HfvlmWukongTrunkConfig),
             text_config=HfvlmWukongTextConfig(**words),
             num_image_tokens=shapes[f"visual.{reduction}.attention_maps.1.weight"][0] if reduction else None,
         )
     return HfvlmWukongCLIPConfig(
-        vision_config=HfvlmCLIPVisionConfig(**vision_config(shapes, visual)),
+        vision_config=vision_config(shapes, visual, HfvlmCLIPVisionConfig, HfvlmVisionTrunkConfig),
         text_config=HfvlmWukongCLIPTextConfig(**words),
     )
 
 
-def vision_config(shapes: Mapping[str, Any], visual: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a vision transformer's configuration."""
-    check_options("Wukong's vision transformer", visual, VISION_OPTIONS)
+def vision_config(shapes: Mapping[str, Any], visual: Mapping[str, Any], transformer: Any, swin: Any) -> Any:
+    """Make the configuration of a vision tower, of either of two classes."""
     check_options("Wukong's token reduction", visual.get("token_reduction") or {}, ("num_tokens",))
+    if "visual.head.weight" in shapes:
+        check_options("Wukong's Swin", visual, SWIN_OPTIONS)
+        trunk = SwinConfig(**swin_sizes(shapes, visual))
+        width = shapes["visual.head.weight"][0]
+        return swin(trunk_config=trunk, pooling="mean", projection_dim=width, projection_bias=True)
+    check_options("Wukong's vision transformer", visual, VISION_OPTIONS)
     sizes = vision_sizes(shapes, image_size=visual.get("input_resolution"))
-    return sizes | {"projection_dim": shapes["visual.proj"][1]}
+    return transformer(**sizes, projection_dim=shapes["visual.proj"][1])
+
+
+def swin_sizes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of transformers' SwinConfig."""
+    width, channels, patch, _ = shapes["visual.patch_embed.proj.weight"]
+    depths = count_layers(shapes, "visual.layers.")
+    tables = [shapes[f"visual.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(depths)]
+    blocks = [count_layers(shapes, f"visual.layers.{i}.blocks.") for i in range(depths)]
+    return {
+        "image_size": options.get("img_size", 224),
+        "patch_size": patch,
+        "num_channels": channels,
+        "embed_dim": width,
+        "depths": blocks,
+        "num_heads": [heads for _, heads in tables],
+        # Between two tokens of a window there are 2 * size - 1 distances along each edge.
+        "window_size": options.get("window_size", (isqrt(tables[0][0]) + 1) // 2),
+        "mlp_ratio": shapes["visual.layers.0.blocks.0.mlp.fc1.weight"][0] / width,
+        "qkv_bias": "visual.layers.0.blocks.0.attn.qkv.bias" in shapes,
+        "use_absolute_embeddings": "visual.absolute_pos_embed" in shapes,
+    }
 
 
 def text_sizes(shapes: Mapping[str, Any], heads: int | None) -> dict[str, Any]:

@@ -223,10 +223,6 @@ class CausalTextTower(TextTower):
             kwargs["pool"] = partial(tokens_at, positions=ends)
         return self.layers(x, mask, **kwargs | {"is_causal": True})
 
-    def ends(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Find the end-of-text token of each text: `(B, N)` -> `(B,)`."""
-        return end_of_text(input_ids, self.config.eos_token_id, attention_mask)
-
     def end_tokens(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Take the end-of-text token of each text: `(B, N, D)`, or `(B, 1, D)` of it alone -> `(B, D)`."""
         if x.shape[1] == 1:

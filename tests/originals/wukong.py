@@ -1,14 +1,22 @@
+import re
+
 import torch
 
-from hfvlm.conversion.wukong import CONVERSION, OPTIONS, TEXT_OPTIONS, config_from_original
+from hfvlm.conversion.wukong import (
+    CONVERSION,
+    OPTIONS,
+    SWIN_OPTIONS,
+    TEXT_OPTIONS,
+    VISION_OPTIONS,
+    config_from_original,
+)
 from hfvlm.models.wukong import HfvlmWukongTokenizer
 from tests.originals.common import converted
 from tests.support.golden import Golden, Recorder
 
-SWIN = ("name", "img_size", "embed_dim", "depths", "num_heads", "window_size", "num_classes")
 CONSTRUCTOR = {
     "constructor": OPTIONS,
-    "constructor__visual": ("type", "input_resolution", "layers", "width", "patch_size", "token_reduction", *SWIN),
+    "constructor__visual": {*VISION_OPTIONS, *SWIN_OPTIONS},
     "constructor__visual__token_reduction": ("num_tokens",),
     "constructor__text": TEXT_OPTIONS,
 }
@@ -61,17 +69,24 @@ def model_outputs(golden: Golden) -> None:
 
 
 def image_tokens(model, vision):
-    """What the original returns of an image: a class token, which nothing is compared with, before the others."""
+    """What the original returns of an image: of a vision transformer a class token, which nothing is compared with,
+    before the others."""
     tokens = model.token_reduction(vision.embeds)
+    if hasattr(model.vision_model, "trunk"):
+        return tokens
     return torch.cat([model.vision_model.projection(vision.pooler_output).unsqueeze(1), tokens], dim=1)
 
 
 def module_path(name: str, model) -> str | None:
     """Where an intermediate of the original is in ours."""
-    return {
-        "text.ln_final": "text_model.post_norm",
-        "vision.ln_pre": "vision_model.pre_norm",
-        "vision.last_block": f"vision_model.layers.{len(model.vision_model.layers) - 1}",
-        "vision.ln_post": "vision_model.post_norm",
-        "vision.reduced": "token_reduction",
-    }.get(name)
+    if stage := re.fullmatch(r"vision\.layer(\d+)", name):
+        return f"vision_model.trunk.encoder.layers.{stage[1]}"
+    if hasattr(model.vision_model, "trunk"):
+        fixed = {"vision.norm": "vision_model.trunk.layernorm"}
+    else:
+        fixed = {
+            "vision.ln_pre": "vision_model.pre_norm",
+            "vision.last_block": f"vision_model.layers.{len(model.vision_model.layers) - 1}",
+            "vision.ln_post": "vision_model.post_norm",
+        }
+    return (fixed | {"text.ln_final": "text_model.post_norm", "vision.reduced": "token_reduction"}).get(name)

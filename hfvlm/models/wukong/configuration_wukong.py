@@ -1,10 +1,13 @@
 """Wukong's sizes. Defaults are those of the ViT-B/32 of each kind."""
 
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import SwinConfig
 
 from hfvlm.configuration import DualEncoderConfig, SubConfig, TextConfig
+from hfvlm.modeling.trunks import HfvlmVisionTrunkConfig
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 
 
@@ -15,6 +18,19 @@ class HfvlmWukongVisionConfig(HfvlmCLIPVisionConfig):
     model_type = "hfvlm_wukong_vision"
 
     projection_dim: int | None = 256
+
+
+@strict
+class HfvlmWukongTrunkConfig(HfvlmVisionTrunkConfig):
+    """A vision model of transformers, as Swin, whose tokens enter the joint space."""
+
+    model_type = "hfvlm_wukong_trunk"
+    sub_configs = {"trunk_config": SwinConfig}
+
+    trunk_config: SubConfig[Any] = field(default_factory=SwinConfig)
+    pooling: str = "mean"
+    projection_dim: int | None = 256
+    projection_bias: bool = True
 
 
 @strict
@@ -44,7 +60,8 @@ class HfvlmWukongCLIPTextConfig(HfvlmWukongTextConfig):
 
 @strict
 class HfvlmWukongConfig(DualEncoderConfig):
-    """Images and texts that are compared token by token: FILIP and Wukong.
+    """Images and texts that are compared token by token: FILIP and Wukong. The class of `vision_config` decides which
+    tower is built.
 
     Args:
         num_image_tokens: learned sums of the patches that are compared with texts, as in Wukong; None, as in FILIP,
@@ -53,8 +70,11 @@ class HfvlmWukongConfig(DualEncoderConfig):
 
     model_type = "hfvlm_wukong"
     sub_configs = {"vision_config": HfvlmWukongVisionConfig, "text_config": HfvlmWukongTextConfig}
+    trunks = {"vision_config": HfvlmWukongTrunkConfig}
 
-    vision_config: SubConfig[HfvlmWukongVisionConfig] = field(default_factory=HfvlmWukongVisionConfig)
+    vision_config: SubConfig[HfvlmWukongVisionConfig | HfvlmWukongTrunkConfig] = field(
+        default_factory=HfvlmWukongVisionConfig
+    )
     text_config: SubConfig[HfvlmWukongTextConfig] = field(default_factory=HfvlmWukongTextConfig)
     num_image_tokens: int | None = 12
 
@@ -77,6 +97,9 @@ class HfvlmWukongCLIPConfig(DualEncoderConfig):
 
     model_type = "hfvlm_wukong_clip"
     sub_configs = {"vision_config": HfvlmCLIPVisionConfig, "text_config": HfvlmWukongCLIPTextConfig}
+    trunks = {"vision_config": HfvlmVisionTrunkConfig}
 
-    vision_config: SubConfig[HfvlmCLIPVisionConfig] = field(default_factory=HfvlmCLIPVisionConfig)
+    vision_config: SubConfig[HfvlmCLIPVisionConfig | HfvlmVisionTrunkConfig] = field(
+        default_factory=HfvlmCLIPVisionConfig
+    )
     text_config: SubConfig[HfvlmWukongCLIPTextConfig] = field(default_factory=HfvlmWukongCLIPTextConfig)

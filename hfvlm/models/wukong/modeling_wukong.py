@@ -22,6 +22,7 @@ from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.text import CausalTextTower, without_padding
+from hfvlm.modeling.trunks import HfvlmVisionTrunkModel
 from hfvlm.modeling.vision import ImageClassifier
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPVisionModel
 from hfvlm.models.wukong.configuration_wukong import (
@@ -30,6 +31,7 @@ from hfvlm.models.wukong.configuration_wukong import (
     HfvlmWukongCLIPTextConfig,
     HfvlmWukongConfig,
     HfvlmWukongTextConfig,
+    HfvlmWukongTrunkConfig,
     HfvlmWukongVisionConfig,
 )
 from hfvlm.modules.projection import Bridge
@@ -60,6 +62,18 @@ class HfvlmWukongVisionModel(HfvlmCLIPVisionModel):
         x = self.layers(self.pre_norm(x), **kwargs)
         tokens = self.post_norm(x)
         return TowerOutput(last_hidden_state=x, pooler_output=tokens[:, 0], embeds=self.projection(tokens[:, 1:]))
+
+
+class HfvlmWukongTrunkModel(HfvlmVisionTrunkModel):
+    """A vision model of transformers, whose tokens are the embedding; their mean is pooled."""
+
+    config: HfvlmWukongTrunkConfig
+    _keys_to_ignore_on_load_unexpected = [*other_towers("vision_model"), REDUCTION]
+
+    def embed(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
+        output = super().embed(inputs, mask, **kwargs)
+        output.embeds = self.projection(output.last_hidden_state)
+        return output
 
 
 class HfvlmWukongTextModel(CausalTextTower, DepthScaledModel):

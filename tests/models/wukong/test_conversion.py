@@ -3,18 +3,25 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, SwinConfig, pipeline
 
 import hfvlm
 from hfvlm.checkpoints.key_table import restore_keys
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.conversion.wukong import config_from_original, keys_for
-from hfvlm.models.wukong import HfvlmWukongCLIPModel, HfvlmWukongModel, HfvlmWukongTokenizer
+from hfvlm.models.clip import HfvlmVisionTrunkConfig
+from hfvlm.models.wukong import (
+    HfvlmWukongCLIPModel,
+    HfvlmWukongModel,
+    HfvlmWukongTokenizer,
+    HfvlmWukongTrunkConfig,
+)
 from hfvlm.presets import load_preset
 from tests.support.paths import OURS
 
 VOCABULARY = OURS / "wukong" / "processor-tokenizer" / "vocab.txt"
 WIDTH = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 CONFIG = {
     "vision_config": WIDTH | {"image_size": 16, "patch_size": 8, "projection_dim": 16},
     "text_config": WIDTH | {"vocab_size": 54, "max_position_embeddings": 12, "projection_dim": 16},
@@ -24,9 +31,13 @@ PAIRS = {"猫": "一只猫的照片", "狗": "dog"}
 
 def model_of(kind):
     torch.manual_seed(0)
-    config_class = (HfvlmWukongCLIPModel if kind == "clip" else HfvlmWukongModel).config_class
-    options = {"filip": {"num_image_tokens": None}, "wukong": {"num_image_tokens": 3}}.get(kind, {})
-    model = AutoModel.from_config(config_class(**CONFIG, **options))
+    name, _, swin = kind.partition("-")
+    config_class = (HfvlmWukongCLIPModel if name == "clip" else HfvlmWukongModel).config_class
+    options = {"filip": {"num_image_tokens": None}, "wukong": {"num_image_tokens": 3}}.get(name, {})
+    trunk = HfvlmVisionTrunkConfig if name == "clip" else HfvlmWukongTrunkConfig
+    head = {"pooling": "mean", "projection_dim": 16, "projection_bias": True}
+    towers = CONFIG | ({"vision_config": trunk(trunk_config=SwinConfig(**SWIN), **head)} if swin else {})
+    model = AutoModel.from_config(config_class(**towers, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -44,7 +55,14 @@ def released(model, path, *, scale=True, learner=False):
 
 
 @pytest.mark.parametrize(
-    ("kind", "original"), [("wukong", None), ("filip", {"is_token_wise": True}), ("clip", {"is_token_wise": False})]
+    ("kind", "original"),
+    [
+        ("wukong", None),
+        ("filip", {"is_token_wise": True}),
+        ("clip", {"is_token_wise": False}),
+        ("wukong-swin", {"visual": {"type": "SwinTransformer", "img_size": 32}}),
+        ("clip-swin", {"visual": {"type": "SwinTransformer", "img_size": 32}, "is_token_wise": False}),
+    ],
 )
 def test_a_checkpoint_to_a_pipeline(tmp_path, kind, original):
     model = model_of(kind)

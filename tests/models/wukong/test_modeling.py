@@ -17,9 +17,11 @@ from hfvlm.models.wukong import (
     HfvlmWukongModel,
     HfvlmWukongTextConfig,
     HfvlmWukongTextModel,
+    HfvlmWukongTrunkConfig,
     HfvlmWukongVisionConfig,
     HfvlmWukongVisionModel,
 )
+from tests.models.clip.test_trunks import SWIN
 from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -127,6 +129,24 @@ class TestWukong(ModelSuite):
 
 class TestFILIP(TestWukong):
     tokens = None
+
+
+class TestWukongOnSwin(TestWukong):
+    records = ("hidden_states",)
+    implementations = ("eager", "sdpa")
+    test_compiles_as_one_graph = test_exports = None
+
+    def config(self):
+        return HfvlmWukongConfig(vision_config=dict(SWIN), text_config=TEXT, num_image_tokens=self.tokens)
+
+    def inputs(self):
+        return {"input_ids": IDS, "pixel_values": torch.randn(3, 3, 32, 32)}
+
+    def test_tokens_of_the_last_stage_are_the_embedding(self, model, batch):
+        output = model.vision_model(batch["pixel_values"])
+        assert type(model.config.vision_config) is HfvlmWukongTrunkConfig
+        close(output.embeds, model.vision_model.projection(output.last_hidden_state), 1e-6, "tokens")
+        close(output.pooler_output, output.last_hidden_state.mean(dim=1), 1e-6, "mean")
 
 
 class TestCLIP(ModelSuite):
