@@ -153,7 +153,9 @@ def evaluate(  # noqa: PLR0913 (options)
     split: Annotated[str, typer.Option(help="The rows to evaluate on.")] = "test",
     train_split: Annotated[str, typer.Option(help="The rows that probes learn from.")] = "train",
     column: Columns = None,
-    templates: Annotated[str | None, typer.Option(help="single, imagenet-7, imagenet, name, or 'a {}'.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="single, imagenet-7, imagenet, imagenet-zh, name, or 'a {}'.")
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
     limit: Limit = None,
     modality: Annotated[str | None, typer.Option(help="Of the media, for zero-shot and probes: image, ...")] = None,
