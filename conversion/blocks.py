@@ -4,8 +4,6 @@ others are built around, in transformers' names, which authors' files keep.
 Sources and targets end before the dot that follows on them; a `{}` in them stands for the number of the layer.
 """
 
-from typing import Any
-
 from hfvlm.checkpoints.key_table import Row, split, tied, transpose
 
 
@@ -69,46 +67,6 @@ def timm_pool(source: str, target: str) -> list[Row]:
         Row(f"{source}.proj.{{}}", f"{target}.attention.out_proj.{{}}"),
         Row(f"{source}.norm.{{}}", f"{target}.mlp_norm.{{}}"),
         Row(f"{source}.mlp.{{}}.{{}}", f"{target}.mlp.{{}}.{{}}"),
-    ]
-
-
-# Parts of a layer of transformers' Swin, by Microsoft's names: as old versions call them, and as new ones do.
-OLD_SWIN = {"qkv": ("self.query", "self.key", "self.value"), "proj": "output.dense", "bias": "self"} | {
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-}
-NEW_SWIN = {"qkv": ("q_proj", "k_proj", "v_proj"), "proj": "o_proj", "bias": "relative_position_bias"} | {
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
-
-
-def swin_rows(source: str, target: str) -> list[Row]:
-    """Return the rows of Microsoft's Swin without its head, for transformers' of the installed version; `source` ends
-    in a dot or is empty."""
-    from transformers.models.swin import modeling_swin
-
-    old = hasattr(modeling_swin, "SwinSelfAttention")
-    names: dict[str, Any] = OLD_SWIN if old else NEW_SWIN
-    block, layer = f"{source}layers.{{}}.blocks.{{}}", f"{target}.encoder.layers.{{}}.blocks.{{}}"
-    attention, bias = f"{layer}.attention", f"{layer}.attention.{names['bias']}.relative_position"
-    merging = "layers.{}.downsample"
-    return [
-        Row(f"{source}patch_embed.proj.{{}}", f"{target}.embeddings.patch_embeddings.projection.{{}}"),
-        Row(f"{source}patch_embed.norm.{{}}", f"{target}.embeddings.norm.{{}}"),
-        Row(f"{source}absolute_pos_embed", f"{target}.embeddings.position_embeddings", optional=True),
-        Row(f"{block}.norm1.{{}}", f"{layer}.layernorm_before.{{}}"),
-        Row(f"{block}.attn.qkv.{{}}", tuple(f"{attention}.{part}.{{}}" for part in names["qkv"]), split(3)),
-        Row(f"{block}.attn.proj.{{}}", f"{attention}.{names['proj']}.{{}}"),
-        Row(f"{block}.attn.relative_position_bias_table", f"{bias}_bias_table"),
-        # Computed from the window's size, as the mask is; some versions store it.
-        Row(f"{block}.attn.relative_position_index", f"{bias}_index" if old else None, optional=True),
-        Row(f"{block}.attn_mask", None, optional=True),
-        Row(f"{block}.norm2.{{}}", f"{layer}.layernorm_after.{{}}"),
-        *(Row(f"{block}.mlp.{part}.{{}}", f"{layer}.{names[part]}.{{}}") for part in ("fc1", "fc2")),
-        Row(f"{source}{merging}.reduction.weight", f"{target}.encoder.{merging}.reduction.weight", optional=True),
-        Row(f"{source}{merging}.norm.{{}}", f"{target}.encoder.{merging}.norm.{{}}", optional=True),
-        Row(f"{source}norm.{{}}", f"{target}.layernorm.{{}}"),
     ]
 
 

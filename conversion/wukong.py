@@ -4,16 +4,15 @@ Source: https://github.com/huawei-noah/Pretrained-Language-Model at 0598f02, Noa
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from math import isqrt
 from typing import Any
 
 from torch import Tensor
-from transformers import SwinConfig
 
 from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Change, Row, scalar, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers, original_config
-from hfvlm.conversion.blocks import openai_layers, openai_vision_rows, swin_rows
+from hfvlm.conversion import swin
+from hfvlm.conversion.blocks import openai_layers, openai_vision_rows
 from hfvlm.conversion.clip import vision_sizes
 from hfvlm.conversion.processors import paired, sized
 from hfvlm.modeling.trunks import HfvlmVisionTrunkConfig
@@ -37,10 +36,7 @@ flattened = Change(lambda tensor: tensor.squeeze(-1), lambda tensor: tensor.unsq
 SCALE = "loss.logit_scale"
 OPTIONS = ("type", "pretrained", "embed_dim", "visual", "text", "is_token_wise")
 TEXT_OPTIONS = ("type", "context_length", "vocab_size", "width", "heads", "layers")
-SWIN_OPTIONS = (
-    *("type", "name", "input_resolution", "img_size", "embed_dim", "depths", "num_heads", "window_size"),
-    *("patch_size", "num_classes", "mlp_ratio", "qkv_bias", "ape", "patch_norm", "drop_path_rate", "token_reduction"),
-)
+SWIN_OPTIONS = ("type", "name", "input_resolution", "token_reduction", *swin.OPTIONS)
 VISION_OPTIONS = ("type", "input_resolution", "layers", "width", "patch_size", "token_reduction")
 
 
@@ -67,7 +63,7 @@ def vision_rows(vision: Any) -> list[Row]:
     if not isinstance(vision, HfvlmVisionTrunkConfig):
         return openai_vision_rows("visual", "vision_model")
     return [
-        *swin_rows("visual.", "vision_model.trunk"),
+        *swin.swin_rows(vision.trunk_config.model_type, "microsoft", "visual.", "vision_model.trunk."),
         Row("visual.head.{}", "vision_model.projection.{}"),
     ]
 
@@ -94,8 +90,9 @@ def reduction_of(keys: Iterable[str]) -> str | None:
 
 
 def fresh_parameters(config: Any, layout: str, keys: Collection[str], expected: Collection[str]) -> list[str]:
-    """Name the temperature, which a file need not have."""
-    return [] if SCALE in keys else ["logit_scale.scale"]
+    """Name the temperature, which a file need not have, and Swin's buffers."""
+    scale = [] if SCALE in keys else ["logit_scale.scale"]
+    return [*scale, *swin.fresh_parameters(config, "microsoft", keys, expected)]
 
 
 def config_from_original(
@@ -127,38 +124,17 @@ def config_from_original(
     )
 
 
-def vision_config(shapes: Mapping[str, Any], visual: Mapping[str, Any], transformer: Any, swin: Any) -> Any:
+def vision_config(shapes: Mapping[str, Any], visual: Mapping[str, Any], transformer: Any, trunk: Any) -> Any:
     """Make the configuration of a vision tower, of either of two classes."""
     check_options("Wukong's token reduction", visual.get("token_reduction") or {}, ("num_tokens",))
     if "visual.head.weight" in shapes:
         check_options("Wukong's Swin", visual, SWIN_OPTIONS)
-        trunk = SwinConfig(**swin_sizes(shapes, visual))
+        sizes = swin.swin_config(visual, {key.removeprefix("visual."): shape for key, shape in shapes.items()})
         width = shapes["visual.head.weight"][0]
-        return swin(trunk_config=trunk, pooling="mean", projection_dim=width, projection_bias=True)
+        return trunk(trunk_config=sizes, pooling="mean", projection_dim=width, projection_bias=True)
     check_options("Wukong's vision transformer", visual, VISION_OPTIONS)
     sizes = vision_sizes(shapes, image_size=visual.get("input_resolution"))
     return transformer(**sizes, projection_dim=shapes["visual.proj"][1])
-
-
-def swin_sizes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of transformers' SwinConfig."""
-    width, channels, patch, _ = shapes["visual.patch_embed.proj.weight"]
-    depths = count_layers(shapes, "visual.layers.")
-    tables = [shapes[f"visual.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(depths)]
-    blocks = [count_layers(shapes, f"visual.layers.{i}.blocks.") for i in range(depths)]
-    return {
-        "image_size": options.get("img_size", 224),
-        "patch_size": patch,
-        "num_channels": channels,
-        "embed_dim": width,
-        "depths": blocks,
-        "num_heads": [heads for _, heads in tables],
-        # Between two tokens of a window there are 2 * size - 1 distances along each edge.
-        "window_size": options.get("window_size", (isqrt(tables[0][0]) + 1) // 2),
-        "mlp_ratio": shapes["visual.layers.0.blocks.0.mlp.fc1.weight"][0] / width,
-        "qkv_bias": "visual.layers.0.blocks.0.attn.qkv.bias" in shapes,
-        "use_absolute_embeddings": "visual.absolute_pos_embed" in shapes,
-    }
 
 
 def text_sizes(shapes: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
