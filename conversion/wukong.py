@@ -34,7 +34,7 @@ from hfvlm.models.wukong.processing_wukong import (
 # Convolutions of one pixel, over a map, and the same over a sequence.
 flattened = Change(lambda tensor: tensor.squeeze(-1), lambda tensor: tensor.unsqueeze(-1))
 SCALE = "loss.logit_scale"
-OPTIONS = ("type", "pretrained", "embed_dim", "visual", "text", "is_token_wise")
+OPTIONS = ("type", "pretrained", "embed_dim", "visual", "text", "is_token_wise", "init_scale")
 TEXT_OPTIONS = ("type", "context_length", "vocab_size", "width", "heads", "layers")
 SWIN_OPTIONS = ("type", "name", "input_resolution", "token_reduction", *swin.OPTIONS)
 VISION_OPTIONS = ("type", "input_resolution", "layers", "width", "patch_size", "token_reduction")

