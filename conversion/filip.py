@@ -1,6 +1,7 @@
 """FILIP's public reproduction: DeCLIP's training files.
 
-Source: https://github.com/Sense-GVT/DeCLIP at 5d99a85. The paper's authors released no weights.
+Source: https://github.com/Sense-GVT/DeCLIP at 5d99a85. The paper's authors released Chinese models
+alone, which `hfvlm.conversion.wukong` reads.
 """
 
 from collections.abc import Collection, Mapping

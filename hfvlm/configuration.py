@@ -192,11 +192,11 @@ class HfvlmConfig(PreTrainedConfig):
 
     def make_towers(self) -> None:
         """Make each configuration of transformers' own that of a tower, as wide as the other towers' joint space."""
-        parts = {name: getattr(self, name) for name in self.trunks}
+        parts = {name: getattr(self, name) for name in self.sub_configs if self.trunks}
         widths = [joint_size(part) for part in parts.values() if isinstance(part, HfvlmConfig)] or [512]
-        for name, part in parts.items():
-            if not isinstance(part, HfvlmConfig):
-                setattr(self, name, self.trunks[name](trunk_config=part, projection_dim=widths[0]))
+        for name, kind in self.trunks.items():
+            if not isinstance(parts[name], HfvlmConfig):
+                setattr(self, name, kind(trunk_config=parts[name], projection_dim=widths[0]))
 
     def pass_on_origin(self) -> None:
         """Write where the weights are from, and their licence, into the towers' configurations.

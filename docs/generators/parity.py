@@ -23,7 +23,8 @@ import hfvlm
 from hfvlm.checkpoints.key_table import Table, convert_tables
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architectures
-from hfvlm.release.converter import conversion_module, empty_model
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sources import conversion_of
 from tests.originals import common
 from tests.support.golden import Golden, case_folders, key_lists, notes_of, read_key_list, stem_of
 from tests.support.paths import ROOT
@@ -124,7 +125,7 @@ def converted(path: Path) -> KeyList:
         AssertionError: no preset fits.
     """
     name, original, tensors = path.parent.parent.name, notes_of(path), read_key_list(path)
-    module = conversion_module(name)
+    conversion, fresh = conversion_of(name), list[str]()
     if compose := getattr(importlib.import_module(f"tests.originals.{name}"), "compose", None):
         tried, attempts = common.tried, []
 
@@ -134,14 +135,15 @@ def converted(path: Path) -> KeyList:
 
         with patch.object(common, "tried", recorded):
             config, tables = compose(path)
-        layout = attempts[-1].source["layout"] if attempts else module.layout_of(original)
+        layout = attempts[-1].source["layout"] if attempts else conversion.layout_of(original)
     else:
-        config, layout = module.config_from_original(original, tensors), module.layout_of(original)
-        tables = [Table(tensors, module.keys_for(config, layout, tensors))]
-    expected = empty_model(config).state_dict()
+        config, layout = conversion.config_from_original(original, tensors), conversion.layout_of(original)
+        tables = [Table(tensors, conversion.keys_for(config, layout, tensors))]
+        fresh = conversion.fresh_parameters(config, layout, tensors, empty_model(config).state_dict())
+    expected = {key: tensor for key, tensor in empty_model(config).state_dict().items() if key not in fresh}
     filled = {key: tensor.shape for part in convert_tables(tables, expected) for key, tensor in part.items()}
     shapes = shapes_of(config)
-    assert filled == shapes, sorted(set(shapes) - set(filled))
+    assert set(shapes) - set(filled) == set(fresh), sorted(set(shapes) - set(filled))
     return KeyList(stem_of(path), layout, shapes, len(tensors))
 
 

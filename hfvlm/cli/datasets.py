@@ -150,13 +150,17 @@ def search(  # noqa: PLR0913 (options)
 
 def evaluate(  # noqa: PLR0913 (options)
     folder: Folder,
-    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, few-shot, caption or vqa.")],
+    task: Annotated[
+        str, typer.Option(help="zero-shot, retrieval, linear-probe, few-shot, caption, vqa or grounding.")
+    ],
     data: Annotated[str, typer.Option(help="A folder of media, tars, Parquet, or a Hub id.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for report.json and .html.")] = None,
     split: Annotated[str, typer.Option(help="The rows to evaluate on.")] = "test",
     train_split: Annotated[str, typer.Option(help="The rows that probes learn from.")] = "train",
     column: Columns = None,
-    templates: Annotated[str | None, typer.Option(help="single, imagenet-7, imagenet, name, or 'a {}'.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="single, imagenet-7, imagenet, imagenet-zh, name, or 'a {}'.")
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
     limit: Limit = None,
     modality: Annotated[str | None, typer.Option(help="Of the media, for zero-shot and probes: image, ...")] = None,

@@ -23,7 +23,7 @@ class Data:
         split: the rows that are measured.
         train_split: the rows that probes learn from.
         columns: {"image": "photo", "label": "species"}; by default columns called as modalities are, "label", "text"
-            (or "caption", "captions"), "question" and "answers".
+            (or "caption", "captions"), "question", "answers" and "box".
         limit: no more rows than these, drawn with the seed.
         seed: of everything that is drawn.
 
@@ -53,7 +53,7 @@ class Data:
 
     def column_name(self, rows: Any, name: str) -> str | None:
         """Find the column of what is called `name` here, if there is one."""
-        known = columns_by_name(rows.column_names) | {k: k for k in ("label", "question", "answers")}
+        known = columns_by_name(rows.column_names) | {k: k for k in ("label", "question", "answers", "box")}
         column = (known | dict(self.columns or {})).get(name)
         return column if column in rows.column_names else None
 

@@ -46,7 +46,7 @@ def zero_shot(
     classifier = ZeroShotClassifier.from_pretrained(folder, names, templates, **options)
     media = data.column(rows, modality)
     found, truth = embed_labelled(classifier.embedder, modality, media, truth)
-    scores = found.vectors.numpy() @ classifier.weights.T
+    scores = classifier.compare(found.vectors.numpy())
     ranks = label_ranks(scores, truth)
     protocol = {"templates": templates, "classes": len(names), "split": data.split}
     protocol |= {} if modality == "image" else {"modality": modality}

@@ -7,6 +7,7 @@ from typing import Any
 from hfvlm.evaluation.data import Data
 from hfvlm.evaluation.embedding import few_shot, linear_probe, retrieval, zero_shot
 from hfvlm.evaluation.generating import caption, vqa
+from hfvlm.evaluation.grounding import grounding
 from hfvlm.evaluation.report import Report
 
 __all__ = ["TASKS", "Data", "evaluate"]
@@ -18,6 +19,7 @@ TASKS: dict[str, Callable[..., Report]] = {
     "few-shot": few_shot,
     "caption": caption,
     "vqa": vqa,
+    "grounding": grounding,
 }
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectD
 from hfvlm.checks.ranges import check_number
 from hfvlm.inference.placement import find_device
 from hfvlm.inference.zero_shot import ZeroShotClassifier
+from hfvlm.processing.grounding import intersection_over_union
 
 # The least cosine, and the least probability among all things, at which CLIP confirms a detection.
 CONFIRMED_COSINE, CONFIRMED_SHARE = 0.2, 0.1
@@ -32,10 +33,7 @@ class Detection:
 
 def overlap(left: Detection, right: Detection) -> float:
     """Return the intersection over union of two boxes."""
-    (a, b, c, d), (e, f, g, h) = left.box_xyxy, right.box_xyxy
-    shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
-    union = (c - a) * (d - b) + (g - e) * (h - f) - shared
-    return shared / union if union > 0 else 0.0
+    return intersection_over_union(left.box_xyxy, right.box_xyxy)
 
 
 def distinct(detections: Sequence[Detection], most_overlap: float) -> list[Detection]:

@@ -94,6 +94,8 @@ class VideoGrounder:
         check_integer("batch_size", batch_size)
         check_number("most_overlap", most_overlap, 0, 1)
         check_number("least_overlap", least_overlap, 0, 1)
+        if embedder is not None:
+            embedder.check_one_vector("Confirmation")
         self.detector, self.segmenter, self.embedder = detector, segmenter, embedder
         self.every, self.missed, self.most, self.batch_size = every, missed, most, batch_size
         self.most_overlap, self.least_overlap = most_overlap, least_overlap

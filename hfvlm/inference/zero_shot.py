@@ -24,12 +24,15 @@ class ZeroShotClassifier:
     """Classifier of images, or whatever else a model embeds, by the names of classes.
 
     The weights of a class are the mean of the embeddings of its name in several prompt templates
-    (https://arxiv.org/abs/2103.00020, section 3.1.4).
+    (https://arxiv.org/abs/2103.00020, section 3.1.4). Of a model that compares tokens they are the tokens of every
+    text, and what is averaged over templates are probabilities without a temperature, as Wukong's authors evaluate
+    (huawei-noah/Pretrained-Language-Model at 0598f02, Noah_WuKong/main.py).
 
     Args:
         embedder: of a model that embeds texts.
         labels: the classes' names; or {class: [name, another name]}.
-        templates: "single", "imagenet-7", "imagenet" (80), "name", or one's own, with one `{}` each.
+        templates: "single", "imagenet-7", "imagenet" (80), "imagenet-zh" (80, in Chinese), "name", or one's own, with
+            one `{}` each.
         cache: a folder in which weights are cached, by the content of all that they depend on.
     """
 
@@ -42,7 +45,6 @@ class ZeroShotClassifier:
         cache: str | Path | None = None,
     ):
         embedder.check(["text"])
-        embedder.check_one_vector("A mean over prompt templates")
         names = dict(labels) if isinstance(labels, Mapping) else {label: [label] for label in labels}
         if not names or len(names) != len(labels):
             raise ValueError("A classifier needs classes, each once.")
@@ -50,6 +52,7 @@ class ZeroShotClassifier:
             raise ValueError(f"Class {empty[0]!r} has no names: give at least one.")
         self.embedder, self.labels = embedder, list(names)
         self.templates = template_set(templates if isinstance(templates, str) else list(templates))
+        self.sizes = [len(given) for given in names.values()]
         self.weights = self.cached({label: list(given) for label, given in names.items()}, cache)
 
     @classmethod
@@ -77,17 +80,21 @@ class ZeroShotClassifier:
         return np.load(path)
 
     def class_weights(self, names: Mapping[str, list[str]]) -> np.ndarray:
-        """Compute the weights of classes, `(classes, D)`, of unit length."""
+        """Compute the weights of classes, `(classes, D)`, of unit length; or the tokens of all of their texts,
+        `(texts, M, D)`, one template of a name after the other."""
         given = [name for own in names.values() for name in own]
-        starts = np.cumsum([0, *map(len, names.values())])[:-1]
-        # Texts of one template begin alike: in one batch, towers compute that once.
-        step, total = max(1, BATCH_SIZE // len(given)), 0.0
         with logged_once("hfvlm.processing.tokenization"):  # that texts are cut
+            if self.embedder.by_token:
+                texts = [template.replace("{}", name) for name in given for template in self.templates]
+                return self.embedder.encode(text=texts, batch_size=BATCH_SIZE)
+            # Texts of one template begin alike: in one batch, towers compute that once.
+            step, total = max(1, BATCH_SIZE // len(given)), 0.0
             for start in range(0, len(self.templates), step):
                 templates = self.templates[start : start + step]
                 texts = [template.replace("{}", name) for template in templates for name in given]
                 vectors = self.embedder.encode(text=texts, batch_size=BATCH_SIZE)
                 total = total + vectors.reshape(len(templates), len(given), -1).sum(axis=0)
+        starts = np.cumsum([0, *self.sizes])[:-1]
         return unit_rows(np.add.reduceat(total, starts))
 
     def content_hash(self, names: Mapping[str, list[str]]) -> str:
@@ -98,9 +105,26 @@ class ZeroShotClassifier:
         return digest.hexdigest()
 
     def scores(self, sources: Sequence[Any], modality: str = "image", **options: Any) -> np.ndarray:
-        """Return the cosines of sources and classes, `(N, classes)`."""
+        """Return what sources' classes are ranked by, `(N, classes)`: see `compare`."""
         given: dict[str, Any] = {modality: sources}
-        return self.embedder.encode(**given, **options) @ self.weights.T
+        return self.compare(self.embedder.encode(**given, **options))
+
+    def compare(self, vectors: np.ndarray) -> np.ndarray:
+        """Compare the embeddings of sources with the classes.
+
+        Args:
+            vectors: `(N, D)`, or tokens `(N, M, D)`, of unit length.
+
+        Returns:
+            `(N, classes)`, cosines; or, of tokens, logarithms of the probabilities averaged over templates.
+        """
+        if not self.embedder.by_token:
+            return vectors @ self.weights.T
+        scores = self.embedder.similarity(vectors, self.weights)
+        ends = np.cumsum(self.sizes)[:-1] * len(self.templates)
+        by_name = (part.reshape(len(vectors), -1, len(self.templates)) for part in np.split(scores, ends, axis=1))
+        by_class = np.exp(np.stack([part.mean(axis=1) for part in by_name], axis=1))
+        return np.log((by_class / by_class.sum(axis=1, keepdims=True)).mean(axis=2))
 
     def predict(self, sources: Any, modality: str = "image", *, top_k: int = 1, **options: Any) -> list[Any]:
         """Predict the best classes of each source with their probabilities, by the model's temperature.

@@ -5,6 +5,7 @@ ARCHITECTURES = (
     "siglip",
     "align",
     "filip",
+    "wukong",
     "imagebind",
     "languagebind",
     "flava",

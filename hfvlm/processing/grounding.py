@@ -7,6 +7,14 @@ from typing import Any
 Region = dict[str, Any]
 
 
+def intersection_over_union(left: Sequence[float], right: Sequence[float]) -> float:
+    """Compare two boxes, left, top, right and bottom: 1 for the same, 0 for boxes that do not overlap."""
+    (a, b, c, d), (e, f, g, h) = left, right
+    shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
+    union = (c - a) * (d - b) + (g - e) * (h - f) - shared
+    return shared / union if union > 0 else 0.0
+
+
 class Grounding(ABC):
     """For the processor of a model whose answers contain regions; next to `ImageTextProcessor`."""
 
@@ -24,6 +32,14 @@ class Grounding(ABC):
             label: name of the object; None for regions without one.
             boxes: in pixels of an image of `size`, its width and height; without it, in the model's own unit.
         """
+
+    @abstractmethod
+    def locating(self, expression: str) -> str:
+        """Return the prompt for the box of what an expression names in one image, as the authors evaluate it."""
+
+    def answered_box(self, answer: str, size: tuple[int, int]) -> list[float] | None:
+        """Return the first box in an answer to `locating`, in pixels of an image of `size`; None without one."""
+        return next((region["box_xyxy"] for region in self.regions(answer, size) if "box_xyxy" in region), None)
 
     def post_process_grounding(
         self, text: str | Sequence[str], sizes: Sequence[tuple[int, int]]

@@ -20,6 +20,7 @@ from hfvlm.samples.scenes import all_scenes
 from hfvlm.writing import new_folder
 
 WORDS = "what where how many is are the a an of in on and there this picture image shape colour dog cat no yes ? ."
+CHARACTERS = "一只个张的照片图画里有什么在上下红绿蓝黄紫白色大小圆正方三角形十字猫狗人是不吗。"
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PIECES = 300
 
@@ -80,15 +81,28 @@ def _with_bytes(preset: Preset, scratch: Path) -> tuple[Any, Any]:
 
 
 def _with_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """Return a vocabulary of BERT's kind: words, and letters for the others."""
-    words = dict.fromkeys([*WORDS.split(), *" ".join(scene.caption() for scene in all_scenes()).split()])
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = list(dict.fromkeys([*BERT, *words, *letters, *(f"##{letter}" for letter in letters)]))
+    """Return a vocabulary of BERT's kind, and the two tokens that BLIP adds."""
     path = scratch / "vocab.txt"
-    path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    ids = {"vocab_size": len(pieces) + 2, "bos_token_id": len(pieces), "encoder_token_id": len(pieces) + 1}
+    size = _words(path)
+    ids = {"vocab_size": size + 2, "bos_token_id": size, "encoder_token_id": size + 1}
     ids |= {"eos_token_id": BERT.index("[SEP]"), "pad_token_id": BERT.index("[PAD]")}
     return _parts(preset, {"text_config": {**preset.config["text_config"], **ids}}, path)
+
+
+def _with_characters(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of the Chinese BERT's kind."""
+    path = scratch / "vocab.txt"
+    sizes = {"vocab_size": _words(path, *CHARACTERS)}
+    return _parts(preset, {"text_config": {**preset.config["text_config"], **sizes}}, path)
+
+
+def _words(path: Path, *more: str) -> int:
+    """Write a vocabulary of words, and of letters for the others; return the number of its pieces."""
+    words = dict.fromkeys([*WORDS.split(), *" ".join(scene.caption() for scene in all_scenes()).split()])
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = list(dict.fromkeys([*BERT, *words, *letters, *(f"##{letter}" for letter in letters), *more]))
+    path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    return len(pieces)
 
 
 def _with_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
@@ -127,4 +141,5 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
     "video_chatgpt": _with_pieces,
+    "wukong": _with_characters,
 }

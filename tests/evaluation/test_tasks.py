@@ -187,7 +187,7 @@ def test_class_weights_are_kept_by_their_content(clip_folder, tmp_path):
 
 
 def test_templates():
-    assert [len(SETS[name]) for name in ("single", "imagenet-7", "imagenet")] == [1, 7, 80]
+    assert [len(SETS[name]) for name in ("single", "imagenet-7", "imagenet", "imagenet-zh")] == [1, 7, 80, 80]
     assert set(SETS["imagenet-7"]) < set(SETS["imagenet"])
     assert template_set("a scan of {}") == ("a scan of {}",)
     with pytest.raises(ValueError, match="No set of templates is called 'all'"):

@@ -114,8 +114,21 @@ def test_models_that_compare_tokens(tmp_path, pictures, captions):
         output = model(**processor(images=pictures[:4], text=captions[:5], return_tensors="pt", padding=True))
     expected = output.logits_per_image / output.logit_scale
     np.testing.assert_allclose(found.similarity("image", "text"), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="needs one vector for each source; HfvlmFILIPModel gives one to each patch"):
-        hfvlm.ZeroShotClassifier(embedder, ["a", "b"])
+    classes = {"a": ["circle", "round"], "b": ["square"], "c": ["cross"]}
+    classifier = hfvlm.ZeroShotClassifier(embedder, classes, ["{}", "a {}"])
+    with torch.no_grad():
+        by_template = []
+        for template in classifier.templates:
+            texts = [template.format(name) for names in classes.values() for name in names]
+            output = model(**processor(images=pictures[:4], text=texts))
+            scores = output.logits_per_image / output.logit_scale
+            scores = torch.cat([scores[:, :2].mean(dim=1, keepdim=True), scores[:, 2:]], dim=1)
+            by_template.append(scores.softmax(dim=1))
+    expected = torch.stack(by_template).mean(dim=0)
+    np.testing.assert_allclose(np.exp(classifier.scores(pictures[:4])), expected, atol=1e-5)
+    assert [best[0][0] for best in classifier.predict(pictures[:4])] == ["abc"[i] for i in expected.argmax(dim=1)]
+    with pytest.raises(ValueError, match="A probe needs one vector for each source; HfvlmFILIPModel gives one to"):
+        embedder.check_one_vector("A probe")
     with pytest.raises(ValueError, match="An index of vectors"):
         Index(found["image"])
 

@@ -15,6 +15,7 @@ from tests.support.suite import shallow
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
 ARCHITECTURES = (
     "align", "blip", "blip2", "clip", "coca", "filip", "flava", "imagebind", "languagebind", "mammut", "siglip",
+    "wukong",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ POOLED = {
     "languagebind": ("image", "video", "text", "audio", "depth", "thermal"),
     "mammut": (),
     "siglip": ("text",),
+    "wukong": (),
 }
 CASES = [(name, modality, "sdpa") for name, modalities in POOLED.items() for modality in modalities]
 CASES += [("clip", modality, kind) for modality in ("image", "text") for kind in ("eager", "flex_attention")]

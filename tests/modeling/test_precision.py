@@ -13,6 +13,7 @@ from hfvlm.samples import scenes
 
 ARCHITECTURES = (
     "align", "blip", "blip2", "clip", "coca", "filip", "flava", "imagebind", "languagebind", "mammut", "siglip",
+    "wukong",
 )  # fmt: skip
 
 

@@ -135,18 +135,25 @@ def coca_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def wukong_folder(tmp_path_factory):
+    return hfvlm.untrained("wukong", tmp_path_factory.mktemp("wukong") / "model")
+
+
 # Which weights a recipe trains, by their names.
 TRAINED = {
     "clip-full": ".*",
     "coca": ".*",
     "clip-lora": ".*lora_[AB].*|logit_scale.*",
     "siglip-lit": "(text_model|logit_scale).*",
+    "wukong-lora": r".*lora_[AB].*|\w+\.projection.*|(token_reduction|logit_scale).*",
 }
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_the_weights_that_it_names(name, changes, tmp_path, clip_folder, siglip_folder, coca_folder):
-    folder = {"siglip-lit": siglip_folder, "coca": coca_folder}.get(name, clip_folder)
+def test_a_recipe_trains_the_weights_that_it_names(name, changes, tmp_path, clip_folder, request):
+    folder = {"siglip-lit": "siglip_folder", "coca": "coca_folder", "wukong-lora": "wukong_folder"}.get(name)
+    folder = request.getfixturevalue(folder) if folder else clip_folder
     small = {"per_device_train_batch_size": 16, "mini_batch_size": 8, "max_steps": 2, "bf16": False, "model": folder}
     small |= {"dataloader_num_workers": 0, "per_device_eval_batch_size": 50, "warmup_steps": 0}
     metrics = run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes + [f"{k}={v}" for k, v in small.items()])

@@ -1,4 +1,4 @@
-"""FILIP (https://arxiv.org/abs/2111.07783): images and texts compared token by token."""
+"""FILIP (https://arxiv.org/abs/2111.07783) as DeCLIP reproduced it: images and texts compared token by token."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""FILIP (https://arxiv.org/abs/2111.07783), with what https://github.com/Sense-GVT/DeCLIP at 5d99a85 adds to it.
+"""DeCLIP's reproduction of FILIP (https://arxiv.org/abs/2111.07783; https://github.com/Sense-GVT/DeCLIP at 5d99a85).
 
 The authors released no weights of the paper's English models. Theirs are the Chinese FILIP and Wukong of
-huawei-noah/Pretrained-Language-Model (Noah_WuKong), another architecture; this one loads DeCLIP's reproduction.
+huawei-noah/Pretrained-Language-Model (Noah_WuKong), another architecture: `hfvlm.models.wukong`.
 Where paper and reproduction differ: the paper compares the tokens of a text that are not padding, the reproduction all
 77 (here, those where `attention_mask` is 1; the embeddings of others are zero); and the reproduction's loss matches
 with 16 tokens of each pair (`top_k`).

@@ -198,6 +198,14 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
                 found.append({"label": label, "quad_xy": points})
         return found
 
+    def locating(self, expression: str) -> str:
+        """Begin a box after a name, in no conversation (https://github.com/QwenLM/Qwen-VL at 10cb904,
+        eval_mm/evaluate_grounding.py)."""
+        return f"{self.image_token}<ref>{expression.replace('<|', f'<{JOINER}|')}</ref><box>"
+
+    def answered_box(self, answer: str, size: tuple[int, int]) -> list[float] | None:
+        return super().answered_box(f"<box>{answer}", size)
+
     def grounding_text(
         self, label: str | None, boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = None
     ) -> str:

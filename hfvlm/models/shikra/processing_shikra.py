@@ -168,6 +168,12 @@ class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
             before = end
         return found
 
+    def locating(self, expression: str) -> str:
+        """Ask by the first of the prompts that the paper lists (https://arxiv.org/abs/2306.15195, table 9)."""
+        return self.asked(
+            f"In the given {self.image_token}, could you find and tell me the coordinates of {expression}?"
+        )
+
     def grounding_text(
         self, label: str | None, boxes: Sequence[Coordinates], size: tuple[int, int] | None = None
     ) -> str:
