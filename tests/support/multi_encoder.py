@@ -43,11 +43,6 @@ class MultiEncoderSuite(ModelSuite):
         sizes = {f"{name}_config": sizes for name, sizes in self.towers.items()}
         return self.model_class.config_class(**sizes | changes)
 
-    @pytest.fixture
-    def model(self):
-        torch.manual_seed(0)
-        return self.model_class(self.config()).eval()
-
     def loss_inputs(self):
         return {"return_loss": True}
 

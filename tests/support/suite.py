@@ -41,9 +41,16 @@ class ModelSuite:
         """What is added to the inputs so that the model returns a loss; nothing for towers."""
         return {}
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def made(cls):
+        """What each test gets a copy of, which is made sooner than a model."""
+        torch.manual_seed(0)
+        return cls.model_class(cls().config()).eval()
+
     @pytest.fixture
-    def model(self):
-        return self.model_class(self.config()).eval()
+    def model(self, made):
+        return copy.deepcopy(made)
 
     @pytest.fixture
     def shallow(self):
