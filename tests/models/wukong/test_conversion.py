@@ -49,7 +49,8 @@ def model_of(kind):
 
 def released(model, path, *, scale=True, learner=False):
     """A file of the model's weights in the authors' names."""
-    tensors = restore_keys(model.state_dict(), keys_for(model.config))
+    stored = {key: t for key, t in model.state_dict().items() if not key.endswith(".relative_position_index")}
+    tensors = restore_keys(stored, keys_for(model.config))
     tensors = {key: tensor.clone() for key, tensor in tensors.items() if scale or key != "loss.logit_scale"}
     if learner:
         tensors = {key.replace("token_reduction", "token_learner"): tensor for key, tensor in tensors.items()}
