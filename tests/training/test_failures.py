@@ -130,7 +130,10 @@ def test_the_collator_in_transformers_own_trainer(tmp_path, clip_folder, rows):
         ContrastiveCollator(processor, augment={"image": lambda x, _: x})(rows[:2])
 
 
-@pytest.mark.parametrize("architecture", ["clip", "coca", "mammut", "flava", "siglip", "filip", "imagebind", "blip"])
+LOSSES = ("clip", "coca", "mammut", "flava", "siglip", "filip", "wukong", "imagebind", "blip")
+
+
+@pytest.mark.parametrize("architecture", LOSSES)
 def test_every_contrastive_model_is_evaluated_by_its_loss(architecture, tmp_path):
     """By `return_loss` alone, whatever labels its forward takes."""
     config = load_preset(f"{architecture}/tiny").make_config()

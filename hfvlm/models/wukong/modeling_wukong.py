@@ -121,7 +121,7 @@ class HfvlmWukongCLIPTextModel(HfvlmWukongTextModel):
 
 
 class TokenReduction(Bridge):
-    """Weighted sums of tokens, each with its own learned weights (the paper's section 3.2)."""
+    """Weighted sums of tokens, each with its own learned weights (the paper's reduced-token interaction)."""
 
     def __init__(self, size: int, num_tokens: int):
         super().__init__()

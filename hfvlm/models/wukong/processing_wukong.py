@@ -18,6 +18,8 @@ ENDS_WORDS = re.compile(
     r"[\s\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002ceaf"
     r"\U0002f800-\U0002fa1f]"
 )
+# Chinese characters that the engine takes for letters.
+OVERLOOKED = re.compile(r"[\U0002b820-\U0002b91f]")
 
 
 class HfvlmWukongImageProcessor(HfvlmCLIPImageProcessor):
@@ -38,14 +40,14 @@ class HfvlmWukongTokenizer(WordPieceTokenizer):
 
     def cleaned_text(self, text: str) -> str:
         """Clean a text; special tokens that are none there get a space, at which the original splits them anyway."""
-        text = super().cleaned_text(text)
-        if SPECIAL.search(text) is None:
-            return text
-        text = "".join(letter for letter in text if not is_control(letter))
-        return SPECIAL.sub(as_written, text)
+        text = super().cleaned_text(text).replace("\N{REPLACEMENT CHARACTER}", "")
+        if not text.isprintable():
+            text = "".join(letter for letter in text if not is_control(letter))
+        return SPECIAL.sub(as_written, OVERLOOKED.sub(r" \g<0> ", text))
 
 
 def is_control(letter: str) -> bool:
+    """Whether the original drops a character: of controls, formats, surrogates, private use and unassigned ones."""
     return letter not in "\t\n\r" and unicodedata.category(letter).startswith("C")
 
 

@@ -1,5 +1,8 @@
 """Files as the authors released them."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +20,7 @@ from hfvlm.models.wukong import (
     HfvlmWukongTrunkConfig,
 )
 from hfvlm.presets import load_preset
-from tests.support.paths import OURS
+from tests.support.paths import EXAMPLES, OURS
 
 VOCABULARY = OURS / "wukong" / "processor-tokenizer" / "vocab.txt"
 WIDTH = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -46,7 +49,8 @@ def model_of(kind):
 
 def released(model, path, *, scale=True, learner=False):
     """A file of the model's weights in the authors' names."""
-    tensors = restore_keys(model.state_dict(), keys_for(model.config))
+    stored = {key: t for key, t in model.state_dict().items() if not key.endswith(".relative_position_index")}
+    tensors = restore_keys(stored, keys_for(model.config))
     tensors = {key: tensor.clone() for key, tensor in tensors.items() if scale or key != "loss.logit_scale"}
     if learner:
         tensors = {key.replace("token_reduction", "token_learner"): tensor for key, tensor in tensors.items()}
@@ -79,6 +83,23 @@ def test_a_checkpoint_to_a_pipeline(tmp_path, kind, original):
     inputs = processor(images=image, text=list(PAIRS.values()))
     expected = model(**inputs).logits_per_image.softmax(dim=-1)[0]
     assert [found[text] for text in PAIRS.values()] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_example_matches_words_with_patches(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (40, 50), "blue").save(tmp_path / "blue.png")
+    example = str(EXAMPLES / "words_to_patches.py")
+    for kind in ("filip", "wukong"):
+        path = released(model_of(kind), tmp_path / f"{kind}.ckpt")
+        hfvlm.convert(path, "wukong", tmp_path / kind, original={"is_token_wise": True}, vocabulary=VOCABULARY)
+    monkeypatch.setattr(sys, "argv", [example, str(tmp_path / "filip"), str(tmp_path / "blue.png"), "一只猫"])
+    runpy.run_path(example, run_name="__main__")
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[-1] for line in lines] == ["[CLS]", "一", "只", "猫", "[SEP]", "一只猫"]
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores[-1] == pytest.approx(sum(scores[:-1]) / 5, abs=1e-3)
+    sys.argv[1] = str(tmp_path / "wukong")
+    with pytest.raises(SystemExit, match="compares words with 3 sums of patches"):
+        runpy.run_path(example, run_name="__main__")
 
 
 def test_a_file_without_a_temperature_has_the_initial_one(tmp_path, caplog):

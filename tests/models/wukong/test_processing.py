@@ -40,6 +40,9 @@ def test_texts_are_as_long_as_the_model_was_trained_on(tokenizer, tmp_path):
         # A character without width is dropped before words are told apart.
         ("[SEP]\u200b cat", "[SEP] cat"),
         ("[SEP]\u200bcat", "[UNK] [UNK] [UNK] cat"),
+        # So is one that Unicode has not assigned, of which tokenizers' engine makes a letter.
+        ("ca\ud7fft", "cat"),
+        ("dog\U0002b820dog", "dog [UNK] dog"),
     ],
 )
 def test_special_tokens_in_a_text_are_those_of_the_original(tokenizer, text, pieces):
