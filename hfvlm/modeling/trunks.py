@@ -103,6 +103,11 @@ class HfvlmTextTrunkConfig(TrunkConfig):
         self.trunk_config.vocab_size = value
 
 
+# The layers that LoRA adapts by default, by the names that models have for queries and values; those of ConvNeXt mix
+# channels.
+LORA_LAYERS = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"), ("qkv",), ("pwconv1", "pwconv2"))
+
+
 class Trunk(HfvlmPreTrainedModel):
     """Base of towers that are a model of transformers."""
 
@@ -129,6 +134,12 @@ class Trunk(HfvlmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
 
+    @property
+    def lora_layers(self) -> tuple[str, ...]:
+        """Names of the layers that LoRA adapts by default."""
+        names = {name.rpartition(".")[2] for name, part in self.trunk.named_modules() if isinstance(part, nn.Linear)}
+        return next((layers for layers in LORA_LAYERS if names.issuperset(layers)), ())
+
     def embed(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
         """Run the trunk, pool and project; `mask`, `(B, N)`, is 0 for tokens that are padding."""
         output = self.trunk(inputs, **kwargs, return_dict=True)
@@ -144,14 +155,15 @@ class Trunk(HfvlmPreTrainedModel):
 
 def trunk_of(config: TrunkConfig) -> PreTrainedModel:
     """Build a trunk, without a pooling layer of its own that the tower would not use."""
-    kind = AutoModel._model_mapping[type(config.trunk_config)]
+    kind: Any = AutoModel._model_mapping[type(config.trunk_config)]
     options = {} if config.pooling == "pooler" else {"add_pooling_layer": False}
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
     trunk = AutoModel.from_config(config.trunk_config, **{k: v for k, v in options.items() if k in known})
     trunk = trunk.get_encoder() if config.trunk_config.is_encoder_decoder else trunk
-    norms = [module for module in trunk.modules() if isinstance(module, nn.LayerNorm)]
-    for norm in norms if config.layer_norm_eps is not None else ():
-        norm.eps = config.layer_norm_eps
+    eps = config.layer_norm_eps
+    for norm in trunk.modules() if eps is not None else ():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = eps
     return trunk
 
 

@@ -79,7 +79,7 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
 def first_of(input_ids: Tensor, token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
     """Find the first token of an id in each text, `(B, N)` -> `(B,)`: the text's first token where there is none.
     Padding, where `attention_mask` is 0, is no such token."""
-    found = input_ids == token_id
+    found = torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids.eq(token_id)
     if attention_mask is None:
         return found.int().argmax(dim=-1)
     found = found & attention_mask.bool()

@@ -244,7 +244,7 @@ FAIRSEQ_TOKENS, MASK_TOKEN = ("<s>", "<pad>", "</s>", "<unk>"), "<mask>"
 
 @_of_file
 def fairseq_pieces(path: str | Path) -> Tokenizer:
-    """Read XLM-R's engine from its `sentencepiece.bpe.model`, a unigram model whose ids fairseq numbered anew, or from
+    """Read XLM-R's engine from its `sentencepiece.bpe.model`, a unigram model with ids of fairseq's own, or from
     a tokenizer.json. Texts are between <s> and </s>.
 
     Raises:

@@ -1,7 +1,11 @@
 """CLIP with towers that are models of transformers."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -11,12 +15,17 @@ from transformers import (
     RobertaConfig,
     SwinConfig,
     __version__,
+    pipeline,
 )
 
+import hfvlm
+from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.conversion.clip import CONVERSION
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPForImageClassification,
     HfvlmCLIPModel,
+    HfvlmCLIPXLMTokenizer,
     HfvlmTextTrunkConfig,
     HfvlmTextTrunkModel,
     HfvlmVisionTrunkConfig,
@@ -24,6 +33,7 @@ from hfvlm.models.clip import (
 )
 from hfvlm.versions import numbers
 from tests.models.clip.test_modeling import TEXT
+from tests.support.golden import OURS
 from tests.support.suite import ImageClassifierSuite, ModelSuite, close
 
 CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": 32}
@@ -180,3 +190,51 @@ def test_a_tower_is_found_by_its_configuration():
     config = HfvlmVisionTrunkConfig(trunk_config=dict(SWIN))
     assert type(AutoModel.from_config(config)) is HfvlmVisionTrunkModel
     assert HfvlmVisionTrunkConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_lora_adapts_both_towers(tmp_path):
+    """By default, by the names that each trunk has for its layers; the projections as in every tower."""
+    text = {"model_type": "hfvlm_text_trunk", "trunk_config": ROBERTA}
+    model = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=dict(CONVNEXT), text_config=text))
+    tuned = hfvlm.lora(model, "vision+text+projection", quiet=True)
+    trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    assert any("vision_model.trunk" in name and "pwconv1.lora_A" in name for name in trained)
+    assert any("text_model.trunk" in name and "query.lora_A" in name for name in trained)
+    assert any("text_model.projection.modules_to_save" in name for name in trained)
+    tuned.save_pretrained(tmp_path)
+
+
+def test_an_embedder_and_a_pipeline_use_the_towers(tmp_path):
+    """From a converted file of open_clip's to vectors, and to scores of texts."""
+    tokenizer = HfvlmCLIPXLMTokenizer.from_vocabulary(OURS / "clip/processor-tokenizer-xlm/sentencepiece.bpe.model")
+    roberta = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": len(tokenizer)}
+    text = {"model_type": "hfvlm_text_trunk", "trunk_config": roberta, "projection_dim": 16}
+    text |= {"max_position_embeddings": 16, "projection_hidden_size": 24}
+    vision = {"model_type": "hfvlm_vision_trunk", "trunk_config": CONVNEXT, "projection_dim": 16}
+    config = HfvlmCLIPConfig(vision_config=vision, text_config=text)
+    model = HfvlmCLIPModel(config).eval()
+    torch.save(restore_keys(model.state_dict(), CONVERSION.keys_for(config)), tmp_path / "open_clip_pytorch_model.bin")
+    kinds = {"hf_model_name": "xlm-roberta-base", "hf_pooler_type": "mean_pooler", "context_length": 16}
+    kinds |= {"hf_model_config": roberta}
+    original = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"timm_model_name": "convnext_base", "timm_proj": "linear", "image_size": 32},
+            "text_cfg": kinds,
+        },
+        "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(original))
+    vocabulary = OURS / "clip/processor-tokenizer-xlm/sentencepiece.bpe.model"
+    folder = hfvlm.convert(tmp_path, "clip", tmp_path / "out", vocabulary=vocabulary)
+    embedder = hfvlm.Embedder.from_pretrained(folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    found = embedder.encode(image=[image], text=["a photo of a cat", "une photo"], output="torch")
+    ids = tokenizer(["a photo of a cat", "une photo"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.get_text_features(**ids).pooler_output
+    close(found["text"], torch.nn.functional.normalize(expected, dim=-1), 1e-4, "texts")
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    scores = classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}")
+    assert {row["label"] for row in scores} == {"cat", "dog"}
+    assert found["image"].shape == (1, 16)
