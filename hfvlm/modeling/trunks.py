@@ -160,10 +160,9 @@ def trunk_of(config: TrunkConfig) -> PreTrainedModel:
     known = inspect.signature(kind).parameters
     trunk = AutoModel.from_config(config.trunk_config, **{k: v for k, v in options.items() if k in known})
     trunk = trunk.get_encoder() if config.trunk_config.is_encoder_decoder else trunk
-    eps = config.layer_norm_eps
-    for norm in trunk.modules() if eps is not None else ():
-        if isinstance(norm, nn.LayerNorm):
-            norm.eps = eps
+    if config.layer_norm_eps is not None:
+        for norm in (part for part in trunk.modules() if isinstance(part, nn.LayerNorm)):
+            norm.eps = config.layer_norm_eps
     return trunk
 
 
