@@ -108,6 +108,10 @@ class HfvlmTextTrunkConfig(TrunkConfig):
 LORA_LAYERS = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"), ("qkv",), ("pwconv1", "pwconv2"))
 
 
+# Of transformers, by the ends of the names of what a class declares.
+ATTENTION = ("sdpa", "flash_attn", "flex_attn")
+
+
 class Trunk(HfvlmPreTrainedModel):
     """Base of towers that are a model of transformers."""
 
@@ -158,8 +162,13 @@ def trunk_of(config: TrunkConfig) -> PreTrainedModel:
     kind: Any = AutoModel._model_mapping[type(config.trunk_config)]
     options = {} if config.pooling == "pooler" else {"add_pooling_layer": False}
     known = inspect.signature(kind).parameters
+    attends = kind._supports_sdpa or "attentions" in (kind._can_record_outputs or {})
+    if not attends:
+        config.trunk_config._attn_implementation = "eager"
     trunk = AutoModel.from_config(config.trunk_config, **{k: v for k, v in options.items() if k in known})
     trunk = trunk.get_encoder() if config.trunk_config.is_encoder_decoder else trunk
+    for implementation in () if attends else ATTENTION:
+        setattr(trunk, f"_supports_{implementation}", True)  # the other tower's changes nothing here
     if config.layer_norm_eps is not None:
         for norm in (part for part in trunk.modules() if isinstance(part, nn.LayerNorm)):
             norm.eps = config.layer_norm_eps

@@ -82,9 +82,6 @@ class TestCLIPOfTransformers(ModelSuite):
     def loss_inputs(self):
         return {"return_loss": True}
 
-    # ConvNeXt has no attention, and transformers refuses to set another than "eager".
-    implementations = ("eager",)
-
     def test_padding_is_what_the_mask_or_the_pads_say(self, model):
         mask = (IDS != 1).long()
         expected = model.get_text_features(IDS, mask).pooler_output
@@ -179,6 +176,15 @@ def test_towers_of_the_wrong_kind_are_refused():
         model(IDS)
 
 
+def test_a_trunk_without_attention_takes_any_implementation(tmp_path):
+    """Which the other tower needs."""
+    model = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=dict(CONVNEXT), text_config=dict(TEXT)))
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        again = HfvlmCLIPModel.from_pretrained(tmp_path, attn_implementation=name)
+        assert again.text_model.config._attn_implementation == name
+
+
 def test_the_epsilon_is_that_of_every_norm():
     config = HfvlmVisionTrunkConfig(trunk_config=dict(CONVNEXT), layer_norm_eps=1e-3)
     norms = [m for m in HfvlmVisionTrunkModel(config).modules() if isinstance(m, torch.nn.LayerNorm)]
@@ -238,3 +244,4 @@ def test_an_embedder_and_a_pipeline_use_the_towers(tmp_path):
     scores = classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}")
     assert {row["label"] for row in scores} == {"cat", "dog"}
     assert found["image"].shape == (1, 16)
+    assert all(check.passed for check in hfvlm.verify(folder))
