@@ -26,7 +26,7 @@ class TrunkConfig(HfvlmConfig):
     Args:
         trunk_config: of the model, as AutoModel builds it; of one with an encoder and a decoder the encoder is taken.
         pooling: one of `hfvlm.modules.pooling.POOLINGS`: "pooler" takes the trunk's own pooled output, "first" its
-            first token, "mean" the mean of its tokens but padding.
+            first token, "mean" and "max" the mean and the largest of its tokens but padding.
         layer_norm_eps: epsilon of all layer norms of the trunk; None for what its own configuration and class have.
         projection_dim: width of the joint space; None leaves the projection out.
         projection_hidden_size: width between the projection's two layers; None for a projection of one layer.

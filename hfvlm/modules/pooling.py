@@ -112,9 +112,17 @@ def mean_output(output: Any, mask: Tensor | None) -> Tensor:
     return (x * weights).sum(dim=1) / weights.sum(dim=1)
 
 
+def largest_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the largest value of each channel of a model's tokens `(B, N, D)` where `mask`, `(B, N)`, is not 0."""
+    x = output.last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    return (x if mask is None else x.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)).amax(dim=1)
+
+
 # How the output of a model of transformers is pooled, by the name that a configuration has for it.
 POOLINGS: Mapping[str, Callable[[Any, Tensor | None], Tensor]] = {
     "pooler": own_pooled,
     "first": first_output,
     "mean": mean_output,
+    "max": largest_output,
 }

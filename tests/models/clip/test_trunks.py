@@ -146,7 +146,7 @@ def test_a_text_tower_takes_the_encoder_of_a_translator():
     close(model(left).embeds, output.embeds[1:2], 1e-5, "padded on the left")
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "mean", "first"])
+@pytest.mark.parametrize("pooling", ["pooler", "mean", "first", "max"])
 def test_pooling(pooling):
     trunk = dict(ROBERTA)
     model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=trunk, pooling=pooling, projection_dim=None)).eval()
@@ -154,6 +154,7 @@ def test_pooling(pooling):
     x, expected = model(IDS).last_hidden_state, model(IDS).embeds
     mask = (IDS != 1).unsqueeze(-1)
     by_hand = {"mean": (x * mask).sum(1) / mask.sum(1), "first": x[:, 0]}
+    by_hand["max"] = torch.stack([row[keep].amax(0) for row, keep in zip(x, IDS != 1, strict=True)])
     if pooling in by_hand:
         close(expected, by_hand[pooling], 1e-6, pooling)
     else:
@@ -169,8 +170,8 @@ def test_the_mean_of_a_map_is_that_of_its_places():
 def test_towers_of_the_wrong_kind_are_refused():
     with pytest.raises(ValueError, match="vision_config: RobertaModel takes input_ids"):
         HfvlmVisionTrunkModel(HfvlmVisionTrunkConfig(trunk_config=RobertaConfig(**ROBERTA), pooling="mean"))
-    with pytest.raises(Exception, match="pooling 'max' is none of pooler, first, mean"):
-        HfvlmTextTrunkConfig(pooling="max")
+    with pytest.raises(Exception, match="pooling 'median' is none of pooler, first, mean, max"):
+        HfvlmTextTrunkConfig(pooling="median")
     model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=dict(NLLB), pooling="pooler"))
     with pytest.raises(ValueError, match='no pooled output of its own: set pooling to "mean" or "first"'):
         model(IDS)
