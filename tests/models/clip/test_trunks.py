@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModel,
-    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     ConvNextConfig,
     M2M100Config,
@@ -34,7 +33,7 @@ from hfvlm.models.clip import (
 from hfvlm.versions import numbers
 from tests.models.clip.test_modeling import TEXT
 from tests.support.golden import OURS
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+from tests.support.suite import ModelSuite, PartSuite, close
 
 CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": 32}
 CONVNEXT |= {"layer_scale_init_value": 1.0}
@@ -89,13 +88,12 @@ class TestCLIPOfTransformers(ModelSuite):
         close(model.get_text_features(IDS[:1, :3]).pooler_output, expected[:1], 1e-5, "without padding")
 
 
-class TestCLIPWithSwin(ModelSuite):
+class TestCLIPWithSwin(PartSuite):
     """A Swin, whose keys versions of transformers have renamed, beside CLIP's own text tower."""
 
     model_class, auto_class = HfvlmCLIPModel, AutoModelForZeroShotImageClassification
     records = ("hidden_states",)
     implementations = ("eager", "sdpa")
-    test_compiles_as_one_graph = test_exports = None
 
     def config(self):
         return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT))
@@ -107,19 +105,20 @@ class TestCLIPWithSwin(ModelSuite):
         return {"return_loss": True}
 
 
-class TestImageClassification(ImageClassifierSuite):
-    lora_layers = SWIN_LORA
-    model_class, auto_class = HfvlmCLIPForImageClassification, AutoModelForImageClassification
-    whole_class = HfvlmCLIPModel
-    records = ("hidden_states",)
-    implementations = ("eager", "sdpa")
-    test_compiles_as_one_graph = test_exports = None
-
-    def config(self):
-        return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT), num_labels=4)
-
-    def inputs(self):
-        return {"pixel_values": torch.randn(3, 3, 32, 32)}
+def test_a_classifier_starts_from_a_trunk(tmp_path):
+    """As from every vision tower; LoRA adapts it by the names of transformers' version."""
+    config = HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT))
+    whole = HfvlmCLIPModel(config).eval()
+    whole.save_pretrained(tmp_path)
+    head, info = HfvlmCLIPForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert not info["unexpected_keys"]
+    images = torch.randn(2, 3, 32, 32)
+    assert head(images, labels=torch.tensor([0, 3])).loss.isfinite()
+    found, expected = (model.vision_model.eval()(images).pooler_output for model in (head, whole))
+    close(found, expected, 1e-6, "pooled")
+    trained = [name for name, p in hfvlm.lora(head, "vision", quiet=True).named_parameters() if p.requires_grad]
+    assert any(SWIN_LORA[0] in name for name in trained)
 
 
 def test_configurations_of_transformers_become_towers():
