@@ -86,16 +86,18 @@ def special_tokens(vocabulary: int, pad: int | None = None) -> dict[str, Any]:
 
 
 def open_clip_pixels(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate open_clip's `preprocess_cfg` into settings of an image processor."""
-    size = preprocess.get("size", 224)
-    return {
-        "size": size if isinstance(size, int) else {"height": size[0], "width": size[1]},
+    """Translate open_clip's `preprocess_cfg` into settings of an image processor. Without a size in it, as in most of
+    its releases, images have the size that the vision tower takes."""
+    settings = {
         "resize_mode": preprocess.get("resize_mode", "shortest"),
         "resample": FILTERS[preprocess.get("interpolation", "bicubic")],
         "fill_color": preprocess.get("fill_color", 0),
         "image_mean": list(preprocess["mean"]),
         "image_std": list(preprocess["std"]),
     }
+    if size := preprocess.get("size"):
+        settings["size"] = size if isinstance(size, int) else {"height": size[0], "width": size[1]}
+    return settings
 
 
 def transformers_pixels(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

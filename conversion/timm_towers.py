@@ -69,7 +69,10 @@ OPTIONS = (
     *("timm_drop_path", "patch_dropout"),
 )
 # Modules of timm's models before their heads.
-PARTS = ("stem", "stages", "final_conv", "patch_embed", "blocks", "layers", "norm_pre", "norm", "fc_norm", "head.norm")
+PARTS = (
+    *("stem", "stages", "final_conv", "patch_embed", "blocks", "layers", "norm_pre", "norm", "fc_norm", "attn_pool"),
+    "head.norm",
+)
 ARGUMENTS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "ref_feat_shape")
 
 
@@ -86,18 +89,36 @@ def timm_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> 
     """
     check_options("open_clip's vision_cfg", vision, OPTIONS)
     trunk = tower_of(str(vision["timm_model_name"]))
-    return wrapped_config(vision, state_dict) if trunk is None else written_config(trunk, vision, state_dict)
+    if trunk is None or not is_written(trunk, vision):
+        return wrapped_config(vision, state_dict)
+    return written_config(trunk, vision, state_dict)
+
+
+def is_written(trunk: TimmName, vision: Mapping[str, Any]) -> bool:
+    """Whether hfvlm writes a trunk out as `vision_cfg` has it: pooled as in the releases, with its own head for the
+    projection, and nothing changed but sizes."""
+    own_head = vision.get("timm_proj") is None and vision.get("timm_pool", trunk.pool) == trunk.pool
+    return own_head and set(vision.get("timm_model_kwargs") or {}) <= set(ARGUMENTS)
 
 
 def wrapped_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmTimmTrunkConfig:
-    """Read a trunk that timm itself runs."""
+    """Read a trunk that timm itself runs.
+
+    Raises:
+        UnsupportedOriginalError: it has no projection.
+    """
     rates = {"drop_path_rate": vision.get("timm_drop_path"), "patch_drop_rate": vision.get("patch_dropout")}
     arguments = dict(vision.get("timm_model_kwargs") or {})
     arguments |= {name: rate for name, rate in rates.items() if rate}
     if vision.get("timm_pool"):
         arguments["global_pool"] = vision["timm_pool"]
     shapes = {key.removeprefix("visual."): tensor.shape for key, tensor in state_dict.items()}
-    first = next(name for name in (*HEADS, "head.mlp.fc1") if f"{name}.weight" in shapes)
+    first = next((name for name in (*HEADS, "head.mlp.fc1") if f"{name}.weight" in shapes), None)
+    if first is None:
+        raise UnsupportedOriginalError(
+            f"open_clip's vision_cfg: {vision['timm_model_name']} with timm_proj {vision.get('timm_proj')!r} has no "
+            "projection into the joint space."
+        )
     return HfvlmTimmTrunkConfig(
         architecture=vision["timm_model_name"],
         model_args=arguments or None,
@@ -110,12 +131,6 @@ def wrapped_config(vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
 def written_config(trunk: TimmName, vision: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> TimmVisionConfig:
     """Read a trunk that hfvlm writes out."""
     name, arguments = vision["timm_model_name"], vision.get("timm_model_kwargs") or {}
-    check_options("open_clip's timm_model_kwargs", arguments, ARGUMENTS)
-    if vision.get("timm_proj") is not None or vision.get("timm_pool", trunk.pool) != trunk.pool:
-        raise UnsupportedOriginalError(
-            f"open_clip's vision_cfg: {name} with timm_pool {vision.get('timm_pool')!r} and timm_proj "
-            f"{vision.get('timm_proj')!r}; hfvlm implements {trunk.pool!r} and none."
-        )
     shapes = {key.removeprefix("visual.trunk."): tensor.shape for key, tensor in state_dict.items()}
     projection_dim, width = shapes["head.weight"]
     _, channels, patch, _ = shapes["patch_embed.proj.weight"]
@@ -128,6 +143,7 @@ def written_config(trunk: TimmName, vision: Mapping[str, Any], state_dict: Mappi
         "intermediate_size": _inner(shapes, "blocks.0.mlp"),
         "num_hidden_layers": count_layers(shapes, "blocks."),
         "num_attention_heads": arguments.get("num_heads", trunk.heads),
+        "hidden_act": "quick_gelu" if "_quickgelu_" in name else "gelu",
         "projection_dim": projection_dim,
         "drop_path_rate": vision.get("timm_drop_path") or 0.0,
         "patch_dropout": vision.get("patch_dropout") or 0.0,

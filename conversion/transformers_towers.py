@@ -167,7 +167,12 @@ ENCODERS = {
     "mt5": ("embed_tokens.{}", "block.{...}", "final_layer_norm.{}"),
 }
 # What open_clip calls the poolings of encoders that have no pooled output of their own.
-POOLINGS = {"mean_pooler": "mean", "cls_pooler": "first", "cls_last_hidden_state_pooler": "first"}
+POOLINGS = {
+    "mean_pooler": "mean",
+    "max_pooler": "max",
+    "cls_pooler": "first",
+    "cls_last_hidden_state_pooler": "first",
+}
 # By the beginning of the name of a model on the Hub.
 NAMES = {
     "roberta-": "roberta",
@@ -185,6 +190,7 @@ def encoder_rows(config: HfvlmTextTrunkConfig) -> list[Row]:
         *(Row(f"{source}.{part}", f"{target}.{part}") for part in ENCODERS[config.trunk_config.model_type]),
         # Files from before transformers 4.31 store the counting numbers.
         Row(f"{source}.embeddings.position_ids", None, optional=True),
+        *([Row(f"{source}.pooler.{{...}}", f"{target}.pooler.{{...}}")] if config.pooling == "pooler" else ()),
         *head_rows(config, "text.proj", "text.proj.0", "text.proj.2"),
     ]
 
@@ -213,10 +219,11 @@ def encoder_config(
     shapes = {key.removeprefix("text."): tensor.shape for key, tensor in state_dict.items()}
     inner = {key.removeprefix("transformer."): shape for key, shape in shapes.items()}
     sizes = {"bert": bert_sizes, "m2m_100": m2m_sizes, "mt5": t5_sizes}.get(model_type, roberta_sizes)(inner)
+    own = pooler == "cls_pooler" and "pooler.dense.weight" in inner
     two = ("proj.0", "proj.2") if "proj.0.weight" in shapes else ()
     return HfvlmTextTrunkConfig(
         trunk_config=sizes | dict(text.get("hf_model_config") or {}) | dict(known) | {"model_type": model_type},
-        pooling=POOLINGS[pooler],
+        pooling="pooler" if own else POOLINGS[pooler],
         max_position_embeddings=text.get("context_length", 77),
         **_head(shapes, *(two or ("proj",))),
     )

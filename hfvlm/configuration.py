@@ -107,7 +107,7 @@ def check_activation(name: str, value: str) -> None:
 def foreign(model_type: str, values: Mapping[str, Any]) -> Any:
     """Make a configuration of transformers' own, whose versions differ in declaring a switch as bool or as int."""
     kind = CONFIG_MAPPING[model_type]
-    declared = {each.name: each for each in dataclasses.fields(kind) if each.type in (bool, int)}
+    declared: dict[str, Any] = {each.name: each for each in dataclasses.fields(kind) if each.type in (bool, int)}
     for each in declared.values():
         if each.type is int and isinstance(each.default, bool):
             each.default = int(each.default)  # transformers 5.4 refuses this default of its own

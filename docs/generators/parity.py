@@ -21,6 +21,7 @@ import transformers
 
 import hfvlm
 from hfvlm.checkpoints.key_table import Table, convert_tables
+from hfvlm.modeling.timm_trunks import TimmMissingError
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.registry import architectures
 from hfvlm.release.plans import empty_model
@@ -162,7 +163,10 @@ def lists_of(name: str) -> tuple[list[KeyList], dict[str, str]]:
 
 def keys_of(preset: Preset) -> str:
     """Count a checkpoint's own keys, or name a list that fills the same model from the same layout."""
-    shapes, layout = shapes_of(preset.make_config()), preset.source.get("layout")
+    try:
+        shapes, layout = shapes_of(preset.make_config()), preset.source.get("layout")
+    except TimmMissingError:
+        return "needs timm"
     equal = [each for each in lists_of(preset.architecture)[0] if (each.layout, each.shapes) == (layout, shapes)]
     names = {Path(file).stem.lower() for file in preset.source.get("files", [])} | {preset.name.rpartition("/")[2]}
     own = [each for each in equal if released_name(each.name) in names]

@@ -29,8 +29,10 @@ def list_command(
     quiet: Quiet = False,
 ) -> None:
     """Show the released checkpoints that can be converted."""
-    if architecture not in (None, *architectures()):
-        raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(architectures())}.")
+    # Swin's files become models of transformers, which is no architecture of hfvlm.
+    known = dict.fromkeys([*architectures(), *(name.split("/")[0] for name in list_presets())])
+    if architecture not in (None, *known):
+        raise ValueError(f"No architecture is called {architecture!r}; there are {', '.join(known)}.")
     presets = [load_preset(name) for name in list_presets(architecture)]
     if as_json:
         print_json([summary(preset) for preset in presets])
@@ -100,9 +102,9 @@ def millions(preset: Preset) -> str:
 
 
 def image_size(preset: Preset) -> Any:
-    """Return the pixels of the first tower that has a size: a number or two; None for any."""
+    """Return the pixels of the first tower, or of the model, that has a size: a number or two; None for any."""
     config = preset.make_config()
-    towers = (getattr(config, name) for name in config.sub_configs)
+    towers = (*(getattr(config, name) for name in config.sub_configs), config)
     return next((tower.image_size for tower in towers if hasattr(tower, "image_size")), None)
 
 

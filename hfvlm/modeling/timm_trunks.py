@@ -1,5 +1,6 @@
 """Vision towers that are models of timm, where timm is installed: the extra `hfvlm[timm]`."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def timm_wrapper_config(architecture: str, model_args: dict[str, Any]) -> PreTra
         TimmMissingError: timm does not load; the message says why, and what to install.
     """
     try:
-        import timm  # noqa: F401  (transformers asks for torchvision alone before it imports timm)
+        # transformers asks no more than whether there are packages of timm's and torchvision's names.
+        importlib.import_module("timm")
         from transformers import TimmWrapperConfig
 
         return TimmWrapperConfig(architecture=architecture, model_args=model_args)
@@ -76,21 +78,26 @@ class HfvlmTimmTrunkConfig(HfvlmConfig):
 class HfvlmTimmTrunkModel(HfvlmVisionTrunkModel):
     """A vision model of timm, pooled and projected. It resizes no positions: images have `image_size`."""
 
-    config: HfvlmTimmTrunkConfig
+    config: HfvlmTimmTrunkConfig  # type: ignore[assignment]
 
     def __init__(self, config: HfvlmTimmTrunkConfig):
-        super().__init__(config)
-        width = self.trunk.timm_model.num_features
+        super().__init__(config)  # type: ignore[arg-type]
+        width = self.model.num_features
         if width != config.hidden_size:
             raise ValueError(
                 f"vision_config: hidden_size {config.hidden_size} is not {width}, the width of {config.architecture}."
             )
 
     @property
+    def model(self) -> Any:
+        """The model of timm, whatever it is."""
+        return self.trunk.timm_model
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Whether timm recomputes its layers in training, which transformers turns on by this name."""
-        return any(getattr(module, "grad_checkpointing", False) for module in self.trunk.timm_model.modules())
+        return any(getattr(module, "grad_checkpointing", False) for module in self.model.modules())
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        self.trunk.timm_model.set_grad_checkpointing(value)
+        self.model.set_grad_checkpointing(value)

@@ -26,7 +26,7 @@ class TrunkConfig(HfvlmConfig):
     Args:
         trunk_config: of the model, as AutoModel builds it; of one with an encoder and a decoder the encoder is taken.
         pooling: one of `hfvlm.modules.pooling.POOLINGS`: "pooler" takes the trunk's own pooled output, "first" its
-            first token, "mean" the mean of its tokens but padding.
+            first token, "mean" and "max" the mean and the largest of its tokens but padding.
         layer_norm_eps: epsilon of all layer norms of the trunk; None for what its own configuration and class have.
         projection_dim: width of the joint space; None leaves the projection out.
         projection_hidden_size: width between the projection's two layers; None for a projection of one layer.
@@ -103,6 +103,15 @@ class HfvlmTextTrunkConfig(TrunkConfig):
         self.trunk_config.vocab_size = value
 
 
+# The layers that LoRA adapts by default, by the names that models have for queries and values; those of ConvNeXt mix
+# channels.
+LORA_LAYERS = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"), ("qkv",), ("pwconv1", "pwconv2"))
+
+
+# Of transformers, by the ends of the names of what a class declares.
+ATTENTION = ("sdpa", "flash_attn", "flex_attn")
+
+
 class Trunk(HfvlmPreTrainedModel):
     """Base of towers that are a model of transformers."""
 
@@ -129,6 +138,12 @@ class Trunk(HfvlmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
 
+    @property
+    def lora_layers(self) -> tuple[str, ...]:
+        """Names of the layers that LoRA adapts by default."""
+        names = {name.rpartition(".")[2] for name, part in self.trunk.named_modules() if isinstance(part, nn.Linear)}
+        return next((layers for layers in LORA_LAYERS if names.issuperset(layers)), ())
+
     def embed(self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any) -> TowerOutput:
         """Run the trunk, pool and project; `mask`, `(B, N)`, is 0 for tokens that are padding."""
         output = self.trunk(inputs, **kwargs, return_dict=True)
@@ -144,14 +159,19 @@ class Trunk(HfvlmPreTrainedModel):
 
 def trunk_of(config: TrunkConfig) -> PreTrainedModel:
     """Build a trunk, without a pooling layer of its own that the tower would not use."""
-    kind = AutoModel._model_mapping[type(config.trunk_config)]
+    kind: Any = AutoModel._model_mapping[type(config.trunk_config)]
     options = {} if config.pooling == "pooler" else {"add_pooling_layer": False}
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
+    attends = kind._supports_sdpa or "attentions" in (kind._can_record_outputs or {})
+    if not attends:
+        config.trunk_config._attn_implementation = "eager"
     trunk = AutoModel.from_config(config.trunk_config, **{k: v for k, v in options.items() if k in known})
     trunk = trunk.get_encoder() if config.trunk_config.is_encoder_decoder else trunk
-    norms = [module for module in trunk.modules() if isinstance(module, nn.LayerNorm)]
-    for norm in norms if config.layer_norm_eps is not None else ():
-        norm.eps = config.layer_norm_eps
+    for implementation in () if attends else ATTENTION:
+        setattr(trunk, f"_supports_{implementation}", True)  # the other tower's changes nothing here
+    if config.layer_norm_eps is not None:
+        for norm in (part for part in trunk.modules() if isinstance(part, nn.LayerNorm)):
+            norm.eps = config.layer_norm_eps
     return trunk
 
 

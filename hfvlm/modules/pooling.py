@@ -79,7 +79,7 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
 def first_of(input_ids: Tensor, token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
     """Find the first token of an id in each text, `(B, N)` -> `(B,)`: the text's first token where there is none.
     Padding, where `attention_mask` is 0, is no such token."""
-    found = input_ids == token_id
+    found = torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids.eq(token_id)
     if attention_mask is None:
         return found.int().argmax(dim=-1)
     found = found & attention_mask.bool()
@@ -112,9 +112,17 @@ def mean_output(output: Any, mask: Tensor | None) -> Tensor:
     return (x * weights).sum(dim=1) / weights.sum(dim=1)
 
 
+def largest_output(output: Any, mask: Tensor | None) -> Tensor:
+    """Take the largest value of each channel of a model's tokens `(B, N, D)` where `mask`, `(B, N)`, is not 0."""
+    x = output.last_hidden_state
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    return (x if mask is None else x.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)).amax(dim=1)
+
+
 # How the output of a model of transformers is pooled, by the name that a configuration has for it.
 POOLINGS: Mapping[str, Callable[[Any, Tensor | None], Tensor]] = {
     "pooler": own_pooled,
     "first": first_output,
     "mean": mean_output,
+    "max": largest_output,
 }

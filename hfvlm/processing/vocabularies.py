@@ -244,8 +244,8 @@ FAIRSEQ_TOKENS, MASK_TOKEN = ("<s>", "<pad>", "</s>", "<unk>"), "<mask>"
 
 @_of_file
 def fairseq_pieces(path: str | Path) -> Tokenizer:
-    """Read XLM-R's engine from its `sentencepiece.bpe.model`, a unigram model to which fairseq gave ids of its own, or
-    from a tokenizer.json. Texts are between <s> and </s>.
+    """Read XLM-R's engine from its `sentencepiece.bpe.model`, a unigram model with ids of fairseq's own, or from
+    a tokenizer.json. Texts are between <s> and </s>.
 
     Raises:
         ImportError: sentencepiece or protobuf is not installed.

@@ -39,7 +39,8 @@ def lora(
         r: rank of the adapters.
         alpha: numerator of their scale `alpha / r`; by default twice the rank.
         dropout: on the adapters' inputs.
-        layers: names of the linear layers; by default the architecture's.
+        layers: names of the linear layers; by default the architecture's, and in a tower that is a model of
+            transformers, its own queries and values, or where it has none, what mixes channels.
         quiet: print nothing.
         **options: of `peft.LoraConfig`.
 
@@ -127,7 +128,8 @@ def _instances(model: PreTrainedModel, part: str) -> list[str]:
 def _default_layers(model: PreTrainedModel) -> tuple[str, ...]:
     for architecture in architectures().values():
         if model.config.model_type in architecture.configs:
-            return architecture.lora
+            others = [name for part in model.modules() for name in getattr(part, "lora_layers", ())]
+            return tuple(dict.fromkeys((*architecture.lora, *others)))
     raise ValueError(f"{type(model).__name__} is no model of hfvlm: name its `layers`.")
 
 

@@ -112,13 +112,7 @@ def test_open_clip_configuration_beside_the_weights(tmp_path):
     save_file(tensors, tmp_path / "open_clip_model.safetensors")
     vision = {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
     text = {"context_length": 24, "vocab_size": 632, "width": 64, "heads": 2, "layers": 3}
-    preprocess = {
-        "size": 32,
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-        "interpolation": "bilinear",
-        "resize_mode": "longest",
-    }
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "longest"}
     content = {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     folder = hfvlm.convert(tmp_path, "clip", tmp_path / "out")
@@ -127,6 +121,7 @@ def test_open_clip_configuration_beside_the_weights(tmp_path):
     assert config.vision_config.hidden_act == "gelu"
     pixels = AutoProcessor.from_pretrained(folder).image_processor
     assert (pixels.resize_mode, pixels.resample, pixels.image_std) == ("longest", 2, [0.25] * 3)
+    assert pixels.size == {"height": 32, "width": 32}, "the tower's, where the configuration has none"
 
 
 def test_an_option_that_would_be_ignored_is_refused(tmp_path):

@@ -96,7 +96,9 @@ class CosineAttention(WindowAttention):
         key, value = super().read(source)
         return F.normalize(key, dim=-1), value
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.clamp(max=log(self.highest)).exp() * self.head_dim**0.5
         return super().mix(F.normalize(query, dim=-1) * scale, key, value, mask, **kwargs)
 

@@ -157,7 +157,8 @@ class TimmTower(PatchTower):
 
     def init_own_weights(self, std: float) -> None:
         super().init_own_weights(std)
-        for i, layer in enumerate(self.layers, start=1):
+        layers: Any = self.layers
+        for i, layer in enumerate(layers, start=1):
             # As BEiT: what a layer adds shrinks with its depth.
             init.normal_(layer.attention.out_proj.weight, std=std / (2 * i) ** 0.5)
             init.normal_(layer.mlp.fc2.weight, std=std / (2 * i) ** 0.5)
@@ -286,4 +287,4 @@ class HfvlmCLIPPEGiganticModel(RotaryTower):
 class HfvlmCLIPPEModel(HfvlmCLIPPEGiganticModel, ClassTokenTower):
     """The Perception Encoder's vision transformer."""
 
-    config: HfvlmCLIPPEConfig
+    config: HfvlmCLIPPEConfig  # type: ignore[assignment]

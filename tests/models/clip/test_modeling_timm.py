@@ -8,6 +8,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoModel
 
+from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.timm_towers import timm_config
 from hfvlm.modeling.timm_trunks import TimmMissingError
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
@@ -237,3 +239,40 @@ def test_with_timm(tmp_path):
     assert torch.equal(again.eval()(pixels(64, 64)).embeds, model.eval()(pixels(64, 64)).embeds)
     with pytest.raises(ValueError, match="hidden_size 64 is not 128, the width of fastvit_mci0"):
         AutoModel.from_config(HfvlmTimmTrunkConfig(**SMALL | {"hidden_size": 64}))
+
+
+def read(name, pool="token", proj=None, **arguments):
+    """What the converter reads of a trunk of two layers; the head is the trunk's own, or open_clip's."""
+    head = "trunk.head.weight" if proj is None else "head.proj.weight"
+    shapes = {
+        head: (16, 32),
+        "trunk.patch_embed.proj.weight": (32, 3, 14, 14),
+        "trunk.pos_embed": (1, 5, 32),
+        "trunk.blocks.0.mlp.fc2.weight": (32, 64),
+        "trunk.blocks.1.mlp.fc2.weight": (32, 64),
+    }
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "timm_model_kwargs": arguments}
+    return timm_config(vision, {f"visual.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()})
+
+
+def test_what_a_trunk_is_read_as():
+    config = read("eva02_base_patch16_clip_224", num_heads=2, img_size=28)
+    assert config.to_dict() == HfvlmCLIPEVA02Config(**VIT).to_dict()
+    assert read("vit_large_patch14_clip_quickgelu_224", num_heads=2).hidden_act == "quick_gelu"
+    with pytest.raises(UnsupportedOriginalError, match=r"ref_feat_shape \[2, 3\] is not square"):
+        read("eva02_base_patch16_clip_224", num_heads=2, ref_feat_shape=[2, 3])
+
+
+def test_what_is_not_written_out_timm_runs():
+    """Another pooling, a head of open_clip's, an option that is no size, and another model."""
+    for config in (
+        read("eva02_base_patch16_clip_224", pool="avg"),
+        read("eva02_base_patch16_clip_224", proj="linear"),
+        read("eva02_base_patch16_clip_224", patch_drop_rate=0.1),
+        read("vit_base_mci_224"),
+    ):
+        assert isinstance(config, HfvlmTimmTrunkConfig)
+        assert (config.hidden_size, config.projection_dim) == (32, 16)
+        assert config.model_args["global_pool"] in ("token", "avg")
+    with pytest.raises(UnsupportedOriginalError, match="vit_base_mci_224 with timm_proj 'none' has no projection"):
+        timm_config({"timm_model_name": "vit_base_mci_224", "timm_proj": "none"}, {})

@@ -1,22 +1,30 @@
 """CLIP with towers that are models of transformers."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
-    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     ConvNextConfig,
     M2M100Config,
     RobertaConfig,
     SwinConfig,
     __version__,
+    pipeline,
 )
 
+import hfvlm
+from hfvlm.checkpoints.key_table import restore_keys
+from hfvlm.conversion.clip import CONVERSION
 from hfvlm.models.clip import (
     HfvlmCLIPConfig,
     HfvlmCLIPForImageClassification,
     HfvlmCLIPModel,
+    HfvlmCLIPXLMTokenizer,
     HfvlmTextTrunkConfig,
     HfvlmTextTrunkModel,
     HfvlmVisionTrunkConfig,
@@ -24,7 +32,8 @@ from hfvlm.models.clip import (
 )
 from hfvlm.versions import numbers
 from tests.models.clip.test_modeling import TEXT
-from tests.support.suite import ImageClassifierSuite, ModelSuite, close
+from tests.support.golden import OURS
+from tests.support.suite import ModelSuite, PartSuite, close
 
 CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": 32}
 CONVNEXT |= {"layer_scale_init_value": 1.0}
@@ -72,9 +81,6 @@ class TestCLIPOfTransformers(ModelSuite):
     def loss_inputs(self):
         return {"return_loss": True}
 
-    # ConvNeXt has no attention, and transformers refuses to set another than "eager".
-    implementations = ("eager",)
-
     def test_padding_is_what_the_mask_or_the_pads_say(self, model):
         mask = (IDS != 1).long()
         expected = model.get_text_features(IDS, mask).pooler_output
@@ -82,13 +88,12 @@ class TestCLIPOfTransformers(ModelSuite):
         close(model.get_text_features(IDS[:1, :3]).pooler_output, expected[:1], 1e-5, "without padding")
 
 
-class TestCLIPWithSwin(ModelSuite):
+class TestCLIPWithSwin(PartSuite):
     """A Swin, whose keys versions of transformers have renamed, beside CLIP's own text tower."""
 
     model_class, auto_class = HfvlmCLIPModel, AutoModelForZeroShotImageClassification
     records = ("hidden_states",)
     implementations = ("eager", "sdpa")
-    test_compiles_as_one_graph = test_exports = None
 
     def config(self):
         return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT))
@@ -100,19 +105,20 @@ class TestCLIPWithSwin(ModelSuite):
         return {"return_loss": True}
 
 
-class TestImageClassification(ImageClassifierSuite):
-    lora_layers = SWIN_LORA
-    model_class, auto_class = HfvlmCLIPForImageClassification, AutoModelForImageClassification
-    whole_class = HfvlmCLIPModel
-    records = ("hidden_states",)
-    implementations = ("eager", "sdpa")
-    test_compiles_as_one_graph = test_exports = None
-
-    def config(self):
-        return HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT), num_labels=4)
-
-    def inputs(self):
-        return {"pixel_values": torch.randn(3, 3, 32, 32)}
+def test_a_classifier_starts_from_a_trunk(tmp_path):
+    """As from every vision tower; LoRA adapts it by the names of transformers' version."""
+    config = HfvlmCLIPConfig(vision_config=dict(SWIN), text_config=dict(TEXT))
+    whole = HfvlmCLIPModel(config).eval()
+    whole.save_pretrained(tmp_path)
+    head, info = HfvlmCLIPForImageClassification.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert not info["unexpected_keys"]
+    images = torch.randn(2, 3, 32, 32)
+    assert head(images, labels=torch.tensor([0, 3])).loss.isfinite()
+    found, expected = (model.vision_model.eval()(images).pooler_output for model in (head, whole))
+    close(found, expected, 1e-6, "pooled")
+    trained = [name for name, p in hfvlm.lora(head, "vision", quiet=True).named_parameters() if p.requires_grad]
+    assert any(SWIN_LORA[0] in name for name in trained)
 
 
 def test_configurations_of_transformers_become_towers():
@@ -139,7 +145,7 @@ def test_a_text_tower_takes_the_encoder_of_a_translator():
     close(model(left).embeds, output.embeds[1:2], 1e-5, "padded on the left")
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "mean", "first"])
+@pytest.mark.parametrize("pooling", ["pooler", "mean", "first", "max"])
 def test_pooling(pooling):
     trunk = dict(ROBERTA)
     model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=trunk, pooling=pooling, projection_dim=None)).eval()
@@ -147,6 +153,7 @@ def test_pooling(pooling):
     x, expected = model(IDS).last_hidden_state, model(IDS).embeds
     mask = (IDS != 1).unsqueeze(-1)
     by_hand = {"mean": (x * mask).sum(1) / mask.sum(1), "first": x[:, 0]}
+    by_hand["max"] = torch.stack([row[keep].amax(0) for row, keep in zip(x, IDS != 1, strict=True)])
     if pooling in by_hand:
         close(expected, by_hand[pooling], 1e-6, pooling)
     else:
@@ -162,11 +169,20 @@ def test_the_mean_of_a_map_is_that_of_its_places():
 def test_towers_of_the_wrong_kind_are_refused():
     with pytest.raises(ValueError, match="vision_config: RobertaModel takes input_ids"):
         HfvlmVisionTrunkModel(HfvlmVisionTrunkConfig(trunk_config=RobertaConfig(**ROBERTA), pooling="mean"))
-    with pytest.raises(Exception, match="pooling 'max' is none of pooler, first, mean"):
-        HfvlmTextTrunkConfig(pooling="max")
+    with pytest.raises(Exception, match="pooling 'median' is none of pooler, first, mean, max"):
+        HfvlmTextTrunkConfig(pooling="median")
     model = HfvlmTextTrunkModel(HfvlmTextTrunkConfig(trunk_config=dict(NLLB), pooling="pooler"))
     with pytest.raises(ValueError, match='no pooled output of its own: set pooling to "mean" or "first"'):
         model(IDS)
+
+
+def test_a_trunk_without_attention_takes_any_implementation(tmp_path):
+    """Which the other tower needs."""
+    model = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=dict(CONVNEXT), text_config=dict(TEXT)))
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        again = HfvlmCLIPModel.from_pretrained(tmp_path, attn_implementation=name)
+        assert again.text_model.config._attn_implementation == name
 
 
 def test_the_epsilon_is_that_of_every_norm():
@@ -180,3 +196,52 @@ def test_a_tower_is_found_by_its_configuration():
     config = HfvlmVisionTrunkConfig(trunk_config=dict(SWIN))
     assert type(AutoModel.from_config(config)) is HfvlmVisionTrunkModel
     assert HfvlmVisionTrunkConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_lora_adapts_both_towers(tmp_path):
+    """By default, by the names that each trunk has for its layers; the projections as in every tower."""
+    text = {"model_type": "hfvlm_text_trunk", "trunk_config": ROBERTA}
+    model = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=dict(CONVNEXT), text_config=text))
+    tuned = hfvlm.lora(model, "vision+text+projection", quiet=True)
+    trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    assert any("vision_model.trunk" in name and "pwconv1.lora_A" in name for name in trained)
+    assert any("text_model.trunk" in name and "query.lora_A" in name for name in trained)
+    assert any("text_model.projection.modules_to_save" in name for name in trained)
+    tuned.save_pretrained(tmp_path)
+
+
+def test_an_embedder_and_a_pipeline_use_the_towers(tmp_path):
+    """From a converted file of open_clip's to vectors, and to scores of texts."""
+    tokenizer = HfvlmCLIPXLMTokenizer.from_vocabulary(OURS / "clip/processor-tokenizer-xlm/sentencepiece.bpe.model")
+    roberta = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": len(tokenizer)}
+    text = {"model_type": "hfvlm_text_trunk", "trunk_config": roberta, "projection_dim": 16}
+    text |= {"max_position_embeddings": 16, "projection_hidden_size": 24}
+    vision = {"model_type": "hfvlm_vision_trunk", "trunk_config": CONVNEXT, "projection_dim": 16}
+    config = HfvlmCLIPConfig(vision_config=vision, text_config=text)
+    model = HfvlmCLIPModel(config).eval()
+    torch.save(restore_keys(model.state_dict(), CONVERSION.keys_for(config)), tmp_path / "open_clip_pytorch_model.bin")
+    kinds = {"hf_model_name": "xlm-roberta-base", "hf_pooler_type": "mean_pooler", "context_length": 16}
+    kinds |= {"hf_model_config": roberta}
+    original = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"timm_model_name": "convnext_base", "timm_proj": "linear", "image_size": 32},
+            "text_cfg": kinds,
+        },
+        "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(original))
+    vocabulary = OURS / "clip/processor-tokenizer-xlm/sentencepiece.bpe.model"
+    folder = hfvlm.convert(tmp_path, "clip", tmp_path / "out", vocabulary=vocabulary)
+    embedder = hfvlm.Embedder.from_pretrained(folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    found = embedder.encode(image=[image], text=["a photo of a cat", "une photo"], output="torch")
+    ids = tokenizer(["a photo of a cat", "une photo"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.get_text_features(**ids).pooler_output
+    close(found["text"], torch.nn.functional.normalize(expected, dim=-1), 1e-4, "texts")
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    scores = classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}")
+    assert {row["label"] for row in scores} == {"cat", "dog"}
+    assert found["image"].shape == (1, 16)
+    assert all(check.passed for check in hfvlm.verify(folder))
