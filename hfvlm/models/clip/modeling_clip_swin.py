@@ -97,10 +97,10 @@ class CosineAttention(WindowAttention):
         return F.normalize(key, dim=-1), value
 
     def mix(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.clamp(max=log(self.highest)).exp() * self.head_dim**0.5
-        return super().mix(F.normalize(query, dim=-1) * scale, key, value, mask, **kwargs)
+        return super().mix(F.normalize(query, dim=-1) * scale, key, value, mask, *args, **kwargs)
 
 
 class SwinMLP(nn.Module):
