@@ -230,7 +230,8 @@ def versions() -> str:
 def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = HEAD + versions() + "\n".join(section(name) for name in sorted(architectures()))
+        names = {*architectures(), *(preset.partition("/")[0] for preset in list_presets())}
+        text = HEAD + versions() + "\n".join(section(name) for name in sorted(names))
     PAGE.write_text(text, encoding="utf-8")
 
 
