@@ -37,13 +37,6 @@ from hfvlm.models.clip.configuration_clip import (
     HfvlmCLIPTextConfig,
     HfvlmCLIPVisionConfig,
 )
-from hfvlm.models.clip.configuration_clip_timm import TimmVisionConfig
-from hfvlm.models.clip.configuration_clip_variants import (
-    HfvlmCLIPATextConfig,
-    HfvlmCLIPAVisionConfig,
-    HfvlmCLIPBidirectionalTextConfig,
-    HfvlmMetaCLIP2TextConfig,
-)
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPProcessor, HfvlmCLIPTokenizer
 from hfvlm.models.clip.processing_clip_variants import (
     HfvlmCLIPATokenizer,
@@ -51,6 +44,13 @@ from hfvlm.models.clip.processing_clip_variants import (
     HfvlmCLIPPaddedTokenizer,
     HfvlmCLIPRobertaTokenizer,
     HfvlmCLIPXLMTokenizer,
+)
+from hfvlm.models.clip.towers.configuration_timm import TimmVisionConfig
+from hfvlm.models.clip.towers.configuration_variants import (
+    HfvlmCLIPATextConfig,
+    HfvlmCLIPAVisionConfig,
+    HfvlmCLIPBidirectionalTextConfig,
+    HfvlmMetaCLIP2TextConfig,
 )
 from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPConfig
 

@@ -16,7 +16,7 @@ from transformers.models.swin import modeling_swin
 from hfvlm.checkpoints.conversion import Conversion, always
 from hfvlm.checkpoints.key_table import Row, split
 from hfvlm.checkpoints.originals import check_options, count_layers, original_config
-from hfvlm.models.clip.configuration_clip_swin import HfvlmCLIPSwinConfig, HfvlmCLIPSwinV2Config
+from hfvlm.models.clip.towers.configuration_swin import HfvlmCLIPSwinConfig, HfvlmCLIPSwinV2Config
 
 # The authors' constructors. What is none of the shapes' is read; dropout is for training alone.
 OPTIONS = (

@@ -15,7 +15,7 @@ from hfvlm.configuration import HfvlmConfig
 from hfvlm.conversion.blocks import timm_layers, timm_pool
 from hfvlm.conversion.transformers_towers import HEADS, head_of
 from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig
-from hfvlm.models.clip.configuration_clip_timm import (
+from hfvlm.models.clip.towers.configuration_timm import (
     HfvlmCLIPEVA02Config,
     HfvlmCLIPEVAConfig,
     HfvlmCLIPEVAPostNormConfig,

@@ -14,7 +14,7 @@ from hfvlm.checkpoints.key_table import Row
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
 from hfvlm.conversion import swin
 from hfvlm.modeling.trunks import HfvlmTextTrunkConfig, HfvlmVisionTrunkConfig
-from hfvlm.models.clip.configuration_clip_swin import HfvlmCLIPSwinConfig
+from hfvlm.models.clip.towers.configuration_swin import HfvlmCLIPSwinConfig
 
 # Of open_clip's vision_cfg, of its timm_model_kwargs and of its text_cfg. Sizes are what the shapes say.
 OPTIONS = (

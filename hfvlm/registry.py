@@ -80,8 +80,8 @@ class Architecture:
         """Import the architecture's modules, once, and return them."""
         if self._modules:
             return self._modules
-        files = pkgutil.iter_modules(importlib.import_module(self.module).__path__)
-        modules = [importlib.import_module(f"{self.module}.{file.name}") for file in files]
+        files = pkgutil.walk_packages(importlib.import_module(self.module).__path__, f"{self.module}.")
+        modules = [importlib.import_module(file.name) for file in files]
         if not self._modules:  # no import among these has come back here
             self._modules.extend(modules)
             for action in after_load:

@@ -30,7 +30,7 @@ from hfvlm.models.clip import (
     HfvlmTimmTrunkConfig,
     HfvlmTimmTrunkModel,
 )
-from hfvlm.models.clip.modeling_clip_timm import rotate
+from hfvlm.models.clip.towers.modeling_timm import rotate
 from tests.models.clip.test_modeling import IDS, SIZES, TEXT
 from tests.support.suite import ModelSuite, PartSuite, close
 

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.vision import VisionTower
-from hfvlm.models.clip.configuration_clip_swin import HfvlmCLIPSwinConfig, HfvlmCLIPSwinV2Config
+from hfvlm.models.clip.towers.configuration_swin import HfvlmCLIPSwinConfig, HfvlmCLIPSwinV2Config
 from hfvlm.modules.dropout import DropPath
 from hfvlm.modules.projection import projection
 from hfvlm.modules.transformer import MultiHead

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from hfvlm.modeling.base import DepthScaledModel
 from hfvlm.modeling.text import BidirectionalTextTower
-from hfvlm.models.clip.configuration_clip_variants import (
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPTextModel, HfvlmCLIPVisionModel
+from hfvlm.models.clip.towers.configuration_variants import (
     HfvlmCLIPATextConfig,
     HfvlmCLIPAVisionConfig,
     HfvlmCLIPBidirectionalTextConfig,
     HfvlmMetaCLIP2TextConfig,
 )
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.modules.pooling import end_of_text, first_of, tokens_at
 
 

@@ -19,7 +19,7 @@ from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig, HfvlmTimmTrunkModel  # noqa: F401 (CLIP registers them)
 from hfvlm.modeling.vision import ClassTokenTower, PatchTower
-from hfvlm.models.clip.configuration_clip_timm import (
+from hfvlm.models.clip.towers.configuration_timm import (
     HfvlmCLIPEVA02Config,
     HfvlmCLIPEVAConfig,
     HfvlmCLIPEVAPostNormConfig,
