@@ -15,6 +15,7 @@ from hfvlm.modeling.compat import CACHE
 from hfvlm.modeling.keywords import Keywords, StrictKeywords
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
+from tests.originals.common import needs_timm
 
 
 def public_classes():
@@ -37,8 +38,10 @@ def without_memory(model_class):
     """Return a model of a class, of the first preset that has one."""
     own = [config for config in configs() if type(config) is model_class.config_class]
     named = [config for config in own if config.architectures == [model_class.__name__]]
+    config = (named or own or [model_class.config_class()])[0]
+    needs_timm(config)
     with torch.device("meta"):
-        return model_class((named or own or [model_class.config_class()])[0])
+        return model_class(config)
 
 
 CLASSES = public_classes()

@@ -40,7 +40,7 @@ def converted(
 
 def needs_timm(config: PreTrainedConfig) -> None:
     """Skip what needs timm where it does not load, once the message of the model has been seen to tell so."""
-    vision = getattr(config, "vision_config", None)
+    vision = getattr(config, "vision_config", config)
     if not isinstance(vision, HfvlmTimmTrunkConfig):
         return
     try:
