@@ -297,6 +297,12 @@ class Stack(nn.ModuleList):
             x = layer(x, mask, **kwargs)
         return x
 
+    def rest(self, x: Tensor, index: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Apply the layers after `hidden_states[index]` to it: `(B, N, D)` -> `(B, N, D)`."""
+        for layer in list(self)[self.depth_of(index) :]:
+            x = layer(x, mask, **kwargs)
+        return x
+
     def depth_of(self, index: int) -> int:
         """How many layers make `hidden_states[index]`, whose first entry is the input of the first layer.
 

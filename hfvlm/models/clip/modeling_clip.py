@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import contrastive_loss
-from hfvlm.modeling.base import DepthScaledModel
+from hfvlm.modeling.base import DepthScaledModel, records
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
@@ -52,11 +52,15 @@ class HfvlmCLIPVisionModel(ClassTokenTower, DepthScaledModel):
         """`(B, C, H, W)` normalised pixels -> all tokens before the last norm, class token first, and the pooled one.
 
         With `interpolate_pos_encoding`, images may have any size; the position table is resized to it. With `until`,
-        the tokens are `hidden_states[until]`, and nothing is computed that comes after them: nothing is pooled.
+        the tokens are `hidden_states[until]`, and nothing is pooled; what comes after them is computed only for those
+        who ask for all hidden states or attention weights.
         """
         x = self.pre_norm(self.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         if until is not None:
-            return TowerOutput(last_hidden_state=self.layers.until(x, until, **kwargs))
+            x = self.layers.until(x, until, **kwargs)
+            if records(self.config, kwargs):
+                self.layers.rest(x, until, **kwargs)
+            return TowerOutput(last_hidden_state=x)
         x = self.layers(x, **kwargs)
         pooled = self.post_norm(self.pooling(x))
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))

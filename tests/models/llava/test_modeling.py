@@ -46,6 +46,19 @@ class TestLLaVA(GenerationSuite, ModelSuite):
         assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
         assert model.unused_modules == ["vision_model.layers.2", "vision_model.post_norm", "vision_model.projection"]
 
+    @torch.no_grad()
+    def test_all_layers_are_computed_for_those_who_look(self, model, batch):
+        pixels = batch["pixel_values"]
+        model.set_attn_implementation("eager")
+        seen = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+        assert (len(seen.hidden_states), len(seen.attentions)) == (4, 3)
+        assert torch.equal(seen.last_hidden_state, seen.hidden_states[model.config.vision_feature_layer])
+        whole = model.vision_model(pixels)
+        close(seen.hidden_states[-1], whole.last_hidden_state, 1e-6, "the last layer")
+        plain = model.get_image_features(pixels)
+        assert plain.hidden_states is None
+        close(torch.stack(plain.pooler_output), torch.stack(seen.pooler_output), 1e-6, "features")
+
     def test_the_class_token_may_be_projected(self, batch):
         config = self.config()
         config.keep_class_token = True
