@@ -14,19 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import OutputRecorder
 
 from hfvlm.modeling.compat import CACHE_NAMES
-from hfvlm.modeling.keywords import StrictKeywords
+from hfvlm.modeling.keywords import StrictKeywords, Unlisted
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modules.transformer import Attention, GroundingLayer, PreNormLayer
 from hfvlm.presets.licences import check_model
-
-
-class _Unlisted(str):
-    """A parameter's name in which transformers' Trainer finds no "label"."""
-
-    __slots__ = ()
-
-    def __contains__(self, part: str) -> bool:  # type: ignore[override]
-        return part != "label" and super().__contains__(part)
 
 
 def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +28,7 @@ def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(forward)
     parameters = [
-        parameter.replace(name=_Unlisted(name)) if "label" in name else parameter
+        parameter.replace(name=Unlisted(name)) if "label" in name else parameter
         for name, parameter in signature.parameters.items()
     ]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

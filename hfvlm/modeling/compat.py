@@ -5,6 +5,7 @@ In hfvlm it is `cache` everywhere, and this module has transformers' name of it.
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -29,9 +30,14 @@ def with_cache(cache: Cache | None) -> dict[str, Any]:
 def rename_cache(owner: str, kwargs: dict[str, Any], name: str = "cache") -> None:
     """Give the cache among keyword arguments one name, whichever of the two it came by.
 
+    Where transformers calls it `cache`, the old name warns, as it does there.
+
     Raises:
         TypeError: `owner`, whose arguments they are, got both.
     """
+    old = CACHE_NAMES[1]
+    if old in kwargs and old != CACHE and not torch.compiler.is_compiling():
+        warnings.warn(f"`{old}` is deprecated for `{owner}`. Use `cache` instead.", FutureWarning, stacklevel=3)
     given = [kwargs.pop(other) for other in CACHE_NAMES if other in kwargs]
     if len(given) > 1:
         raise TypeError(f"{owner} got both `cache` and `past_key_values`, which are the same: give one.")

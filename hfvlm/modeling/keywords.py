@@ -36,6 +36,20 @@ class Keywords(TypedDict, total=False):
     seq_idx: Tensor | None
 
 
+class Unlisted(str):
+    """A parameter's name in which transformers' Trainer finds no "label"."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return part != "label" and super().__contains__(part)
+
+
+# Names in a signature for others that look there: `generate` for the cache, by its own name, and the Trainer for what
+# every batch must have before it computes a loss in evaluations, which `shift_labels`, in place of `labels`, are not.
+_SEEN_AS = {"cache": CACHE, "shift_labels": Unlisted("shift_labels")}
+
+
 class StrictKeywords:
     """Base of classes whose `forward`, `generate` and `get_*_features` refuse keyword arguments that they don't know.
 
@@ -88,9 +102,8 @@ def strict(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     checked.own_keywords = own  # type: ignore[attr-defined]
-    # `generate` looks for the cache in the signature, by its own name.
     checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+        parameters=[p.replace(name=_SEEN_AS.get(p.name, p.name)) for p in signature.parameters.values()]
     )
     return checked
 

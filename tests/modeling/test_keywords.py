@@ -2,13 +2,14 @@
 
 import inspect
 import re
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Unpack
 
 import pytest
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs, find_labels
 
 import hfvlm
 from hfvlm.modeling.compat import CACHE
@@ -85,15 +86,32 @@ def test_they_are_all_that_transformers_has():
     assert set(TransformersKwargs.__optional_keys__) - {"position_ids"} <= set(Keywords.__optional_keys__)
 
 
+def deprecated_cache_name(name):
+    """Expect a warning where a cache has a name that transformers gave up."""
+    if name == CACHE or CACHE == "past_key_values":
+        return nullcontext()
+    return pytest.warns(FutureWarning, match=f"`{name}` is deprecated for")
+
+
 def test_a_cache_has_two_names():
     class Model(StrictKeywords):
         def forward(self, x: int, cache: Any = None) -> Any:
             return cache
 
-    assert Model().forward(1, past_key_values="kept") == Model().forward(1, cache="kept") == "kept"
+    with deprecated_cache_name("past_key_values"):
+        assert Model().forward(1, past_key_values="kept") == "kept"
+    assert Model().forward(1, cache="kept") == "kept"
     assert CACHE in inspect.signature(Model.forward).parameters
-    with pytest.raises(TypeError, match="both"):
+    with deprecated_cache_name("past_key_values"), pytest.raises(TypeError, match="both"):
         Model().forward(1, past_key_values="kept", cache="kept")
+
+
+def test_the_trainer_evaluates_batches_without_shifted_labels():
+    """It computes a loss in evaluations where a batch has all labels that a signature names."""
+    named = {name for model_class in CLASSES for name in find_labels(model_class)}
+    assert "labels" in named
+    assert "shift_labels" not in named
+    assert "shift_labels" in inspect.signature(hfvlm.HfvlmBLIPForConditionalGeneration.forward).parameters
 
 
 def test_what_is_handed_on_must_be_declared():
