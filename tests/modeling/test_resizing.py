@@ -58,7 +58,7 @@ def test_a_new_token_is_read_scored_trained_and_saved(suite, tmp_path):
     old = table.weight.detach().clone()
     grown = model.resize_token_embeddings(rows + MORE)
     assert grown is model.get_input_embeddings()
-    assert grown.weight.shape[0] == model.config.get_text_config().vocab_size == rows + MORE
+    assert grown.weight.shape[0] == model.config.get_text_config().vocab_size == model.vocab_size == rows + MORE
     assert torch.equal(grown.weight[:rows], old)
     if (head := model.get_output_embeddings()) is not None:
         assert head.weight.shape[0] == rows + MORE

@@ -16,6 +16,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.losses import PAIR_LOSSES
+from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
@@ -81,7 +82,19 @@ class AttentionLayer(PreNormLayer):
 LAYERS: dict[str, Any] = {"full": PreNormLayer, "attention": AttentionLayer}
 
 
-class HfvlmMaMMUTTextModel(CaptioningTextTower):
+class SizedTable(HfvlmPreTrainedModel):
+    """A model whose table of tokens may have other rows than scores, until it is resized."""
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Give the table as many rows as there are scores; see transformers'."""
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        text: Any = self.config.get_text_config(decoder=True)
+        if table.weight.shape[0] == text.vocab_size:
+            text.token_rows = None
+        return table
+
+
+class HfvlmMaMMUTTextModel(CaptioningTextTower, SizedTable):
     """The text decoder: without a context it is the contrastive pass, with one the generative."""
 
     config: HfvlmMaMMUTTextConfig
@@ -104,13 +117,6 @@ class HfvlmMaMMUTTextModel(CaptioningTextTower):
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.position, std=std / 2)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Give the table as many rows as there are scores; see transformers'."""
-        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if table.weight.shape[0] == self.config.vocab_size:
-            self.config.token_rows = None
-        return table
 
     def decode(self, x: Tensor, mask: Any, context: Any, **kwargs: Any) -> Tensor:
         tokens, context_mask = context.tokens.to(x.dtype), context.mask_for(x, self.config)
@@ -135,7 +141,7 @@ class HfvlmMaMMUTTextModel(CaptioningTextTower):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=pooled)
 
 
-class HfvlmMaMMUTModel(ContrastiveCaptioner):
+class HfvlmMaMMUTModel(ContrastiveCaptioner, SizedTable):
     """Images and texts in one space, and captions."""
 
     config: HfvlmMaMMUTConfig
@@ -149,10 +155,6 @@ class HfvlmMaMMUTModel(ContrastiveCaptioner):
         self.projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=False)
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.post_init()
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Give the table as many rows as there are scores; see transformers'."""
-        return self.text_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def context(self, image: BaseModelOutputWithPooling) -> Context:
         return Context(self.projector(image.last_hidden_state))
