@@ -2,6 +2,7 @@
 (https://arxiv.org/abs/2301.12597, section 3.3; https://arxiv.org/abs/2305.06500)."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, T5For
 from transformers import initialization as init
 from transformers.generation import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import token_losses
@@ -31,6 +33,20 @@ STAGE_1 = [
     r"^qformer_model\.(embeddings\.(token|position)|layers\.\d+\.mlp)",
 ]
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
+
+
+@dataclass
+class ImagesWithQueries(BaseModelOutputWithPooling):
+    """The vision tower's output for images, whose `pooler_output` are the inputs of the language model.
+
+    Args:
+        qformer_outputs: the Q-Former's; `pooler_output`, `(P, Q, D)`, are the queries.
+    """
+
+    qformer_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
 
 class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
@@ -80,8 +96,9 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         *,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[Keywords],
-    ) -> BaseModelOutputWithPooling:
-        """Encode images -> an output whose `pooler_output`, `(P, Q, hidden_size)`, are inputs of the language model.
+    ) -> ImagesWithQueries:
+        """Encode images -> the vision tower's tokens, `(P, M, C)`, in `last_hidden_state`, and inputs of the language
+        model, `(P, Q, hidden_size)`, in `pooler_output`.
 
         Args:
             pixel_values: `(P, C, H, W)`, normalised.
@@ -98,15 +115,16 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
                 f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}: the Q-Former "
                 + ("takes qformer_input_ids, which are missing." if takes_texts else "takes no qformer_input_ids.")
             )
-        options = {"interpolate_pos_encoding": interpolate_pos_encoding}
-        tokens = in_parts(self.vision_model, pixel_values, **options).last_hidden_state
-        output = self.qformer_model(tokens, qformer_input_ids, qformer_attention_mask, **kwargs)
-        # Only the queries, without the instruction's words.
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.pooler_output,
-            pooler_output=self.projector(output.pooler_output),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+        options: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding, **kwargs}
+        vision = in_parts(self.vision_model, pixel_values, **options)
+        queried = self.qformer_model(vision.last_hidden_state, qformer_input_ids, qformer_attention_mask, **kwargs)
+        return ImagesWithQueries(
+            last_hidden_state=vision.last_hidden_state,
+            # Only the queries, without the instruction's words.
+            pooler_output=self.projector(queried.pooler_output),
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+            qformer_outputs=queried,
         )
 
     @can_return_tuple
@@ -116,8 +134,18 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         **kwargs: Unpack[Keywords],
-    ) -> BaseModelOutputWithPooling:
-        """Encode videos `(V, F, C, H, W)`, each frame as an image -> as above, `(V, F * Q, hidden_size)`."""
+    ) -> ImagesWithQueries:
+        """Encode videos `(V, F, C, H, W)`, each frame as an image -> as above, `pooler_output` `(V, F * Q,
+        hidden_size)`, and all else of `V * F` images.
+
+        Raises:
+            ValueError: the pixels have no dimension of frames.
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                f"pixel_values_videos has the shape {tuple(pixel_values_videos.shape)}, and must have that of "
+                "(videos, frames, channels, height, width): one image is a video of one frame."
+            )
         videos, frames = pixel_values_videos.shape[:2]
         instructions = (
             None if part is None else part.repeat_interleave(frames, dim=0)

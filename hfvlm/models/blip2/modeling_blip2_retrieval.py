@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import best_query_loss, best_query_scores, captioning_loss, late_interaction_scores
 from hfvlm.losses.processes import all_processes, positives
-from hfvlm.modeling.base import HfvlmPreTrainedModel
+from hfvlm.modeling.base import HfvlmPreTrainedModel, loss_without_labels
 from hfvlm.modeling.captioning import CaptioningModel, TextDecoder, begin_with
 from hfvlm.modeling.compat import CACHE_NAMES, causal_mask
 from hfvlm.modeling.keywords import Keywords, keywords_of
@@ -260,6 +260,7 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel)
     def set_output_embeddings(self, value: Any) -> None:
         self.lm_head.decoder = value
 
+    @loss_without_labels
     @can_return_tuple
     def forward(
         self,
@@ -267,6 +268,7 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel)
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pair_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         context: Context | None = None,
         return_loss: bool | None = None,
@@ -274,19 +276,24 @@ class HfvlmBLIP2ForPreTraining(HfvlmBLIP2ForImageTextRetrieval, CaptioningModel)
     ) -> Any:
         """Compare as `HfvlmBLIP2ForImageTextRetrieval`; the loss is also that of captioning each image.
 
+        With `labels`, `(T, N)`, as with `return_loss`: they are the ids that captions are trained to have in their own
+        positions, -100 for those that do not count; by default all but padding.
+
         With `context`, what `read` returned, score the next tokens of texts about images instead, as
         `TextDecoder.forward`, whose other arguments it takes then.
         """
         options: dict[str, Any] = dict(kwargs)
         if context is not None:
-            return self.text_decoder(input_ids, attention_mask, context, **options)
+            return self.text_decoder(input_ids, attention_mask, context, labels=labels, **options)
+        return_loss = return_loss or labels is not None
         options |= {"return_loss": True, "output_hidden_states": True} if return_loss else {}
         output = super().forward(input_ids, pixel_values, attention_mask, pair_ids, **options)
         if return_loss:
             vision: Any = output.vision_model_output
             ids, states = self.begin(input_ids, attention_mask), torch.stack(vision.hidden_states[:-1], dim=1)
             logits = self.text_decoder(ids, attention_mask, Context(states)).logits
-            labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
+            if labels is None:
+                labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
             smoothing = self.config.label_smoothing
             output.captioning_loss = captioning_loss(logits[:, :-1], labels[:, 1:], label_smoothing=smoothing)
             output.loss = output.loss + output.captioning_loss

@@ -241,6 +241,14 @@ class TestPreTraining(Stage1):
             expected[end:] = [0] * len(expected[end:])
         assert model.generate(batch["pixel_values"][:1], **options)[0].tolist() == expected
 
+    def test_labels_choose_what_is_captioned(self, model, batch):
+        plain = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        with torch.no_grad():
+            expected = model(**batch, return_loss=True).captioning_loss
+            close(model(**batch, labels=plain).captioning_loss, expected, 1e-6, "all words")
+            some = model(**batch, labels=plain.index_fill(1, torch.tensor([1]), -100)).captioning_loss
+        assert abs(some - expected) > 1e-5
+
     def test_texts_are_continued_without_their_end_and_padding(self, model, batch):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         options = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
@@ -345,6 +353,18 @@ class TestBLIP2(Stage2, GenerationSuite, ModelSuite):
         again["attention_mask"] = torch.ones_like(again["input_ids"])
         expected = self.answer(model, again, max_new_tokens=1)
         assert torch.equal(self.answer(model, again, max_new_tokens=1, repetition_penalty=50.0), expected)
+
+    def test_images_are_seen_by_both_towers(self, model, batch):
+        seen = model.get_image_features(batch["pixel_values"], output_hidden_states=True)
+        tokens = model.vision_model(batch["pixel_values"]).last_hidden_state
+        assert torch.equal(seen.last_hidden_state, tokens)
+        assert torch.equal(seen.hidden_states[-1], tokens)
+        assert torch.equal(seen.pooler_output, model.projector(seen.qformer_outputs.last_hidden_state))
+        assert len(seen.qformer_outputs.hidden_states) == 3
+
+    def test_a_film_has_frames(self, model, batch):
+        with pytest.raises(ValueError, match=r"shape \(3, 3, 28, 28\).*\(videos, frames, channels"):
+            model.get_video_features(batch["pixel_values"])
 
     def test_instructions_are_refused(self, model, batch):
         with pytest.raises(ValueError, match="takes no qformer_input_ids"):
