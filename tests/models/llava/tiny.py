@@ -60,7 +60,9 @@ def original_config(model: HfvlmLLaVAForConditionalGeneration) -> dict:
 
 
 def vision_settings(model) -> dict:
-    tower = config_to_transformers(model.config).vision_config
+    config = tiny_config()
+    config.vision_config = model.config.vision_config
+    tower = config_to_transformers(config).vision_config
     return tower.to_dict() | {"model_type": "clip_vision_model"}
 
 
