@@ -73,18 +73,19 @@ def named_paths(given: list[str] | None) -> dict[str, str]:
 def export(
     folder: Folder,
     output: Output,
-    to: Annotated[str, typer.Option(help="Whose classes shall load it: transformers.")] = "transformers",
+    to: Annotated[str, typer.Option(help="What shall load it: transformers, or onnx.")] = "transformers",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a folder that transformers' own classes load."""
+    """Write a folder that transformers' own classes load, or ONNX graphs of a model's towers."""
     from hfvlm.release.export import export as run
     from hfvlm.release.merging import whole
 
     check_output(output, overwrite=overwrite)
     with status(f"exporting {folder}"), whole(folder) as model:
         run(model, output, to=to, overwrite=overwrite)
-    note(f"{output}: for {to}' own classes", err=False)
+    reader = "ONNX" if to == "onnx" else "transformers' own classes"
+    note(f"{output}: for {reader}", err=False)
 
 
 def merge(

@@ -13,6 +13,7 @@ from torch import Tensor
 from hfvlm.checks.ranges import check_integer, shown
 from hfvlm.configuration import MultiEncoderConfig
 from hfvlm.inference.adapters import config_of, load_model, processor_of
+from hfvlm.inference.engines import load_engine
 from hfvlm.inference.optimization import Optimization
 from hfvlm.inference.optimization import optimize as optimized
 from hfvlm.inference.placement import check_dtype, find_device, placed
@@ -64,6 +65,7 @@ class Embedder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         optimize: bool = False,
+        engine: str = "torch",
         **options: Any,
     ) -> "Embedder":
         """Load a model with its processor.
@@ -74,11 +76,17 @@ class Embedder:
             device: "auto" is a GPU where there is one.
             dtype: "auto" is the files' own.
             optimize: pack weights where that is faster, by `hfvlm.optimize`; what was chosen is `optimization`.
+            engine: "onnxruntime" or "openvino", for a folder of `hfvlm export --to onnx`.
             **options: of the model's `from_pretrained`.
 
         Raises:
-            ValueError: the model has no such modality, or there is no such device or precision.
+            ValueError: the model has no such modality, or there is no such device, precision or engine.
         """
+        if engine != "torch":
+            options |= {"device": device, "dtype": dtype, "optimize": optimize}
+            embedder = cls(load_engine(engine, folder, modalities, **options), processor_of(folder))
+            embedder.check(modalities or ())
+            return embedder
         device, dtype = find_device(device), check_dtype(dtype)
         if isinstance(config_of(folder), MultiEncoderConfig) and modalities is not None:
             options["modalities"] = list(modalities)

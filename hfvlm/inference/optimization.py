@@ -151,20 +151,24 @@ def optimize(model: nn.Module) -> Optimization:
         if any(choice.spans):
             count += len(modules)
             for module in modules:
-                module.__class__ = PackedLinear
-                module.packed = PackedWeight(module.weight, choice.spans)
+                pack(module, choice.spans)
     report = Optimization(tuple(choices), count, len(linears) - count)
     logger.info("%s", report)
     return report
 
 
+def pack(module: Any, spans: tuple[bool, ...]) -> None:
+    """Turn a plain linear layer into a packed one."""
+    module.__class__ = PackedLinear
+    module.packed = PackedWeight(module.weight, spans)
+
+
 def unoptimize(model: nn.Module) -> None:
     """Make all linear layers plain again, and free packed weights."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.packed = None
-            del module.packed
-            module.__class__ = nn.Linear
+    packed: list[Any] = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for module in packed:
+        vars(module).pop("packed", None)
+        module.__class__ = nn.Linear
 
 
 def packable(model: nn.Module) -> Iterator[nn.Linear]:

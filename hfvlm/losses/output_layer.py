@@ -26,7 +26,7 @@ def output_layer_loss(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if part is None else part.to(dtype) for part in (x, weight, bias))  # type: ignore[misc]
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _OutputLayerLoss.apply(x, weight, bias, labels)
 
@@ -60,7 +60,7 @@ class _OutputLayerLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         if torch._C._autograd._get_current_graph_task_keep_graph():  # with `retain_graph`, there may be another pass
             return (*(None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.grads), None)
         grads, ctx.grads = ctx.grads, None

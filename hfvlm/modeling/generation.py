@@ -139,7 +139,8 @@ class WithinVocabulary(LogitsProcessorList):
         last = scores.shape[-1] - 1
         known: Any = torch.where(input_ids > last, input_ids[:, :1].clamp(max=last), input_ids)
         for processor in self:
-            needed = further_arguments(type(processor))
+            kind: Any = type(processor)
+            needed = further_arguments(kind)
             if missing := [name for name in needed if name not in kwargs]:
                 raise ValueError(f"{type(processor).__name__} needs {', '.join(missing)}.")
             scores = processor(known, scores, **kwargs if needed else {})

@@ -138,9 +138,10 @@ class LateLogits(ModelOutput):
 
     def compute_logits(self) -> None:
         """Compute the logits, if that is still to be done."""
+        own: Any = self
         if (compute := OrderedDict.pop(self, "late_logits", None)) is not None:
-            self.late_logits = None
-            self.logits = compute()
+            own.late_logits = None
+            own.logits = compute()
 
     def __getattribute__(self, name: str) -> Any:
         if name == "logits":

@@ -74,14 +74,15 @@ def text_starts(attention_mask: Tensor) -> Tensor:
 def padded_positions(attention_mask: Tensor) -> Tensor:
     """Count positions from each text's first token: `(B, N)` with 0 for padding -> `(B, N)`; padding before it goes on
     counting from the text's end, as if it stood there."""
-    length = attention_mask.shape[1]
-    return (torch.arange(length, device=attention_mask.device) - text_starts(attention_mask)) % length
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device) - text_starts(attention_mask)
+    return torch.where(positions < 0, positions + attention_mask.shape[1], positions)
 
 
 def right_padded(attention_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Put padding before a text behind it, in rows `(B, N, ...)`; see `as_padded`."""
     length = attention_mask.shape[1]
-    order = (torch.arange(length, device=attention_mask.device) + text_starts(attention_mask)) % length
+    order = torch.arange(length, device=attention_mask.device) + text_starts(attention_mask)
+    order = torch.where(order < length, order, order - length)
     return [_ordered(tensor, order) for tensor in tensors]
 
 

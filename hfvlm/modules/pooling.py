@@ -11,6 +11,9 @@ from hfvlm.configuration import TowerConfig
 from hfvlm.modules.embeddings import text_starts
 from hfvlm.modules.transformer import MLP, Attention
 
+# Larger than every token id; OpenVINO's 32 bits hold it, and fail at their largest number.
+ABOVE_IDS = 2**30
+
 
 class AttentionPool(nn.Module):
     """One learned query attends to the sequence, then a residual MLP: the MAP head of big_vision. Without `heads` and
@@ -53,7 +56,8 @@ def last_position(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     text, that before it."""
     if attention_mask is None or x.shape[1] == 1:
         return x[:, -1]
-    last = (text_starts(attention_mask) - 1) % x.shape[1]
+    starts = text_starts(attention_mask)
+    last = torch.where(starts > 0, starts, x.shape[1]) - 1
     return x.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
 
 
@@ -70,7 +74,7 @@ def end_of_text(input_ids: Tensor, eos_token_id: int | None, attention_mask: Ten
     a user adds have larger ids and must not attract the pooling.
     """
     if eos_token_id is not None:
-        input_ids = input_ids.masked_fill(input_ids == eos_token_id, torch.iinfo(input_ids.dtype).max)
+        input_ids = input_ids.masked_fill(input_ids == eos_token_id, ABOVE_IDS)
     if attention_mask is not None:
         input_ids = input_ids.masked_fill(attention_mask == 0, -1)
     return input_ids.argmax(dim=-1)

@@ -90,15 +90,17 @@ def write_adapter_card(folder: Path, name: str) -> Path:
     return folder / "README.md"
 
 
-def write_export_card(folder: Path, config: Any, record: Mapping[str, Any], name: str) -> Path:
-    """Write the card of a folder for transformers' own classes: whose weights these are, and under which licence."""
+def write_export_card(
+    folder: Path, config: Any, record: Mapping[str, Any], name: str, purpose: str = "for transformers' own classes"
+) -> Path:
+    """Write the card of a folder of exported weights: whose these are, and under which licence."""
     preset = preset_of(config, record)
     card = ModelCard("---\n---\n")
     data: Any = card.data
     describe(data, preset, None)
     data.library_name, data.pipeline_tag = "transformers", template_of(preset.architecture).data.get("pipeline_tag")
     card.text = (
-        f"\n# {spelled(name)}\n\nThe weights for transformers' own classes.\n\n"
+        f"\n# {spelled(name)}\n\nThe weights {purpose}.\n\n"
         f"## Where the weights come from\n\n{_source_text(preset, record)}\n\n"
         f"## Licence\n\n{_licence_text(preset.licence)}\n\n{OURS} {__version__}.\n"
     )

@@ -1,4 +1,4 @@
-"""Folders of hfvlm for transformers' own classes, where it has the architecture."""
+"""Folders of hfvlm for transformers' own classes, where it has the architecture, and for ONNX."""
 
 from pathlib import Path
 
@@ -10,26 +10,30 @@ from hfvlm.checkpoints.originals import UnsupportedOriginalError
 from hfvlm.checkpoints.saving import save_tensors
 from hfvlm.presets.cards import record_of, write_export_card
 from hfvlm.registry import architecture_of
+from hfvlm.release.onnx import export_onnx
 from hfvlm.release.sources import conversion_of
 from hfvlm.versions import __version__
 from hfvlm.writing import new_folder
 
 
 def export(folder: str | Path, output: str | Path, *, to: str = "transformers", overwrite: bool = False) -> Path:
-    """Export an hfvlm folder to one that transformers' own classes load, with equal outputs.
+    """Export an hfvlm folder to one that transformers' own classes load, or to ONNX, with equal outputs.
 
     Args:
         folder: as `convert` or `save_pretrained` wrote it.
         output: the new folder; it is written beside and moved into place.
-        to: "transformers".
+        to: "transformers", or "onnx" for the towers of a dual encoder; see `hfvlm.release.onnx.export_onnx`.
         overwrite: replace an existing output.
 
     Raises:
         UnsupportedOriginalError: transformers has no such architecture.
+        ValueError: `to` is neither, or no model that ONNX can have.
         FileExistsError: there is an output already.
     """
-    if to != "transformers":
-        raise ValueError(f"Folders are exported to 'transformers', not to {to!r}.")
+    if to not in ("transformers", "onnx"):
+        raise ValueError(f"Folders are exported to 'transformers' or 'onnx', not to {to!r}.")
+    if to == "onnx":
+        return export_onnx(folder, output, overwrite=overwrite)
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     conversion = conversion_of(architecture_of(config.model_type).name)

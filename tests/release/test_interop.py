@@ -155,8 +155,8 @@ def test_resnets_are_not_exported(tmp_path):
     with pytest.raises(UnsupportedOriginalError, match="no ResNet tower"):
         hfvlm.export(tmp_path / "resnet", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="not to 'onnx'"):
-        hfvlm.export(tmp_path / "resnet", tmp_path / "out", to="onnx")
+    with pytest.raises(ValueError, match="not to 'keras'"):
+        hfvlm.export(tmp_path / "resnet", tmp_path / "out", to="keras")
 
 
 @pytest.mark.parametrize("kind", ["hfvlm_clip_eva02", "hfvlm_clipa_vision"])
