@@ -136,6 +136,13 @@ class LateLogits(ModelOutput):
     In training, a loss needs the scores of labelled tokens alone, and not all at a time; few read all of them.
     """
 
+    def __post_init__(self) -> None:
+        # transformers 5.4 has set all keys here, and reads every field once more.
+        late = OrderedDict.pop(self, "late_logits", None)
+        super().__post_init__()
+        if late is not None:
+            OrderedDict.__setitem__(self, "late_logits", late)
+
     def compute_logits(self) -> None:
         """Compute the logits, if that is still to be done."""
         own: Any = self
