@@ -40,7 +40,7 @@ def engine():
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(
-        ["<unk>", "<s>", "</s>", "<image>", "<video>", "<im_patch>", "<vid_patch>", "[PAD]", "[SEP]"]
+        ["<unk>", "<s>", "</s>", "<image>", "<video>", "<im_patch>", "<vid_patch>", "[PAD]", "[SEP]", "eng_Latn"]
     )
     return made
 

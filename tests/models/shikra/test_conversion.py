@@ -58,7 +58,7 @@ def release(model, tmp_path):
     for key, tensor in base.items():
         delta[key][:PIECES] -= tensor
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
-    settings = ORIGINAL | {"vision_config": vision_settings(None)}
+    settings = ORIGINAL | {"vision_config": vision_settings(model)}
     folders = {
         "whole": write(tmp_path / "whole", "pytorch_model.bin", whole, settings),
         "delta": write(tmp_path / "delta", "pytorch_model.bin", delta | buffers, ORIGINAL),
@@ -67,7 +67,7 @@ def release(model, tmp_path):
             tmp_path / "vision",
             "pytorch_model.bin",
             restore_keys(tower, transformers_vision_rows("vision_model", "vision_model")),
-            vision_settings(None),
+            vision_settings(model),
         ),
     }
     for name in ("whole", "base"):
