@@ -139,7 +139,7 @@ class Chat:
             return []
         modality = self.processor.modality
         inputs = self.processor.media_inputs(media, [[message]]).to(self.model.device).to(self.model.dtype)
-        return list(getattr(self.model, f"get_{modality}_features")(**inputs).pooler_output)
+        return list(getattr(self.model, f"get_{modality}_features")(**inputs, return_dict=True).pooler_output)
 
     def inputs(self, ids: list[int], counts: list[int], features: list[Tensor]) -> dict[str, Any]:
         """Prepare inputs of `generate`, which uses the keys and values of the cache again."""

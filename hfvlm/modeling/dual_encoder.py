@@ -64,7 +64,7 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
         """Embed a batch as `get_<modality>_features`, but without what its `pooler_output` does not depend on."""
         model: Any = self
         inputs = for_pooled(getattr(self, model.towers[modality]), inputs)
-        return getattr(self, f"get_{modality}_features")(**inputs).pooler_output
+        return getattr(self, f"get_{modality}_features")(**inputs, return_dict=True).pooler_output
 
     def bound_temperatures(self, highest: float | None = None) -> None:
         """Bound every temperature that is trained; its factor is at most `highest`, by default `max_logit_scale`."""

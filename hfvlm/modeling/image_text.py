@@ -209,7 +209,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
                 continue
             if modality in features:
                 raise ValueError(f"{names[0]} and mm_encoder_outputs[{modality!r}] are the same images: give one.")
-            features[modality] = getattr(self, f"get_{modality}_features")(**inputs)
+            features[modality] = getattr(self, f"get_{modality}_features")(**inputs, return_dict=True)
         return features
 
     def embed(self, input_ids: Tensor | None, features: Mapping[str, Features]) -> Tensor:

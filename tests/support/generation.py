@@ -19,6 +19,9 @@ class GenerationSuite:
     def test_tuple_output_is_the_same(self, model, batch):
         model.language_model.config.use_cache = False  # a cache is no tensor
         super().test_tuple_output_is_the_same(model, batch)
+        model.config.return_dict = False
+        with torch.no_grad():
+            assert isinstance(model(**batch), tuple)
 
     def test_exports(self, shallow, batch):
         shallow.language_model.config.use_cache = False

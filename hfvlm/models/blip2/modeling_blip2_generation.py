@@ -151,7 +151,8 @@ class HfvlmBLIP2ForConditionalGeneration(ImageTextModel):
             None if part is None else part.repeat_interleave(frames, dim=0)
             for part in (qformer_input_ids, qformer_attention_mask)
         )
-        output = self.get_image_features(pixel_values_videos.flatten(0, 1), *instructions, **kwargs)
+        options: dict[str, Any] = {**kwargs, "return_dict": True}
+        output = self.get_image_features(pixel_values_videos.flatten(0, 1), *instructions, **options)
         joined = output.pooler_output.unflatten(0, (videos, frames)).flatten(1, 2)
         output.pooler_output = joined
         return output

@@ -399,6 +399,8 @@ class TestInstructBLIP(Stage2, GenerationSuite, ModelSuite):
             ids = torch.tensor([[FILM] * 9 + [2, 7, 8], [FILM] * 9 + [2, 9, 8]])
             one = model(input_ids=ids, pixel_values_videos=films, **asked).logits
             other = model(input_ids=ids, pixel_values_videos=films.flip(1), **asked).logits
+            model.config.return_dict = False
+            assert isinstance(model.get_video_features(films, **asked), tuple)
         assert relative(one[:, -1], other[:, -1]) > 1e-5
         assert model.generate(input_ids=ids, pixel_values_videos=films, **asked, max_new_tokens=2).shape[1] <= 14
 
