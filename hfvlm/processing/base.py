@@ -137,6 +137,7 @@ class HfvlmProcessor(Published, Checked, ProcessorMixin):
 
         Raises:
             TypeError: a keyword that no group knows, naming the nearest one.
+            ValueError: a keyword that is given twice, by itself and among those of its group.
         """
         rest, name, options = dict(kwargs), type(self).__name__, dict[str, dict[str, Any]]()
         common = dict(rest.pop("common_kwargs", None) or {})
@@ -149,7 +150,9 @@ class HfvlmProcessor(Published, Checked, ProcessorMixin):
         check_keywords(f"{name}, common_kwargs", common, set().union(*known.values()))
         for word, value in rest.items():
             first = next(group for group in flat if word in known[group])
-            options[first].setdefault(word, value)
+            if word in options[first]:
+                raise ValueError(f"{name} got {word} twice, by itself and in {first}_kwargs.")
+            options[first][word] = value
         for group, words in known.items():
             options[group] = {word: value for word, value in common.items() if word in words} | options[group]
         return options

@@ -12,7 +12,7 @@ from hfvlm.media.images import read_image, read_images, to_8_bits
 from hfvlm.media.resizing import contain, cover, squash, squash_sampled
 from hfvlm.media.sources import parallel
 from hfvlm.processing.batches import flat_images
-from hfvlm.processing.settings import Deviations, Edge, Filter, Flag, Means, Positive, Settings, Size, color, one_of
+from hfvlm.processing.settings import Deviations, Edge, Factor, Filter, Flag, Means, Settings, Size, color, one_of
 
 # Of CLIP's training images, per channel, of values in 0..1.
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -97,7 +97,7 @@ class HfvlmImageProcessor(Settings, BaseImageProcessor):
     do_resize: Flag = True
     do_rescale: Flag = True
     do_normalize: Flag = True
-    rescale_factor: Positive = 1 / 255
+    rescale_factor: Factor = 1 / 255
 
     def __init__(self, **kwargs: Any):
         check_foreign(self, kwargs)

@@ -132,6 +132,16 @@ def number(*, above: float = -math.inf, least: float = -math.inf, most: float = 
     return check
 
 
+def factor(value: Any) -> float:
+    """Check a finite number that is not zero."""
+    try:
+        if checked := number()(value):
+            return checked
+    except ValueError:
+        pass
+    raise ValueError("must be a finite number other than 0")
+
+
 def channels(*, above: float = -math.inf) -> Check:
     """Make the check of a number for each of three channels; one number stands for three."""
     each = number(above=above)
@@ -224,6 +234,7 @@ def square(value: Any) -> dict[str, int]:
 Flag: TypeAlias = Annotated[bool, flag]
 Number: TypeAlias = Annotated[float, number()]
 Positive: TypeAlias = Annotated[float, number(above=0)]
+Factor: TypeAlias = Annotated[float, factor]
 Means: TypeAlias = Annotated[list[float], channels()]
 Deviations: TypeAlias = Annotated[list[float], channels(above=0)]
 Filter: TypeAlias = Annotated[int, resample]

@@ -130,6 +130,8 @@ def test_processors_refuse_unknown_keywords(cls, tmp_path):
     for group in ("text", "images", "videos", "audio", "common"):
         with pytest.raises(TypeError, match=rf"{group}_kwargs got an unexpected keyword argument 'made_up'"):
             processor(text=["a b"], **{f"{group}_kwargs": {"made_up": 1}})
+    with pytest.raises(ValueError, match=f"{cls.__name__} got padding twice, by itself and in text_kwargs"):
+        processor(text=["a b"], padding=True, text_kwargs={"padding": False})
     standing = {f"{group}_kwargs": {} for group in ("images", "videos", "audio")}
     found = processor(text=["a b"], text_kwargs={"padding": True}, common_kwargs={"return_tensors": "pt"}, **standing)
     assert isinstance(found["input_ids"], torch.Tensor)
@@ -163,7 +165,7 @@ def test_every_setting_is_checked(cls):
     part = cls()
     for name in cls.SETTINGS:
         for wrong in ("nonsense", [object()], float("nan"), {"a": 1}, -(10**6), b""):
-            if "mean" in name and wrong == -(10**6):
+            if wrong == -(10**6) and ("mean" in name or name == "rescale_factor"):
                 continue
             with pytest.raises(ValueError, match=rf"{cls.__name__}: {name} must be"):
                 cls(**{name: wrong})
@@ -175,7 +177,7 @@ def test_every_setting_is_checked(cls):
 @pytest.mark.parametrize("cls", public(HfvlmImageProcessor))
 def test_numbers_of_image_processors(cls):
     for name, wrongs in {
-        "rescale_factor": (-1, 0, float("inf"), "1/255", True),
+        "rescale_factor": (0, float("nan"), float("inf"), "1/255", True),
         "image_std": (0, [1, 1, 0], [1, 1], [1, 1, 1, 1], [1, float("nan"), 1], -1),
         "image_mean": ([0, 0], "mean", [0, float("inf"), 0]),
         "resample": (6, -1, 2.5, "bicubic", True),
@@ -200,6 +202,8 @@ def test_rescaling_by_another_factor():
     usual = plain(IMAGE, return_tensors="pt")["pixel_values"]
     twice = plain(IMAGE, return_tensors="pt", rescale_factor=2 / 255)["pixel_values"]
     assert torch.allclose(usual * 2, twice)
+    negative = plain(IMAGE, return_tensors="pt", rescale_factor=-2 / 255)["pixel_values"]
+    assert torch.equal(negative, -twice)
     assert torch.equal(usual, plain(IMAGE, return_tensors="pt", do_rescale=False)["pixel_values"] / 255)
 
 
