@@ -192,24 +192,15 @@ class DualEncoderProcessor(HfvlmProcessor):
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: Any = None,
-        return_tensors: str | None = "pt",
-        images_kwargs: Mapping[str, Any] | None = None,
-        text_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both -> the model's inputs.
 
         Args:
             images: one image or a list; see `hfvlm.media.read_image` for what an image may be.
             text: one text or a list.
-            return_tensors: "pt", "np", or None for lists.
-            images_kwargs: settings of the image processor for this call.
-            text_kwargs: arguments of the tokenizer for this call.
-            **kwargs: either of these, sorted by name; `common_kwargs` of both.
+            **kwargs: `return_tensors`, "pt", "np", or None for lists; `images_kwargs`, settings of the image processor
+                for this call; `text_kwargs`, arguments of the tokenizer; either of these, sorted by name;
+                `common_kwargs` of both.
 
         Raises:
             MediaError: an image cannot be read; the message names it.
@@ -221,9 +212,9 @@ class DualEncoderProcessor(HfvlmProcessor):
                 raise ValueError(f"{type(self).__name__} prepares images and text, not {name}.")
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs images, text or both.")
+        return_tensors = kwargs.pop("return_tensors", "pt")
         known = {"images": call_keywords(self.image_processor), "text": call_keywords(self.tokenizer)}
-        given = {"images_kwargs": images_kwargs, "text_kwargs": text_kwargs, **kwargs}
-        options = self.options_of(given, known, flat=("images", "text"))
+        options = self.options_of(kwargs, known, flat=("images", "text"))
         data: dict[str, Any] = {}
         if text is not None:
             data |= self.tokenizer(text, **{"return_tensors": return_tensors} | options["text"])
@@ -245,7 +236,7 @@ class MultiEncoderProcessor(HfvlmProcessor):
         "imu": "imu_feature_extractor",
     }
 
-    def __call__(  # noqa: PLR0913  (an argument a modality)
+    def __call__(
         self,
         images: Any = None,
         text: Any = None,
@@ -254,9 +245,6 @@ class MultiEncoderProcessor(HfvlmProcessor):
         depth: Any = None,
         thermal: Any = None,
         imu: Any = None,
-        *,
-        return_tensors: str | None = "pt",
-        allow_urls: bool | Collection[str] = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare inputs of any modalities -> the model's inputs.
@@ -269,11 +257,10 @@ class MultiEncoderProcessor(HfvlmProcessor):
             depth: one or a list, see `read_depth`.
             thermal: one or a list, see `read_thermal`.
             imu: one or a list, see `read_imu`.
-            return_tensors: "pt", "np", or None for lists.
-            allow_urls: fetch `http(s)` URLs: True for every public host, or the names of the hosts.
-            **kwargs: `images_kwargs`, `text_kwargs`, `videos_kwargs`, `audio_kwargs`, `depth_kwargs`, `thermal_kwargs`
-                and `imu_kwargs`, options of each part for this call: `audio_kwargs={"sampling_rate": 44_100}`;
-                `common_kwargs`, of all. All else goes to the tokenizer.
+            **kwargs: `return_tensors`, "pt", "np", or None for lists; `allow_urls`, to fetch `http(s)` URLs: True for
+                every public host, or the names of the hosts; `images_kwargs`, `text_kwargs`, `videos_kwargs`,
+                `audio_kwargs`, `depth_kwargs`, `thermal_kwargs` and `imu_kwargs`, options of each part for this call:
+                `audio_kwargs={"sampling_rate": 44_100}`; `common_kwargs`, of all. All else goes to the tokenizer.
 
         Raises:
             MediaError: a source cannot be read; the message names it.
@@ -286,6 +273,7 @@ class MultiEncoderProcessor(HfvlmProcessor):
             raise ValueError(f"{type(self).__name__} needs one of {', '.join(names)}.")
         modalities = {name: name.removesuffix("s") for name in names}
         known = {name: call_keywords(getattr(self, self.parts[modalities[name]], None)) for name in names}
+        return_tensors, allow_urls = kwargs.pop("return_tensors", "pt"), kwargs.pop("allow_urls", False)
         options = self.options_of(kwargs, known, flat=("text",))
         data: dict[str, Any] = {}
         for name, sources in given.items():

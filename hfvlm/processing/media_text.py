@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import ProcessorMixin
@@ -63,6 +63,8 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     """
 
     modality: str  # of the inputs in the texts
+    # Options with the values that change nothing.
+    fixed_options: ClassVar[Mapping[str, tuple[Any, ...]]] = FIXED_OPTIONS
 
     @property
     def stop_strings(self) -> list[str]:
@@ -120,7 +122,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
 
     def check_template_keywords(self, template: Any, kwargs: Mapping[str, Any]) -> None:
         """Refuse keywords of `apply_chat_template` that would be swallowed."""
-        known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *TEXT_OPTIONS, *FIXED_OPTIONS}
+        known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *TEXT_OPTIONS, *self.fixed_options}
         known |= {*call_keywords(self.media_processor), "images", "videos", "sanitize_control_tokens", "tools"}
         known |= {
             "documents",
@@ -268,10 +270,10 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         if foreign := sorted(other for other, value in others.items() if not is_empty(value)):
             raise ValueError(f"{name} reads text and {group}, not {', '.join(foreign)}.")
         rest = {word: value for word, value in kwargs.items() if word not in others}
-        known = {"text": {*TEXT_OPTIONS, *FIXED_OPTIONS}, group: call_keywords(self.media_processor)}
+        known = {"text": {*TEXT_OPTIONS, *self.fixed_options}, group: call_keywords(self.media_processor)}
         options = self.options_of(rest, known, flat=("text", group))
         words = {word: value for word, value in options["text"].items() if value is not None}
-        for word, values in FIXED_OPTIONS.items():
+        for word, values in self.fixed_options.items():
             if word in words and not any(words[word] is value for value in values):
                 raise ValueError(f"{name}: {word} must be {values[-1]}, not {words[word]!r}.")
         for word, check in (("max_length", whole()), ("pad_to_multiple_of", whole()), ("add_special_tokens", flag)):
@@ -360,6 +362,8 @@ class ImageTextProcessor(MediaTextProcessor):
 
     modality = "image"
     image_token = "<image>"
+    # Videos, where a subclass reads them, are lists of frames.
+    fixed_options = FIXED_OPTIONS | {"do_sample_frames": (None, False)}
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -379,23 +383,21 @@ class ImageTextProcessor(MediaTextProcessor):
         upright = self.media_processor.upright
         return read_images(flat_images(sources), upright=upright, allow_urls=allow_urls)
 
-    def __call__(
-        self, images: Any = None, text: Any = None, return_tensors: str | None = "pt", **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare texts and their images as inputs of the model, padded where there are several.
 
         Args:
             images: one image, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
             text: one text or a list, with `image_token` where each image is.
-            return_tensors: "pt", "np", or None for lists.
-            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in an image:
-                "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
-                `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the image processor.
+            **kwargs: `return_tensors`, "pt", "np", or None for lists; `max_length`, tokens of the longest row;
+                `truncation` to cut longer rows, never in an image: "pictures" drops those that do not fit, and what
+                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer; and
+                options of the image processor.
 
         Raises:
             ValueError: texts and images do not fit each other, or a row does not fit `max_length`.
         """
-        return self.inputs_for(images, text, return_tensors, **kwargs)
+        return self.inputs_for(images, text, **kwargs)
 
 
 class VideoTextProcessor(MediaTextProcessor):
@@ -435,7 +437,6 @@ class VideoTextProcessor(MediaTextProcessor):
         images: None = None,
         text: Any = None,
         videos: Any = None,
-        return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare texts and their videos as inputs of the model, padded where there are several.
@@ -444,10 +445,10 @@ class VideoTextProcessor(MediaTextProcessor):
             images: none; transformers' order of arguments.
             text: one text or a list, with `video_token` where each video is.
             videos: one video, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
-            return_tensors: "pt", "np", or None for lists.
-            **kwargs: `max_length`, tokens of the longest row; `truncation` to cut longer rows, never in a video:
-                "pictures" drops those that do not fit, and what follows them, True refuses; `padding`,
-                `padding_side`, `pad_to_multiple_of` of the tokenizer; and options of the feature extractor.
+            **kwargs: `return_tensors`, "pt", "np", or None for lists; `max_length`, tokens of the longest row;
+                `truncation` to cut longer rows, never in a video: "pictures" drops those that do not fit, and what
+                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer; and
+                options of the feature extractor.
 
         Raises:
             ValueError: texts and videos do not fit each other, or a row does not fit `max_length`; or images are
@@ -455,4 +456,4 @@ class VideoTextProcessor(MediaTextProcessor):
         """
         if not is_empty(images):
             raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
-        return self.inputs_for(videos, text, return_tensors, **kwargs)
+        return self.inputs_for(videos, text, **kwargs)

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.images import HfvlmImageProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.settings import Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures
@@ -132,6 +133,10 @@ def test_processors_refuse_unknown_keywords(cls, tmp_path):
             processor(text=["a b"], **{f"{group}_kwargs": {"made_up": 1}})
     with pytest.raises(ValueError, match=f"{cls.__name__} got padding twice, by itself and in text_kwargs"):
         processor(text=["a b"], padding=True, text_kwargs={"padding": False})
+    if isinstance(processor, ImageTextProcessor):  # videos are lists of frames
+        processor(text=["a b"], do_sample_frames=False)
+        with pytest.raises(ValueError, match="do_sample_frames must be False"):
+            processor(text=["a b"], do_sample_frames=True)
     standing = {f"{group}_kwargs": {} for group in ("images", "videos", "audio")}
     found = processor(text=["a b"], text_kwargs={"padding": True}, common_kwargs={"return_tensors": "pt"}, **standing)
     assert isinstance(found["input_ids"], torch.Tensor)

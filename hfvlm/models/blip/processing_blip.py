@@ -78,7 +78,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         self.set_arguments(prompt=prompt)
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare inputs as `DualEncoderProcessor`; images without texts come with the prompt, if there is one.
 
         Lists of two images, one list a text, become `pixel_values` `(B, 2, C, H, W)`.
@@ -88,7 +88,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         if len(set(groups)) > 1:
             raise ValueError(f"Each text needs as many images as the others; there are {groups}.")
         flat = [image for group in images for image in group] if groups else images
-        inputs = super().__call__(flat, text, *args, **kwargs)
+        inputs = super().__call__(flat, text, **kwargs)
         if groups:
             shape = inputs["pixel_values"].shape
             inputs["pixel_values"] = inputs["pixel_values"].reshape(len(groups), -1, *shape[1:])

@@ -142,12 +142,11 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         return [self.num_queries] * len(image_sizes)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Any = None,
         text: Any = None,
         videos: Any = None,
-        return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare inputs as `ImageTextProcessor`; without texts, for captions of the images.
@@ -157,13 +156,12 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
             text: likewise.
             videos: in place of images, a video for each text: lists of equally many frames, each of which is read as
                 an image.
-            return_tensors: "pt", "np", or None for lists.
             **kwargs: as there.
         """
         if not is_empty(videos):
-            return self.video_inputs(videos, text, return_tensors, **kwargs)
+            return self.video_inputs(videos, text, **kwargs)
         images = self.batched(images)
-        return super().__call__(images, self.placed(images, text), return_tensors, **kwargs)
+        return super().__call__(images, self.placed(images, text), **kwargs)
 
     def video_inputs(self, videos: Any, text: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Prepare videos and a prompt about each -> the model's inputs; see `__call__`."""
@@ -299,18 +297,17 @@ class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
         kwargs["qformer_tokenizer"] = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template, num_queries, prompt, question, kind, **kwargs)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Any = None,
         text: Any = None,
         videos: Any = None,
-        return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
         images, text = self.batched(images), None if text is None else texts_of(text)
-        inputs = super().__call__(images, text, videos, return_tensors, **kwargs)
+        inputs = super().__call__(images, text, videos, **kwargs)
         if "pixel_values" in inputs:
-            inputs.update(self.instructions(self.placed(images, text), return_tensors))
+            inputs.update(self.instructions(self.placed(images, text), kwargs.get("return_tensors", "pt")))
         elif "pixel_values_videos" in inputs:
             texts = [text] if isinstance(text, str) else text
             inputs.update(self.instructions([self.image_token + item.replace(VIDEO, "") for item in texts]))
