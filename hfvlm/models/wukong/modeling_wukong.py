@@ -97,10 +97,15 @@ class HfvlmWukongTextModel(CausalTextTower, DepthScaledModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
-        """`(B, N)` token ids -> all tokens, the last of each text, and all in the joint space `(B, N, D)`."""
+        """`(B, N)` token ids -> all tokens, the last of each text, and what `joined` takes of these, projected."""
         x = self.post_norm(self.read(input_ids, attention_mask, **kwargs))
         pooled = self.end_tokens(x, input_ids, attention_mask)
-        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(x))
+        embeds = self.projection(self.joined(x, pooled))
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=embeds)
+
+    def joined(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """Take what enters the joint space: all tokens `(B, N, D)`, or the last of each text `(B, D)`."""
+        return x
 
 
 class HfvlmWukongCLIPTextModel(HfvlmWukongTextModel):
@@ -109,15 +114,8 @@ class HfvlmWukongCLIPTextModel(HfvlmWukongTextModel):
     config: HfvlmWukongCLIPTextConfig
     pools_one_token = True
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
-    ) -> TowerOutput:
-        """`(B, N)` token ids -> all tokens, the last of each text, and that in the joint space `(B, D)`."""
-        x = self.post_norm(self.read(input_ids, attention_mask, **kwargs))
-        pooled = self.end_tokens(x, input_ids, attention_mask)
-        return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
+    def joined(self, x: Tensor, pooled: Tensor) -> Tensor:
+        return pooled
 
 
 class TokenReduction(Bridge):
