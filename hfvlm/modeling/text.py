@@ -122,11 +122,8 @@ class TextTower(HfvlmPreTrainedModel):
         return self.training and self.config.attention_dropout > 0
 
 
-class BidirectionalTextTower(TextTower):
-    """Base of transformers in which every token of a text attends to all: SigLIP's, and those built like it.
-
-    They were trained on texts padded to full length without a mask: padding is attended to like any token, and
-    `attention_mask`, `(B, N)`, 0 for padding, defines no more than the side of the padding.
+class PreNormTextTower(TextTower):
+    """Base of towers of pre-norm layers that pool one token.
 
     Attributes:
         projection_bias: whether the projection into the joint space has a bias.
@@ -142,6 +139,14 @@ class BidirectionalTextTower(TextTower):
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = projection(config, bias=self.projection_bias)
         self.post_init()
+
+
+class BidirectionalTextTower(PreNormTextTower):
+    """Base of transformers in which every token of a text attends to all: SigLIP's, and those built like it.
+
+    They were trained on texts padded to full length without a mask: padding is attended to like any token, and
+    `attention_mask`, `(B, N)`, 0 for padding, defines no more than the side of the padding.
+    """
 
     def pooling(self, input_ids: Tensor, attention_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return what takes the pooled token of each text, `(B, N, D)` -> `(B, D)`: by default that at the last
@@ -166,27 +171,13 @@ class BidirectionalTextTower(TextTower):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
-class CausalTextTower(TextTower):
+class CausalTextTower(PreNormTextTower):
     """Base of causal transformers that pool the end-of-text token: CLIP's and those built like it.
 
     They were trained without a padding mask: padding follows the end-of-text token, so causal attention never sees it.
     With an `attention_mask`, `(B, N)`, 0 for padding, it may come before the text as well. A subclass norms, pools and
     projects in its forward.
-
-    Attributes:
-        projection_bias: whether the projection into the joint space has a bias.
     """
-
-    projection_bias: ClassVar[bool] = False
-    pools_one_token = True
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.embeddings = TokenEmbedding(config)
-        self.layers = Stack(PreNormLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = projection(config, bias=self.projection_bias)
-        self.post_init()
 
     def ends(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Find the token of each text that is pooled, `(B, N)` -> `(B,)`; see `end_of_text`."""
