@@ -199,21 +199,29 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             allow_urls=options.pop("allow_urls", False),
             **options,
         )
+        rows, data = self.batch(rows, words, self.modality, self.media_token_id)
+        if inputs := [each for row in rows for each in row.media]:
+            data |= self.media_processor(inputs, **{"return_tensors": return_tensors} | options)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def batch(
+        self, rows: Sequence[Row], words: Mapping[str, Any], modality: str, token: int
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """Cut and pad rows, in which `token` is the placeholder of a modality, as the options of a call's texts ask.
+        Return the rows, cut, and their padded ids."""
         truncation, limit = words.get("truncation", False), words.get("max_length")
         if truncation and truncation != "do_not_truncate" and limit:
             drop = truncation == "pictures"
-            rows = [cut(row, self.media_token_id, limit, drop=drop, name=f"text {i}") for i, row in enumerate(rows)]
+            rows = [cut(row, token, limit, drop=drop, name=f"text {i}") for i, row in enumerate(rows)]
         padding = words.get("padding", len(rows) > 1)
         padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
         ids = [row.ids for row in rows]
         limit = limit if padding == "max_length" else None
         data = dict(self.tokenizer.pad({"input_ids": ids}, padding=padding, max_length=limit, **padded))
         if words.get("return_mm_token_type_ids"):
-            kind = {"image": 1, "video": 2}[self.modality]
-            data["mm_token_type_ids"] = [[kind * (i == self.media_token_id) for i in row] for row in data["input_ids"]]
-        if inputs := [each for row in rows for each in row.media]:
-            data |= self.media_processor(inputs, **{"return_tensors": return_tensors} | options)
-        return BatchFeature(data, tensor_type=return_tensors)
+            kind = {"image": 1, "video": 2}[modality]
+            data["mm_token_type_ids"] = [[kind * (i == token) for i in row] for row in data["input_ids"]]
+        return list(rows), data
 
     def assemble(
         self,
@@ -272,7 +280,8 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         rest = {word: value for word, value in kwargs.items() if word not in others}
         known = {"text": {*TEXT_OPTIONS, *self.fixed_options}, group: call_keywords(self.media_processor)}
         options = self.options_of(rest, known, flat=("text", group))
-        words = {word: value for word, value in options["text"].items() if value is not None}
+        given = {word: value for word, value in options["text"].items() if value is not None}
+        words = self.tokenizer.call_defaults | given
         for word, values in self.fixed_options.items():
             if word in words and not any(words[word] is value for value in values):
                 raise ValueError(f"{name}: {word} must be {values[-1]}, not {words[word]!r}.")
@@ -297,9 +306,9 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text, with one `media_token_id` for each input."""
         first, *others = text.split(self.media_token)
-        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens, padding=False)["input_ids"])
         for piece in others:
-            ids += [self.media_token_id, *self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+            ids += [self.media_token_id, *self.tokenizer(piece, add_special_tokens=False, padding=False)["input_ids"]]
         return ids
 
     def expand(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:

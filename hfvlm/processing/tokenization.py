@@ -93,6 +93,13 @@ CALL_CHECKS = {
 SIDES = ("left", "right")
 
 
+def padding_of_calls(value: Any) -> bool | str:
+    """Check how texts are padded."""
+    if not isinstance(value, bool | str) or value not in PADDINGS:
+        raise ValueError(f"must be one of {', '.join(map(str, PADDINGS))}")
+    return value
+
+
 class EngineLock:
     """A lock of an engine, whose padding and truncation are set for each call. A copy or a pickle has its own."""
 
@@ -122,6 +129,8 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
         model_max_length: tokens of the longest text, special tokens included.
         clean_up_tokenization_spaces: take spaces before punctuation out of decoded texts, as the originals' tokenizers
             of word pieces do.
+        padding: how calls pad that do not say it; None, as the model was trained.
+        max_length: tokens that these calls pad to, if `padding` is "max_length".
 
     Raises:
         TypeError: an unknown argument.
@@ -144,6 +153,8 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
     truncation_side: Annotated[str, one_of(*SIDES)]
     clean_up_tokenization_spaces: Flag
     split_special_tokens: Flag
+    padding: Annotated[bool | str | None, padding_of_calls]
+    max_length: Annotated[int | None, whole()]
 
     def __init__(self, clean: str | None = None, model_max_length: int | None = None, **kwargs: Any):
         given = {"clean": clean, "model_max_length": model_max_length}
@@ -151,6 +162,9 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
         kwargs = defaults | {name: value for name, value in given.items() if value is not None} | kwargs
         self.check_settings(kwargs)
         self.clean = kwargs["clean"]
+        # transformers stores a max_length by itself, that of the last call: it is meant only with a padding.
+        names = ("padding", "max_length") if kwargs.get("padding") == "max_length" else ("padding",)
+        self.call_defaults = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         self.lock = EngineLock()
         super().__init__(**{k: v for k, v in kwargs.items() if k not in shared() - self.known_settings()})
 
@@ -250,10 +264,7 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
         self.check_call(kwargs)
         # The texts themselves carry the marks.
         kwargs.pop("sanitize_control_tokens", None)
-        options = kwargs | {
-            "padding": self.default_padding if padding is None else padding,
-            "truncation": self.default_truncation if truncation is None else truncation,
-        }
+        options = self.options_of_call(**kwargs, padding=padding, truncation=truncation)
         words = bool(kwargs.get("is_split_into_words"))
         text = self.prepared(text, words=words)
         text_pair = self.prepared(text_pair, "text_pair", words=words)
@@ -266,6 +277,11 @@ class HfvlmTokenizer(Published, Checked, TokenizersBackend):
             encoded = super().__call__(text, text_pair, text_target, *args, **options)
         self.warn_of_cuts(text, encoded, kwargs)
         return encoded
+
+    def options_of_call(self, **given: Any) -> dict[str, Any]:
+        """Return the options of a call, with the defaults of those that are None."""
+        defaults = {"padding": self.default_padding, "truncation": self.default_truncation} | self.call_defaults
+        return given | {name: value for name, value in defaults.items() if given.get(name) is None}
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
         """Encode one text to ids as every tokenizer, neither padded nor cut by default.
@@ -447,15 +463,16 @@ def is_marked(text: Any) -> bool:
 
 
 class FullLengthTokenizer(HfvlmTokenizer):
-    """Always pads to `model_max_length`, on the right: the model was trained on texts of that length, and
-    `padding=True` means it too."""
+    """Always pads to `model_max_length`, on the right: the model was trained on texts of that length. `padding=True`
+    means it too, and a longer `max_length` is cut to it."""
 
     default_padding = "max_length"
     padding_sides = ("right",)
 
-    def __call__(self, text: Any = None, *args: Any, padding: Any = None, **kwargs: Any) -> Any:
-        """Encode texts as every tokenizer; without `padding` and `truncation`, as the model was trained."""
-        return super().__call__(text, *args, padding="max_length" if padding is True else padding, **kwargs)
+    def options_of_call(self, **given: Any) -> dict[str, Any]:
+        options = super().options_of_call(**given)
+        full = {"padding": "max_length"} if options["padding"] is True else {}
+        return options | full | {"max_length": self.capped(options.get("max_length"))}
 
 
 class ZeroPaddedTokenizer(FullLengthTokenizer):

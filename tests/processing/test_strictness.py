@@ -12,7 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor, MediaTextProcessor
 from hfvlm.processing.settings import Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures
@@ -263,10 +263,47 @@ def test_numbers_of_tokenizers(clip_folder, options, words):
         AutoTokenizer.from_pretrained(clip_folder)("a b", **options)
 
 
-@pytest.mark.parametrize("options", [{"model_max_length": 0}, {"model_max_length": "x"}, {"truncation_side": "top"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_max_length": 0},
+        {"model_max_length": "x"},
+        {"truncation_side": "top"},
+        {"padding": "some"},
+        {"padding": 1},
+        {"max_length": 0},
+    ],
+)
 def test_settings_of_tokenizers(clip_folder, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         AutoTokenizer.from_pretrained(clip_folder, **options)
+
+
+@pytest.mark.parametrize("cls", TOKENIZERS)
+def test_the_padding_of_calls_is_a_setting(cls, tmp_path):
+    options = {"tokenizer_object": engine(), "pad_token": "[PAD]", "unk_token": "<unk>", "model_max_length": 12}
+    tokenizer = cls(**options, padding="max_length", max_length=9)
+    assert {len(row) for row in tokenizer(["a b", "a"])["input_ids"]} == {tokenizer.capped(9)}
+    tokenizer.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path)
+    assert again(["a b", "a"])["input_ids"] == tokenizer(["a b", "a"])["input_ids"]
+    assert len(again("a b", padding=False)["input_ids"]) < 9
+    rows = cls(**options, padding=False)(["a b", "a"])["input_ids"]
+    assert len(rows[0]) > len(rows[1])
+    trained, padded = cls(**options), cls(**options, padding=True)
+    assert padded(["a b", "a"])["input_ids"] == trained(["a b", "a"], padding=True)["input_ids"]
+    of_another_call = cls(**options, max_length=3)
+    assert of_another_call(["a b", "a"])["input_ids"] == trained(["a b", "a"])["input_ids"]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in PROCESSORS if issubclass(cls, MediaTextProcessor)])
+def test_the_padding_of_a_tokenizer_is_that_of_whole_rows(cls):
+    processor = processor_of(cls)
+    expected = processor(text=["a b", "a"], padding="max_length", max_length=70)
+    processor.tokenizer.call_defaults = {"padding": "max_length", "max_length": 70}
+    assert expected["input_ids"].shape == (2, 70)
+    assert torch.equal(processor(text=["a b", "a"])["input_ids"], expected["input_ids"])
+    assert processor(text="a b", padding=False)["input_ids"].shape[1] < 70
 
 
 # Sides

@@ -102,7 +102,7 @@ class HfvlmBLIPProcessor(DualEncoderProcessor):
         inputs = self(images, [self.prompt + caption for caption in text])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         # Neither the first token nor the prompt is to be predicted; the last token of a prompt's ids is [SEP].
-        labels[:, : len(self.tokenizer(self.prompt)["input_ids"]) - 1] = -100
+        labels[:, : len(self.tokenizer(self.prompt, padding=False)["input_ids"]) - 1] = -100
         inputs["labels"] = labels
         return inputs
 

@@ -14,7 +14,7 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.media.images import read_images
 from hfvlm.models.blip.processing_blip import HfvlmBLIPImageProcessor, HfvlmBLIPTokenizer
 from hfvlm.models.blip2.language_blip2 import LANGUAGES, Vicuna
-from hfvlm.processing.assembly import IGNORE, padded
+from hfvlm.processing.assembly import IGNORE, Row, padded
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import is_empty, listed, texts_of
 from hfvlm.processing.media_text import ImageTextProcessor
@@ -172,18 +172,22 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         frames = [read_images(list(video), **reading) for video in listed(videos)]
         texts = texts_of(text)
         texts = [texts] if isinstance(texts, str) else texts
-        padded = {name: words[name] for name in ("padding_side", "pad_to_multiple_of") if name in words}
         counts = [len(video) for video in frames]
         if len(set(counts)) != 1 or len(counts) != len(texts):
             raise ValueError(
                 f"Each text needs a video, and all videos equally many frames: {len(texts)} texts, {counts} frames."
             )
         placeholder = self.tokenizer.convert_tokens_to_ids(VIDEO)
-        before = [placeholder] * counts[0] * self.num_queries
-        rows = [before + self.text_ids(item.replace(VIDEO, "")) for item in texts]
+        before, special = counts[0] * self.num_queries, words.get("add_special_tokens", True)
+        rows = []
+        for item in texts:
+            ids = [placeholder] * before + self.text_ids(item.replace(VIDEO, ""), add_special_tokens=special)
+            rows.append(Row(ids, [IGNORE] * len(ids), [], [before]))
+        if words.get("truncation") == "pictures":
+            raise ValueError(f"{type(self).__name__}: each text keeps its video; truncation must be True or False.")
+        _, batch = self.batch(rows, words, "video", placeholder)
         pixels = self.image_processor([frame for video in frames for frame in video], return_tensors="np", **options)
         pixels = pixels["pixel_values"].reshape(len(frames), counts[0], *pixels["pixel_values"].shape[1:])
-        batch = self.tokenizer.pad({"input_ids": rows}, padding=True, **padded)
         return BatchFeature({**batch, "pixel_values_videos": pixels}, tensor_type=return_tensors)
 
     def placed(self, images: Any, text: Any) -> Any:
@@ -212,7 +216,7 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
 
     def text_ids(self, text: str, **options: Any) -> list[int]:
         """Encode a text without images."""
-        return list(self.tokenizer(text, **options)["input_ids"])
+        return list(self.tokenizer(text, padding=False, **options)["input_ids"])
 
     def captions(self, images: Any, text: Sequence[str]) -> BatchFeature:
         """Prepare images and their captions -> the model's inputs for training, `labels` included."""

@@ -54,10 +54,6 @@ class HfvlmCLIPATokenizer(FullLengthTokenizer, WordPieceTokenizer):
     def cleaned_text(self, text: str) -> str:
         return super().cleaned_text(text).replace("[SEP]", "[PAD]")
 
-    def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
-        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as CLIPA was trained."""
-        return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
-
 
 class HfvlmCLIPPaddedTokenizer(ZeroPaddedTokenizer):
     """OpenAI's byte-pair encoding, always padded to `model_max_length` with id 0: MobileCLIP attends to padding.
@@ -68,11 +64,6 @@ class HfvlmCLIPPaddedTokenizer(ZeroPaddedTokenizer):
     model_input_names = ["input_ids"]
     DEFAULTS = {"clean": "lower", "model_max_length": 77, **OPENAI_TOKENS}
     engine_of = staticmethod(openai_bpe)
-
-    def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
-        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as MobileCLIP was
-        trained."""
-        return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
 
 
 class HfvlmCLIPRobertaTokenizer(HfvlmTokenizer):

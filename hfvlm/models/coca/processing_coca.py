@@ -25,6 +25,10 @@ class HfvlmCoCaTokenizer(ZeroPaddedTokenizer):
     DEFAULTS = {"clean": "lower", "model_max_length": 76, **OPENAI_TOKENS}
     engine_of = staticmethod(openai_bpe)
 
+    def capped(self, max_length: int | None) -> int:
+        """Return a length as it is given: what is too long for the decoder is its error."""
+        return max_length or self.model_max_length
+
     def decodable(self, token_ids: Any, *, skip: bool) -> Any:
         """Drop the ids before the start token and after the end token, padding included."""
         ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids

@@ -54,10 +54,6 @@ class HfvlmFILIPTokenizer(ZeroPaddedTokenizer):
     def engine_of(path: str | Path) -> Tokenizer:
         return openai_bpe(path, MASK)
 
-    def __call__(self, text: Any = None, *args: Any, max_length: Any = None, **kwargs: Any) -> Any:
-        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as FILIP was trained."""
-        return super().__call__(text, *args, max_length=self.capped(max_length), **kwargs)
-
 
 class HfvlmFILIPProcessor(DualEncoderProcessor):
     """Images and texts to FILIP's inputs: `processor(images=..., text=...)`, then `model(**inputs)`."""

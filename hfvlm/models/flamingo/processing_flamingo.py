@@ -81,7 +81,7 @@ class HfvlmFlamingoProcessor(ImageTextProcessor):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text in one piece."""
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, padding=False)["input_ids"])
 
     def few_shot(self, task: str, shots: Sequence[Mapping[str, str]] = (), **query: str) -> str:
         """Return a prompt of the authors' evaluation: some examples, and a query.

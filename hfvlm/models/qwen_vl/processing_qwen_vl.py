@@ -88,7 +88,7 @@ class HfvlmQwenVLTokenizer(HfvlmTokenizer):
         return cls(tokenizer_object=engine, **kwargs)
 
 
-class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
+class HfvlmQwenVLProcessor(ImageTextProcessor, Grounding):
     """Conversations with images in Qwen-VL's format, and the regions in its answers.
 
     A path or an address in a text is text: images are inputs of their own. `<ref>`, `<box>` and `<quad>` in a text are
@@ -156,7 +156,7 @@ class HfvlmQwenVLProcessor(Grounding, ImageTextProcessor):
 
     def text_ids(self, text: str) -> list[int]:
         """Encode a text in which nothing is special but names and regions."""
-        return list(self.tokenizer(unprotected(text), split_special_tokens=True)["input_ids"])
+        return list(self.tokenizer(unprotected(text), split_special_tokens=True, padding=False)["input_ids"])
 
     def token_id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)

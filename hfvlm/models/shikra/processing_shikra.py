@@ -71,7 +71,7 @@ def brackets_around(value: Any) -> str:
     return value
 
 
-class HfvlmShikraProcessor(Grounding, ImageTextProcessor):
+class HfvlmShikraProcessor(ImageTextProcessor, Grounding):
     """Conversations about an image in Shikra's format, and the regions in them.
 
     Args:

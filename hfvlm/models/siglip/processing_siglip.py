@@ -13,7 +13,7 @@ from hfvlm.media.resizing import squash
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.images import FixedSizeImageProcessor, HfvlmImageProcessor
 from hfvlm.processing.settings import whole
-from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.tokenization import FullLengthTokenizer
 from hfvlm.processing.vocabularies import sentencepiece
 
 
@@ -74,22 +74,12 @@ def fitting_grid(height: int, width: int, patch_size: int, most: int) -> tuple[i
     return max(1, ceil(height * low / patch_size)), max(1, ceil(width * low / patch_size))
 
 
-class HfvlmSigLIPTokenizer(HfvlmTokenizer):
+class HfvlmSigLIPTokenizer(FullLengthTokenizer):
     """Sentencepiece, always padded to `model_max_length`: the model reads the last position and was trained without
-    a mask. `padding=True` therefore means full length too, and a longer `max_length` is cut to it.
-    """
+    a mask."""
 
     model_input_names = ["input_ids"]
-    default_padding = "max_length"
-    padding_sides = ("right",)
     DEFAULTS = {"clean": "canonical", "model_max_length": 64}
-
-    def __call__(
-        self, text: Any = None, *args: Any, padding: Any = None, max_length: Any = None, **kwargs: Any
-    ) -> Any:
-        """Encode texts as every tokenizer; without `padding`, `truncation` and `max_length`, as SigLIP was trained."""
-        padding = "max_length" if padding is True else padding
-        return super().__call__(text, *args, padding=padding, max_length=self.capped(max_length), **kwargs)
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, **kwargs: Any) -> "HfvlmSigLIPTokenizer":

@@ -363,6 +363,24 @@ def test_films(tmp_path):
         processor(videos=[films[0], films[1][:2]], text=["a", "b"])
 
 
+def test_options_of_texts_about_videos(tmp_path):
+    model = tiny("t5", reads=True)
+    folder = released(model, tmp_path / "release", "t5")
+    vocabularies(folder, "t5")
+    processor = AutoProcessor.from_pretrained(convert(folder, "t5", tmp_path / "ours"))
+    asked = {"videos": [[Image.new("RGB", (40, 30))] * 2], "text": "what is this"}
+    plain = processor(**asked)["input_ids"][0]
+    padded = processor(**asked, padding="max_length", max_length=30, return_mm_token_type_ids=True)
+    assert padded["input_ids"].shape == (1, 30)
+    assert (padded["mm_token_type_ids"] == 2).sum() == 6
+    assert torch.equal(processor(**asked, truncation=True, max_length=8)["input_ids"][0], plain[:8])
+    assert torch.equal(processor(**asked, add_special_tokens=False)["input_ids"][0], plain[:-1])
+    with pytest.raises(ValueError, match="text 0 has 14 tokens with its media"):
+        processor(**asked, truncation=True, max_length=5)
+    with pytest.raises(ValueError, match="each text keeps its video"):
+        processor(**asked, truncation="pictures", max_length=5)
+
+
 def test_labels_are_what_the_authors_train_on():
     size = {"opt": SIZES["opt"], "t5": SIZES["t5"]}
     files = {"opt": CASES / "opt-eva" / "opt_vocab.json", "t5": CASES / "t5-eva" / "t5_tokenizer.json"}
