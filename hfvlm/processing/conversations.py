@@ -96,8 +96,8 @@ class Conversation(ABC):
             self.content
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + f"{{{{- system ~ {_quoted(users + shown)} -}}}}{{%- for message in messages -%}}"
-            + "{%- if message['role'] == 'assistant' -%}"
-            + turn.replace("NAME", _quoted(names[1])).replace("END", _quoted(assistants))
+            + f"{{%- if message['role'] == 'assistant' -%}}{{{{- {_quoted(names[1])} -}}}}"
+            + generated(f"{{{{- text_of(message['content']) ~ {_quoted(assistants)} -}}}}")
             + "{%- else -%}"
             + (tag + turn + "{%- endif -%}" if self.tagged else turn)
             .replace("NAME", _quoted(names[0]))
@@ -220,7 +220,8 @@ class Llama2(Conversation):
             self.content
             + _SYSTEM.replace("SYSTEM", _quoted(self.system))
             + "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
-            + f"{{{{- ' ' ~ text_of(message['content']) ~ {_quoted(' ' + after)} -}}}}{{%- else -%}}"
+            + generated(f"{{{{- ' ' ~ text_of(message['content']) ~ {_quoted(' ' + after)} -}}}}")
+            + "{%- else -%}"
             # The first start token is the tokenizer's.
             + f"{{{{- ('' if loop.first else {_quoted(before)}) ~ '[INST] ' ~ ({wrapped} if loop.first else '')"
             + " ~ text_of(message['content']) ~ ' [/INST]' -}}{%- endif -%}{%- endfor -%}"
@@ -241,8 +242,10 @@ class Plain(Conversation):
     def chat_template(self) -> str:
         return (
             self.content
-            + "{%- for message in messages -%}{{- text_of(message['content']) ~ "
-            + f"{_quoted(self.separators[0])} -}}}}{{%- endfor -%}}"
+            + "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+            + generated(f"{{{{- text_of(message['content']) ~ {_quoted(self.separators[0])} -}}}}")
+            + f"{{%- else -%}}{{{{- text_of(message['content']) ~ {_quoted(self.separators[0])} -}}}}"
+            + "{%- endif -%}{%- endfor -%}"
         )
 
     def text(self, turns: Turns, render: Callable[[Turns], str]) -> str:
@@ -253,6 +256,11 @@ class Plain(Conversation):
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
         question = encode.count("<image>")
         return [IGNORE] * question + ids[question:]
+
+
+def generated(template: str) -> str:
+    """Mark a part of a template as what the assistant generates."""
+    return f"{{% generation %}}{template}{{% endgeneration %}}"
 
 
 def _quoted(text: str) -> str:

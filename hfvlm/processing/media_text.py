@@ -4,7 +4,9 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
+from math import ceil
+from operator import eq
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from hfvlm.media.video import read_videos
 from hfvlm.processing.assembly import IGNORE, Row, cut, expand
 from hfvlm.processing.base import HfvlmProcessor, call_keywords
 from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
-from hfvlm.processing.protection import Protected, Protector
+from hfvlm.processing.protection import Protected, Protector, generated_spans, marks_generation
 from hfvlm.processing.settings import flag, whole
 
 # As many placeholders as the texts of a data set contain.
@@ -109,16 +111,40 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             conversation: messages, or a list of conversations.
             *args: of transformers' method.
             **kwargs: likewise; with `sanitize_control_tokens=False` texts are trusted, and their tokens are tokens.
+                With `return_assistant_tokens_mask=True`, `assistant_masks` are 1 for each token that has a part in
+                what the template has in `{% generation %}`.
 
         Raises:
             TypeError: a keyword that neither transformers, nor the template, nor this processor's call takes.
+            ValueError: a mask of what a template does not mark, or of what is not encoded.
         """
         self.check_template_keywords(args[0] if args else kwargs.get("chat_template"), kwargs)
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            return self.with_assistant_masks(conversation, *args, **kwargs)
         if kwargs.pop("sanitize_control_tokens", True) is not False:
             conversation = self.protected_all(conversation)
             nested = self.protector().nested
             kwargs |= {name: nested(kwargs[name]) for name in ("tools", "documents") if kwargs.get(name)}
         return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def with_assistant_masks(self, conversation: Any, chat_template: Any = None, **kwargs: Any) -> BatchFeature:
+        """Render and encode messages as `apply_chat_template`, and mark the tokens that the assistant generates."""
+        if not kwargs.get("tokenize") or not kwargs.get("return_dict") or kwargs.get("continue_final_message"):
+            raise ValueError(
+                "return_assistant_tokens_mask needs tokenize=True and return_dict=True, and whole messages."
+            )
+        named = self.chat_template if isinstance(self.chat_template, Mapping) else {"default": self.chat_template}
+        template = marks_generation(named.get(chat_template or "default", chat_template) or "")
+        if template is None:
+            raise ValueError(
+                "return_assistant_tokens_mask needs a chat template that has what the assistant says between "
+                "{% generation %} and {% endgeneration %}."
+            )
+        inputs = self.apply_chat_template(conversation, chat_template=template, **kwargs)
+        if "assistant_masks" not in inputs:
+            ids = inputs["input_ids"]
+            inputs["assistant_masks"] = ids * 0 if hasattr(ids, "shape") else [[0] * len(row) for row in ids]
+        return inputs
 
     def check_template_keywords(self, template: Any, kwargs: Mapping[str, Any]) -> None:
         """Refuse keywords of `apply_chat_template` that would be swallowed."""
@@ -208,7 +234,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         self, rows: Sequence[Row], words: Mapping[str, Any], modality: str, token: int
     ) -> tuple[list[Row], dict[str, Any]]:
         """Cut and pad rows, in which `token` is the placeholder of a modality, as the options of a call's texts ask.
-        Return the rows, cut, and their padded ids."""
+        Return the rows, cut, their padded ids and, where some have labels, the masks of these."""
         truncation, limit = words.get("truncation", False), words.get("max_length")
         if truncation and truncation != "do_not_truncate" and limit:
             drop = truncation == "pictures"
@@ -221,6 +247,12 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         if words.get("return_mm_token_type_ids"):
             kind = {"image": 1, "video": 2}[modality]
             data["mm_token_type_ids"] = [[kind * (i == token) for i in row] for row in data["input_ids"]]
+        masks = [[int(label != IGNORE) for label in row.labels] for row in rows]
+        if any(map(any, masks)):
+            side = words.get("padding_side") or self.tokenizer.padding_side
+            data["assistant_masks"] = [
+                aligned(m, len(row), side) for m, row in zip(masks, data["input_ids"], strict=True)
+            ]
         return list(rows), data
 
     def assemble(
@@ -263,8 +295,25 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             return self.training_row(text)
         if not isinstance(text, str):
             text = self.apply_chat_template(text, add_generation_prompt=True)
+        text, spans = generated_spans(text)
         ids = self.encode(text, add_special_tokens=add_special_tokens)
-        return ids, [IGNORE] * len(ids)
+        labels = [IGNORE] * len(ids)
+        for span in spans:
+            start, end = (
+                self.tokens_before(text[:place], ids, add_special_tokens=add_special_tokens) for place in span
+            )
+            own = slice(int(start), ceil(end))
+            labels[own] = ids[own]
+        return ids, labels
+
+    def tokens_before(self, text: str, ids: Sequence[int], *, add_special_tokens: bool) -> float:
+        """Count the first of the ids of a longer text that are those of this beginning of it; half of the next one,
+        too, if that token begins in it."""
+        own, whole = self.encode(text, add_special_tokens=add_special_tokens), list(ids)
+        if add_special_tokens and (after := self.tokenizer.around()[1]):
+            own, whole = (row[: -len(after)] if row[-len(after) :] == after else row for row in (own, whole))
+        same = sum(takewhile(bool, map(eq, own, whole)))
+        return same + (0.5 if same < min(len(own), len(whole)) else 0)
 
     def call_options(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Divide the keywords of a call into options of the media processor, and of the texts.
@@ -364,6 +413,12 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
                 through = self.encode(self.render(messages[: i + 1]))
                 labels[len(before) : len(through)] = ids[len(before) : len(through)]
         return ids, labels
+
+
+def aligned(mask: list[int], length: int, side: str) -> list[int]:
+    """Pad the mask of a row that is padded on a side."""
+    rest = [0] * (length - len(mask))
+    return mask + rest if side == "right" else rest + mask
 
 
 class ImageTextProcessor(MediaTextProcessor):

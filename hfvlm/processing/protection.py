@@ -2,16 +2,18 @@
 
 A mark is a character of Unicode's private use after a token's first letter, so that no
 search for the token finds it: no template, no tokenizer, no separator of turns. `HfvlmTokenizer` removes the marks as
-it encodes.
+it encodes. Others stand, in a rendered text, where a template says that what the assistant generates begins and ends.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
+from itertools import accumulate
 from typing import Any
 
 # Plane 15, private use.
 PROTECTED = "\U000ffffd"
+GENERATED, ENDED = "\U000ffffb", "\U000ffffc"
 # Parts of a message without a text: a template renders a placeholder for them.
 MEDIA = frozenset({"image", "image_url", "video", "audio"})
 
@@ -22,7 +24,23 @@ class Protected(list[Any]):
 
 def unprotected(text: str) -> str:
     """Remove the marks from a text."""
-    return text.replace(PROTECTED, "")
+    return text.translate({ord(mark): None for mark in (PROTECTED, GENERATED, ENDED)})
+
+
+def marks_generation(template: str) -> str | None:
+    """Make a template that marks what the assistant generates; None for one that does not say it."""
+    for word, mark in (("generation", GENERATED), ("endgeneration", ENDED)):
+        template, count = re.subn(rf"{{%(-?)\s*{word}\s*(-?)%}}", rf"{{{{\1 '{mark}' \2}}}}", template)
+        if not count:
+            return None
+    return template
+
+
+def generated_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text without the marks of what the assistant generates, and begin and end of each part of it."""
+    pieces = re.split(f"{GENERATED}([^{GENERATED}{ENDED}]*){ENDED}", text)
+    ends = list(accumulate(map(len, pieces)))
+    return "".join(pieces), list(zip(ends[:-1:2], ends[1::2], strict=True))
 
 
 class Protector:

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor, MediaTextProcessor
+from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.settings import Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures
@@ -294,16 +294,6 @@ def test_the_padding_of_calls_is_a_setting(cls, tmp_path):
     assert padded(["a b", "a"])["input_ids"] == trained(["a b", "a"], padding=True)["input_ids"]
     of_another_call = cls(**options, max_length=3)
     assert of_another_call(["a b", "a"])["input_ids"] == trained(["a b", "a"])["input_ids"]
-
-
-@pytest.mark.parametrize("cls", [cls for cls in PROCESSORS if issubclass(cls, MediaTextProcessor)])
-def test_the_padding_of_a_tokenizer_is_that_of_whole_rows(cls):
-    processor = processor_of(cls)
-    expected = processor(text=["a b", "a"], padding="max_length", max_length=70)
-    processor.tokenizer.call_defaults = {"padding": "max_length", "max_length": 70}
-    assert expected["input_ids"].shape == (2, 70)
-    assert torch.equal(processor(text=["a b", "a"])["input_ids"], expected["input_ids"])
-    assert processor(text="a b", padding=False)["input_ids"].shape[1] < 70
 
 
 # Sides

@@ -87,7 +87,8 @@ CHAT = (
     "{{ part.text if part.type == 'text' else '<' + part.type + '>' }}{% endfor %}{% endset %}{% endif %}"
     "{% set words = text | replace('<image>', '') | replace('<video>', '') | trim %}"
     "{{ '<image>' * text.count('<image>') + '<video>' * text.count('<video>') }}"
-    "{% if message.role == 'assistant' %} {{ words }}{% if not loop.last %}. {% endif %}"
+    "{% if message.role == 'assistant' %}{% generation %}"
+    " {{ words }}{% if not loop.last %}. {% endif %}{% endgeneration %}"
     "{% else %}{{ BEFORE + words + AFTER }}{% endif %}{% endfor %}"
 )
 
@@ -181,8 +182,8 @@ class HfvlmBLIP2Processor(ImageTextProcessor):
         before, special = counts[0] * self.num_queries, words.get("add_special_tokens", True)
         rows = []
         for item in texts:
-            ids = [placeholder] * before + self.text_ids(item.replace(VIDEO, ""), add_special_tokens=special)
-            rows.append(Row(ids, [IGNORE] * len(ids), [], [before]))
+            ids, labels = self.row(item.replace(VIDEO, ""), add_special_tokens=special)
+            rows.append(Row([placeholder] * before + ids, [IGNORE] * before + labels, [], [before]))
         if words.get("truncation") == "pictures":
             raise ValueError(f"{type(self).__name__}: each text keeps its video; truncation must be True or False.")
         _, batch = self.batch(rows, words, "video", placeholder)

@@ -25,14 +25,18 @@ TASKS = {
 }
 # An image's text and the answer, for each example.
 TEMPLATE = (
-    "{% for message in messages %}"
+    "{% macro text_of(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}"
     "{% endif %}"
-    "{% if message['role'] == 'assistant' %}<|endofchunk|>{% endif %}"
+    "{% endmacro %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ text_of(message) }}<|endofchunk|>{% endgeneration %}"
+    "{% else %}{{ text_of(message) }}{% endif %}"
     "{% endfor %}"
 )
 

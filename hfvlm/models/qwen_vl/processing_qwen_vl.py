@@ -33,13 +33,15 @@ CHAT_TEMPLATES = {
     "chatml": (
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
         "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}{%- endif -%}"
-        "{%- for message in messages -%}{{- '<|im_start|>' ~ message['role'] ~ '\n' -}}CONTENT"
-        "{{- '<|im_end|>\n' -}}{%- endfor -%}"
+        "{%- for message in messages -%}{{- '<|im_start|>' ~ message['role'] ~ '\n' -}}"
+        "{%- if message['role'] == 'assistant' -%}{% generation %}CONTENT{{- '<|im_end|>' -}}{% endgeneration %}"
+        "{%- else -%}CONTENT{{- '<|im_end|>' -}}{%- endif -%}{{- '\n' -}}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
     ),
     "raw": (
-        "{%- for message in messages -%}CONTENT"
-        "{%- if message['role'] == 'assistant' -%}{{- '<|endoftext|>' -}}{%- endif -%}{%- endfor -%}"
+        "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+        "{% generation %}CONTENT{{- '<|endoftext|>' -}}{% endgeneration %}{%- else -%}CONTENT{%- endif -%}"
+        "{%- endfor -%}"
     ),
 }
 # Parts in their order; images are counted through the conversation, as in the authors' demonstration.

@@ -1,0 +1,96 @@
+"""What processors of texts with media give beyond ids and pixels."""
+
+import pytest
+import torch
+from PIL import Image
+
+from hfvlm.models.llava import HfvlmLLaVAImageProcessor, HfvlmLLaVAProcessor, HfvlmLLaVATokenizer
+from hfvlm.processing.media_text import MediaTextProcessor
+from hfvlm.processing.protection import ENDED, GENERATED, generated_spans, marks_generation
+from tests.models.llava.tiny import VOCABULARY
+from tests.processing.test_strictness import PROCESSORS, processor_of
+
+CHATS = [cls for cls in PROCESSORS if issubclass(cls, MediaTextProcessor)]
+
+
+def conversation(*turns):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": [{"type": "text", "text": turn}]} for i, turn in enumerate(turns)]
+
+
+MASKS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+
+
+@pytest.fixture(scope="module")
+def llava():
+    tokenizer = HfvlmLLaVATokenizer.from_vocabulary(VOCABULARY, model_max_length=512)
+    return HfvlmLLaVAProcessor(HfvlmLLaVAImageProcessor(size=28), tokenizer)
+
+
+@pytest.mark.parametrize("cls", CHATS)
+def test_templates_mark_what_the_assistant_says(cls):
+    template = marks_generation(processor_of(cls).chat_template)
+    processor = processor_of(cls)
+    messages = conversation("a b", "b c!", "a", "c")
+    marked = processor.apply_chat_template(messages, chat_template=template)
+    text, spans = generated_spans(marked)
+    assert text == processor.apply_chat_template(messages)
+    first, second = (text[start:end] for start, end in spans)
+    assert "b c!" in first
+    assert "c" in second
+    assert text[: spans[0][0]].rstrip().endswith(("a b", "ASSISTANT:", "Answer:", "assistant"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_answers(llava, side):
+    image = Image.new("RGB", (28, 28))
+    several, one = conversation("cat", "a dog", "bus", "two"), conversation("dog", "cat")
+    several[0]["content"] = [
+        {"type": "image", "image": image},
+        {"type": "image", "image": image},
+        *several[0]["content"],
+    ]
+    inputs = llava.apply_chat_template(
+        [several, one],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": side},
+    )
+    masks = inputs["assistant_masks"].bool()
+    said = [llava.tokenizer.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+    assert [text.replace(" ", "") for text in said] == ["adog</s>two</s>", "cat</s>"]
+    assert not (masks & (inputs["attention_mask"] == 0)).any()
+    plain = llava.apply_chat_template(
+        [several, one], tokenize=True, return_dict=True, processor_kwargs={"padding": True, "padding_side": side}
+    )
+    assert torch.equal(plain["input_ids"], inputs["input_ids"])
+    assert "assistant_masks" not in plain
+
+
+def test_masks_without_an_answer_are_zero_and_those_that_cannot_be_are_refused(llava):
+    inputs = llava.apply_chat_template(conversation("cat"), **MASKS)
+    assert inputs["assistant_masks"].shape == inputs["input_ids"].shape
+    assert not inputs["assistant_masks"].any()
+    with pytest.raises(ValueError, match="needs a chat template that has"):
+        llava.apply_chat_template(conversation("cat"), **MASKS, chat_template="{{ messages[0].content[0].text }}")
+    for wrong in ({"tokenize": False}, {"return_dict": False}, {"continue_final_message": True}):
+        with pytest.raises(ValueError, match="needs tokenize=True and return_dict=True, and whole messages"):
+            llava.apply_chat_template(conversation("cat", "dog"), **MASKS | wrong)
+
+
+def test_marks_in_a_message_mark_nothing(llava):
+    plain = llava.apply_chat_template(conversation("cat dog", "bus"), **MASKS)
+    marked = llava.apply_chat_template(conversation(f"cat {GENERATED}dog{ENDED}", "bus"), **MASKS)
+    assert torch.equal(plain["input_ids"], marked["input_ids"])
+    assert torch.equal(plain["assistant_masks"], marked["assistant_masks"])
+
+
+@pytest.mark.parametrize("cls", CHATS)
+def test_the_padding_of_a_tokenizer_is_that_of_whole_rows(cls):
+    processor = processor_of(cls)
+    expected = processor(text=["a b", "a"], padding="max_length", max_length=70)
+    processor.tokenizer.call_defaults = {"padding": "max_length", "max_length": 70}
+    assert expected["input_ids"].shape == (2, 70)
+    assert torch.equal(processor(text=["a b", "a"])["input_ids"], expected["input_ids"])
+    assert processor(text="a b", padding=False)["input_ids"].shape[1] < 70
