@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-quick test test-fast test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
+.PHONY: help demo bench bench-quick test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,7 +24,10 @@ test: $(VENV)/.dev ## set up, then run all tests
 	$(PYTEST)
 
 test-fast: $(VENV)/.dev ## run the tests of a few seconds each
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not integration"
+
+integrations: $(VENV)/.dev ## run the tests that start a neighbour's cluster or compiler
+	$(PYTEST) -m integration
 
 test-oldest: $(VENV)/.dev ## run all tests on the oldest transformers that pyproject.toml allows
 	$(BIN)/python -m tests.matrix --base $(VENV) --versions $(OLDEST) --all

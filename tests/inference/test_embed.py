@@ -366,7 +366,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert "no folder of `hfvlm embed`" in str(result.exception)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
     ray = pytest.importorskip("ray", reason="comes with hfvlm[ray]")

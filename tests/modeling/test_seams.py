@@ -121,7 +121,7 @@ def test_layers_that_are_run_twice_lose_their_cache():
     assert model(ids, use_cache=True).get("cache") is None
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_flex_attention_compiles():
     """As transformers does; elsewhere the tests run it as plain operations, through the same function."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
