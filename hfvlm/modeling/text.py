@@ -79,6 +79,11 @@ def each_length(
     return found, torch.tensor([row for bucket in buckets for row in bucket], device=ends.device).argsort()
 
 
+def in_order(output: Any, order: Tensor) -> Any:
+    """Put the rows of an output in an order."""
+    return type(output)(**{name: rows[order] for name, rows in output.items()})
+
+
 def prefix_tree(input_ids: Tensor, attention_mask: Tensor | None, ends: Tensor) -> PrefixTree | None:
     """Return the distinct tokens of texts `(B, N)` that end at `ends`, `(B,)`; None where they are too many to be
     worth more than rows of texts, or where padding is before tokens."""
@@ -120,6 +125,36 @@ class TextTower(HfvlmPreTrainedModel):
     def drops_out(self) -> bool:
         """Return whether equal tokens of two texts differ, by chance."""
         return self.training and self.config.attention_dropout > 0
+
+
+class MaskedTextTower(TextTower):
+    """Base of towers in which no token attends to padding: with an `attention_mask`, it changes nothing."""
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Embed texts `(B, N)`, in batches of like length; `last_hidden_state` is zero for padding.
+
+        Columns that are padding in each text of a batch are not computed, unless hidden states or attentions are
+        wanted, or `token_type_ids` are given.
+        """
+        whole = kwargs.get("token_type_ids") is not None or records(self.config, kwargs)
+        if attention_mask is None or whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().features(input_ids, attention_mask, **kwargs)
+        length = input_ids.shape[1]
+
+        def embed(ids: Tensor, mask: Any, _: Tensor) -> BaseModelOutputWithPooling:
+            start = int(mask.any(dim=0).int().argmax())
+            mask, ids = without_padding(mask, ids)
+            output = super(MaskedTextTower, self).features(ids, mask, **kwargs)
+            if output.last_hidden_state is not None:
+                tokens = output.last_hidden_state.masked_fill(mask.unsqueeze(-1) == 0, 0)
+                output.last_hidden_state = F.pad(tokens, (0, 0, start, length - start - tokens.shape[1]))
+            return output
+
+        ends = (attention_mask.bool() * torch.arange(length, device=input_ids.device)).argmax(dim=1)
+        found, order = each_length(embed, input_ids, attention_mask, ends)
+        return found[0] if len(found) == 1 else in_order(joined(found), order)
 
 
 class PreNormTextTower(TextTower):
@@ -206,8 +241,7 @@ class CausalTextTower(PreNormTextTower):
         if records(self.config, kwargs) or torch.compiler.is_compiling():
             return embed(input_ids, attention_mask, ends)
         found, order = each_length(embed, input_ids, attention_mask, ends)
-        output: Any = joined(found)
-        return type(output)(**{name: rows[order] for name, rows in output.items()})
+        return found[0] if len(found) == 1 else in_order(joined(found), order)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """Run the layers: `(B, N)` token ids -> `(B, N, D)`, before the last norm, or, with `pooled_only`, `(B, 1, D)`

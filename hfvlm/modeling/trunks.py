@@ -13,7 +13,7 @@ from hfvlm.configuration import HfvlmConfig, SubConfig
 from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import TextTower
+from hfvlm.modeling.text import MaskedTextTower
 from hfvlm.modeling.vision import VisionTower
 from hfvlm.modules.pooling import POOLINGS
 from hfvlm.modules.projection import projection_head
@@ -194,7 +194,7 @@ class HfvlmVisionTrunkModel(Trunk, VisionTower):
         return self.embed(pixel_values.to(self.trunk.dtype), **kwargs)
 
 
-class HfvlmTextTrunkModel(Trunk, TextTower):
+class HfvlmTextTrunkModel(Trunk, MaskedTextTower):
     """Any text encoder of transformers, pooled and projected."""
 
     config: HfvlmTextTrunkConfig

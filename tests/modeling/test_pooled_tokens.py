@@ -274,14 +274,32 @@ def test_what_texts_begin_with_is_computed_once(name, attention, monkeypatch):
 
 @pytest.mark.parametrize("name", ["align", "flava"])
 @pytest.mark.parametrize("left", [False, True])
-def test_padding_of_all_texts_is_not_read(name, left):
+@torch.no_grad()
+def test_padding_of_all_texts_is_not_read(name, left, monkeypatch):
     model = tiny(name)
-    inputs = {key: value[1:] for key, value in inputs_of(model.text_model, "text", left).items()}
+    inputs = inputs_of(model.text_model, "text", left)
+    tower, mask = model.text_model, inputs["attention_mask"]
     read = []
-    model.text_model.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape[1]))
-    whole = model.get_text_features(**inputs).pooler_output
-    torch.testing.assert_close(model.embeddings("text", **inputs), whole, rtol=1e-5, atol=1e-5)
-    assert read == [LENGTH, SHORT]
+    tower.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape[:2]))
+    whole = tower(**inputs)
+    tokens = whole.last_hidden_state * mask.unsqueeze(-1)
+    short = {key: value[1:] for key, value in inputs.items()}
+    for given, rows, size, expected in (
+        (inputs, slice(None), 1000, [(3, LENGTH)]),
+        (inputs, slice(None), 1, [(3, LENGTH)] if left else [(2, SHORT), (1, LENGTH)]),
+        (short, slice(1, None), 1000, [(2, SHORT)]),
+    ):
+        monkeypatch.setattr(text, "bucket_size", lambda device, size=size: size)
+        read.clear()
+        found = model.get_text_features(**given)
+        assert read == expected
+        torch.testing.assert_close(found.pooler_output, whole.embeds[rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.last_hidden_state, tokens[rows], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.embeddings("text", **given), whole.embeds[rows], rtol=1e-5, atol=1e-5)
+    read.clear()
+    recorded = model.get_text_features(**short, output_hidden_states=True)
+    assert read == [(2, LENGTH)]
+    assert recorded.hidden_states[-1].shape[1] == LENGTH
 
 
 def test_processes_of_one_batch_read_in_one_pass(monkeypatch):

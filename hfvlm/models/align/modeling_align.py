@@ -16,7 +16,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import TextTower, mask_of_one, without_padding
+from hfvlm.modeling.text import MaskedTextTower, mask_of_one, without_padding
 from hfvlm.modeling.vision import ImageClassifier, VisionTower
 from hfvlm.models.align.configuration_align import (
     BlockSizes,
@@ -143,7 +143,7 @@ class HfvlmALIGNVisionModel(VisionTower):
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, embeds=self.projection(pooled))
 
 
-class HfvlmALIGNTextModel(TextTower):
+class HfvlmALIGNTextModel(MaskedTextTower):
     """A BERT that pools its first token."""
 
     config: HfvlmALIGNTextConfig

@@ -27,7 +27,7 @@ from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.text import mask_of_one, without_padding
+from hfvlm.modeling.text import MaskedTextTower, mask_of_one, without_padding
 from hfvlm.modeling.vision import ClassTokenTower
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVAConfig,
@@ -174,14 +174,12 @@ class HfvlmFLAVAVisionModel(ClassTokenTower, HfvlmFLAVAPreTrainedModel):
         return torch.cat([self.position[:1], resized.to(self.position.dtype)])
 
 
-class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel):
+class HfvlmFLAVATextModel(HfvlmFLAVAPreTrainedModel, MaskedTextTower):
     """The text encoder: BERT's embeddings, and layers that normalise first."""
 
     config: HfvlmFLAVATextConfig
     pools_one_token = True
     base_model_prefix = "text_model"
-    input_modalities = ["text"]
-    _input_embed_layer = "token"
 
     def __init__(self, config: HfvlmFLAVATextConfig):
         super().__init__(config)
