@@ -18,6 +18,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 Run = Callable[[], Any]
+# For which a row is measured, and rounds that it has whatever they take.
+SECONDS, FEWEST = 8.0, 3
 
 
 @dataclass
@@ -136,18 +138,21 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 def interleaved(ways: Mapping[str, Run], rounds: int, device: str = "cpu") -> dict[str, list[tuple[float, float]]]:
     """Run all ways in turn, in alternating order: wall and CPU seconds of every run, by name.
 
-    Neighbours in time share whatever else the machine does; the first run of each is not counted.
+    Neighbours in time share whatever else the machine does. Rounds end after `SECONDS`, if there were `FEWEST`. What
+    the first run of a way sets up is to have been set up before.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
+    began = time.perf_counter()
+    for round_ in range(rounds):
+        if round_ >= FEWEST and time.perf_counter() - began > SECONDS:
+            break
         for name, run in list(ways.items())[:: 1 if round_ % 2 else -1]:
             gc.collect()
             wait(device)
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             wait(device)
-            if round_:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return times
 
 
