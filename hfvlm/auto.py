@@ -8,6 +8,7 @@ tables, its own configurations cannot be imported, and some of ours contain thos
 """
 
 import importlib
+import sys
 from collections.abc import Mapping
 from functools import cache, partial
 from types import ModuleType
@@ -37,6 +38,10 @@ def register() -> None:
     for table in TABLES:
         after_import(AUTO_MODULE.format(table), partial(_register_stand_ins, table))
     after_import("hfvlm.configuration", lambda module: module.before_use.append(_load_owner))
+    # The second of these executes transformers' first module again, and puts another object in its place.
+    after_import("transformers", _name_stand_ins)
+    after_import("transformers.processing_utils", _name_stand_ins)
+    after_import("transformers.models.auto.modeling_auto", _name_chat_models)
     after_import("peft.utils.constants", _register_lora)
     after_import("transformers.pipelines", _register_pipelines)
     after_import("transformers.trainer", _guard_trainer)
@@ -64,6 +69,7 @@ def _stand_ins(name: str) -> dict[str, type]:
 def _register_classes(architecture: Architecture) -> None:
     """Put the classes of a loaded architecture where their stand-ins are, and its models into their tables."""
     classes = {name: getattr(architecture, name) for name in architecture.names}
+    _name(classes)
     for table in TABLES:
         register_in(table, importlib.import_module(AUTO_MODULE.format(table)), architecture, classes)
     for auto, names in architecture.models.items():
@@ -118,6 +124,32 @@ def register_in(table: str, module: Any, architecture: Architecture, classes: Ma
     for key, name in zip(configs, names, strict=False):
         if name is not None:
             register(key, classes[name])
+
+
+def _name_stand_ins(_: ModuleType) -> None:
+    _name({name: kind for architecture in architectures() for name, kind in _stand_ins(architecture).items()})
+
+
+def _name(classes: Mapping[str, type]) -> None:
+    """Name classes in `transformers` itself, where TRL, vLLM and others look for those of a folder's `architectures`.
+
+    The module that they have imported may be another object than the one that is imported now.
+    """
+    hosts = {id(module): module for module in (sys.modules.get("transformers"),) if module is not None}
+    for module in list(sys.modules.values()):
+        for held in (getattr(module, "__dict__", {}).get(name) for name in ("transformers", "transformers_module")):
+            if isinstance(held, ModuleType) and held.__name__ == "transformers":
+                hosts[id(held)] = held
+    for host in hosts.values():
+        for name, kind in classes.items():
+            setattr(host, name, kind)
+
+
+def _name_chat_models(module: ModuleType) -> None:
+    """Name the models that chat in the table by which `transformers serve` knows them."""
+    for architecture in architectures().values():
+        for name in architecture.models.get("AutoModelForImageTextToText", ()):
+            module.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(name, name)
 
 
 class Models(tuple[type, ...]):

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+from transformers.models.auto import modeling_auto
 
 # Under this name it needs no torchvision in any transformers 5.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -25,6 +27,7 @@ loaded = [name for name in sys.modules if "modeling_" in name and name.startswit
 print(json.dumps([seconds, grown, loaded]))
 """
 FOUND = """
+import sys
 import hfvlm
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 import transformers
@@ -36,6 +39,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 found += ["video-text-to-text" in PIPELINE_REGISTRY.get_supported_tasks()]
 found += [table[t] == ["q_proj", "v_proj"] for t in ("hfvlm_clip", "hfvlm_siglip", "hfvlm_clip_vision")]
+for host in (transformers, sys.modules["transformers"]):
+    found += [host.HfvlmCLIPModel.config_class.__name__ == "HfvlmCLIPConfig"]
 print(found)
 """
 TAKEN = """
@@ -103,7 +108,7 @@ def test_auto_classes_and_peft_know_the_models_in_any_order_of_imports(before, c
     code = BEFORE[before]
     printed = afterwards[before] if code is None else run(f"{code}\nfolder = {str(clip_folder)!r}\n{FOUND}")
     classes = ["Tokenizer", "ImageProcessor", "Processor", "Model", "Config", "Model"]
-    assert printed == str([*classes, True, True, True, True])
+    assert printed == str([*classes, *[True] * 6])
 
 
 def test_needs_no_network_and_no_extra_but_names_its_pip_line():
@@ -129,6 +134,14 @@ def test_registering_again_changes_nothing():
     before = dict(architectures())
     hfvlm.register()
     assert architectures() == before
+
+
+def test_servers_find_the_models_that_chat():
+    for architecture in architectures().values():
+        for name in architecture.models.get("AutoModelForImageTextToText", ()):
+            assert name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+            real = getattr(hfvlm, name)
+            assert getattr(transformers, name) is real
 
 
 def test_auto_classes(clip_folder):
