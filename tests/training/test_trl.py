@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel
@@ -159,3 +160,39 @@ def test_pairs_are_written_as_conversations(processor):
     assert (whole["labels"][0] != IGNORE).sum() > batch["completion_mask"][0].sum()
     pixels = processor.prepare("image", [image(0), image(1)] * 2)["pixel_values"]
     assert torch.equal(batch["pixel_values"], pixels)
+
+
+@pytest.mark.integration
+def test_trl_s_own_trainer_takes_a_folder(folder, tmp_path):
+    """With its own collator, which leaves out the token that a text begins with; the loss is of answers alone."""
+    pairs = zip((image(0), image(1)), ANSWERS, strict=True)
+    rows = [(seen, [{"type": "image"}, {"type": "text", "text": QUESTION}], answer) for seen, answer in pairs] * 4
+    data = datasets.Dataset.from_dict(
+        {
+            "images": [[seen] for seen, *_ in rows],
+            "messages": [
+                [
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": [{"type": "text", "text": said}]},
+                ]
+                for _, asked, said in rows
+            ],
+        }
+    )
+    settings = QUICK | {"output_dir": str(tmp_path), "max_steps": 1, "max_length": None}
+    settings |= {"assistant_only_loss": True, "per_device_train_batch_size": 8}
+    trainer = trl.SFTTrainer(str(folder), trl.SFTConfig(**settings), train_dataset=data)
+    assert type(trainer.model).__name__ == "HfvlmLLaVAForConditionalGeneration"
+    trainer.train()
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    messages = data[:2]["messages"]
+    for row, seen in zip(messages, data[:2]["images"], strict=True):
+        row[0]["content"][0] |= {"image": seen[0]}
+    batch = processor.apply_chat_template(
+        messages, **options, processor_kwargs={"padding": True, "add_special_tokens": False}
+    )
+    masks = batch.pop("assistant_masks")
+    with torch.no_grad():
+        expected = model(**batch, labels=batch["input_ids"].masked_fill(masks == 0, IGNORE)).loss.item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
