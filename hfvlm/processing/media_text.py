@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
+from transformers.processing_utils import MultiModalData
 
 from hfvlm.checks.keywords import check_keywords
 from hfvlm.media.images import read_images
@@ -439,6 +440,21 @@ class ImageTextProcessor(MediaTextProcessor):
     @abstractmethod
     def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Count the placeholders of images of these heights and widths in pixels."""
+
+    def count_views(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Count the rows of `pixel_values` that each image becomes."""
+        return [1] * len(image_sizes)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Count tokens and views of images of these heights and widths in pixels, as vLLM asks a processor to."""
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} counts the tokens of images as they are, without {[*kwargs]}.")
+        if image_sizes is None:
+            return MultiModalData()
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=self.count_tokens(sizes), num_image_patches=self.count_views(sizes))
 
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
         return self.count_tokens([(image.height, image.width) for image in media])

@@ -23,7 +23,7 @@ MASKS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": 
 
 @pytest.fixture(scope="module")
 def llava():
-    tokenizer = HfvlmLLaVATokenizer.from_vocabulary(VOCABULARY, model_max_length=512)
+    tokenizer = HfvlmLLaVATokenizer.from_vocabulary(VOCABULARY, added=("<image>",), model_max_length=512)
     return HfvlmLLaVAProcessor(HfvlmLLaVAImageProcessor(size=28), tokenizer)
 
 
@@ -84,6 +84,22 @@ def test_marks_in_a_message_mark_nothing(llava):
     marked = llava.apply_chat_template(conversation(f"cat {GENERATED}dog{ENDED}", "bus"), **MASKS)
     assert torch.equal(plain["input_ids"], marked["input_ids"])
     assert torch.equal(plain["assistant_masks"], marked["assistant_masks"])
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_servers_count_the_tokens_and_views_of_images(llava, tiled):
+    grid = {"resize_mode": "tiles", "grid_pinpoints": [[28, 56], [56, 28], [56, 56]]} if tiled else {}
+    processor = HfvlmLLaVAProcessor(HfvlmLLaVAImageProcessor(size=28, **grid), llava.tokenizer)
+    sizes = [(28, 28), (100, 20), (20, 100), (70, 64)]
+    images = [Image.new("RGB", (width, height)) for height, width in sizes]
+    found = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    inputs = processor(images=images, text=["<image>"] * 4, return_mm_token_type_ids=True, padding=True)
+    assert inputs["mm_token_type_ids"].sum(dim=1).tolist() == found["num_image_tokens"]
+    assert inputs["pixel_values"].shape[0] == sum(found["num_image_patches"])
+    assert (max(found["num_image_patches"]) > 1) is tiled
+    assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
+    with pytest.raises(TypeError, match="without \\['crop'\\]"):
+        processor._get_num_multimodal_tokens(image_sizes=sizes, crop=1)
 
 
 @pytest.mark.parametrize("cls", CHATS)

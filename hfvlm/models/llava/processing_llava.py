@@ -198,11 +198,19 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
     def turn_marks(self) -> set[str]:
         return self.style.marks
 
-    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+    @property
+    def tiling(self) -> Tiling:
+        """How images are divided."""
         pixels = self.image_processor
         merge = (pixels.grid_pinpoints, self.patch_merge, self.keep_class_token)
-        tiling = Tiling(pixels.size["height"], self.patch_size, *merge)
-        return [tiling.count_tokens(size) for size in image_sizes]
+        return Tiling(pixels.size["height"], self.patch_size, *merge)
+
+    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return [self.tiling.count_tokens(size) for size in image_sizes]
+
+    def count_views(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        tiles = [self.tiling.tiles(size) for size in image_sizes]
+        return [1 + down * across for down, across in tiles]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         marked = f"{self.image_start}{self.image_token}{self.image_end}"
