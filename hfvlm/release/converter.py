@@ -19,6 +19,7 @@ from hfvlm.checks.messages import listed, shown
 from hfvlm.presets.cards import write_card
 from hfvlm.release.fingerprints import RECORD, file_digests, sealed, settings_of, tensor_digest
 from hfvlm.release.plans import Plan, Translation, translate
+from hfvlm.release.sentence_files import write_sentence_files
 from hfvlm.release.sources import beside, read_sources
 from hfvlm.versions import __version__
 from hfvlm.writing import new_folder
@@ -77,6 +78,7 @@ def convert(  # noqa: PLR0913 (options)
         write_processor(folder, [source, *map(Path, (parts or {}).values())], found.plan, vocabulary)
         write_record(folder, source, found.plan, sources, digests, nonfinite)
         write_card(folder, found.plan.preset, name=Path(output).name)
+        write_sentence_files(folder, found.model)
     return Path(output)
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from hfvlm.presets.cards import rename, write_card
 from hfvlm.presets.licences import check_folder
 from hfvlm.registry import Architecture, architecture_of
 from hfvlm.release.fingerprints import read_json, weight_files
+from hfvlm.release.plans import empty_model
+from hfvlm.release.sentence_files import write_sentence_files
 from hfvlm.versions import __version__
 
 __all__ = ["STUB", "Upload", "push", "stub_text", "write_card", "write_stub"]
@@ -91,6 +94,8 @@ def push(
         left_out = stage(folder, staged)
         check_complete(folder, staged, left_out)
         write_named_card(staged, repo_id)
+        if (staged / "config.json").exists() and not (staged / "modules.json").exists():
+            write_sentence_files(staged, empty_model(AutoConfig.from_pretrained(staged)))
         if stub:
             write_stub(staged)
         sizes = {name: (staged / name).stat().st_size for name in sorted(files_under(staged))}
