@@ -76,9 +76,9 @@ def convert(  # noqa: PLR0913 (options)
         digests, nonfinite = write_model(folder, found, dtype)
         check_finite(sources["main"].path, nonfinite, dtype, allowed=allow_nonfinite)
         write_processor(folder, [source, *map(Path, (parts or {}).values())], found.plan, vocabulary)
+        write_sentence_files(folder, found.model)
         write_record(folder, source, found.plan, sources, digests, nonfinite)
         write_card(folder, found.plan.preset, name=Path(output).name)
-        write_sentence_files(folder, found.model)
     return Path(output)
 
 

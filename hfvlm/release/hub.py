@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hfvlm.presets.cards import rename, write_card
 from hfvlm.presets.licences import check_folder
 from hfvlm.registry import Architecture, architecture_of
-from hfvlm.release.fingerprints import read_json, weight_files
+from hfvlm.release.fingerprints import RECORD, read_json, weight_files
 from hfvlm.release.plans import empty_model
 from hfvlm.release.sentence_files import write_sentence_files
 from hfvlm.versions import __version__
@@ -94,7 +94,9 @@ def push(
         left_out = stage(folder, staged)
         check_complete(folder, staged, left_out)
         write_named_card(staged, repo_id)
-        if (staged / "config.json").exists() and not (staged / "modules.json").exists():
+        if (staged / "config.json").exists() and not any(
+            (staged / name).exists() for name in ("modules.json", RECORD)
+        ):
             write_sentence_files(staged, empty_model(AutoConfig.from_pretrained(staged)))
         if stub:
             write_stub(staged)
