@@ -318,10 +318,18 @@ class TowerConfig(HfvlmConfig):
     attention_dropout: float | int = 0.0
 
     def validate_heads(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        self.check_heads("hidden_size", "num_attention_heads")
+
+    def check_heads(self, width: str, heads: str) -> None:
+        """Refuse a width that heads cannot share.
+
+        Raises:
+            ValueError: naming both fields.
+        """
+        if getattr(self, heads) < 1 or getattr(self, width) % getattr(self, heads):
             raise ValueError(
-                f"{type(self).__name__}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}; each head takes an equal share of the width."
+                f"{type(self).__name__}: {width} {getattr(self, width)} is not a multiple of {heads} "
+                f"{getattr(self, heads)}; each head takes an equal share of the width."
             )
 
     @property

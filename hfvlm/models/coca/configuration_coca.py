@@ -25,11 +25,7 @@ class HfvlmCoCaVisionConfig(VisionConfig):
     pooler_heads: int = 8
 
     def validate_pooler(self) -> None:
-        if self.projection_dim % self.pooler_heads:
-            raise ValueError(
-                f"{type(self).__name__}: projection_dim {self.projection_dim} is not a multiple of pooler_heads "
-                f"{self.pooler_heads}; each head takes an equal share of the width."
-            )
+        self.check_heads("projection_dim", "pooler_heads")
         if self.num_queries < 2:
             raise ValueError(f"{type(self).__name__}: num_queries {self.num_queries} leaves none to generate from.")
 
@@ -80,11 +76,7 @@ class HfvlmCoCaTextConfig(TextConfig):
                 f"{type(self).__name__}: multimodal_layers {self.multimodal_layers} must be a part of the "
                 f"num_hidden_layers {self.num_hidden_layers}."
             )
-        if self.hidden_size % self.multimodal_heads:
-            raise ValueError(
-                f"{type(self).__name__}: hidden_size {self.hidden_size} is not a multiple of multimodal_heads "
-                f"{self.multimodal_heads}; each head takes an equal share of the width."
-            )
+        self.check_heads("hidden_size", "multimodal_heads")
 
 
 @strict

@@ -138,7 +138,7 @@ class TestPE(PartSuite):
     def test_pooling_has_heads_of_its_own(self, model):
         assert model.pool.attention.head_dim == 8
         assert model.pool.mlp.fc1.out_features == 48
-        with pytest.raises(StrictDataclassClassValidationError, match="no multiple of pool_heads 5"):
+        with pytest.raises(StrictDataclassClassValidationError, match="is not a multiple of pool_heads 5"):
             HfvlmCLIPPEConfig(**VIT | POOL | {"pool_heads": 5})
 
 

@@ -109,11 +109,7 @@ class HfvlmCLIPPEConfig(RotaryVisionConfig):
     pool_intermediate_size: int = 3072
 
     def validate_pool(self) -> None:
-        if self.pool_heads < 1 or self.hidden_size % self.pool_heads:
-            raise ValueError(
-                f"{type(self).__name__}: hidden_size {self.hidden_size} is no multiple of pool_heads "
-                f"{self.pool_heads}; each head takes an equal share of the width."
-            )
+        self.check_heads("hidden_size", "pool_heads")
 
 
 @strict
