@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-quick test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
+.PHONY: help demo bench bench-quick bench-options test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -47,6 +47,10 @@ bench: $(VENV)/.dev ## measure everything next to transformers, and write it int
 
 bench-quick: $(VENV)/.dev ## assert that what is measured is equal, and grows as promised; no times
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --quick
+
+bench-options: $(VENV)/.dev ## measure lower precision and other engines, and write them into docs/performance.md
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.precision --page
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engines --page
 
 fuzz: $(VENV)/.dev ## try thousands of damaged files, folders and URLs (HFVLM_FUZZ=5000)
 	HFVLM_FUZZ=$${HFVLM_FUZZ:-5000} $(PYTEST) tests/fuzz

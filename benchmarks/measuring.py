@@ -73,7 +73,24 @@ class Growth:
         return max(log(high / low) / log(large / small) for (small, low), (large, high) in pairwise(found))
 
 
-Item = Row | Growth
+@dataclass
+class Options:
+    """Ways of hfvlm itself to nearly one result: "hfvlm" as it comes, and some of `report.OPTIONS`.
+
+    Args:
+        name: of the row.
+        ways: what each calls.
+        tolerance: of results, as that of a `Row`; what an option is off by is told in any case.
+        score: result -> a share, such as an accuracy, which is told in place of times.
+    """
+
+    name: str
+    ways: Mapping[str, Run]
+    tolerance: float
+    score: Callable[[Any], float] | None = None
+
+
+Item = Row | Growth | Options
 Workload = Callable[[Size], Iterator[Item]]
 
 
@@ -88,6 +105,8 @@ def measure(item: Item, size: Size, rounds: int) -> dict[str, Any]:
         if exponent > item.most:
             raise RuntimeError(f"{item.name}: grows with the power {exponent:.2f}, not {item.most}.")
         return {"name": item.name, "exponent": exponent, "most": item.most}
+    if isinstance(item, Options):
+        return compare(item, size, rounds)
     row = {"name": item.name, "error": check_equal(item)}
     if size.quick:
         return row
@@ -100,6 +119,30 @@ def measure(item: Item, size: Size, rounds: int) -> dict[str, Any]:
         row["ratios"] = {
             name: ratios(found, times["hfvlm"], clock) for name, found in times.items() if name != "hfvlm"
         }
+    return row
+
+
+def compare(item: Options, size: Size, rounds: int) -> dict[str, Any]:
+    """Check options, and score them or, unless they are quick, time them: how many times as fast each of them is.
+
+    Raises:
+        RuntimeError: one is further off than the tolerance.
+    """
+    results = {name: run() for name, run in item.ways.items()}
+    off = {
+        name: check_equal(Row(item.name, {"hfvlm": lambda: results["hfvlm"], name: lambda r=r: r}, item.tolerance))
+        for name, r in results.items()
+        if name != "hfvlm"
+    }
+    row: dict[str, Any] = {"name": item.name, "off": off}
+    if item.score is not None:
+        return row | {"scores": {name: item.score(result) for name, result in results.items()}}
+    if size.quick:
+        return row
+    times = interleaved(item.ways, rounds, size.device)
+    clock = 0 if size.device == "cuda" else 1
+    row["seconds"] = {name: statistics.median(wall for wall, _ in taken) for name, taken in times.items()}
+    row["gains"] = {name: ratios(times["hfvlm"], times[name], clock) for name in off}
     return row
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from benchmarks.measuring import Size, Workload, machine, measure
 
 PEERS = ("transformers", "careful", "open_clip", "faiss")
+OPTIONS = ("optimize", "onnxruntime", "openvino", "bfloat16", "int8", "bitsandbytes")
 WIDTH = 190  # of the table, wherever it is printed
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
@@ -34,7 +34,8 @@ def main(workloads: Mapping[str, Workload], about: str | None) -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        plot(report["rows"], arguments.output.with_suffix(".png"))
+        if any("ratios" in row for row in report["rows"]):
+            plot(report["rows"], arguments.output.with_suffix(".png"))
     if arguments.page:
         write_page(report, PAGE)
 
@@ -49,19 +50,33 @@ def run(workloads: Mapping[str, Workload], size: Size, rounds: int) -> dict[str,
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a row: its name, error, seconds, ratios of each peer, memory, exponent."""
+    """Return the cells of a row: its name, error, score, seconds, ratios of each peer, gains of each option, memory,
+    exponent."""
     found = [row["workload"], row["name"], f"{row['error']:.0e}" if "error" in row else ""]
+    found.append(f"{row['scores']['hfvlm']:.1%}" if "scores" in row else "")
     found.append(f"{row['seconds']['hfvlm']:.3f}" if "seconds" in row else "")
     for peer in PEERS:
         ratio = row.get("ratios", {}).get(peer)
         found.append(f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else "")
+    for option in OPTIONS:
+        gain, off = row.get("gains", {}).get(option), row.get("off", {}).get(option)
+        share = row.get("scores", {}).get(option)
+        told = [f"{share:.1%}" if share is not None else ""]
+        told += [f"{gain['median']:.2f} ({gain['least']:.2f}-{gain['most']:.2f})" if gain else ""]
+        told += [f"off {off:.0e}" if off is not None else ""]
+        found.append(", ".join(filter(None, told)))
     peaks = row.get("peak_mib", {})
     found.append(" / ".join(f"{peaks[name]:.0f}" for name in ("hfvlm", *PEERS) if name in peaks))
     found.append(f"{row['exponent']:.2f}, at most {row['most']}" if "exponent" in row else "")
     return found
 
 
-HEADINGS = ("workload", "row", "error", "hfvlm, s", *(f"{peer}, ratio" for peer in PEERS), "peak MiB", "exponent")
+HEADINGS = (
+    *("workload", "row", "error", "hfvlm", "hfvlm, s"),
+    *(f"{peer}, ratio" for peer in PEERS),
+    *(f"{option}, gain" for option in OPTIONS),
+    *("peak MiB", "exponent"),
+)
 
 
 def filled(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -79,21 +94,35 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
+def marks(name: str) -> tuple[str, str]:
+    """Return what a page has before and after the results of a workload, or of all that have no place of their own."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 def write_page(report: Mapping[str, Any], page: Path) -> None:
-    """Put the results between the page's marks, and a plot next to it."""
-    headings, *rows = filled(report["rows"])
-    lines = [headings, ["---"] * len(headings), *rows]
+    """Put the results between the page's marks: those of a workload that has some there, those of the others between
+    those of "benchmarks", with a plot next to the page."""
+    text = page.read_text(encoding="utf-8")
+    places: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        own = row["workload"] if marks(row["workload"])[0] in text else "benchmarks"
+        places.setdefault(own, []).append(row)
     found = report.get("machine", {})
     about = [f"{name}: {value}" for name, value in found.items() if name != "gflops"]
     speeds = [f"{name} {speed:.0f}" for name, speed in found.get("gflops", {}).items()]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
     heading = f"{'; '.join(about)}. Float32 products, GFLOP/s: {', '.join(speeds)}."
-    plot(report["rows"], page.with_suffix(".png"))
-    image = f"![Ratios of all rows]({page.with_suffix('.png').name})"
-    page.write_text(f"{before}{BEGIN}\n{heading}\n\n{image}\n\n{body}\n{END}{after}", encoding="utf-8")
+    for name, rows in places.items():
+        headings, *lines = filled(rows)
+        parts = [heading, "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *lines))]
+        if name == "benchmarks":
+            plot(rows, page.with_suffix(".png"))
+            parts.insert(1, f"![Ratios of all rows]({page.with_suffix('.png').name})")
+        begin, end = marks(name)
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        body = "\n\n".join(parts)
+        text = f"{before}{begin}\n{body}\n{end}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from benchmarks.measuring import Growth, Item, Row, Size, work
 from benchmarks.models import config, native_of, pixels, seeded, tokens, trimmed
 from benchmarks.report import main
-from hfvlm.modeling.matching import two_stage_scores
 from hfvlm.models.blip import HfvlmBLIPForImageTextRetrieval
 from hfvlm.modules.context import Context
 
@@ -46,10 +45,13 @@ def rows(size: Size) -> Iterator[Item]:
             "hfvlm": encode(lambda i=inputs, x=images, k=top_k: list(pair(ours.rerank(x, **i, top_k=k)))),
             "careful": encode(lambda i=short, j=second, x=images, k=top_k: by_hand(theirs, i, j, x, k)),
         }
+        if count == top_k and not size.quick:
+            whole = begun(ours, inputs)
+            ways["transformers"] = encode(lambda i=inputs, j=whole, x=images: pair_by_pair(theirs, i, j, x))
         yield Row(f"{count} images and texts, the best {top_k} of each matched", ways)
         cosines, seen = encode(lambda i=short, x=images: first_stage(theirs, i, x))()
         ways = {
-            "hfvlm": encode(lambda i=inputs, c=cosines, s=seen, k=top_k: list(pair(second_stage(ours, i, c, s, k)))),
+            "hfvlm": encode(lambda i=inputs, c=cosines, s=seen, k=top_k: list(pair(ours.rescore(c, s, **i, top_k=k)))),
             "careful": encode(lambda j=second, c=cosines, s=seen, k=top_k: second_by_hand(theirs, j, c, s, k)),
         }
         yield Row(f"of {count} images and texts, the best {top_k} of each matched, encoded before", ways)
@@ -110,9 +112,15 @@ def first_stage(model: Any, inputs: dict[str, Tensor], images: Tensor) -> tuple[
     return image @ text.t(), seen
 
 
-def second_stage(model: Any, inputs: dict[str, Tensor], cosines: Tensor, seen: Tensor, top_k: int) -> Any:
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    return two_stage_scores(cosines, lambda i, t: model.match_tokens(ids[t], mask[t], seen[i]), top_k)
+def pair_by_pair(model: Any, first: dict[str, Tensor], second: dict[str, Tensor], images: Tensor) -> list[Tensor]:
+    """Match every image with every text by calls of transformers' class."""
+    rows = []
+    for image in images:
+        batch = image.expand(second["input_ids"].shape[0], -1, -1, -1)
+        cosines = model(pixel_values=image[None], **first, use_itm_head=False)[0]
+        rows.append(model(pixel_values=batch, **second)[0][:, 1] + cosines[0])
+    scores = torch.stack(rows)
+    return [scores, scores.t()]
 
 
 def second_by_hand(model: Any, second: dict[str, Tensor], cosines: Tensor, seen: Tensor, top_k: int) -> list[Tensor]:

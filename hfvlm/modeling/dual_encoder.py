@@ -18,6 +18,7 @@ from hfvlm.losses.processes import rank_and_size
 from hfvlm.modeling.base import HfvlmPreTrainedModel, for_pooled, unit
 from hfvlm.modeling.keywords import Keywords, tower_keywords
 from hfvlm.modeling.outputs import DualEncoderOutput, contrastive_fields
+from hfvlm.modeling.text import without_their_padding
 from hfvlm.modules.similarity import LogitScale, cosines
 
 
@@ -36,6 +37,8 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
     max_logit_scale: float | None = None
     # Whether more than embeddings is made of the tokens of towers, so that all are computed in training too.
     needs_tokens: ClassVar[bool] = False
+    # Whether embeddings of texts do not depend on padding, if a mask says what is such.
+    ignores_padding: ClassVar[bool] = False
     # Further inputs of forward in training, so that its output has all that `contrast` needs.
     training_inputs: ClassVar[dict[str, Any]] = {}
 
@@ -63,8 +66,12 @@ class ContrastiveModel(HfvlmPreTrainedModel, ABC):
     def embeddings(self, modality: str, **inputs: Any) -> Tensor:
         """Embed a batch as `get_<modality>_features`, but without what its `pooler_output` does not depend on."""
         model: Any = self
-        inputs = for_pooled(getattr(self, model.towers[modality]), inputs)
-        return getattr(self, f"get_{modality}_features")(**inputs, return_dict=True).pooler_output
+        tower = getattr(self, model.towers[modality])
+        inputs, embed = for_pooled(tower, inputs), getattr(self, f"get_{modality}_features")
+        if modality == "text" and self.ignores_padding:
+            embed = functools.partial(without_their_padding, embed, tower.config)
+            inputs = {"attention_mask": None, **inputs}
+        return embed(**inputs, return_dict=True).pooler_output
 
     def bound_temperatures(self, highest: float | None = None) -> None:
         """Bound every temperature that is trained; its factor is at most `highest`, by default `max_logit_scale`."""

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Collection
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 
@@ -73,7 +74,15 @@ def keywords_of(module: Any) -> frozenset[str]:
     """Return the names of the arguments that a module's forward has in its signature, or takes next to them."""
     if isinstance(module, StrictKeywords):
         return type(module).forward.own_keywords.union(module.further_keywords("forward"))  # type: ignore[attr-defined]
-    return parameters(module.forward)
+    if "forward" in vars(module) or torch.compiler.is_compiling():
+        return parameters(module.forward)
+    return method_keywords(type(module).forward)
+
+
+@functools.cache
+def method_keywords(method: Callable[..., Any]) -> frozenset[str]:
+    """Return the names in the signature of a class's method, read once: a step of a generation asks for them."""
+    return parameters(method)
 
 
 def tower_keywords(model: Any, method: str) -> frozenset[str]:

@@ -2,7 +2,7 @@
 section 3.2; BLIP, https://arxiv.org/abs/2201.12086; BLIP-2, https://arxiv.org/abs/2301.12597)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +16,13 @@ from hfvlm.losses.processes import GatherRows, gather_rows
 from hfvlm.modeling.base import unit
 from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.outputs import DualEncoderOutput
+from hfvlm.modeling.text import each_length, last_seen, without_padding
 
 # What pairs are matched from: `(B, M, C)` image tokens, `(B, N)` token ids and `(B, N)` attention mask.
 Pairs = tuple[Tensor, Tensor, Tensor]
-# Texts that are matched with an image at a time.
-MOST_TEXTS = 256
+# Texts that are matched with an image at a time; pairs and images of a batch of several images, whose few texts alone
+# would be too few rows for a fast product.
+MOST_TEXTS, MOST_PAIRS, MOST_IMAGES = 256, 64, 8
 
 
 @dataclass
@@ -65,12 +67,13 @@ class RetrievalScores:
 class MatchingModel(DualEncoder, ABC):
     """A dual encoder that also matches texts with images, by attention to them.
 
-    A subclass matches in `match_tokens`; `image_tokens_field` names the field of `encode_image`'s output with the
-    tokens that it takes.
+    A subclass, for which padding of texts changes nothing, matches in `match_tokens`; `image_tokens_field` names the
+    field of `encode_image`'s output with the tokens that it takes.
     """
 
     output_class = MatchingOutput
     needs_tokens = True
+    ignores_padding = True
     image_tokens_field: ClassVar[str] = "last_hidden_state"
 
     @abstractmethod
@@ -139,15 +142,47 @@ class MatchingModel(DualEncoder, ABC):
             attention_mask: `(T, N)`, 0 for padding.
             top_k: candidates of the second stage; BLIP takes 256 on COCO and 128 on Flickr30K, BLIP-2 128.
         """
-        image, text = self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
-        similarities = self.similarities(unit(image.pooler_output), unit(text.pooler_output))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        tokens = image[self.image_tokens_field]
+        texts: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        image, text = self.encode_image(pixel_values), self.embeddings("text", **texts)
+        cosines = self.similarities(unit(image.pooler_output), unit(text))
+        return self.rescore(cosines, image[self.image_tokens_field], **texts, top_k=top_k)
+
+    @torch.no_grad()
+    def rescore(
+        self,
+        cosines: Tensor,
+        image_tokens: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        top_k: int = 128,
+    ) -> RetrievalScores:
+        """Run the second stage of `rerank` alone.
+
+        Args:
+            cosines: `(I, T)`, of the first stage.
+            image_tokens: `(I, M, C)`, what `encode_image` has in `image_tokens_field`.
+            input_ids: `(T, N)`.
+            attention_mask: `(T, N)`, 0 for padding, which changes nothing and is left out.
+            top_k: see `rerank`.
+        """
+        whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask, ids = without_padding(whole, input_ids)
+        ends = last_seen(mask)
 
         def match(images: Tensor, texts: Tensor) -> Tensor:
-            return self.match_tokens(input_ids[texts], mask[texts], tokens[images])
+            tokens = image_tokens[images]
 
-        return two_stage_scores(similarities, match, top_k)
+            def match_some(ids: Tensor, mask: Any, _: Tensor) -> Tensor:
+                return self.match_tokens(ids, mask, tokens)
+
+            if len(images) > 1:
+                stop = int(ends[texts].amax()) + 1
+                return match_some(ids[texts, :stop], mask[texts, :stop], ends)
+            found, order = each_length(match_some, ids[texts], mask[texts], ends[texts])
+            return torch.cat(found)[order]
+
+        return two_stage_scores(cosines, match, top_k)
 
 
 def two_stage_scores(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor], top_k: int) -> RetrievalScores:
@@ -156,7 +191,8 @@ def two_stage_scores(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor],
 
     Args:
         cosines: the first stage.
-        match: index of an image, `(1,)`, and of texts -> `(texts, 2)`, the second column for a match.
+        match: index of images, `(B,)`, and of n texts for each, `(B * n,)` -> `(B * n, 2)`, the second column for a
+            match.
         top_k: candidates of the second stage.
 
     Raises:
@@ -168,12 +204,29 @@ def two_stage_scores(cosines: Tensor, match: Callable[[Tensor, Tensor], Tensor],
         for dim in (1, 0)
     )
     per_image, per_text = torch.full_like(cosines, -100.0), torch.full_like(cosines.t(), -100.0)
-    for i, wanted in enumerate(of_images | of_texts):
-        for texts in wanted.nonzero().flatten().split(MOST_TEXTS):
-            scores = match(texts.new_tensor([i]), texts)[:, 1] + cosines[i, texts]
-            per_image[i, texts] = scores.masked_fill(~of_images[i, texts], -100)
-            per_text[texts, i] = scores.masked_fill(~of_texts[i, texts], -100)
+    for images, texts in batches(of_images | of_texts):
+        rows = images.repeat_interleave(len(texts) // len(images))
+        scores = match(images, texts)[:, 1] + cosines[rows, texts]
+        per_image[rows, texts] = scores.masked_fill(~of_images[rows, texts], -100)
+        per_text[texts, rows] = scores.masked_fill(~of_texts[rows, texts], -100)
     return RetrievalScores(per_image, per_text)
+
+
+def batches(wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Part the True pairs of images and texts, `(I, T)`, into batches: images `(B,)`, and n texts of each, `(B * n,)`.
+
+    An image is in one batch with others that have as many texts, if these are few, or in some of its own, if many.
+    """
+    device, wanted = wanted.device, wanted.cpu()
+    groups: dict[int, list[int]] = {}
+    for image, count in enumerate(wanted.sum(dim=1).tolist()):
+        groups.setdefault(count, []).append(image)
+    groups.pop(0, None)
+    for count, images in groups.items():
+        for some in torch.tensor(images).split(min(MOST_IMAGES, max(1, MOST_PAIRS // count))):
+            texts = wanted[some].nonzero()[:, 1]
+            for part in texts.split(MOST_TEXTS if len(some) == 1 else len(texts)):
+                yield some.to(device), part.to(device)
 
 
 def nearest(cosines: Tensor, top_k: int, dim: int) -> Tensor:

@@ -106,6 +106,43 @@ def without_padding(attention_mask: Tensor | None, *rows: Tensor | None) -> tupl
     return tuple(None if each is None else each[:, start:stop] for each in (attention_mask, *rows))
 
 
+def last_seen(attention_mask: Tensor) -> Tensor:
+    """Find the last token of each text by its mask `(B, N)`, 0 for padding on either side -> `(B,)`."""
+    return (attention_mask.bool() * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(dim=1)
+
+
+def without_their_padding(
+    embed: Callable[..., Any], config: Any, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """Embed texts `(B, N)`, whose padding changes nothing, in batches of like length.
+
+    In `last_hidden_state` padding is zero. Columns that are padding in each text of a batch are not computed, unless
+    hidden states or attentions are wanted.
+
+    Args:
+        embed: ids, mask and `kwargs` -> an output with the embeddings and, unless it has none, all tokens.
+        config: of the tower.
+        input_ids: token ids.
+        attention_mask: `(B, N)`, 0 for padding on either side; None for no padding.
+        **kwargs: of the tower's forward.
+    """
+    if attention_mask is None or records(config, kwargs) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return embed(input_ids, attention_mask, **kwargs)
+    length = input_ids.shape[1]
+
+    def embed_short(ids: Tensor, mask: Any, _: Tensor) -> Any:
+        start = int(mask.any(dim=0).int().argmax())
+        mask, ids = without_padding(mask, ids)
+        output = embed(ids, mask, **kwargs)
+        if output.last_hidden_state is not None:
+            tokens = output.last_hidden_state.masked_fill(mask.unsqueeze(-1) == 0, 0)
+            output.last_hidden_state = F.pad(tokens, (0, 0, start, length - start - tokens.shape[1]))
+        return output
+
+    found, order = each_length(embed_short, input_ids, attention_mask, last_seen(attention_mask))
+    return found[0] if len(found) == 1 else in_order(joined(found), order)
+
+
 def mask_of_one(config: Any, x: Tensor, attention_mask: Tensor | None) -> Any:
     """Make the mask of one query for each text `(B, N, D)` over its tokens, `(B, N)` with 0 for those it must not see,
     in the form that `config`'s attention takes."""
@@ -133,28 +170,10 @@ class MaskedTextTower(TextTower):
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embed texts `(B, N)`, in batches of like length; `last_hidden_state` is zero for padding.
-
-        Columns that are padding in each text of a batch are not computed, unless hidden states or attentions are
-        wanted, or `token_type_ids` are given.
-        """
-        whole = kwargs.get("token_type_ids") is not None or records(self.config, kwargs)
-        if attention_mask is None or whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Embed texts `(B, N)` as `without_their_padding` does, unless `token_type_ids` are given."""
+        if kwargs.get("token_type_ids") is not None:
             return super().features(input_ids, attention_mask, **kwargs)
-        length = input_ids.shape[1]
-
-        def embed(ids: Tensor, mask: Any, _: Tensor) -> BaseModelOutputWithPooling:
-            start = int(mask.any(dim=0).int().argmax())
-            mask, ids = without_padding(mask, ids)
-            output = super(MaskedTextTower, self).features(ids, mask, **kwargs)
-            if output.last_hidden_state is not None:
-                tokens = output.last_hidden_state.masked_fill(mask.unsqueeze(-1) == 0, 0)
-                output.last_hidden_state = F.pad(tokens, (0, 0, start, length - start - tokens.shape[1]))
-            return output
-
-        ends = (attention_mask.bool() * torch.arange(length, device=input_ids.device)).argmax(dim=1)
-        found, order = each_length(embed, input_ids, attention_mask, ends)
-        return found[0] if len(found) == 1 else in_order(joined(found), order)
+        return without_their_padding(super().features, self.config, input_ids, attention_mask, **kwargs)
 
 
 class PreNormTextTower(TextTower):

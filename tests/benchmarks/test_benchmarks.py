@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import report, search
-from benchmarks.measuring import Growth, Row, Size, measure
+from benchmarks import engines, precision, report, search
+from benchmarks.measuring import Growth, Options, Row, Size, measure
 
 QUICK = Size(quick=True)
 
@@ -44,7 +44,7 @@ def test_a_report(tmp_path):
     json.dumps(found)
     page = tmp_path / "performance.md"
     for _ in range(2):  # the second time it replaces what is there
-        text = page.read_text() if page.exists() else f"before\n{report.BEGIN}\n{report.END}\nafter\n"
+        text = page.read_text() if page.exists() else "\n".join(["before", *report.marks("benchmarks"), "after\n"])
         page.write_text(text)
         report.write_page(found, page)
     lines = page.read_text().splitlines()
@@ -52,3 +52,40 @@ def test_a_report(tmp_path):
     assert lines[-1] == "after"
     assert sum(line.startswith("| sums | sum |") for line in lines) == 1
     assert (tmp_path / "performance.png").is_file()
+
+
+def test_options_are_told_with_what_they_are_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "machine", lambda device: {"threads": 1})
+    near = {"hfvlm": lambda: np.ones(1000), "int8": lambda: np.full(1000, 1.25)}
+    items = [Options("speed", near, tolerance=0.5), Options("mean", near, tolerance=0.5, score=lambda x: x.mean() / 2)]
+    found = report.run({"precision": lambda size: iter(items)}, Size(), rounds=3)
+    assert [row["off"] for row in found["rows"]] == [{"int8": 0.2}] * 2
+    assert found["rows"][1]["scores"] == {"hfvlm": 0.5, "int8": 0.625}
+    page = tmp_path / "performance.md"
+    page.write_text("\n".join([*report.marks("benchmarks"), "between", *report.marks("precision"), ""]))
+    report.write_page(found, page)
+    before, after = page.read_text().split("between")
+    assert before == "\n".join([*report.marks("benchmarks"), ""])
+    assert "| precision | mean | 50.0% |  | 62.5%, off 2e-01 |" in after
+    with pytest.raises(RuntimeError, match="speed: hfvlm and int8 differ by 2.0e-01"):
+        measure(Options("speed", near, tolerance=0.1), QUICK, 1)
+
+
+def test_lower_precision_is_near():
+    pytest.importorskip("sklearn", reason="comes with hfvlm[eval]")
+    pytest.importorskip("bitsandbytes", reason="comes with hfvlm[quantization]")
+    found = {row["name"]: row for row in report.run({"precision": precision.rows}, QUICK, rounds=1)["rows"]}
+    for row in found.values():
+        assert all(0 < off < 0.2 for off in row["off"].values()), row
+    for name, least in {"CLIP, handwriting among 8 digits": 0.8, "ImageBind, first of 24 events": 0.3}.items():
+        scores = found[name]["scores"]
+        assert scores["hfvlm"] > least
+        assert all(abs(share - scores["hfvlm"]) < 0.1 for share in scores.values())
+
+
+def test_engines_compute_the_same():
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="comes with hfvlm[onnx,openvino]")
+    (row,) = report.run({"engines": engines.rows}, QUICK, rounds=1)["rows"]
+    assert set(row["off"]) == {"optimize", "onnxruntime", "openvino"}
+    assert max(row["off"].values()) < 1e-5

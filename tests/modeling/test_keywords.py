@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs, find_labels
 
 import hfvlm
+from hfvlm.modeling import keywords
 from hfvlm.modeling.compat import CACHE
-from hfvlm.modeling.keywords import Keywords, StrictKeywords
+from hfvlm.modeling.keywords import Keywords, StrictKeywords, keywords_of, parameters
 from hfvlm.presets import list_presets, load_preset
 from hfvlm.registry import architectures
 from tests.originals.common import needs_timm
@@ -126,3 +127,19 @@ def test_what_is_handed_on_must_be_declared():
             return kwargs
 
     assert Declared().forward(output_attentions=True) == {"output_attentions": True}
+
+
+def test_a_signature_is_read_once_for_a_class(monkeypatch):
+    class Reader(torch.nn.Module):
+        def forward(self, x, scale=1.0):
+            return x * scale
+
+    reader, read = Reader(), []
+    monkeypatch.setattr(keywords, "parameters", lambda method: (read.append(method), parameters(method))[1])
+    for _ in range(3):
+        assert keywords_of(Reader()) == {"x", "scale"}
+    assert len(read) == 1
+    reader.forward = lambda x, shift: x + shift  # as hooks replace it
+    assert keywords_of(reader) == {"x", "shift"}
+    monkeypatch.setattr(Reader, "forward", lambda self, y: y)  # as patches of kernels do
+    assert keywords_of(Reader()) == {"y"}

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import hfvlm
-from hfvlm.modeling import matching
+from hfvlm.modeling import matching, text
+from hfvlm.modeling.base import unit
 from hfvlm.modeling.matching import two_stage_scores
 from hfvlm.modules.transformer import CrossAttention
+from hfvlm.presets import load_preset
 
 
 def one_direction_after_the_other(cosines, match, top_k):
@@ -22,15 +24,21 @@ def one_direction_after_the_other(cosines, match, top_k):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5, 40])
-def test_each_pair_is_matched_once(top_k, monkeypatch):
-    monkeypatch.setattr(matching, "MOST_TEXTS", 3)
+@pytest.mark.parametrize(("pairs", "images"), [(1, 8), (6, 8), (64, 2)])
+def test_each_pair_is_matched_once(top_k, pairs, images, monkeypatch):
+    for name, value in {"MOST_TEXTS": 3, "MOST_PAIRS": pairs, "MOST_IMAGES": images}.items():
+        monkeypatch.setattr(matching, name, value)
     cosines, logits, seen = torch.randn(6, 9).round(decimals=1), torch.randn(6, 9, 2), []
 
-    def match(images, texts):
-        assert images.shape == (1,)
-        assert len(texts) <= 3
-        seen.extend((int(images), int(text)) for text in texts)
-        return logits[images, texts]
+    def match(some, texts):
+        if len(some) == 1:
+            assert len(texts) <= 3
+        else:
+            assert len(some) <= images
+            assert len(texts) <= pairs
+        rows = some.repeat_interleave(len(texts) // len(some))
+        seen.extend(zip(rows.tolist(), texts.tolist(), strict=True))
+        return logits[rows, texts]
 
     found = two_stage_scores(cosines, match, top_k)
     per_image, per_text = one_direction_after_the_other(cosines, lambda i, t: logits[i, t], top_k)
@@ -40,22 +48,67 @@ def test_each_pair_is_matched_once(top_k, monkeypatch):
     assert sorted(seen) == [tuple(pair) for pair in wanted.nonzero().tolist()]
 
 
+def matcher(kind):
+    """A BLIP, or a Q-Former of BLIP-2, that matches; weights are large enough to matter."""
+    torch.manual_seed(0)
+    fields = load_preset(f"{kind}/tiny").config
+    if kind == "blip2":
+        words = {"vocab_size": 40, "max_position_embeddings": 20, "bos_token_id": 39, "eos_token_id": 3}
+        fields = {"vision_config": fields["vision_config"], "qformer_config": fields["qformer_config"] | words}
+    model = KINDS[kind](KINDS[kind].config_class(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+KINDS = {"blip": hfvlm.HfvlmBLIPForImageTextRetrieval, "blip2": hfvlm.HfvlmBLIP2ForImageTextRetrieval}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()
-def test_an_images_keys_and_values_are_computed_once(small_blip, monkeypatch):
-    model = hfvlm.HfvlmBLIPForImageTextRetrieval.from_pretrained(small_blip("HfvlmBLIPForImageTextRetrieval"))
+def test_padding_is_not_matched(kind, left, monkeypatch):
+    model = matcher(kind)
+    images, ids = torch.randn(5, 3, *[model.config.vision_config.image_size] * 2), torch.randint(5, 13, (7, 12))
+    mask = (torch.arange(12) < torch.tensor([3, 6, 4, 5, 6, 3, 7]).unsqueeze(1)).long()
+    if left:
+        mask = mask.flip(1)
+    ids = ids.masked_fill(mask == 0, 0)
+    image, read = model.encode_image(images), model.encode_text(ids, mask).pooler_output
+    cosines, tokens = model.similarities(unit(image.pooler_output), unit(read)), image[model.image_tokens_field]
+
+    def match(of_images, texts):
+        """Match pairs one by one, with all padding."""
+        pairs = zip(of_images.split(1), texts.split(1), strict=True)
+        return torch.cat([model.match_tokens(ids[text], mask[text], tokens[image]) for image, text in pairs])
+
+    expected = one_direction_after_the_other(cosines, match, 3)
+    wanted = int(((expected[0] > -100) | (expected[1] > -100).t()).sum())
+    assert wanted < 5 * 3 + 7 * 3
+    shapes, match_tokens = [], model.match_tokens
+    monkeypatch.setattr(model, "match_tokens", lambda i, *x: (shapes.append(i.shape), match_tokens(i, *x))[1])
+    for bucket, pairs, shortest in ((1000, 64, None), (1000, 1, None), (1, 1, 7 if left else 3)):
+        monkeypatch.setattr(text, "bucket_size", lambda device, bucket=bucket: bucket)
+        monkeypatch.setattr(matching, "MOST_PAIRS", pairs)
+        shapes.clear()
+        scores = model.rerank(images, ids, mask, top_k=3)
+        assert torch.allclose(scores.per_image, expected[0], rtol=0, atol=1e-5)
+        assert torch.allclose(scores.per_text, expected[1], rtol=0, atol=1e-5)
+        assert sum(rows for rows, _ in shapes) == wanted
+        lengths = [length for _, length in shapes]
+        assert max(lengths) == 7
+        assert shortest is None or min(lengths) == shortest
+        found = model.embeddings("text", input_ids=ids, attention_mask=mask)
+        assert torch.allclose(found, read, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_images_keys_and_values_are_computed_once(monkeypatch):
+    model = matcher("blip")
     images, ids = torch.randn(5, 3, *[model.config.vision_config.image_size] * 2), torch.randint(5, 13, (7, 6))
-    mask = torch.ones_like(ids)
-    ids[:, 0] = 2
-    tokens, output = model.encode_image(images).last_hidden_state, model(ids, images)
-    cosines = output.image_embeds @ output.text_embeds.t()
-    expected = one_direction_after_the_other(cosines, lambda i, t: model.match_tokens(ids[t], mask[t], tokens[i]), 3)
-    read, read_rows, matched = CrossAttention.read, [], []
-    monkeypatch.setattr(CrossAttention, "read", lambda self, x: (read_rows.append(len(x)), read(self, x))[1])
-    match = model.match_tokens
-    monkeypatch.setattr(model, "match_tokens", lambda i, *x: (matched.append(len(i)), match(i, *x))[1])
-    scores = model.rerank(images, ids, top_k=3)
-    assert torch.allclose(scores.per_image, expected[0], rtol=0, atol=1e-5)
-    assert torch.allclose(scores.per_text, expected[1], rtol=0, atol=1e-5)
-    wanted = (expected[0] > -100) | (expected[1] > -100).t()
-    assert sum(matched) == int(wanted.sum()) < 5 * 3 + 7 * 3
-    assert read_rows == [1] * (5 * model.config.text_config.num_hidden_layers)
+    read, rows = CrossAttention.read, []
+    monkeypatch.setattr(CrossAttention, "read", lambda self, x: (rows.append(len(x)), read(self, x))[1])
+    model.rerank(images, ids, top_k=3)
+    assert sum(rows) == 5 * model.config.text_config.num_hidden_layers
+    assert len(rows) < sum(rows)

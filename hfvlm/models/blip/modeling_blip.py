@@ -229,6 +229,7 @@ class HfvlmBLIPModel(DualEncoder, HfvlmBLIPPreTrainedModel):
     config: HfvlmBLIPConfig
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = 1000.0
+    ignores_padding = True
 
     def __init__(self, config: HfvlmBLIPConfig):
         super().__init__(config)

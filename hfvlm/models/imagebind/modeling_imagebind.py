@@ -221,7 +221,7 @@ class HfvlmImageBindIMUModel(HfvlmImageBindSensorModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, imu_values: Tensor, **kwargs: Unpack[Keywords]) -> TowerOutput:
         """`(B, 6, N)`, m/s^2 and rad/s -> all tokens, class token first, and the pooled output."""
-        return self.encode(imu_values, **kwargs)
+        return self.encode(imu_values.to(self.position.dtype), **kwargs)
 
 
 class HfvlmImageBindModel(MultiEncoder):
@@ -326,5 +326,5 @@ class TraceEmbedding(nn.Module):
         self.projection = nn.Linear(config.num_channels * config.patch_size, config.hidden_size, bias=False)
 
     def forward(self, imu_values: Tensor) -> Tensor:
-        pieces = imu_values.to(self.projection.weight.dtype).unfold(-1, self.patch_size, self.patch_size)
+        pieces = imu_values.unfold(-1, self.patch_size, self.patch_size)
         return self.projection(pieces.transpose(1, 2).flatten(2))

@@ -104,7 +104,7 @@ class HfvlmSigLIPNaFlexVisionModel(VisionTower, HfvlmSigLIPPreTrainedModel):
         index = torch.where(index < spatial_shapes.prod(dim=1, keepdim=True), index, 0)
         columns = spatial_shapes[:, 1:]
         position = sampled_grid(self.position, index // columns, index % columns, spatial_shapes)
-        x = self.patches(pixel_values.to(self.patches.weight.dtype)) + position
+        x = self.patches(pixel_values.to(self.position.dtype)) + position
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=pixel_attention_mask)
         x = self.post_norm(self.layers(x, mask, **kwargs))
         probe = create_bidirectional_mask(
