@@ -224,6 +224,41 @@ def gpt_neox_rows(target: str = "language_model") -> list[Row]:
     ]
 
 
+# What decides the shape and the numbers of an OPT.
+OPT_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings"),
+    *("do_layer_norm_before", "word_embed_proj_dim", "activation_function", "enable_bias", "dropout"),
+    *(
+        "attention_dropout",
+        "layer_norm_elementwise_affine",
+        "init_std",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
+)
+
+
+def gptj_rows(target: str = "language_model") -> list[Row]:
+    """Return the rows of GPT-J."""
+    layer = "transformer.h.{}"
+    return [
+        Row("transformer.wte.weight", f"{target}.transformer.wte.weight"),
+        # The causal mask, which is computed.
+        *(Row(f"{layer}.attn.{name}", None, optional=True) for name in ("bias", "masked_bias")),
+        *(Row(f"{layer}.attn.{name}.weight", f"{target}.{layer}.attn.{name}.weight") for name in GPTJ_PROJECTIONS),
+        *(
+            Row(f"{layer}.{part}.{{}}", f"{target}.{layer}.{part}.{{}}")
+            for part in ("mlp.fc_in", "mlp.fc_out", "ln_1")
+        ),
+        Row("transformer.ln_f.{}", f"{target}.transformer.ln_f.{{}}"),
+        Row("lm_head.{}", f"{target}.lm_head.{{}}"),
+    ]
+
+
+GPTJ_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
 def opt_rows(source: str, head: str, target: str = "language_model") -> list[Row]:
     """Return the rows of OPT; `source` is its decoder."""
     ours, layer = f"{target}.model.decoder", f"{source}.layers.{{}}"

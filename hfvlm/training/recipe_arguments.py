@@ -1,8 +1,10 @@
 """The fields of recipes that `transformers.TrainingArguments` lacks."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hfvlm.training.failures import check_values
+from hfvlm.training.mixtures import check_mixture
 
 
 @dataclass
@@ -12,7 +14,8 @@ class ModelArguments:
     Args:
         model: a folder or a Hub id.
         modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
-        trained_parts: [projector, language_model]: all else is frozen; None trains all weights.
+        trained_parts: [projector, language_model]: all else is frozen; None trains all weights. `own` are the weights
+            that a model's authors train, where it has such a choice (`freeze_pretrained`).
         lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
@@ -36,7 +39,11 @@ class DataArguments:
     """Which data, and which of its columns.
 
     Args:
-        dataset: a folder (images with a metadata.jsonl, webdataset tars, Parquet), or a Hub id.
+        dataset: a folder (images with a metadata.jsonl, webdataset tars, Parquet), or a Hub id. Several make a
+            mixture: [{path: photos, weight: 0.2}, {path: pages, weight: 1}], each with a `subset`, a `split` and
+            `columns` of its own where they differ.
+        mixing: of several, "weights" draws as many rows of each as its weight says, "round_robin" one of each in turn,
+            until every row of all was drawn; the rows of smaller ones come again.
         subset: of a data set on the Hub that has several.
         train_split: the rows to train on.
         eval_split: the rows to evaluate on; None for no evaluation.
@@ -45,19 +52,23 @@ class DataArguments:
         text_column: the column of the captions, as `columns` with text alone.
         id_column: see `ContrastiveCollator`.
         crop_scale: smallest share of an image's area that a random resized crop takes; None for no augmentation.
+        max_length: tokens of a text; longer ones are cut. None for the processor's own.
     """
 
-    dataset: str = field(metadata={"help": "A folder, or a Hub id."})
+    dataset: list[dict[str, Any]] | str | None = field(metadata={"help": "A folder, or a Hub id."})
     subset: str | None = field(default=None, metadata={"help": "Of a data set that has several."})
     train_split: str = field(default="train", metadata={"help": "The rows to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "The rows to evaluate on."})
+    mixing: str = field(default="weights", metadata={"help": "Of several data sets: weights or round_robin."})
     columns: dict[str, str] | None = field(default=None, metadata={"help": "The column of each modality."})
     text_column: str | None = field(default=None, metadata={"help": "The column of the captions."})
     id_column: str | None = field(default=None, metadata={"help": "Rows with equal ids are positives."})
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop takes."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a text; longer ones are cut."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        check_mixture("dataset", self.dataset, self.mixing, ("subset", "split", "columns"))
 
 
 @dataclass
@@ -65,14 +76,19 @@ class ChatDataArguments:
     """Conversations about images.
 
     Args:
-        data: JSON or JSON lines, in either form that `ChatCollator` takes.
+        data: JSON or JSON lines, in either form that `ChatCollator` takes. Several files make a mixture:
+            [{path: chats.json, weight: 1}, {path: captions.json, weight: 0.5}], each with a folder of
+            images of its own where they differ.
+        mixing: see `DataArguments`.
         pictures: the folder that the images' paths begin in.
         max_length: tokens; longer conversations are cut.
     """
 
-    data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
+    data: list[dict[str, Any]] | str | None = field(metadata={"help": "JSON or JSON lines of conversations."})
+    mixing: str = field(default="weights", metadata={"help": "Of several files: weights or round_robin."})
     pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        check_mixture("data", self.data, self.mixing, ("pictures",))

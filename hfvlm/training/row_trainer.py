@@ -46,6 +46,13 @@ class GuardedTrainer(Trainer):
         check_weights(self.model, self.state.global_step)
         return done
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Select as transformers, without what the model lists in `undecayed_parameters`."""
+        bare: Any = getattr(model, "get_base_model", lambda: model)()
+        kept = tuple(f"{name}." for name in getattr(bare, "undecayed_parameters", ()))
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.removeprefix("base_model.model.").startswith(kept)]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         check_loss(loss, self.state.global_step + 1, self.args)

@@ -317,6 +317,54 @@ def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
     assert type(written) is type(AutoProcessor.from_pretrained(folder))
 
 
+def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
+    from tests.models.flamingo.tiny import PIECES, tiny_model, vocabulary
+
+    folder = tmp_path / "model"
+    model = tiny_model("gpt_neox", frames=4)
+    model.save_pretrained(folder)
+    tokenizer = hfvlm.HfvlmFlamingoTokenizer.from_vocabulary(vocabulary(tmp_path / "words"))
+    images = hfvlm.HfvlmFlamingoImageProcessor(size=28)
+    hfvlm.HfvlmFlamingoProcessor(images, tokenizer, num_frames=3).save_pretrained(folder)
+    paths = [str(path) for path in sorted((pictures / "train").glob("*.png"))[:6]]
+    rows = {
+        "pages": {"images": paths[:2], "text": "All. <image> A cat. <image> A dog."},
+        "photos": {"image": paths[2], "caption": "a bird"},
+        "clips": {"video": paths[3:], "caption": "birds"},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    recipe = (EXAMPLES / "recipes" / "flamingo.yaml").read_text()
+    for name in rows:
+        assert f"path: {name}," in recipe
+        recipe = recipe.replace(f"path: {name},", f"path: {tmp_path / name},")
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("weight: 0.03", "weight: 1.0"))
+    changes = [*QUICK[:-1], f"model={folder}", f"output_dir={tmp_path / 'out'}", "max_steps=6", "learning_rate=0.01"]
+    run_recipe(tmp_path / "recipe.yaml", changes)
+    before, after = (
+        hfvlm.HfvlmFlamingoForConditionalGeneration.from_pretrained(p).state_dict() for p in (folder, tmp_path / "out")
+    )
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    words = "language_model.gpt_neox.embed_in.weight"
+    assert words in moved
+    assert {key.split(".")[0] for key in moved - {words}} == {"resampler", "gates"}
+    assert "resampler.frame_positions" in moved
+    changed = (before[words] != after[words]).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [PIECES, PIECES + 1]  # the end of an image's text, and the image
+    with pytest.raises(ValueError, match="own stands alone"):
+        run_recipe(
+            tmp_path / "recipe.yaml", [*changes, "trained_parts=[own, gates]", f"output_dir={tmp_path / 'other'}"]
+        )
+
+
+def test_conversations_of_several_files_are_mixed(llava_folder, conversations, tmp_path):
+    path, pictures = (part.partition("=")[2] for part in conversations)
+    files = f"[{{path: {path}, weight: 2}}, {{path: {path}, pictures: {pictures}}}]"
+    changes = [*QUICK, f"data={files}", conversations[1], f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
+    assert run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", changes)["train_loss"] > 0
+
+
 def test_the_second_stage_begins_where_the_documentation_says(blip2_folders, tmp_path, monkeypatch):
     from tests.models.blip2.test_conversion import CASES, text_config
 
@@ -362,7 +410,7 @@ def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_p
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining"}
+    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining", "flamingo"}
     assert names == {*TRAINED, *CHAT, *BLIP2, *alone}
 
 
