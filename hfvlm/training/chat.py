@@ -132,6 +132,19 @@ class ChatTrainer(GuardedTrainer):
         return LengthGroupedSampler(size, lengths=[length_of(row) for row in rows])
 
 
+def in_conversation(processor: Any, name: str) -> Any:
+    """Return a processor with the same parts whose conversations have another form that it knows.
+
+    Raises:
+        ValueError: it knows one form alone, or not this one.
+    """
+    known = {each: getattr(processor, each, None) for each in processor.arguments()} | {"chat_template": None}
+    if "conversation" not in known:
+        raise ValueError(f"conversation: {type(processor).__name__} has one form of conversations alone.")
+    given = {each: value for each, value in known.items() if value is not None}
+    return type(processor)(**given | {"conversation": name})
+
+
 def length_of(example: Mapping[str, Any]) -> int:
     """Return the length of a conversation for grouping: its words, and MANY for images or videos.
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from hfvlm.checks.ranges import check_number
+from hfvlm.training.arguments import rates_from
 from hfvlm.training.failures import check_values
 from hfvlm.training.mixtures import check_mixture
 
@@ -16,6 +18,7 @@ class ModelArguments:
         modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
         trained_parts: [projector, language_model]: all else is frozen; None trains all weights. `own` are the weights
             that a model's authors train, where it has such a choice (`freeze_pretrained`).
+        layer_decay: {vision: 0.95}: the learning rate of each layer of a tower is so much of the next one's.
         lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
@@ -25,6 +28,9 @@ class ModelArguments:
     model: str = field(metadata={"help": "A folder or a Hub id."})
     modalities: list[str] | None = field(default=None, metadata={"help": "The towers to load, of more than two."})
     trained_parts: list[str] | None = field(default=None, metadata={"help": "As projector; all else is frozen."})
+    layer_decay: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Factors of learning rates from layer to layer, as {"vision": 0.95}.'}
+    )
     lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale: adapters are trained."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
@@ -32,6 +38,10 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        if isinstance(self.layer_decay, str):  # of a command line
+            self.layer_decay = rates_from(self.layer_decay, "layer_decay")
+        for tower, rate in (self.layer_decay or {}).items():
+            check_number(f"layer_decay of {tower}", rate, 0, 1, open_low=True)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class DataArguments:
         id_column: see `ContrastiveCollator`.
         crop_scale: smallest share of an image's area that a random resized crop takes; None for no augmentation.
         max_length: tokens of a text; longer ones are cut. None for the processor's own.
+        image_size: pixels of the square that images become; None for the processor's own.
     """
 
     dataset: list[dict[str, Any]] | str | None = field(metadata={"help": "A folder, or a Hub id."})
@@ -65,6 +76,7 @@ class DataArguments:
     id_column: str | None = field(default=None, metadata={"help": "Rows with equal ids are positives."})
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop takes."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a text; longer ones are cut."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels of the square that images become."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
@@ -82,12 +94,16 @@ class ChatDataArguments:
         mixing: see `DataArguments`.
         pictures: the folder that the images' paths begin in.
         max_length: tokens; longer conversations are cut.
+        conversation: the name of another form of conversations that the processor knows; None for its own.
+        image_size: pixels of the square that images become; None for the processor's own.
     """
 
     data: list[dict[str, Any]] | str | None = field(metadata={"help": "JSON or JSON lines of conversations."})
     mixing: str = field(default="weights", metadata={"help": "Of several files: weights or round_robin."})
     pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+    conversation: str | None = field(default=None, metadata={"help": "Another form that the processor knows."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels of the square that images become."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))

@@ -11,7 +11,6 @@ import torch
 from transformers import (
     BitsAndBytesConfig,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -23,7 +22,7 @@ from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
-from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
+from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
@@ -149,6 +148,7 @@ def data_options(
         modalities: those of the model; by default the processor's.
         **options: of the collator.
     """
+    resize(processor, data.image_size)
     augment = {}
     if data.crop_scale is not None:
         augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
@@ -164,6 +164,13 @@ def data_options(
         "eval_dataset": split_of(data, "eval_split", needed, known, seed)[0] if data.eval_split else None,
         "processing_class": processor,
     }
+
+
+def resize(processor: Any, edge: int | None) -> None:
+    """Let a processor's images have another size, of a model that takes any."""
+    if edge is not None:
+        part = processor.image_processor
+        part.size = part.checked_value("size", {"height": edge, "width": edge})
 
 
 def split_of(
@@ -224,7 +231,7 @@ def train_contrastive(
     modalities = model_arguments.modalities
     options = data_options(data, processor, arguments, needed=modalities or ("image", "text"), modalities=modalities)
     trainer = ContrastiveTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 def train_pairs(
@@ -240,7 +247,7 @@ def train_pairs(
     if hides:
         options["data_collator"].negatives = options["train_dataset"]
     trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 class CaptionTrainer(RowTrainer):
@@ -262,7 +269,7 @@ def train_captions(
     arguments.remove_unused_columns = False
     options = data_options(data, processor, arguments, CaptionCollator, all_captions=False)
     trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 def train_chat(
@@ -271,6 +278,9 @@ def train_chat(
     """Train on the answers of conversations about images."""
     processor = processor_of(model_arguments.model)
     arguments.remove_unused_columns = False
+    if data.conversation is not None:
+        processor = in_conversation(processor, data.conversation)
+    resize(processor, data.image_size)
     rows: Any
     if isinstance(data.data, str):
         rows = read_examples(data.data, data.pictures)
@@ -285,12 +295,14 @@ def train_chat(
         train_dataset=rows,
         processing_class=processor,
     )
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
-def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
+def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
+    decay: Any = model_arguments.layer_decay
+    trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()
     if trainer.eval_dataset is not None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.conversion import blip2, coca
+from hfvlm.conversion import blip2, coca, qwen_vl
 from hfvlm.models.siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPImageProcessor,
@@ -317,6 +317,59 @@ def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
     assert type(written) is type(AutoProcessor.from_pretrained(folder))
 
 
+QWEN_VL = {
+    "qwen-vl-stage1": ({"vision_model", "projector"}, 28, "<img>{}</img>"),
+    "qwen-vl-stage2": ({"vision_model", "projector", "language_model"}, 56, "<img>{}</img>"),
+    "qwen-vl-stage3": ({"projector", "language_model"}, 56, "Picture 1: <img>{}</img>\n"),
+}
+
+
+@pytest.mark.parametrize("name", QWEN_VL)
+def test_the_three_stages_of_qwen_vl(name, pictures, tmp_path, monkeypatch):
+    from tests.models.qwen_vl.test_conversion import VOCABULARY
+
+    preset = hfvlm.load_preset("qwen_vl/tiny")
+    config = preset.make_config()
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    hfvlm.HfvlmQwenVLForConditionalGeneration(config).save_pretrained(folder)
+    qwen_vl.processor_for(config, preset.processor, VOCABULARY).save_pretrained(folder)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "image": "00001.png"}] * 4))
+    rows = {"path": str(tmp_path / "rows.json")}
+    data = [rows | {"weight": 3}, rows] if name.endswith("2") else rows["path"]
+    parts, edge, begin = QWEN_VL[name]
+    seen = {}
+    forward = hfvlm.HfvlmQwenVLForConditionalGeneration.forward
+
+    def watched(model, **inputs):
+        seen.update(inputs)
+        return forward(model, **inputs)
+
+    monkeypatch.setattr(hfvlm.HfvlmQwenVLForConditionalGeneration, "forward", watched)
+    changes = [*QUICK[:-1], f"model={folder}", f"data={json.dumps(data)}", f"pictures={pictures / 'train'}"]
+    changes += [f"output_dir={tmp_path / 'out'}", f"image_size={edge}", "learning_rate=0.01"]
+    assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
+    assert seen["pixel_values"].shape[-2:] == (edge, edge)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.conversation == ("chatml" if name.endswith("3") else "pretraining")
+    text = processor.tokenizer.decode(seen["input_ids"][0])
+    assert begin.format("<imgpad>" * 16) in text
+    assert ("Picture" in begin) == ("Picture" in text)
+    assert (
+        "A cat.<|im_end|>" in text
+        if name.endswith("3")
+        else text.startswith(begin.format("<imgpad>" * 16) + "A cat.<|endoftext|>")
+    )
+    before, after = (
+        hfvlm.HfvlmQwenVLForConditionalGeneration.from_pretrained(p).state_dict() for p in (folder, tmp_path / "out")
+    )
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in moved} == parts
+    still = {key for key in before if key.split(".")[0] in parts} - moved
+    assert still <= {"projector.position"}, still
+
+
 def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
     from tests.models.flamingo.tiny import PIECES, tiny_model, vocabulary
 
@@ -411,7 +464,7 @@ def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_p
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
     alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining", "flamingo"}
-    assert names == {*TRAINED, *CHAT, *BLIP2, *alone}
+    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
