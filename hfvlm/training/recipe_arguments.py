@@ -22,6 +22,10 @@ class ModelArguments:
         lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
+        lora_alpha: numerator of the adapters' scale; None for twice the rank.
+        lora_layers: names of the linear layers that are adapted; None for the architecture's own.
+        lora_whole: names of modules that are trained in full, next to those of the recipe.
+        whole_rate: learning rate of what is trained in full next to adapters, relative to theirs.
         four_bits: load the frozen weights in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
     """
 
@@ -34,6 +38,10 @@ class ModelArguments:
     lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale: adapters are trained."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Of the adapters' scale; None for twice the rank."})
+    lora_layers: list[str] | None = field(default=None, metadata={"help": "The linear layers that are adapted."})
+    lora_whole: list[str] | None = field(default=None, metadata={"help": "Modules that are trained in full."})
+    whole_rate: float = field(default=1.0, metadata={"help": "Relative learning rate of what is trained in full."})
     four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
 
     def __post_init__(self) -> None:

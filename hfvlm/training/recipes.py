@@ -99,7 +99,9 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
         train_parts(model, arguments.trained_parts)
     if arguments.lora_recipe is not None:
         quiet = not shows_progress()
-        model = lora(model, arguments.lora_recipe, r=arguments.lora_rank, dropout=arguments.lora_dropout, quiet=quiet)
+        options = {"r": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        options |= {"layers": arguments.lora_layers, "whole": arguments.lora_whole or ()}
+        model = lora(model, arguments.lora_recipe, quiet=quiet, **options)
     return model
 
 
@@ -302,6 +304,7 @@ def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArg
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
     decay: Any = model_arguments.layer_decay
+    trainer.whole_rate = model_arguments.whole_rate
     trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()

@@ -189,6 +189,34 @@ def test_adapters_for_a_new_pair_of_modalities(imagebind_folder, tmp_path):
     assert all("lora_" in key and value.any() for key, value in adapter.items())
 
 
+def test_a_new_tower_of_languagebind_begins_from_clip(clip_folder, tmp_path):
+    clip, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
+    model = hfvlm.HfvlmLanguageBindModel.from_clip(clip, ["depth"])
+    model.save_pretrained(tmp_path / "model")
+    hfvlm.HfvlmLanguageBindProcessor.from_clip(processor, model.config).save_pretrained(tmp_path / "model")
+    random = np.random.RandomState(0)
+    rows = [{"depth": random.rand(16, 16).round(3).tolist(), "text": f"a {i}"} for i in range(10)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"model": tmp_path / "model", "dataset": tmp_path / "data", "output_dir": tmp_path / "out"}
+    small |= {"per_device_train_batch_size": 8, "mini_batch_size": 4, "max_steps": 2, "bf16": False, "use_cpu": True}
+    small |= {"dataloader_num_workers": 0, "warmup_steps": 0, "whole_rate": 0.1}
+    metrics = run_recipe(EXAMPLES / "recipes" / "languagebind-lora.yaml", [f"{k}={v}" for k, v in small.items()])
+    assert metrics["eval_depth_to_text_recall@10"] == 1
+    tuned = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    assert tuned.peft_config["default"].lora_alpha / tuned.peft_config["default"].r == 8
+    adapter = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(tuned).items()}
+    adapted = {key.split(".")[-3] for key in adapter if "lora_" in key}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert all(value.any() for key, value in adapter.items())
+    before, whole = model.state_dict(), {key: value for key, value in adapter.items() if "lora_" not in key}
+    assert whole.keys() == {
+        f"depth_model.{name}" for name in ("post_norm.weight", "post_norm.bias", "projection.weight")
+    } | {"logit_scales.depth.scale"}
+    assert all(0 < (value - before[key]).abs().max() < 2e-4 for key, value in whole.items())  # a tenth of the rate
+
+
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
     return converted(tmp_path_factory.mktemp("llava"))
@@ -463,7 +491,7 @@ def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_p
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining", "flamingo"}
+    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining", "flamingo", "languagebind-lora"}
     assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
 
