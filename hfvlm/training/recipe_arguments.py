@@ -102,6 +102,7 @@ class ChatDataArguments:
         mixing: see `DataArguments`.
         pictures: the folder that the images' paths begin in.
         max_length: tokens; longer conversations are cut.
+        image_place: of images without a placeholder in their conversation, first or random, see `ChatCollator`.
         conversation: the name of another form of conversations that the processor knows; None for its own.
         image_size: pixels of the square that images become; None for the processor's own.
     """
@@ -110,6 +111,7 @@ class ChatDataArguments:
     mixing: str = field(default="weights", metadata={"help": "Of several files: weights or round_robin."})
     pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+    image_place: str = field(default="first", metadata={"help": "Of images without a placeholder: first, random."})
     conversation: str | None = field(default=None, metadata={"help": "Another form that the processor knows."})
     image_size: int | None = field(default=None, metadata={"help": "Pixels of the square that images become."})
 

@@ -293,7 +293,7 @@ def train_chat(
     trainer = ChatTrainer(
         load_model(model_arguments, arguments.seed),
         arguments,
-        ChatCollator(processor, max_length=data.max_length),
+        ChatCollator(processor, max_length=data.max_length, image_place=data.image_place, seed=arguments.seed),
         train_dataset=rows,
         processing_class=processor,
     )

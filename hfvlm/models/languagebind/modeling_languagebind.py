@@ -252,7 +252,8 @@ class HfvlmLanguageBindModel(MultiEncoder):
             name = config_of(HfvlmLanguageBindConfig.towers[modality])
             fields[name] = own_fields(config.vision_config) | dict(towers.get(modality, {}))
         model = cls(HfvlmLanguageBindConfig(**fields))
-        model.text_model.load_state_dict(clip.text_model.state_dict())
+        texts: Any = model.text_model
+        texts.load_state_dict(clip.text_model.state_dict())
         for modality in modalities:
             begin_tower(getattr(model, HfvlmLanguageBindConfig.towers[modality]), clip.vision_model)
         return model

@@ -161,6 +161,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: likewise.
     """
 
+    # Images of examples for training may come after a question.
+    places_images = True
     conversation: Annotated[str, one_of(*CONVERSATIONS)]
     image_start: Annotated[str, string]
     image_end: Annotated[str, string]
@@ -220,7 +222,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         return ids, self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
 
     def text_of(self, content: Any) -> str:
-        """Return a message's text, its image first, where the authors put it."""
+        """Return a message's text, its image first, where the authors put it, or after it where a part says so."""
         if isinstance(content, str):
             if self.image_token not in content:
                 return content
@@ -231,6 +233,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
             if not images:
                 return text
         token = f"<Image>{self.image_token}</Image>" if self.style.tagged else self.image_token
+        if not isinstance(content, str) and any(part.get("place") == "after" for part in content):
+            return (text.strip() + f"\n{token}" * images).strip()
         return (f"{token}\n" * images + text.strip()).strip()
 
 
