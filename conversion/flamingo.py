@@ -19,6 +19,7 @@ from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options,
 from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion.blocks import (
     LLAMA_FIELDS,
+    MPT_FIELDS,
     OPT_FIELDS,
     gpt_neox_rows,
     gptj_rows,
@@ -280,8 +281,7 @@ def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     return clip_interop.vision_config_of(getattr(native, "vision_config", native))
 
 
-# What decides the shape and the numbers of an MPT, and of a GPT-NeoX.
-MPT_FIELDS = ("d_model", "n_heads", "n_layers", "max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
+# What decides the shape and the numbers of a GPT-NeoX, and of a GPT-J.
 NEOX_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "rotary_pct"),
     *("rotary_emb_base", "rope_parameters", "rope_theta", "max_position_embeddings", "layer_norm_eps"),

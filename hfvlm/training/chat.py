@@ -145,10 +145,11 @@ class ChatTrainer(GuardedTrainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
     ) -> Any:
-        collator = self.data_collator
+        collator: Any = self.data_collator
         if not is_training and getattr(collator, "image_place", "first") != "first":
-            self.data_collator = copy.copy(collator)
-            self.data_collator.image_place = "first"
+            first = copy.copy(collator)
+            first.image_place = "first"
+            self.data_collator = first
         try:
             return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
         finally:

@@ -1,10 +1,12 @@
 """Inputs of LLaVA (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import AddedToken
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import to_8_bits
@@ -19,6 +21,7 @@ from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import Flag, one_of, or_none, square, string, whole
 from hfvlm.processing.settings import edge as length
 from hfvlm.processing.tokenization import PieceTokenizer
+from hfvlm.processing.vocabularies import VocabularyError, cleans_up, engine_from_json, template
 
 # Padding to a square makes a long image's area grow with the square of its length; longer ones are resized first.
 LONGEST_PADDED_EDGE = 8192
@@ -144,6 +147,28 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
 
 class HfvlmLLaVATokenizer(PieceTokenizer):
     """The language model's own, with a placeholder for images."""
+
+    @classmethod
+    def from_vocabulary(
+        cls, path: str | Path, *, add_bos_token: bool = True, added: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
+        """Make a tokenizer from LLaMA's files, as `PieceTokenizer`, or from the tokenizer.json of a language model
+        that merges bytes: Llama 3, Qwen 1.5 or MPT, whose special tokens the keywords name.
+
+        Raises:
+            VocabularyError: the file is not such a model, or lacks a token that is named.
+        """
+        path = Path(path)
+        engine = engine_from_json(path) if path.suffix == ".json" else None
+        if engine is None or not cleans_up(engine):
+            return super().from_vocabulary(path, add_bos_token=add_bos_token, added=added, **kwargs)
+        tokens = {name: value for name, value in kwargs.items() if name.endswith("_token")}
+        if missing := [token for token in tokens.values() if engine.token_to_id(token) is None]:
+            raise VocabularyError(f"{path}: has no {', '.join(missing)}: this is the vocabulary of another model.")
+        engine.add_special_tokens([AddedToken(token, normalized=False) for token in (*tokens.values(), *added)])
+        engine.post_processor = template(engine, tokens.get("bos_token", "") if add_bos_token else "", "")
+        plain = {"clean_up_tokenization_spaces": False, "legacy": True} | kwargs
+        return cls(tokenizer_object=engine, add_bos_token=add_bos_token, **plain)
 
 
 class HfvlmLLaVAProcessor(ImageTextProcessor):
