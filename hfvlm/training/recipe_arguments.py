@@ -92,6 +92,24 @@ class DataArguments:
 
 
 @dataclass
+class LabelDataArguments(DataArguments):
+    """Which labelled images; `columns` names that of the images.
+
+    Args:
+        label_column: the labels, numbers or names.
+        flip: mirror half of the images in training.
+    """
+
+    label_column: str = field(default="label", metadata={"help": "The column of the labels."})
+    flip: bool = field(default=False, metadata={"help": "Mirror half of the images in training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.dataset, str):
+            raise ValueError("dataset must be one data set: labels of several have no numbers in common.")
+
+
+@dataclass
 class ChatDataArguments:
     """Conversations about images.
 

@@ -23,6 +23,7 @@ from hfvlm.presets.cards import write_card
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
+from hfvlm.training.classification import ClassificationTrainer, LabelCollator, labels_of, load_classifier
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
@@ -31,7 +32,7 @@ from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.mixtures import Mixture, weights_of
 from hfvlm.training.outputs import run_output
-from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, ModelArguments
+from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, LabelDataArguments, ModelArguments
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
@@ -94,7 +95,11 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    model = load_whole(arguments.model, kind, **options)
+    return prepared(load_whole(arguments.model, kind, **options), arguments)
+
+
+def prepared(model: Any, arguments: ModelArguments) -> Any:
+    """Freeze what is not trained, and add adapters."""
     if arguments.trained_parts is not None:
         train_parts(model, arguments.trained_parts)
     if arguments.lora_recipe is not None:
@@ -168,10 +173,10 @@ def data_options(
     }
 
 
-def resize(processor: Any, edge: int | None) -> None:
-    """Let a processor's images have another size, of a model that takes any."""
+def resize(processor: Any, edge: int | None, part: Any = None) -> None:
+    """Let a processor's images, or those of `part`, have another size, of a model that takes any."""
     if edge is not None:
-        part = processor.image_processor
+        part = part or processor.image_processor
         part.size = part.checked_value("size", {"height": edge, "width": edge})
 
 
@@ -300,6 +305,35 @@ def train_chat(
     return finish(trainer, arguments, model_arguments)
 
 
+def train_classification(
+    model_arguments: ModelArguments, data: LabelDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a linear layer on a vision tower, or the tower with it, on labelled images."""
+    source = str(data.dataset)
+    processor = processor_of(model_arguments.model)
+    processor = getattr(processor, "image_processor", processor)
+    arguments.remove_unused_columns = False
+    resize(processor, data.image_size, part=processor)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    rows, columns = split_of(data, "train_split", ("image",), ("image",), seed)
+    numbers, names = labels_of(rows, data.label_column, source)
+    fit_batch(arguments, rows)
+    augment = {}
+    if data.crop_scale is not None:
+        edge = processor.size["height"]
+        augment["image"] = RandomResizedCrop(edge, (data.crop_scale, 1.0), flip=0.5 if data.flip else 0.0)
+    set_seed(arguments.seed)  # the last layer begins at random
+    trainer = ClassificationTrainer(
+        prepared(load_classifier(model_arguments.model, names), model_arguments),
+        arguments,
+        data_collator=LabelCollator(processor, columns["image"], data.label_column, numbers, augment=augment),
+        train_dataset=rows,
+        eval_dataset=split_of(data, "eval_split", ("image",), ("image",), seed)[0] if data.eval_split else None,
+        processing_class=processor,
+    )
+    return finish(trainer, arguments, model_arguments)
+
+
 def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
@@ -326,5 +360,6 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
     "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
+    "classification": ((ModelArguments, LabelDataArguments, TrainingArguments), train_classification),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }

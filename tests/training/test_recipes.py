@@ -491,7 +491,16 @@ def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_p
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining", "flamingo", "languagebind-lora"}
+    alone = {
+        "scenes",
+        "imagebind-lora",
+        "blip-pretraining",
+        "flava-pretraining",
+        "flamingo",
+        "languagebind-lora",
+        "linear-probe",
+        "fine-tune-classifier",
+    }
     assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
 
@@ -506,7 +515,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, captions, chat"),
+        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, chat"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],

@@ -16,7 +16,7 @@ from hfvlm.modeling.base import DepthScaledModel, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.clip.modeling_clip import HfvlmCLIPModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
@@ -260,3 +260,10 @@ class HfvlmLanguageBindModel(MultiEncoder):
 
     def make_scale(self, modality: str) -> nn.Module | None:
         return None if modality == "text" else LogitScale(self.config.logit_scale_init_value)
+
+
+class HfvlmLanguageBindForImageClassification(ImageClassifier):
+    """A linear layer on the pooled output of the tower of images."""
+
+    config: HfvlmLanguageBindConfig
+    base_model_prefix = "languagebind"
