@@ -147,7 +147,7 @@ LLAMA_FIELDS = (
 
 
 def llama_rows(source: str = "model", head: str = "lm_head", target: str = "language_model") -> list[Row]:
-    """Return the rows of LLaMA, and whatever shares its names: Vicuna, Mistral, Yi."""
+    """Return the rows of LLaMA, and whatever shares its names: Vicuna, Mistral, Yi, and Qwen 1.5, with its biases."""
     layer, ours = f"{source}.layers.{{}}", f"{target}.model.layers.{{}}"
     return [
         Row(f"{source}.embed_tokens.weight", f"{target}.model.embed_tokens.weight"),
@@ -159,6 +159,15 @@ def llama_rows(source: str = "model", head: str = "lm_head", target: str = "lang
         Row(f"{source}.norm.weight", f"{target}.model.norm.weight"),
         Row(f"{head}.weight", f"{target}.lm_head.weight"),
     ]
+
+
+# What decides the shape and the numbers of a Qwen 1.5, and of an MPT.
+QWEN2_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_parameters"),
+    *("tie_word_embeddings", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+MPT_FIELDS = ("d_model", "n_heads", "n_layers", "max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
 
 
 # What MosaicML called the parts of MPT's layers in MosaicGPT, of which MPT-1B is one.
@@ -222,6 +231,41 @@ def gpt_neox_rows(target: str = "language_model") -> list[Row]:
         Row("gpt_neox.final_layer_norm.{}", f"{target}.gpt_neox.final_layer_norm.{{}}"),
         Row("embed_out.weight", f"{target}.{head}"),
     ]
+
+
+# What decides the shape and the numbers of an OPT.
+OPT_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings"),
+    *("do_layer_norm_before", "word_embed_proj_dim", "activation_function", "enable_bias", "dropout"),
+    *(
+        "attention_dropout",
+        "layer_norm_elementwise_affine",
+        "init_std",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
+)
+
+
+def gptj_rows(target: str = "language_model") -> list[Row]:
+    """Return the rows of GPT-J."""
+    layer = "transformer.h.{}"
+    return [
+        Row("transformer.wte.weight", f"{target}.transformer.wte.weight"),
+        # The causal mask, which is computed.
+        *(Row(f"{layer}.attn.{name}", None, optional=True) for name in ("bias", "masked_bias")),
+        *(Row(f"{layer}.attn.{name}.weight", f"{target}.{layer}.attn.{name}.weight") for name in GPTJ_PROJECTIONS),
+        *(
+            Row(f"{layer}.{part}.{{}}", f"{target}.{layer}.{part}.{{}}")
+            for part in ("mlp.fc_in", "mlp.fc_out", "ln_1")
+        ),
+        Row("transformer.ln_f.{}", f"{target}.transformer.ln_f.{{}}"),
+        Row("lm_head.{}", f"{target}.lm_head.{{}}"),
+    ]
+
+
+GPTJ_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def opt_rows(source: str, head: str, target: str = "language_model") -> list[Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, MptConfig
+from transformers import AutoConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, MptConfig, OPTConfig
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import with_average_rows
@@ -17,7 +17,17 @@ from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
 from hfvlm.checkpoints.key_table import Row, Table, split, tied
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
 from hfvlm.checkpoints.saving import LazyTensors
-from hfvlm.conversion.blocks import LLAMA_FIELDS, gpt_neox_rows, llama_rows, mpt_rows, openai_vision_rows
+from hfvlm.conversion.blocks import (
+    LLAMA_FIELDS,
+    MPT_FIELDS,
+    OPT_FIELDS,
+    gpt_neox_rows,
+    gptj_rows,
+    llama_rows,
+    mpt_rows,
+    openai_vision_rows,
+    opt_rows,
+)
 from hfvlm.conversion.interop import clip as clip_interop
 from hfvlm.conversion.llava import vision_table
 from hfvlm.conversion.processors import check_vocabulary, sized
@@ -30,14 +40,13 @@ from hfvlm.models.flamingo.configuration_flamingo import (
 from hfvlm.models.flamingo.processing_flamingo import (
     ENDOFCHUNK,
     IMAGE,
-    PADDING,
     HfvlmFlamingoImageProcessor,
     HfvlmFlamingoProcessor,
     HfvlmFlamingoTokenizer,
 )
 from hfvlm.models.llava.configuration_llava import openai_vision_config
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PARTS = {
     "base": "the language model that the release was trained on, its authors' folder",
     "vision": "OpenAI's CLIP ViT-L/14, transformers' folder or OpenAI's file",
@@ -50,6 +59,13 @@ KINDS: dict[str, tuple[str, str, str | None, Any]] = {
     "hfvlm_flamingo_mpt": ("transformer.blocks", "transformer.wte.weight", None, partial(mpt_rows, normalised=True)),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in.weight", "embed_out.weight", gpt_neox_rows),
     "llama": ("model.layers", "model.embed_tokens.weight", "lm_head.weight", llama_rows),
+    "opt": (
+        "model.decoder.layers",
+        "model.decoder.embed_tokens.weight",
+        None,
+        partial(opt_rows, "model.decoder", "lm_head"),
+    ),
+    "gptj": ("transformer.h", "transformer.wte.weight", "lm_head.weight", gptj_rows),
 }
 # Prefixes of the language model in a whole checkpoint, and of a layer of it with cross-attention to images.
 LANGUAGE, LAYER = "lang_encoder.", "decoder_layer."
@@ -83,6 +99,7 @@ def trained_rows(config: HfvlmFlamingoConfig) -> list[Row]:
     latents, ours = "perceiver.layers.{}", "resampler.layers.{}"
     return [
         Row("perceiver.latents", "resampler.latents"),
+        Row("perceiver.frame_embs", "resampler.frame_positions", optional=True),
         Row(f"{latents}.0.norm_media.{{}}", f"{ours}.context_norm.{{}}"),
         Row(f"{latents}.0.norm_latents.{{}}", f"{ours}.attention_norm.{{}}"),
         *attention_rows(f"{latents}.0", f"{ours}.attention"),
@@ -118,7 +135,8 @@ def kind_of(config: HfvlmFlamingoConfig) -> tuple[str, str, str | None, Any]:
         raise UnsupportedOriginalError(
             f"text_config: hfvlm has no key table of Flamingo on {name!r}, but on {', '.join(KINDS)}."
         )
-    return KINDS[name]
+    plain = name == "hfvlm_flamingo_mpt" and not config.text_config.attn_config.qk_ln
+    return KINDS["mpt" if plain else name]
 
 
 def language_rows(config: HfvlmFlamingoConfig, prefix: str = "", layer: str = "") -> list[Row]:
@@ -141,7 +159,8 @@ def language_rows(config: HfvlmFlamingoConfig, prefix: str = "", layer: str = ""
 def table_rows(config: HfvlmFlamingoConfig, prefix: str = "") -> list[Row]:
     """Return the rows of the tables with a row for each token: of the embeddings, and of an output layer."""
     _, words, head, _ = kind_of(config)
-    return [row for row in language_rows(config, prefix) if row.source in (f"{prefix}{words}", f"{prefix}{head}")]
+    tables = (words, head, head and head.replace(".weight", ".bias"))
+    return [row for row in language_rows(config, prefix) if row.source in [f"{prefix}{name}" for name in tables]]
 
 
 def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
@@ -156,7 +175,7 @@ def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, S
         if surplus := sorted(set(PARTS) & set(sources)):
             raise CheckpointError(f"This checkpoint is a whole model: leave {', '.join(surplus)} out.")
         return [Table(main, keys_for(config, layout))]
-    base = part_of(sources, "base", PARTS)
+    base = named_whole(part_of(sources, "base", PARTS))
     tables = {row.source for row in table_rows(config)}
     trained = {key.removeprefix(LANGUAGE) for key in main}
     size = config.text_config.vocab_size
@@ -168,6 +187,12 @@ def tables_for(config: HfvlmFlamingoConfig, layout: str, sources: Mapping[str, S
         Table(LazyTensors.of(base) | longer, rows, "base"),
         vision_table(sources, PARTS),
     ]
+
+
+def named_whole(tensors: Mapping[str, Tensor]) -> LazyTensors:
+    """Give OPT's first files, which leave it out, the name of the whole."""
+    names = {f"model.{key}" if key.startswith("decoder.") else key: key for key in tensors}
+    return LazyTensors({ours: partial(tensors.__getitem__, key) for ours, key in names.items()})
 
 
 def resized(base: Mapping[str, Tensor], key: str, size: int) -> Tensor:
@@ -183,15 +208,16 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     are at hand; the rest from the shapes."""
     vision, text = vision_config_of(original), language_settings(original)
     vocabulary = vocabulary_of(text, state_dict)
-    # The factory adds an end, a placeholder of images and, to vocabularies that have none, padding.
-    end = original.get("eoc_token_id", vocabulary - 3)
+    # The factory adds an end, a placeholder of images and, to vocabularies that have none (all but OPT's), padding.
+    own = text.get("pad_token_id") if text["model_type"] == "opt" else None
+    end = original.get("eoc_token_id", vocabulary - (3 if own is None else 2))
     return HfvlmFlamingoConfig(
         vision_config=vision,
         resampler_config=resampler_config_of(vision.hidden_size, state_dict),
         text_config=text_config_of(text, vocabulary),
         image_token_id=original.get("media_token_id", end + 1),
         eos_token_id=end,
-        pad_token_id=original.get("pad_token_id", end + 2),
+        pad_token_id=original.get("pad_token_id", end + 2 if own is None else own),
         cross_attention_interval=original.get("cross_attn_every_n_layers") or interval_of(state_dict),
     )
 
@@ -207,6 +233,8 @@ def resampler_config_of(width: int, state_dict: Mapping[str, Tensor]) -> HfvlmFl
     fields: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width}
     if "perceiver.latents" in state_dict:
         fields["num_latents"] = len(state_dict["perceiver.latents"])
+        if "perceiver.frame_embs" in state_dict:
+            fields["max_num_frames"] = len(state_dict["perceiver.frame_embs"])
         fields["num_hidden_layers"] = count_layers(state_dict, "perceiver.layers.")
     return HfvlmFlamingoResamplerConfig(**fields)
 
@@ -253,13 +281,17 @@ def vision_config_of(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
     return clip_interop.vision_config_of(getattr(native, "vision_config", native))
 
 
-# What decides the shape and the numbers of an MPT, and of a GPT-NeoX.
-MPT_FIELDS = ("d_model", "n_heads", "n_layers", "max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
+# What decides the shape and the numbers of a GPT-NeoX, and of a GPT-J.
 NEOX_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "rotary_pct"),
     *("rotary_emb_base", "rope_parameters", "rope_theta", "max_position_embeddings", "layer_norm_eps"),
     *("use_parallel_residual", "attention_bias", "tie_word_embeddings", "initializer_range"),
     *("attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id"),
+)
+GPTJ_FIELDS = (
+    *("n_embd", "n_layer", "n_head", "n_positions", "n_inner", "rotary_dim", "activation_function"),
+    *("layer_norm_epsilon", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
 )
 
 
@@ -275,7 +307,13 @@ def text_config_of(settings: Mapping[str, Any], vocabulary: int) -> Any:
         if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions have -1 for "none"
             del fields["pad_token_id"]
         return LlamaConfig(**fields | shared)
-    raise UnsupportedOriginalError(f"Flamingo on {kind!r}: hfvlm converts MPT, MosaicGPT, GPT-NeoX and LLaMA.")
+    if kind == "opt":
+        return OPTConfig(**chosen(settings, OPT_FIELDS) | shared)
+    if kind == "gptj":
+        return GPTJConfig(**chosen(settings, GPTJ_FIELDS) | shared)
+    raise UnsupportedOriginalError(
+        f"Flamingo on {kind!r}: hfvlm converts MPT, MosaicGPT, GPT-NeoX, GPT-J, LLaMA and OPT."
+    )
 
 
 def chosen(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -297,12 +335,12 @@ def mpt_config_of(settings: Mapping[str, Any], shared: dict[str, Any]) -> MptCon
         "learned_pos_emb": settings.get("learned_pos_emb", False),
         "no_bias": not settings.get("no_bias", True),
         "logit_scale": settings.get("logit_scale"),
-        "mlp_ratio": settings.get("mlp_ratio", settings.get("expansion_ratio", 4)) != 4,
     }
     check_options("The language model's config.json", refused, ())
     known = chosen(attention, ("qk_ln", "clip_qkv", "softmax_scale"))
-    kind = HfvlmFlamingoMPTConfig if attention.get("qk_ln") else MptConfig
-    fields = chosen(settings, MPT_FIELDS) | {"learned_pos_emb": False, "attn_config": known}
+    ratio = settings.get("mlp_ratio", settings.get("expansion_ratio", 4))
+    kind = HfvlmFlamingoMPTConfig if attention.get("qk_ln") or ratio != 4 else MptConfig
+    fields = chosen(settings, MPT_FIELDS) | {"learned_pos_emb": False, "attn_config": known, "expansion_ratio": ratio}
     return kind(**fields | shared)
 
 
@@ -314,7 +352,7 @@ def processor_for(
 ) -> HfvlmFlamingoProcessor:
     """Return the processor; `vocabulary` is the language model's."""
     tokenizer = HfvlmFlamingoTokenizer.from_vocabulary(vocabulary, **settings.get("tokenizer", {}))
-    tokens = {"eos_token_id": ENDOFCHUNK, "image_token_id": IMAGE, "pad_token_id": PADDING}
+    tokens = {"eos_token_id": ENDOFCHUNK, "image_token_id": IMAGE, "pad_token_id": tokenizer.pad_token}
     known = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     wanted = {name: getattr(config, name) for name in tokens}
     check_vocabulary(vocabulary, known, wanted, f"ids of {', '.join(tokens.values())} are", ", ".join(tokens))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, MptConfig, Qwen2Config
 
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import add_delta, lengthened, merge_lora
@@ -18,7 +18,14 @@ from hfvlm.checkpoints.key_table import Row, Table
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
 from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion import clip as clip_conversion
-from hfvlm.conversion.blocks import LLAMA_FIELDS, llama_rows, transformers_vision_rows
+from hfvlm.conversion.blocks import (
+    LLAMA_FIELDS,
+    MPT_FIELDS,
+    QWEN2_FIELDS,
+    llama_rows,
+    mpt_rows,
+    transformers_vision_rows,
+)
 from hfvlm.conversion.interop import llava as interop
 from hfvlm.conversion.interop.clip import vision_config_of
 from hfvlm.models.clip.configuration_clip import HfvlmCLIPVisionConfig
@@ -37,8 +44,26 @@ FILES: dict[str, dict[str, Names]] = {
 }
 TOWER = "model.vision_tower.vision_tower.vision_model"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MPT_EMBEDDING = "transformer.wte.weight"
 OPENAI_TOWERS = {"openai/clip-vit-large-patch14": 224, "openai/clip-vit-large-patch14-336": 336}
-LANGUAGE_MODELS = {"llava_mistral": MistralConfig, "mistral": MistralConfig}
+LANGUAGE_MODELS = {
+    "llava_mistral": MistralConfig,
+    "mistral": MistralConfig,
+    "llava_mpt": MptConfig,
+    "mpt": MptConfig,
+    "llava_qwen": Qwen2Config,
+    "qwen2": Qwen2Config,
+}
+# Of language models whose vocabulary names no special tokens: the conversation, and the tokens.
+LLAMA_3_PIECES = 128_256
+LANGUAGE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_3": (
+        "llava_llama_3",
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"},
+    ),
+    "llava_qwen": ("qwen_1_5", {"add_bos_token": False, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+    "llava_mpt": ("mpt", {"add_bos_token": False, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+}
 # Options of the original's configuration that change what is computed, with the values that hfvlm has.
 PROJECTORS = {"linear": 1, "identity": 0, **{f"mlp{n}x_gelu": n for n in range(1, 9)}}
 
@@ -55,9 +80,23 @@ def keys_for(config: HfvlmLLaVAConfig, layout: str = "original", keys: Iterable[
         return interop.rows(config, keys)
     if layout in ("projector", "lora"):
         return projector_rows(config)
-    tower = transformers_vision_rows(TOWER, "vision_model")
-    inside = any(key.startswith(TOWER) for key in keys)
-    return [*llama_rows(), *projector_rows(config), *(tower if inside else ())]
+    language = mpt_rows() if config.text_config.model_type == "mpt" else llama_rows()
+    place = tower_place(config)
+    tower = transformers_vision_rows(place, "vision_model")
+    inside = any(key.startswith(place) for key in keys)
+    projector = [
+        r._replace(source=r.source.replace("model.", f"{whole_of(config)}.", 1)) for r in projector_rows(config)
+    ]
+    return [*language, *projector, *(tower if inside else ())]
+
+
+def whole_of(config: HfvlmLLaVAConfig) -> str:
+    """Return the original's name of the language model without its output layer."""
+    return "transformer" if config.text_config.model_type == "mpt" else "model"
+
+
+def tower_place(config: HfvlmLLaVAConfig) -> str:
+    return TOWER.replace("model.", f"{whole_of(config)}.", 1)
 
 
 def projector_rows(config: HfvlmLLaVAConfig) -> list[Row]:
@@ -163,7 +202,8 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     projector = own.get("mm_projector_type", "linear")
     if projector not in PROJECTORS:
         raise UnsupportedOriginalError(f"LLaVA's config.json: hfvlm has no mm_projector_type {projector!r}.")
-    vocabulary = state_dict.get(EMBEDDING, torch.empty(own["vocab_size"], 0)).shape[0]
+    table = next((state_dict[name] for name in (EMBEDDING, MPT_EMBEDDING) if name in state_dict), None)
+    vocabulary = own["vocab_size"] if table is None else table.shape[0]
     tiled = own.get("image_aspect_ratio") == "anyres"
     return HfvlmLLaVAConfig(
         vision_config=vision_config_from(own),
@@ -185,14 +225,40 @@ def _pinpoints(value: Any) -> list[tuple[int, int]]:
     return ast.literal_eval(value) if isinstance(value, str) else value
 
 
-def text_config_of(original: Mapping[str, Any], vocabulary: int) -> LlamaConfig | MistralConfig:
+def text_config_of(original: Mapping[str, Any], vocabulary: int) -> Any:
     kind: Any = LANGUAGE_MODELS.get(original.get("model_type", ""), LlamaConfig)
+    if kind is MptConfig:
+        return mpt_config_of(original, vocabulary)
+    if kind is Qwen2Config:
+        check_options("LLaVA's config.json", {"use_sliding_window": original.get("use_sliding_window")}, ())
+        given = {name: original[name] for name in QWEN2_FIELDS if original.get(name) is not None}
+        return Qwen2Config(**given | {"vocab_size": vocabulary})
     fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
     if (fields.get("pad_token_id") or 0) < 0:  # LLaMA's first conversions have -1 for "none"
         del fields["pad_token_id"]
     if kind is MistralConfig:
         fields |= {"sliding_window": original.get("sliding_window")}
     return kind(**fields | {"vocab_size": vocabulary})
+
+
+def mpt_config_of(original: Mapping[str, Any], vocabulary: int) -> MptConfig:
+    """Return MPT's configuration.
+
+    Raises:
+        UnsupportedOriginalError: it has an option that transformers' MPT lacks.
+    """
+    attention = dict(original.get("attn_config") or {})
+    refused = {
+        "alibi": not attention.get("alibi", original.get("alibi", True)),
+        "qk_ln": attention.get("qk_ln", original.get("attn_qk_ln", False)),
+        "learned_pos_emb": original.get("learned_pos_emb", False) and not attention.get("alibi", True),
+        "no_bias": not original.get("no_bias", True),
+        "expansion_ratio": original.get("expansion_ratio", 4) != 4,
+    }
+    check_options("LLaVA's config.json", refused, ())
+    given = {name: original[name] for name in MPT_FIELDS if original.get(name) is not None}
+    known = {name: attention[name] for name in ("clip_qkv", "softmax_scale") if attention.get(name) is not None}
+    return MptConfig(**given | {"vocab_size": vocabulary, "learned_pos_emb": False, "attn_config": known})
 
 
 def vision_config_from(original: Mapping[str, Any]) -> HfvlmCLIPVisionConfig:
@@ -227,6 +293,11 @@ def settings_from_original(original: Mapping[str, Any], preprocessing: Mapping[s
     settings["tokenizer"]["added"] = added
     if "tokenizer_model_max_length" in own:
         settings["tokenizer"]["model_max_length"] = own["tokenizer_model_max_length"]
+    kind = own.get("model_type", "")
+    kind = "llama_3" if kind == "llava_llama" and own.get("vocab_size", 0) >= LLAMA_3_PIECES else kind
+    if kind in LANGUAGE_SETTINGS:
+        conversation, tokens = LANGUAGE_SETTINGS[kind]
+        settings |= {"conversation": conversation, "tokenizer": settings["tokenizer"] | tokens}
     return settings
 
 

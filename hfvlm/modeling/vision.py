@@ -133,14 +133,17 @@ class ClassTokenTower(PatchTower):
 
 
 class ImageClassifier(HfvlmPreTrainedModel):
-    """A linear layer on the pooled output of a dual encoder's vision tower; the text tower is not built."""
+    """A linear layer on the pooled output of a model's vision tower; its other towers are not built."""
 
     main_input_name = "pixel_values"
     input_modalities = ["image"]
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale\.", r"^vision_model\.projection\."]
+    # Of a whole model the tower alone is read.
+    _keys_to_ignore_on_load_unexpected = [r"^(?!vision_model\.|classifier\.)", r"^vision_model\.projection\."]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
+        if config.vision_config is None:
+            raise ValueError(f"{type(self).__name__}: the model has no tower of images (vision_config).")
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.vision_model.projection = nn.Identity()  # the pooled output is used before it enters the joint space
         self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels or 0)

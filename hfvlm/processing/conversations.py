@@ -5,6 +5,7 @@ follow FastChat.
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,57 @@ class Llama2(Conversation):
     def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
         rounds = [part for part in text.split(self.separators[1]) if part]
         return self._by_rounds(rounds, "[/INST] ", ids, encode, start=1, spare=2, later=0)
+
+
+@dataclass(frozen=True)
+class Headed(Conversation):
+    """Turns that begin with their role's name in special tokens, and end in another; so does the system text
+    (https://github.com/LLaVA-VL/LLaVA-NeXT, llava/conversation.py and llava/train/train.py).
+
+    Args:
+        head: what is around a role's name.
+        always: texts of one token that are trained on wherever they stand, whoever speaks.
+        trims: messages have no blanks around them, as in Llama 3's own template.
+    """
+
+    head: tuple[str, str] = ("", "")
+    always: tuple[str, ...] = ()
+    trims: bool = False
+
+    @property
+    def marks(self) -> set[str]:
+        return {self.separators[0].strip(), self.head[0]}
+
+    def chat_template(self) -> str:
+        begin, after = self.head
+        text = "text_of(message['content']) | trim" if self.trims else "text_of(message['content'])"
+        head = f"{{{{- {_quoted(begin)} ~ message['role'] ~ {_quoted(after)} -}}}}"
+        body = f"{{{{- {text} ~ {_quoted(self.separators[0])} -}}}}"
+        return (
+            self.content
+            + _SYSTEM.replace("SYSTEM", _quoted(self.system))
+            + f"{{{{- {_quoted(f'{begin}system{after}')} ~ system ~ {_quoted(self.separators[0])} -}}}}"
+            + "{%- for message in messages -%}"
+            + head
+            + f"{{%- if message['role'] == 'assistant' -%}}{generated(body)}{{%- else -%}}{body}{{%- endif -%}}"
+            + "{%- endfor -%}"
+            + f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(f'{begin}assistant{after}')} -}}}}{{%- endif -%}}"
+        )
+
+    def labels(self, text: str, turns: Turns, ids: list[int], encode: Encoder) -> Labels:
+        starts = encode.count("")
+        known = {encode.encode(token)[starts] for token in self.always} | set(ids[:starts] if starts else ())
+        labels = ids[:starts]
+        for turn in re.split(f"(?={re.escape(self.head[0])})", text)[1:]:
+            own = encode.encode(turn)[starts:]
+            answers = turn.startswith(f"{self.head[0]}assistant{self.head[1]}")
+            labels += [i if answers or i in known else IGNORE for i in own]
+        if len(labels) != len(ids):
+            logger.warning(
+                f"Not trained on: its turns have {len(labels)} tokens, the whole {len(ids)}: {text[-60:]!r}"
+            )
+            return [IGNORE] * len(ids)
+        return labels
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         )
         rows, data = self.batch(rows, words, self.modality, self.media_token_id)
         if inputs := [each for row in rows for each in row.media]:
-            data |= self.media_processor(inputs, **{"return_tensors": return_tensors} | options)
+            data |= self.prepare(self.modality, inputs, **{"return_tensors": return_tensors} | options)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def batch(

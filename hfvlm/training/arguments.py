@@ -52,7 +52,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         check_arguments(self)
         super().__post_init__()
         if isinstance(self.tower_learning_rates, str):  # of a command line
-            self.tower_learning_rates = _rates(self.tower_learning_rates)
+            self.tower_learning_rates = rates_from(self.tower_learning_rates, "tower_learning_rates")
         self.check_own()
         if self.loss not in (None, *LOSSES):
             raise ValueError(f"loss {self.loss!r} is none of {', '.join(LOSSES)}.")
@@ -76,8 +76,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
                 check_number(f"tower_learning_rates of {tower}", rate, 0)
 
 
-def _rates(text: str) -> dict[str, Any]:
-    """Parse the learning rates of a command line, in JSON.
+def rates_from(text: str, name: str) -> dict[str, Any]:
+    """Parse the rates of towers on a command line, in JSON; `name` is the argument's.
 
     Raises:
         ValueError: they are no JSON object.
@@ -85,7 +85,7 @@ def _rates(text: str) -> dict[str, Any]:
     try:
         rates = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"tower_learning_rates {text!r:.200} is no JSON object ({error}).") from error
+        raise ValueError(f"{name} {text!r:.200} is no JSON object ({error}).") from error
     if not isinstance(rates, dict):
-        raise ValueError(f'tower_learning_rates must be a JSON object such as {{"vision": 1e-6}}, not {text!r:.200}.')
+        raise ValueError(f'{name} must be a JSON object such as {{"vision": 1e-6}}, not {text!r:.200}.')
     return rates

@@ -20,15 +20,18 @@ class RandomResizedCrop:
         scale: share of the image's area, lowest and highest. OpenCLIP trains with 0.9 to 1.
         ratio: of width and height, lowest and highest.
         resample: Pillow's filter; 3 is bicubic.
+        flip: probability of mirroring; captions with left or right do not go with it.
     """
 
     size: int
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     resample: int = 3
+    flip: float = 0.0
 
     def __post_init__(self) -> None:
         check_integer("size", self.size)
+        check_number("flip", self.flip, 0, 1)
         check_integer("resample", self.resample, 0, 5)
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             check_number(f"{name}, highest,", high, 0, 1 if name == "scale" else None, open_low=True)
@@ -36,7 +39,9 @@ class RandomResizedCrop:
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
         box = self.box(*image.size, random)
-        return image.convert("RGB").resize((self.size, self.size), Image.Resampling(self.resample), box=box)
+        part = image.convert("RGB").resize((self.size, self.size), Image.Resampling(self.resample), box=box)
+        mirrored = self.flip > 0 and random.random() < self.flip
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
     def cut(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
         """Crop the part, and do not resize it: for models that take it at several sizes."""

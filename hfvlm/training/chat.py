@@ -1,5 +1,7 @@
 """Fine-tuning of models that answer about images and videos: conversations to batches with labels."""
 
+import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from hfvlm.training.row_trainer import GuardedTrainer
 
 # More words than any conversation has.
 MANY = 1_000_000
+# Of images without a placeholder.
+PLACES = ("first", "random")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 Message = dict[str, Any]
 
@@ -38,6 +42,10 @@ class ChatCollator:
         max_length: longer examples are cut, never in an image.
         truncation: "pictures" leaves out images that do not fit, and what follows them; True refuses.
         pad_to_multiple_of: of the batch's length.
+        image_place: of images without a placeholder, "first" before the question; "random" before or after it, as
+            LLaVA's paper (https://arxiv.org/abs/2304.08485, section 4.2). Which one depends on the example and the
+            seed alone. `ChatTrainer` evaluates with "first".
+        seed: of "random".
     """
 
     def __init__(
@@ -47,6 +55,8 @@ class ChatCollator:
         max_length: int | None = None,
         truncation: bool | str = True,
         pad_to_multiple_of: int | None = None,
+        image_place: str = "first",
+        seed: int = 0,
     ):
         if max_length is not None:
             check_integer("max_length", max_length)
@@ -54,8 +64,15 @@ class ChatCollator:
             check_integer("pad_to_multiple_of", pad_to_multiple_of)
         if truncation not in (True, "pictures"):
             raise ValueError(f"truncation must be True or 'pictures', not {truncation!r}.")
+        if image_place not in PLACES:
+            raise ValueError(f"image_place must be one of {', '.join(PLACES)}, not {image_place!r}.")
+        if image_place == "random" and not getattr(processor, "places_images", False):
+            raise ValueError(
+                f"image_place: {type(processor).__name__} puts images where its model was trained on them."
+            )
         self.processor, self.max_length, self.truncation = processor, max_length, truncation
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_multiple_of, self.image_place = pad_to_multiple_of, image_place
+        self.seed = check_integer("seed", seed, 0)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         assembled = [self.row(example, f"example {i}") for i, example in enumerate(examples)]
@@ -77,7 +94,8 @@ class ChatCollator:
     def row(self, example: Mapping[str, Any], name: str = "example") -> tuple[Row, list[Message]]:
         """Assemble one example, and return its messages with it."""
         modality = self.processor.modality
-        messages, media = read_example(example, self.processor.media_token, modality)
+        after = self.image_place == "random" and drawn(example, self.seed)
+        messages, media = read_example(example, self.processor.media_token, modality, after=after)
         messages = self.processor.protected(messages, count_placeholders(messages, media, modality))
         (row,) = self.processor.assemble([messages], media, train=True)
         if self.max_length is not None:
@@ -124,12 +142,38 @@ class ChatTrainer(GuardedTrainer):
     images and those without apart, as LLaVA's authors do (`group_by_modality_length`).
     """
 
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, *, is_training: bool = False, **options: Any
+    ) -> Any:
+        collator: Any = self.data_collator
+        if not is_training and getattr(collator, "image_place", "first") != "first":
+            first = copy.copy(collator)
+            first.image_place = "first"
+            self.data_collator = first
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, is_training=is_training, **options)
+        finally:
+            self.data_collator = collator
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(rows, "__len__"):
             return super()._get_train_sampler(rows)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(size, lengths=[length_of(row) for row in rows])
+
+
+def in_conversation(processor: Any, name: str) -> Any:
+    """Return a processor with the same parts whose conversations have another form that it knows.
+
+    Raises:
+        ValueError: it knows one form alone, or not this one.
+    """
+    known = {each: getattr(processor, each, None) for each in processor.arguments()} | {"chat_template": None}
+    if "conversation" not in known:
+        raise ValueError(f"conversation: {type(processor).__name__} has one form of conversations alone.")
+    given = {each: value for each, value in known.items() if value is not None}
+    return type(processor)(**given | {"conversation": name})
 
 
 def length_of(example: Mapping[str, Any]) -> int:
@@ -167,11 +211,19 @@ def read_examples(data: str | Path, pictures: str | Path = ".") -> list[dict[str
     return rows
 
 
-def read_example(example: Mapping[str, Any], token: str, modality: str = "image") -> tuple[list[Message], list[Any]]:
+def drawn(example: Mapping[str, Any], seed: int) -> bool:
+    """Draw yes or no for an example, by its texts and the seed."""
+    texts = example.get("conversations", example.get("messages", ()))
+    return hashlib.sha256(f"{seed}\n{texts!r}".encode()).digest()[0] % 2 == 1
+
+
+def read_example(
+    example: Mapping[str, Any], token: str, modality: str = "image", *, after: bool = False
+) -> tuple[list[Message], list[Any]]:
     """Turn either form into messages, with a placeholder for each image, and the images in their order.
 
-    In a content that is a string, `token` (or `<image>`) is a placeholder as long as there are images without a part
-    of their own; others are text.
+    Images without a placeholder come before the first question, or `after` it. In a content that is a string, `token`
+    (or `<image>`) is a placeholder as long as there are images without a part of their own; others are text.
     """
     one, several = modality, f"{modality}s"
     if "conversations" in example:
@@ -200,7 +252,11 @@ def read_example(example: Mapping[str, Any], token: str, modality: str = "image"
     if left > 0 and first is not None:
         content = _with_parts(first, modality, len(images))["content"]
         texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        first["content"] = [{"type": modality}] * left + texts
+        first["content"] = (
+            [*texts, *[{"type": modality, "place": "after"}] * left]
+            if after
+            else [*[{"type": modality}] * left, *texts]
+        )
     return messages, images
 
 

@@ -4,13 +4,14 @@ the data loader's workers."""
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from hfvlm.checks.ranges import check_integer
+from hfvlm.media import read_video
 from hfvlm.media.rows import COLUMNS, UNREADABLE, captions_of, columns_by_name
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,21 @@ class StreamedRows(IterableDataset[Any]):
             left_out = 0
 
 
+def _image(value: Any, processor: Any) -> Any:
+    """Read an image as upright as the processor does, so that augmentations see it as the model does."""
+    from hfvlm.media.images import read_image
+
+    return read_image(value, upright=getattr(getattr(processor, "image_processor", None), "upright", True))
+
+
+def _images(value: Any, processor: Any) -> Any:
+    """Read an image, or each of a list."""
+    return [_image(each, processor) for each in value] if isinstance(value, list) else _image(value, processor)
+
+
+READERS: dict[str, Callable[[Any, Any], Any]] = {"image": _image, "text": lambda value, _: captions_of(value)}
+
+
 class ContrastiveCollator:
     """Collator of rows with several modalities to the inputs of a model.
 
@@ -162,6 +178,8 @@ class ContrastiveCollator:
     Values are whatever `hfvlm.media` reads: paths, bytes, arrays, PIL images, `datasets` rows.
     """
 
+    readers: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = READERS
+
     def __init__(
         self,
         processor: Any,
@@ -183,14 +201,15 @@ class ContrastiveCollator:
         for modality, column in self.columns_of(row).items():
             if column not in row:
                 raise KeyError(f"The data set has no column {column!r} for {modality}; it has {', '.join(row)}.")
-            read = READERS.get(modality)
+            read = self.readers.get(modality)
             value = read(row[column], self.processor) if read else self.processor.prepare(modality, [row[column]])
             if modality == "text" and random is not None:
                 value = [value[int(random.integers(len(value)))]]
             elif modality == "text" and not self.all_captions:
                 value = value[:1]
             if random is not None and modality in self.augment:
-                value = self.augment[modality](value, random)
+                change = self.augment[modality]
+                value = [change(each, random) for each in value] if isinstance(value, list) else change(value, random)
             values[modality] = value
         if self.id_column is not None:
             values["id"] = row[self.id_column]
@@ -230,7 +249,7 @@ class ContrastiveCollator:
             values["text"] = [text for row in rows for text in row["text"]]
             values |= {"padding": True, "truncation": True} | self.options
         inputs = dict(self.processor(**values, return_tensors="pt")) if values else {}
-        for modality in [name for name in COLUMNS if name in rows[0] and name not in READERS]:
+        for modality in [name for name in COLUMNS if name in rows[0] and name not in self.readers]:
             for name in rows[0][modality]:
                 inputs[name] = torch.cat([row[modality][name] for row in rows])
         counts = [len(row.get("text", "1")) for row in rows]
@@ -244,13 +263,24 @@ class ContrastiveCollator:
 
 class CaptionCollator(ContrastiveCollator):
     """Collator of images with captions to the inputs of a model that learns to generate these, by its processor's
-    `captions`; arguments as above."""
+    `captions`; arguments as above, but `**options` are those of `captions`.
+
+    A row may have a list of images, or a video, where the processor takes these.
+    """
+
+    readers = READERS | {"image": _images, "video": lambda value, _: read_video(value)}
+
+    def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the column of each modality that the row has: of images and videos, in mixtures of both, one."""
+        columns = super().columns_of(row)
+        return {m: column for m, column in columns.items() if m == "text" or row.get(column) is not None} or columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate rows of `Rows` or of a data set, of each the first caption, to the model's inputs, `labels` and, of
         `Rows`, "replaced"."""
         read = rows if "replaced" in rows[0] else self.read_plain(rows)
-        inputs = dict(self.processor.captions([row["image"] for row in read], [row["text"][0] for row in read]))
+        visual = [row["video"] if "video" in row else row["image"] for row in read]
+        inputs = dict(self.processor.captions(visual, [row["text"][0] for row in read], **self.options))
         return inputs | ({"replaced": torch.tensor([row["replaced"] for row in rows])} if read is rows else {})
 
 
@@ -259,13 +289,3 @@ def row_id(value: Any) -> int:
     if isinstance(value, int | np.integer):
         return int(value)
     return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:ID_BYTES], "big")
-
-
-def _image(value: Any, processor: Any) -> Any:
-    """Read an image as upright as the processor does, so that augmentations see it as the model does."""
-    from hfvlm.media.images import read_image
-
-    return read_image(value, upright=getattr(getattr(processor, "image_processor", None), "upright", True))
-
-
-READERS: dict[str, Callable[[Any, Any], Any]] = {"image": _image, "text": lambda value, _: captions_of(value)}

@@ -26,7 +26,7 @@ RANGES: Ranges = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "save_total_limit", "dataloader_prefetch_factor", "eval_accumulation_steps", "mini_batch_size",
-            "lora_rank", "max_length",
+            "lora_rank", "max_length", "image_size", "lora_alpha",
         ),
         (True, 1, None, True),
     ),
@@ -38,8 +38,8 @@ RANGES: Ranges = {
         (False, 0, None, True),
     ),
     **dict.fromkeys(
-        ("adam_epsilon", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "max_logit_scale"),
-        (False, 0, None, False),
+        ("whole_rate", "adam_epsilon", "num_train_epochs", "logging_steps", "save_steps", "eval_steps",
+        "max_logit_scale"), (False, 0, None, False),
     ),
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor", "lora_dropout", "patch_dropout"),

@@ -26,6 +26,7 @@ def lora(
     alpha: int | None = None,
     dropout: float = 0.0,
     layers: Sequence[str] | None = None,
+    whole: Sequence[str] = (),
     quiet: bool = False,
     **options: Any,
 ) -> Any:
@@ -41,6 +42,7 @@ def lora(
         dropout: on the adapters' inputs.
         layers: names of the linear layers; by default the architecture's, and in a tower that is a model of
             transformers, its own queries and values, or where it has none, what mixes channels.
+        whole: names of further modules that are trained in full, as "depth_model.projection".
         quiet: print nothing.
         **options: of `peft.LoraConfig`.
 
@@ -64,7 +66,7 @@ def lora(
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=target_pattern(model, recipe, layers),
-        modules_to_save=whole_modules(model, recipe),
+        modules_to_save=[*(whole_modules(model, recipe) or ()), *named_modules(model, whole)] or None,
         **options,
     )
     tuned = get_peft_model(model, config)
@@ -101,6 +103,18 @@ def target_pattern(model: PreTrainedModel, recipe: str | None, layers: Sequence[
         if not any(re.fullmatch(rf"{prefix}.*\b({'|'.join(layers)})", name) for name, _ in model.named_modules()):
             raise ValueError(f"No layer of the {part} tower is called {', '.join(layers)}: name its `layers`.")
     return rf"{unused}({'|'.join(patterns.values())}).*\b({'|'.join(layers)})"
+
+
+def named_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return the names of modules, each of which the model has.
+
+    Raises:
+        ValueError: it has no such module.
+    """
+    known = {name for name, _ in model.named_modules()}
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"{type(model).__name__} has no module {', '.join(unknown)}.")
+    return list(names)
 
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:

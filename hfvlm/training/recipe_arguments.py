@@ -1,8 +1,12 @@
 """The fields of recipes that `transformers.TrainingArguments` lacks."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from hfvlm.checks.ranges import check_number
+from hfvlm.training.arguments import rates_from
 from hfvlm.training.failures import check_values
+from hfvlm.training.mixtures import check_mixture
 
 
 @dataclass
@@ -12,23 +16,40 @@ class ModelArguments:
     Args:
         model: a folder or a Hub id.
         modalities: [image, audio]: only these towers are loaded, of a model that has more than two.
-        trained_parts: [projector, language_model]: all else is frozen; None trains all weights.
+        trained_parts: [projector, language_model]: all else is frozen; None trains all weights. `own` are the weights
+            that a model's authors train, where it has such a choice (`freeze_pretrained`).
+        layer_decay: {vision: 0.95}: the learning rate of each layer of a tower is so much of the next one's.
         lora_recipe: as "vision+text+scale", for `hfvlm.lora`: adapters are trained in place of the weights.
         lora_rank: of the adapters.
         lora_dropout: on the adapters' inputs.
+        lora_alpha: numerator of the adapters' scale; None for twice the rank.
+        lora_layers: names of the linear layers that are adapted; None for the architecture's own.
+        lora_whole: names of modules that are trained in full, next to those of the recipe.
+        whole_rate: learning rate of what is trained in full next to adapters, relative to theirs.
         four_bits: load the frozen weights in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
     """
 
     model: str = field(metadata={"help": "A folder or a Hub id."})
     modalities: list[str] | None = field(default=None, metadata={"help": "The towers to load, of more than two."})
     trained_parts: list[str] | None = field(default=None, metadata={"help": "As projector; all else is frozen."})
+    layer_decay: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Factors of learning rates from layer to layer, as {"vision": 0.95}.'}
+    )
     lora_recipe: str | None = field(default=None, metadata={"help": "As vision+text+scale: adapters are trained."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Of the adapters' scale; None for twice the rank."})
+    lora_layers: list[str] | None = field(default=None, metadata={"help": "The linear layers that are adapted."})
+    lora_whole: list[str] | None = field(default=None, metadata={"help": "Modules that are trained in full."})
+    whole_rate: float = field(default=1.0, metadata={"help": "Relative learning rate of what is trained in full."})
     four_bits: bool = field(default=False, metadata={"help": "Load the frozen weights in 4 bits."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        if isinstance(self.layer_decay, str):  # of a command line
+            self.layer_decay = rates_from(self.layer_decay, "layer_decay")
+        for tower, rate in (self.layer_decay or {}).items():
+            check_number(f"layer_decay of {tower}", rate, 0, 1, open_low=True)
 
 
 @dataclass
@@ -36,7 +57,11 @@ class DataArguments:
     """Which data, and which of its columns.
 
     Args:
-        dataset: a folder (images with a metadata.jsonl, webdataset tars, Parquet), or a Hub id.
+        dataset: a folder (images with a metadata.jsonl, webdataset tars, Parquet), or a Hub id. Several make a
+            mixture: [{path: photos, weight: 0.2}, {path: pages, weight: 1}], each with a `subset`, a `split` and
+            `columns` of its own where they differ.
+        mixing: of several, "weights" draws as many rows of each as its weight says, "round_robin" one of each in turn,
+            until every row of all was drawn; the rows of smaller ones come again.
         subset: of a data set on the Hub that has several.
         train_split: the rows to train on.
         eval_split: the rows to evaluate on; None for no evaluation.
@@ -45,19 +70,43 @@ class DataArguments:
         text_column: the column of the captions, as `columns` with text alone.
         id_column: see `ContrastiveCollator`.
         crop_scale: smallest share of an image's area that a random resized crop takes; None for no augmentation.
+        max_length: tokens of a text; longer ones are cut. None for the processor's own.
+        image_size: pixels of the square that images become; None for the processor's own.
     """
 
-    dataset: str = field(metadata={"help": "A folder, or a Hub id."})
+    dataset: list[dict[str, Any]] | str | None = field(metadata={"help": "A folder, or a Hub id."})
     subset: str | None = field(default=None, metadata={"help": "Of a data set that has several."})
     train_split: str = field(default="train", metadata={"help": "The rows to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "The rows to evaluate on."})
+    mixing: str = field(default="weights", metadata={"help": "Of several data sets: weights or round_robin."})
     columns: dict[str, str] | None = field(default=None, metadata={"help": "The column of each modality."})
     text_column: str | None = field(default=None, metadata={"help": "The column of the captions."})
     id_column: str | None = field(default=None, metadata={"help": "Rows with equal ids are positives."})
     crop_scale: float | None = field(default=None, metadata={"help": "Smallest share that a random crop takes."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a text; longer ones are cut."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels of the square that images become."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        check_mixture("dataset", self.dataset, self.mixing, ("subset", "split", "columns"))
+
+
+@dataclass
+class LabelDataArguments(DataArguments):
+    """Which labelled images; `columns` names that of the images.
+
+    Args:
+        label_column: the labels, numbers or names.
+        flip: mirror half of the images in training.
+    """
+
+    label_column: str = field(default="label", metadata={"help": "The column of the labels."})
+    flip: bool = field(default=False, metadata={"help": "Mirror half of the images in training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.dataset, str):
+            raise ValueError("dataset must be one data set: labels of several have no numbers in common.")
 
 
 @dataclass
@@ -65,14 +114,25 @@ class ChatDataArguments:
     """Conversations about images.
 
     Args:
-        data: JSON or JSON lines, in either form that `ChatCollator` takes.
+        data: JSON or JSON lines, in either form that `ChatCollator` takes. Several files make a mixture:
+            [{path: chats.json, weight: 1}, {path: captions.json, weight: 0.5}], each with a folder of
+            images of its own where they differ.
+        mixing: see `DataArguments`.
         pictures: the folder that the images' paths begin in.
         max_length: tokens; longer conversations are cut.
+        image_place: of images without a placeholder in their conversation, first or random, see `ChatCollator`.
+        conversation: the name of another form of conversations that the processor knows; None for its own.
+        image_size: pixels of the square that images become; None for the processor's own.
     """
 
-    data: str = field(metadata={"help": "JSON or JSON lines of conversations."})
+    data: list[dict[str, Any]] | str | None = field(metadata={"help": "JSON or JSON lines of conversations."})
+    mixing: str = field(default="weights", metadata={"help": "Of several files: weights or round_robin."})
     pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
     max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut."})
+    image_place: str = field(default="first", metadata={"help": "Of images without a placeholder: first, random."})
+    conversation: str | None = field(default=None, metadata={"help": "Another form that the processor knows."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels of the square that images become."})
 
     def __post_init__(self) -> None:
         check_values(vars(self))
+        check_mixture("data", self.data, self.mixing, ("pictures",))

@@ -1,7 +1,8 @@
 """Whole training runs, as a YAML file or a command line describes them."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from transformers import (
     BitsAndBytesConfig,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -22,20 +22,24 @@ from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import RandomResizedCrop
-from hfvlm.training.chat import ChatCollator, ChatTrainer, read_examples
+from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
+from hfvlm.training.classification import ClassificationTrainer, LabelCollator, labels_of, load_classifier
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
 from hfvlm.training.data import CaptionCollator, ContrastiveCollator
 from hfvlm.training.failures import check_arguments, check_processes
 from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
+from hfvlm.training.mixtures import Mixture, weights_of
 from hfvlm.training.outputs import run_output
-from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, ModelArguments
+from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, LabelDataArguments, ModelArguments
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
+# In a recipe's `trained_parts`: what the model's authors train.
+OWN = "own"
 
 
 def run_recipe(
@@ -91,19 +95,43 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    model = load_whole(arguments.model, kind, **options)
+    return prepared(load_whole(arguments.model, kind, **options), arguments)
+
+
+def prepared(model: Any, arguments: ModelArguments) -> Any:
+    """Freeze what is not trained, and add adapters."""
     if arguments.trained_parts is not None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(requires_grad=False)
-        for name in arguments.trained_parts:
-            if not hasattr(model, name):
-                parts = ", ".join(name for name, _ in model.named_children())
-                raise ValueError(f"trained_parts: {kind.__name__} has no {name}; it has {parts}.")
-            getattr(model, name).requires_grad_(requires_grad=True)
+        train_parts(model, arguments.trained_parts)
     if arguments.lora_recipe is not None:
         quiet = not shows_progress()
-        model = lora(model, arguments.lora_recipe, r=arguments.lora_rank, dropout=arguments.lora_dropout, quiet=quiet)
+        options = {"r": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        options |= {"layers": arguments.lora_layers, "whole": arguments.lora_whole or ()}
+        model = lora(model, arguments.lora_recipe, quiet=quiet, **options)
     return model
+
+
+def train_parts(model: Any, names: Sequence[str]) -> None:
+    """Freeze all but these parts of a model; "own" are those that its authors train.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    if list(names) == [OWN] and hasattr(model, "freeze_pretrained"):
+        model.freeze_pretrained()
+        return
+    parts = [name for name, _ in model.named_children()]
+    known = [*parts, OWN] if hasattr(model, "freeze_pretrained") else parts
+    if unknown := [name for name in names if name not in parts]:
+        alone = f" {OWN} stands alone." if OWN in unknown and OWN in known else ""
+        has = f"has no {', '.join(unknown)}; it has {', '.join(known)}"
+        raise ValueError(f"trained_parts: {type(model).__name__} {has}.{alone}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    for name in names:
+        getattr(model, name).requires_grad_(requires_grad=True)
+    unused = getattr(model, "freeze_unused", None)
+    if unused is not None:
+        unused()
 
 
 def data_options(
@@ -127,32 +155,68 @@ def data_options(
         modalities: those of the model; by default the processor's.
         **options: of the collator.
     """
+    resize(processor, data.image_size)
     augment = {}
     if data.crop_scale is not None:
         augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
-    rows = split_of(data, data.train_split, "train_split")
-    given = (data.columns or {}) | ({"text": data.text_column} if data.text_column else {})
     known: Any = modalities or getattr(processor, "modalities", ("image", "text"))
-    columns = training_columns(rows, given, needed=needed, modalities=known, source=data.dataset)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    rows, columns = split_of(data, "train_split", needed, known, seed)
     fit_batch(arguments, rows)
+    if data.max_length is not None:
+        options["max_length"] = data.max_length
     return {
         "data_collator": collator(processor, columns, id_column=data.id_column, augment=augment, **options),
         "train_dataset": rows,
-        "eval_dataset": split_of(data, data.eval_split, "eval_split") if data.eval_split else None,
+        "eval_dataset": split_of(data, "eval_split", needed, known, seed)[0] if data.eval_split else None,
         "processing_class": processor,
     }
 
 
-def split_of(data: DataArguments, split: str, field_name: str) -> Any:
-    """Load the rows of a split.
+def resize(processor: Any, edge: int | None, part: Any = None) -> None:
+    """Let a processor's images, or those of `part`, have another size, of a model that takes any."""
+    if edge is not None:
+        part = part or processor.image_processor
+        part.size = part.checked_value("size", {"height": edge, "width": edge})
+
+
+def split_of(
+    data: DataArguments, field_name: str, needed: Sequence[str], modalities: Sequence[str], seed: int
+) -> tuple[Any, dict[str, str]]:
+    """Load the rows of a split, of one data set or of a mixture, whose rows are by modality.
+
+    Returns:
+        The rows, and the column of each modality.
 
     Raises:
         ValueError: there are none of that name; naming the recipe's field.
     """
-    try:
-        return load_rows(data.dataset, data.subset, split=split)
-    except ValueError as error:
-        raise ValueError(f"{data.dataset}: {field_name} {split!r} cannot be read: {error}") from error
+    text = {"text": data.text_column} if data.text_column else {}
+    parts = [{"path": data.dataset}] if isinstance(data.dataset, str) else data.dataset or []
+    loaded, found = [], []
+    for part in parts:
+        path, split = part["path"], getattr(data, field_name)
+        split = part.get("split", split) if field_name == "train_split" else split
+        try:
+            rows = load_rows(path, part.get("subset", data.subset), split=split)
+        except ValueError as error:
+            raise ValueError(f"{path}: {field_name} {split!r} cannot be read: {error}") from error
+        own: Any = part.get("columns", data.columns)
+        given = dict(own or {}) | text
+        wanted = [name for name in needed if not (name == "image" and "video" in given)]
+        found.append(training_columns(rows, given, needed=wanted, modalities=modalities, source=path))
+        loaded.append(rows)
+    if isinstance(data.dataset, str):
+        return loaded[0], found[0]
+    views = [partial(by_modality, columns, data.id_column) for columns in found]
+    mixed = Mixture(loaded, weights_of(parts, data.mixing), seed=seed, views=views)
+    return mixed, {modality: modality for columns in found for modality in columns}
+
+
+def by_modality(columns: Mapping[str, str], id_column: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the columns of a row after their modalities."""
+    own = {} if id_column is None else {id_column: row[id_column]}
+    return own | {modality: row[column] for modality, column in columns.items()}
 
 
 def fit_batch(arguments: TrainingArguments, rows: Any) -> None:
@@ -174,7 +238,7 @@ def train_contrastive(
     modalities = model_arguments.modalities
     options = data_options(data, processor, arguments, needed=modalities or ("image", "text"), modalities=modalities)
     trainer = ContrastiveTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 def train_pairs(
@@ -190,7 +254,7 @@ def train_pairs(
     if hides:
         options["data_collator"].negatives = options["train_dataset"]
     trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 class CaptionTrainer(RowTrainer):
@@ -212,7 +276,7 @@ def train_captions(
     arguments.remove_unused_columns = False
     options = data_options(data, processor, arguments, CaptionCollator, all_captions=False)
     trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
 def train_chat(
@@ -221,19 +285,61 @@ def train_chat(
     """Train on the answers of conversations about images."""
     processor = processor_of(model_arguments.model)
     arguments.remove_unused_columns = False
+    if data.conversation is not None:
+        processor = in_conversation(processor, data.conversation)
+    resize(processor, data.image_size)
+    rows: Any
+    if isinstance(data.data, str):
+        rows = read_examples(data.data, data.pictures)
+    else:
+        files = data.data or []
+        several = [read_examples(part["path"], part.get("pictures", data.pictures)) for part in files]
+        rows = Mixture(several, weights_of(files, data.mixing), seed=arguments.seed)
     trainer = ChatTrainer(
         load_model(model_arguments, arguments.seed),
         arguments,
-        ChatCollator(processor, max_length=data.max_length),
-        train_dataset=read_examples(data.data, data.pictures),
+        ChatCollator(processor, max_length=data.max_length, image_place=data.image_place, seed=arguments.seed),
+        train_dataset=rows,
         processing_class=processor,
     )
-    return finish(trainer, arguments)
+    return finish(trainer, arguments, model_arguments)
 
 
-def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
+def train_classification(
+    model_arguments: ModelArguments, data: LabelDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a linear layer on a vision tower, or the tower with it, on labelled images."""
+    source = str(data.dataset)
+    processor = processor_of(model_arguments.model)
+    processor = getattr(processor, "image_processor", processor)
+    arguments.remove_unused_columns = False
+    resize(processor, data.image_size, part=processor)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    rows, columns = split_of(data, "train_split", ("image",), ("image",), seed)
+    numbers, names = labels_of(rows, data.label_column, source)
+    fit_batch(arguments, rows)
+    augment = {}
+    if data.crop_scale is not None:
+        edge = processor.size["height"]
+        augment["image"] = RandomResizedCrop(edge, (data.crop_scale, 1.0), flip=0.5 if data.flip else 0.0)
+    set_seed(arguments.seed)  # the last layer begins at random
+    trainer = ClassificationTrainer(
+        prepared(load_classifier(model_arguments.model, names), model_arguments),
+        arguments,
+        data_collator=LabelCollator(processor, columns["image"], data.label_column, numbers, augment=augment),
+        train_dataset=rows,
+        eval_dataset=split_of(data, "eval_split", ("image",), ("image",), seed)[0] if data.eval_split else None,
+        processing_class=processor,
+    )
+    return finish(trainer, arguments, model_arguments)
+
+
+def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
+    decay: Any = model_arguments.layer_decay
+    trainer.whole_rate = model_arguments.whole_rate
+    trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()
     if trainer.eval_dataset is not None:
@@ -254,5 +360,6 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
     "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
+    "classification": ((ModelArguments, LabelDataArguments, TrainingArguments), train_classification),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -13,6 +15,7 @@ from hfvlm.media.rows import undecoded
 from hfvlm.training.continuing import check_checkpoint, whole_checkpoint
 from hfvlm.training.data import BOOKKEEPING, EpochSampler, Rows, StreamedRows
 from hfvlm.training.failures import check_arguments, check_loss, check_processes, check_weights
+from hfvlm.training.parameters import decay_by_layer, split_groups, tower_modules
 
 
 class GuardedTrainer(Trainer):
@@ -45,6 +48,30 @@ class GuardedTrainer(Trainer):
         done = super().train(resume_from_checkpoint or None, *args, **kwargs)
         check_weights(self.model, self.state.global_step)
         return done
+
+    # Learning rate of what is trained next to adapters, relative to theirs.
+    whole_rate: float = 1.0
+    # Of towers by their short names, the factor of the learning rate from each layer to the one before it.
+    layer_decay: Mapping[str, float] = MappingProxyType({})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model: Any = self.model
+        if made and self.whole_rate != 1:
+            adapters = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+            split_groups(optimizer, lambda p, rate: rate if p in adapters else rate * self.whole_rate)
+        if made and self.layer_decay:
+            bare = getattr(model, "get_base_model", lambda: model)()
+            decay_by_layer(optimizer, tower_modules(bare, list(self.layer_decay)), self.layer_decay)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Select as transformers, without what the model lists in `undecayed_parameters`."""
+        bare: Any = getattr(model, "get_base_model", lambda: model)()
+        kept = tuple(f"{name}." for name in getattr(bare, "undecayed_parameters", ()))
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.removeprefix("base_model.model.").startswith(kept)]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.conversion import blip2, coca
+from hfvlm.conversion import blip2, coca, qwen_vl
 from hfvlm.models.siglip import (
     HfvlmSigLIPConfig,
     HfvlmSigLIPImageProcessor,
@@ -189,6 +189,34 @@ def test_adapters_for_a_new_pair_of_modalities(imagebind_folder, tmp_path):
     assert all("lora_" in key and value.any() for key, value in adapter.items())
 
 
+def test_a_new_tower_of_languagebind_begins_from_clip(clip_folder, tmp_path):
+    clip, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
+    model = hfvlm.HfvlmLanguageBindModel.from_clip(clip, ["depth"])
+    model.save_pretrained(tmp_path / "model")
+    hfvlm.HfvlmLanguageBindProcessor.from_clip(processor, model.config).save_pretrained(tmp_path / "model")
+    random = np.random.RandomState(0)
+    rows = [{"depth": random.rand(16, 16).round(3).tolist(), "text": f"a {i}"} for i in range(10)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"model": tmp_path / "model", "dataset": tmp_path / "data", "output_dir": tmp_path / "out"}
+    small |= {"per_device_train_batch_size": 8, "mini_batch_size": 4, "max_steps": 2, "bf16": False, "use_cpu": True}
+    small |= {"dataloader_num_workers": 0, "warmup_steps": 0, "whole_rate": 0.1}
+    metrics = run_recipe(EXAMPLES / "recipes" / "languagebind-lora.yaml", [f"{k}={v}" for k, v in small.items()])
+    assert metrics["eval_depth_to_text_recall@10"] == 1
+    tuned = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    assert tuned.peft_config["default"].lora_alpha / tuned.peft_config["default"].r == 8
+    adapter = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(tuned).items()}
+    adapted = {key.split(".")[-3] for key in adapter if "lora_" in key}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert all(value.any() for key, value in adapter.items())
+    before, whole = model.state_dict(), {key: value for key, value in adapter.items() if "lora_" not in key}
+    assert whole.keys() == {
+        f"depth_model.{name}" for name in ("post_norm.weight", "post_norm.bias", "projection.weight")
+    } | {"logit_scales.depth.scale"}
+    assert all(0 < (value - before[key]).abs().max() < 2e-4 for key, value in whole.items())  # a tenth of the rate
+
+
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
     return converted(tmp_path_factory.mktemp("llava"))
@@ -317,6 +345,107 @@ def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
     assert type(written) is type(AutoProcessor.from_pretrained(folder))
 
 
+QWEN_VL = {
+    "qwen-vl-stage1": ({"vision_model", "projector"}, 28, "<img>{}</img>"),
+    "qwen-vl-stage2": ({"vision_model", "projector", "language_model"}, 56, "<img>{}</img>"),
+    "qwen-vl-stage3": ({"projector", "language_model"}, 56, "Picture 1: <img>{}</img>\n"),
+}
+
+
+@pytest.mark.parametrize("name", QWEN_VL)
+def test_the_three_stages_of_qwen_vl(name, pictures, tmp_path, monkeypatch):
+    from tests.models.qwen_vl.test_conversion import VOCABULARY
+
+    preset = hfvlm.load_preset("qwen_vl/tiny")
+    config = preset.make_config()
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    hfvlm.HfvlmQwenVLForConditionalGeneration(config).save_pretrained(folder)
+    qwen_vl.processor_for(config, preset.processor, VOCABULARY).save_pretrained(folder)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "image": "00001.png"}] * 4))
+    rows = {"path": str(tmp_path / "rows.json")}
+    data = [rows | {"weight": 3}, rows] if name.endswith("2") else rows["path"]
+    parts, edge, begin = QWEN_VL[name]
+    seen = {}
+    forward = hfvlm.HfvlmQwenVLForConditionalGeneration.forward
+
+    def watched(model, **inputs):
+        seen.update(inputs)
+        return forward(model, **inputs)
+
+    monkeypatch.setattr(hfvlm.HfvlmQwenVLForConditionalGeneration, "forward", watched)
+    changes = [*QUICK[:-1], f"model={folder}", f"data={json.dumps(data)}", f"pictures={pictures / 'train'}"]
+    changes += [f"output_dir={tmp_path / 'out'}", f"image_size={edge}", "learning_rate=0.01"]
+    assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
+    assert seen["pixel_values"].shape[-2:] == (edge, edge)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.conversation == ("chatml" if name.endswith("3") else "pretraining")
+    text = processor.tokenizer.decode(seen["input_ids"][0])
+    assert begin.format("<imgpad>" * 16) in text
+    assert ("Picture" in begin) == ("Picture" in text)
+    assert (
+        "A cat.<|im_end|>" in text
+        if name.endswith("3")
+        else text.startswith(begin.format("<imgpad>" * 16) + "A cat.<|endoftext|>")
+    )
+    before, after = (
+        hfvlm.HfvlmQwenVLForConditionalGeneration.from_pretrained(p).state_dict() for p in (folder, tmp_path / "out")
+    )
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in moved} == parts
+    still = {key for key in before if key.split(".")[0] in parts} - moved
+    assert still <= {"projector.position"}, still
+
+
+def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
+    from tests.models.flamingo.tiny import PIECES, tiny_model, vocabulary
+
+    folder = tmp_path / "model"
+    model = tiny_model("gpt_neox", frames=4)
+    model.save_pretrained(folder)
+    tokenizer = hfvlm.HfvlmFlamingoTokenizer.from_vocabulary(vocabulary(tmp_path / "words"))
+    images = hfvlm.HfvlmFlamingoImageProcessor(size=28)
+    hfvlm.HfvlmFlamingoProcessor(images, tokenizer, num_frames=3).save_pretrained(folder)
+    paths = [str(path) for path in sorted((pictures / "train").glob("*.png"))[:6]]
+    rows = {
+        "pages": {"images": paths[:2], "text": "All. <image> A cat. <image> A dog."},
+        "photos": {"image": paths[2], "caption": "a bird"},
+        "clips": {"video": paths[3:], "caption": "birds"},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    recipe = (EXAMPLES / "recipes" / "flamingo.yaml").read_text()
+    for name in rows:
+        assert f"path: {name}," in recipe
+        recipe = recipe.replace(f"path: {name},", f"path: {tmp_path / name},")
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("weight: 0.03", "weight: 1.0"))
+    changes = [*QUICK[:-1], f"model={folder}", f"output_dir={tmp_path / 'out'}", "max_steps=6", "learning_rate=0.01"]
+    run_recipe(tmp_path / "recipe.yaml", changes)
+    before, after = (
+        hfvlm.HfvlmFlamingoForConditionalGeneration.from_pretrained(p).state_dict() for p in (folder, tmp_path / "out")
+    )
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    words = "language_model.gpt_neox.embed_in.weight"
+    assert words in moved
+    assert {key.split(".")[0] for key in moved - {words}} == {"resampler", "gates"}
+    assert "resampler.frame_positions" in moved
+    changed = (before[words] != after[words]).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [PIECES, PIECES + 1]  # the end of an image's text, and the image
+    with pytest.raises(ValueError, match="own stands alone"):
+        run_recipe(
+            tmp_path / "recipe.yaml", [*changes, "trained_parts=[own, gates]", f"output_dir={tmp_path / 'other'}"]
+        )
+
+
+def test_conversations_of_several_files_are_mixed(llava_folder, conversations, tmp_path):
+    path, pictures = (part.partition("=")[2] for part in conversations)
+    files = f"[{{path: {path}, weight: 2}}, {{path: {path}, pictures: {pictures}}}]"
+    changes = [*QUICK, f"data={files}", conversations[1], f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
+    assert run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", changes)["train_loss"] > 0
+
+
 def test_the_second_stage_begins_where_the_documentation_says(blip2_folders, tmp_path, monkeypatch):
     from tests.models.blip2.test_conversion import CASES, text_config
 
@@ -362,8 +491,17 @@ def test_a_part_that_the_model_lacks_is_named(llava_folder, conversations, tmp_p
 
 def test_every_recipe_is_tried():
     names = {path.stem for path in (EXAMPLES / "recipes").glob("*.yaml")}
-    alone = {"scenes", "imagebind-lora", "blip-pretraining", "flava-pretraining"}
-    assert names == {*TRAINED, *CHAT, *BLIP2, *alone}
+    alone = {
+        "scenes",
+        "imagebind-lora",
+        "blip-pretraining",
+        "flava-pretraining",
+        "flamingo",
+        "languagebind-lora",
+        "linear-probe",
+        "fine-tune-classifier",
+    }
+    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -377,7 +515,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, captions, chat"),
+        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, chat"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],

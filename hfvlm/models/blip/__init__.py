@@ -27,6 +27,7 @@ architecture = Architecture(
         "AutoModelForImageTextToText": ("HfvlmBLIPForConditionalGeneration", "HfvlmBLIPForQuestionAnswering"),
         "AutoModelForMultimodalLM": ("HfvlmBLIPForConditionalGeneration", "HfvlmBLIPForQuestionAnswering"),
         "AutoModelForVisualQuestionAnswering": ("HfvlmBLIPForQuestionAnswering",),
+        "AutoModelForImageClassification": ("HfvlmBLIPForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmBLIPModel", "HfvlmBLIPForImageTextRetrieval"),
         "AutoModelForPreTraining": ("HfvlmBLIPForPreTraining",),
     },

@@ -24,7 +24,7 @@ from hfvlm.modeling.dual_encoder import DualEncoder
 from hfvlm.modeling.generation import WholeTextBeams
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig, HfvlmBLIPTextConfig, HfvlmBLIPVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.embeddings import BertEmbedding, text_positions
@@ -259,3 +259,10 @@ class HfvlmBLIPModel(DualEncoder, HfvlmBLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+
+class HfvlmBLIPForImageClassification(ImageClassifier):
+    """A linear layer on the vision tower's class token."""
+
+    config: HfvlmBLIPConfig
+    base_model_prefix = "blip"

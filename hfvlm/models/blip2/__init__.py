@@ -36,6 +36,7 @@ architecture = Architecture(
             "HfvlmBLIP2ForConditionalGeneration",
             "HfvlmBLIP2T5ForConditionalGeneration",
         ),
+        "AutoModelForImageClassification": ("HfvlmBLIP2ForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmBLIP2ForImageTextRetrieval", "HfvlmBLIP2ForPreTraining"),
         "AutoModelForPreTraining": ("HfvlmBLIP2ForPreTraining",),
     },

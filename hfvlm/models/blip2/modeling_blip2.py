@@ -21,9 +21,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.blip2.configuration_blip2 import (
     HfvlmBLIP2CLIPVisionConfig,
+    HfvlmBLIP2Config,
     HfvlmBLIP2QFormerConfig,
     HfvlmBLIP2VisionConfig,
 )
@@ -42,7 +43,7 @@ class BLIP2VisionModel(ClassTokenTower):
 
     layers: Stack
     resize_rule = BICUBIC_SAMPLED
-    _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2]
+    _keys_to_ignore_on_load_unexpected = [*PARTS, *STAGE_2, r"^classifier\."]
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.class_token, std=std)
@@ -290,3 +291,10 @@ class HfvlmBLIP2QFormerModel(HfvlmPreTrainedModel):
         """Encode `(B, M, C)` -> what generated texts attend to: the queries before each layer, `(B, layers, Q, D)`."""
         states = self(image_tokens, output_hidden_states=True).hidden_states
         return Context(torch.stack(states[:-1], dim=1))
+
+
+class HfvlmBLIP2ForImageClassification(ImageClassifier):
+    """A linear layer on the vision tower's class token; the Q-Former is not built."""
+
+    config: HfvlmBLIP2Config
+    base_model_prefix = "blip2"

@@ -16,6 +16,7 @@ architecture = Architecture(
         "AutoModelForCausalLM": ("HfvlmCoCaTextModel",),
         "AutoModelForImageTextToText": ("HfvlmCoCaModel",),
         "AutoModelForMultimodalLM": ("HfvlmCoCaModel",),
+        "AutoModelForImageClassification": ("HfvlmCoCaForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmCoCaModel",),
     },
     processor="HfvlmCoCaProcessor",

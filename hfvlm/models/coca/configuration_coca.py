@@ -24,6 +24,10 @@ class HfvlmCoCaVisionConfig(VisionConfig):
     num_queries: int = 256
     pooler_heads: int = 8
 
+    @property
+    def pooled_size(self) -> int:
+        return self.projection_dim
+
     def validate_pooler(self) -> None:
         self.check_heads("projection_dim", "pooler_heads")
         if self.num_queries < 2:

@@ -24,7 +24,7 @@ from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, Contrasti
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.text import mask_of_one
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.coca.configuration_coca import HfvlmCoCaConfig, HfvlmCoCaTextConfig, HfvlmCoCaVisionConfig
 from hfvlm.modules.context import Context
 from hfvlm.modules.prefixes import PrefixTree
@@ -237,3 +237,10 @@ class HfvlmCoCaModel(ContrastiveCaptioner):
         tokens: Any = text.last_hidden_state
         mask = causal_mask(self.text_model.config, tokens, None)
         return self.text_model.logits_of(self.text_model.decode_upper(tokens, mask, context))
+
+
+class HfvlmCoCaForImageClassification(ImageClassifier):
+    """A linear layer on the first token of the attentional pooler, with whose own layers the paper fine-tunes it."""
+
+    config: HfvlmCoCaConfig
+    base_model_prefix = "coca"

@@ -19,6 +19,8 @@ class HfvlmFlamingoResamplerConfig(HfvlmConfig):
         hidden_size: width of the patches and of the tokens.
         head_dim: of each attention head; all heads together need not be as wide as the tokens.
         num_latents: tokens of an image, whatever its size and the number of its frames.
+        max_num_frames: frames whose times have learned embeddings, as in the paper; None for a resampler
+            of single images, as all releases have.
     """
 
     model_type = "hfvlm_flamingo_resampler"
@@ -32,11 +34,18 @@ class HfvlmFlamingoResamplerConfig(HfvlmConfig):
     num_latents: int = 64
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
+    max_num_frames: int | None = None
+
+    def validate_frames(self) -> None:
+        if self.max_num_frames is not None and self.max_num_frames < 1:
+            raise ValueError(f"max_num_frames {self.max_num_frames} must be None or at least 1.")
 
 
 @strict
 class HfvlmFlamingoMPTConfig(MptConfig):
-    """MPT-1B: an MPT that normalises whole queries and keys, before they are cut into heads."""
+    """An MPT that transformers' code does not build: with `attn_config.qk_ln`, as of MPT-1B, whole queries and keys
+    are normalised before they are cut into heads; feed-forward parts are `expansion_ratio` times as wide as the model,
+    which may be any number."""
 
     model_type = "hfvlm_flamingo_mpt"
 
@@ -55,7 +64,7 @@ class HfvlmFlamingoConfig(HfvlmConfig):
         vision_config: of the CLIP tower, whose patches are taken before its last norm.
         resampler_config: of the resampler.
         text_config: of the language model. Its class selects the model: `MptConfig` is MPT, `HfvlmFlamingoMPTConfig`
-            the MPT-1B that transformers does not have.
+            MPT-1B and others that transformers does not have; any causal language model of transformers will do.
         image_token_id: stands in a text for an image; it has a row in the embedding table.
         eos_token_id: ends the text about an image.
         pad_token_id: fills rows.

@@ -55,19 +55,19 @@ class ResamplerLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.mlp = FeedForward(size, config.intermediate_size)
 
-    def forward(self, x: Tensor, patches: Tensor, **kwargs: Any) -> Tensor:
-        """Update the latents (B, L, D) by patches (B, N, D)."""
+    def forward(self, x: Tensor, patches: Tensor, patch_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Update the latents (B, L, D) by patches (B, N, D), with a mask (B, 1, L, N + L)."""
         latents = self.attention_norm(x)
         context = torch.cat([self.context_norm(patches), latents], dim=1)
-        x = x + self.attention(latents, context=context, **kwargs)[0]
+        x = x + self.attention(latents, patch_mask, context, **kwargs)[0]
         return x + self.mlp(self.mlp_norm(x))
 
 
 class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     """The paper's Perceiver resampler: learned latents gather what the patches of an image show.
 
-    Patches have no positions here: CLIP's distinguish them. The frames of a video are that many more patches; no
-    release has the paper's embeddings of their times.
+    Patches have no positions here: CLIP's distinguish them. The frames of a video are that many more patches, to which
+    embeddings of their times are added where there are some (`max_num_frames`); no release has them.
     """
 
     config: HfvlmFlamingoResamplerConfig
@@ -81,23 +81,61 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
         super().__init__(config)
         self.patches = nn.Identity()  # the patches are inputs as they are
         self.latents = nn.Parameter(torch.zeros(config.num_latents, config.hidden_size))
+        frames = config.max_num_frames
+        self.frame_positions = None if frames is None else nn.Parameter(torch.zeros(frames, config.hidden_size))
         self.layers = Stack(ResamplerLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.latents, std=1.0)
+        if self.frame_positions is not None:
+            init.normal_(self.frame_positions, std=1.0)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.patches
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, patches: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutput:
-        """Resample patches `(B, N, D)` of all frames to `(B, num_latents, D)`."""
+    def forward(
+        self, patches: Tensor, num_frames: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> BaseModelOutput:
+        """Resample patches to `(B, num_latents, D)`.
+
+        Args:
+            patches: `(B, N, D)` of images, or `(B, T, N, D)` of the frames of videos.
+            num_frames: `(B,)`, how many of the T frames each video has; by default all.
+            **kwargs: of transformers.
+        """
         patches = self.patches(patches.to(self.latents.dtype))
+        frames = patches.unsqueeze(1) if patches.ndim == 3 else patches
+        if self.frame_positions is not None:
+            frames = frames + self.times(frames, num_frames).unsqueeze(-2)
         x = self.latents.expand(patches.shape[0], -1, -1)
-        return BaseModelOutput(last_hidden_state=self.post_norm(self.layers(x, patches, **kwargs)))
+        mask = None if num_frames is None else self.mask_for(frames, num_frames)
+        x = self.layers(x, frames.flatten(1, 2), patch_mask=mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.post_norm(x))
+
+    def times(self, frames: Tensor, num_frames: Tensor | None) -> Tensor:
+        """Embed the times of frames `(B, T, N, D)` -> `(B, T, D)`: one embedding a frame; over videos of more frames
+        than there are embeddings these are spread, and interpolated between (the paper's section on evaluation)."""
+        table: Any = self.frame_positions
+        last = table.shape[0] - 1
+        if num_frames is None:
+            num_frames = frames.new_full(frames.shape[:1], frames.shape[1], dtype=torch.long)
+        stretch = last / (num_frames.clamp(min=last + 1) - 1).clamp(min=1)
+        steps = torch.arange(frames.shape[1], device=frames.device)
+        places = (steps * stretch.unsqueeze(1)).clamp(max=last)
+        below = places.floor().long()
+        share = (places - below).unsqueeze(-1).to(table)
+        return torch.lerp(table[below], table[(below + 1).clamp(max=last)], share)
+
+    def mask_for(self, frames: Tensor, num_frames: Tensor) -> Tensor:
+        """Hide the patches of frames `(B, T, N, D)` that a video does not have -> `(B, 1, L, T * N + L)`."""
+        steps = torch.arange(frames.shape[1], device=frames.device)
+        hidden = (steps >= num_frames.unsqueeze(1)).repeat_interleave(frames.shape[2], dim=1)
+        hidden = F.pad(hidden, (0, len(self.latents)))[:, None, None].expand(-1, -1, len(self.latents), -1)
+        return torch.zeros_like(hidden, dtype=frames.dtype).masked_fill(hidden, torch.finfo(frames.dtype).min)
 
 
 class Gate(nn.Module):
@@ -206,6 +244,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
     """
 
     config: HfvlmFlamingoConfig
+    media_inputs = {"image": ("pixel_values", "num_frames")}
     # The mask of who attends to what has no form that these take; the towers and the language model may have them.
     _supports_flash_attn = _supports_flex_attn = False
     full_precision_modules = ("vision_model", "resampler", "gates", "lm_head")
@@ -225,6 +264,52 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
     def unused_modules(self) -> list[str]:
         return [f"vision_model.{name}" for name in self.vision_model.unused(-1)]
 
+    @classmethod
+    def from_towers(
+        cls, vision_model: HfvlmCLIPVisionModel, language_model: Any, tokenizer: Any, **fields: Any
+    ) -> "HfvlmFlamingoForConditionalGeneration":
+        """Put a model together whose resampler and gated layers know nothing yet, and whose gates are closed.
+
+        Args:
+            vision_model: a tower of CLIP.
+            language_model: any causal language model of transformers; its tables get a row for each of the tokenizer's
+                new tokens, with the average token's numbers. It becomes part of the model.
+            tokenizer: an `HfvlmFlamingoTokenizer` of the language model's vocabulary.
+            **fields: of `HfvlmFlamingoConfig`.
+        """
+        known = language_model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > known:
+            language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            with torch.no_grad():
+                for table in tables_of(language_model):
+                    table[known:] = table[:known].float().mean(dim=0).to(table)
+        tokens = {
+            "image_token_id": "<image>",
+            "eos_token_id": tokenizer.eos_token,
+            "pad_token_id": tokenizer.pad_token,
+        }
+        ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+        width = vision_model.config.hidden_size
+        resampler = {"hidden_size": width, "intermediate_size": 4 * width} | fields.pop("resampler_config", {})
+        config = HfvlmFlamingoConfig(
+            vision_config=vision_model.config,
+            resampler_config=resampler,
+            text_config=language_model.config,
+            **ids | fields,
+        )
+        model = cls(config)
+        model.vision_model.load_state_dict(vision_model.state_dict())
+        wrap_layers(language_model)
+        model.language_model = language_model
+        return model
+
+    @property
+    def undecayed_parameters(self) -> list[str]:
+        """Names of the parameters, or of modules, that the paper trains without weight decay; of the table of words
+        the authors train two rows, and the others must stay."""
+        words = self.get_input_embeddings()
+        return ["resampler", *(name for name, module in self.named_modules() if module is words)]
+
     def freeze_pretrained(self) -> None:
         """Train what the authors train: the resampler and the gated layers; of the language model the embeddings of
         the image and the end-of-chunk token; nothing else."""
@@ -237,23 +322,26 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         words.register_hook(lambda gradient: gradient * learned.to(gradient))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, num_frames: Tensor | None = None, **kwargs: Unpack[Keywords]
+    ) -> BaseModelOutputWithPooling:
         """Resample images to an output whose `pooler_output` has one `(num_latents, D)` tensor an image.
 
         Args:
             pixel_values: `(images, 3, H, W)`, or `(videos, frames, 3, H, W)`. The releases were trained with one
                 frame.
+            num_frames: `(videos,)`, how many of the frames each video has; by default all.
+            **kwargs: of transformers, and of the vision tower.
         """
         frames = pixel_values.flatten(0, -4)
         vision = self.vision_model(frames, until=-1, **kwargs)
-        patches = vision.last_hidden_state[:, 1:]
-        patches = patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
-        return media_features(vision, self.resampler(patches, **kwargs).last_hidden_state)
+        patches = vision.last_hidden_state[:, 1:].unflatten(0, (pixel_values.shape[0], -1))
+        return media_features(vision, self.resampler(patches, num_frames, **kwargs).last_hidden_state)
 
     def count_placeholders(self, rows: Tensor) -> int:
         return self.config.count_tokens()
 
-    def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> Cache:
+    def cache_media(self, input_ids: Tensor, pixel_values: Tensor, num_frames: Tensor | None = None) -> Cache:
         """Make a cache without a token, for texts that come after images.
 
         A text that is continued with it, `model(input_ids=..., cache=cache)`, attends to the last image of its row.
@@ -261,9 +349,11 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
         Args:
             input_ids: `(B, N)`, of which the placeholders matter.
             pixel_values: the images, as in `get_image_features`.
+            num_frames: likewise.
         """
         placeholders = self.placeholder_mask("image", input_ids, None)
-        context = self.context_of(placeholders, self.encode_media({"pixel_values": pixel_values}), None)
+        media = {"pixel_values": pixel_values, "num_frames": num_frames}
+        context = self.context_of(placeholders, self.encode_media(media), None)
         cache: Any = new_cache(self)
         if context is not None:
             before = torch.arange(-context.columns.shape[1], 0, device=context.columns.device)
@@ -319,6 +409,13 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
             mask, has_image = context.mask_for(columns, self.dtype)
             inputs = (context.media.flatten(1, 2).to(self.dtype), mask, has_image, context.cached)
         return {int(i): with_inputs(gate, inputs) for i, gate in self.gates.items()}
+
+
+def tables_of(language_model: Any) -> list[Tensor]:
+    """Return the tables of a language model that have a row for each token, each once."""
+    head = language_model.get_output_embeddings()
+    tables = [language_model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    return list({id(table): table for table in tables if table is not None}.values())
 
 
 def cached_tokens(cache: Any) -> Any:

@@ -1,4 +1,5 @@
-"""MPT-1B (https://huggingface.co/mosaicml/mpt-1b-redpajama-200b; MosaicGPT in github.com/mosaicml/examples v0.0.4)."""
+"""MPTs that transformers' code does not build, as MPT-1B (https://huggingface.co/mosaicml/mpt-1b-redpajama-200b;
+MosaicGPT in github.com/mosaicml/examples v0.0.4)."""
 
 from typing import Any
 
@@ -31,15 +32,22 @@ class NormalisedAttention(MptAttention):
 
 
 class HfvlmFlamingoMPTForCausalLM(CausalLanguageModel, EveryModule, MptForCausalLM):
-    """transformers' MPT, with normalised queries and keys."""
+    """transformers' MPT, with normalised queries and keys where `attn_config.qk_ln` is on, and feed-forward parts of
+    any `expansion_ratio`."""
 
     config: HfvlmFlamingoMPTConfig
 
     def __init__(self, config: HfvlmFlamingoMPTConfig):
         super().__init__(config)
         blocks: Any = self.transformer.blocks
+        attention: Any = config.attn_config
         for i, block in enumerate(blocks):
-            block.attn = NormalisedAttention(config, i)
+            if attention.qk_ln:
+                block.attn = NormalisedAttention(config, i)
+            width = config.expansion_ratio * config.hidden_size
+            if block.ffn.up_proj.out_features != width:
+                block.ffn.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+                block.ffn.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.post_init()
 
     @classmethod

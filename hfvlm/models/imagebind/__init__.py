@@ -25,6 +25,7 @@ architecture = Architecture(
             "HfvlmImageBindThermalModel",
             "HfvlmImageBindIMUModel",
         ),
+        "AutoModelForImageClassification": ("HfvlmImageBindForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmImageBindModel",),
     },
     processor="HfvlmImageBindProcessor",

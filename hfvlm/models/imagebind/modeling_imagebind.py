@@ -16,7 +16,7 @@ from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.modeling.text import CausalTextTower
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.imagebind.configuration_imagebind import (
     HfvlmImageBindAudioConfig,
     HfvlmImageBindConfig,
@@ -328,3 +328,10 @@ class TraceEmbedding(nn.Module):
     def forward(self, imu_values: Tensor) -> Tensor:
         pieces = imu_values.unfold(-1, self.patch_size, self.patch_size)
         return self.projection(pieces.transpose(1, 2).flatten(2))
+
+
+class HfvlmImageBindForImageClassification(ImageClassifier):
+    """A linear layer on the pooled output of the tower of images."""
+
+    config: HfvlmImageBindConfig
+    base_model_prefix = "imagebind"

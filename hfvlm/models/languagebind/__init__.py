@@ -25,6 +25,7 @@ architecture = Architecture(
             "HfvlmLanguageBindDepthModel",
             "HfvlmLanguageBindThermalModel",
         ),
+        "AutoModelForImageClassification": ("HfvlmLanguageBindForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmLanguageBindModel",),
     },
     processor="HfvlmLanguageBindProcessor",

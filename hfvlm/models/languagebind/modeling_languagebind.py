@@ -1,5 +1,6 @@
 """LanguageBind (https://arxiv.org/abs/2310.01852; https://github.com/PKU-YuanGroup/LanguageBind at 7070c53)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -8,13 +9,15 @@ from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hfvlm.checks.keywords import check_keywords
+from hfvlm.configuration import config_of
 from hfvlm.losses import contrastive_loss
 from hfvlm.modeling.base import DepthScaledModel, other_towers
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.multi_encoder import MultiEncoder
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.vision import ClassTokenTower
-from hfvlm.models.clip.modeling_clip import HfvlmCLIPTextModel, HfvlmCLIPVisionModel
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
+from hfvlm.models.clip.modeling_clip import HfvlmCLIPModel, HfvlmCLIPTextModel, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind.configuration_languagebind import (
     HfvlmLanguageBindAudioConfig,
     HfvlmLanguageBindConfig,
@@ -172,6 +175,34 @@ class TemporalLayer(PreNormLayer):
         return x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
 
+@torch.no_grad()
+def begin_tower(tower: Any, vision: HfvlmCLIPVisionModel) -> None:
+    """Let a tower begin with the weights of CLIP's. Positions are resized to its grid
+    (https://github.com/PKU-YuanGroup/ LanguageBind at 7070c53, model/process_clip.py); embeddings of times stay
+    random."""
+    weights = dict(vision.state_dict())
+    table = weights.pop("position")
+    if isinstance(tower, HfvlmLanguageBindVideoModel):
+        for name in [key for key in weights if key.startswith("layers.")]:
+            for own, temporal in ((".attention.", ".temporal_attention."), (".attention_norm.", ".temporal_norm.")):
+                if own in name:
+                    weights[name.replace(own, temporal)] = weights[name]
+        weights["class_token"] = weights["class_token"].expand_as(tower.class_token)
+    edge, grid = vision.config.grid, tower.config.grid
+    fits = table.shape == tower.position.shape
+    weights["position"] = table if fits else resize_grid(table, edge, grid, **BICUBIC)
+    missing, surplus = tower.load_state_dict(weights, strict=False)
+    if strange := [*surplus, *(name for name in missing if not name.endswith("temporal_position"))]:
+        raise ValueError(f"{type(vision).__name__}: not the tower of {type(tower).__name__}, for its {strange[0]}.")
+
+
+def own_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a tower's configuration, without the name of its kind."""
+    return {
+        name: value for name, value in config.to_dict().items() if name not in ("model_type", "transformers_version")
+    }
+
+
 class HfvlmLanguageBindModel(MultiEncoder):
     """Images, videos, texts, audio, depth maps and thermal images in one space.
 
@@ -187,5 +218,52 @@ class HfvlmLanguageBindModel(MultiEncoder):
     pair_loss = staticmethod(contrastive_loss)
     max_logit_scale = 100.0
 
+    @classmethod
+    def from_clip(
+        cls, clip: HfvlmCLIPModel, modalities: Sequence[str], **towers: Mapping[str, Any]
+    ) -> "HfvlmLanguageBindModel":
+        """Begin towers from a CLIP's, as the authors: each new one is its vision tower, in whose layers attention
+        across time, if there is some, is the attention within frames again; texts keep their tower, the temperature
+        begins at 0.07. Train them with `examples/recipes/languagebind-lora.yaml`.
+
+        Args:
+            clip: with vision and text transformers.
+            modalities: of the new towers, among "image", "video", "audio", "depth" and "thermal".
+            **towers: of a modality, fields of its tower that are another, as `video={"num_frames": 8}` or
+                `audio={"image_size": [126, 1036]}`.
+
+        Raises:
+            ValueError: an unknown modality, none, or a CLIP with towers of another kind.
+            TypeError: fields of a modality that is not asked for.
+        """
+        known = [name for name in HfvlmLanguageBindConfig.towers if name != "text"]
+        if not modalities or (unknown := sorted(set(modalities) - set(known))):
+            raise ValueError(
+                f"modalities must be of {', '.join(known)}, not {', '.join(unknown) if modalities else 'none'}."
+            )
+        check_keywords(f"{cls.__name__}.from_clip", towers, modalities)
+        config: Any = clip.config
+        if type(clip.vision_model) is not HfvlmCLIPVisionModel or type(clip.text_model) is not HfvlmCLIPTextModel:
+            kinds = f"{type(clip.vision_model).__name__} and {type(clip.text_model).__name__}"
+            raise ValueError(f"{type(clip).__name__}: its towers, {kinds}, are not CLIP's two transformers.")
+        fields: dict[str, Any] = dict.fromkeys(HfvlmLanguageBindConfig.sub_configs)
+        fields["text_config"] = own_fields(config.text_config)
+        for modality in modalities:
+            name = config_of(HfvlmLanguageBindConfig.towers[modality])
+            fields[name] = own_fields(config.vision_config) | dict(towers.get(modality, {}))
+        model = cls(HfvlmLanguageBindConfig(**fields))
+        texts: Any = model.text_model
+        texts.load_state_dict(clip.text_model.state_dict())
+        for modality in modalities:
+            begin_tower(getattr(model, HfvlmLanguageBindConfig.towers[modality]), clip.vision_model)
+        return model
+
     def make_scale(self, modality: str) -> nn.Module | None:
         return None if modality == "text" else LogitScale(self.config.logit_scale_init_value)
+
+
+class HfvlmLanguageBindForImageClassification(ImageClassifier):
+    """A linear layer on the pooled output of the tower of images."""
+
+    config: HfvlmLanguageBindConfig
+    base_model_prefix = "languagebind"

@@ -9,12 +9,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfvlm.configuration import config_of
 from hfvlm.media import MediaError, Recording, Video
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.recordings import resample
 from hfvlm.media.resizing import MAX_RESIZED_PIXELS
 from hfvlm.media.spectrograms import kaldi_fbank
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor, HfvlmCLIPTokenizer
+from hfvlm.models.languagebind.configuration_languagebind import HfvlmLanguageBindConfig
 from hfvlm.processing.base import MultiEncoderProcessor
 from hfvlm.processing.features import (
     AudioFeatureExtractor,
@@ -249,4 +251,33 @@ class HfvlmLanguageBindProcessor(MultiEncoderProcessor):
             depth_feature_extractor,
             thermal_feature_extractor,
             **kwargs,
+        )
+
+    @classmethod
+    def from_clip(cls, processor: Any, config: HfvlmLanguageBindConfig) -> "HfvlmLanguageBindProcessor":
+        """Make the processor of a model that `HfvlmLanguageBindModel.from_clip` began.
+
+        Args:
+            processor: of the CLIP.
+            config: of the model, whose towers say the sizes of their inputs.
+        """
+        words, edge = processor.tokenizer, processor.image_processor.size
+        tokenizer = HfvlmLanguageBindTokenizer(
+            tokenizer_object=words.backend_tokenizer, model_max_length=words.model_max_length
+        )
+        sizes: dict[str, dict[str, Any]] = {}
+        for modality in ("image", "video", "depth", "thermal"):
+            tower: Any = getattr(config, config_of(config.towers[modality]))
+            sizes[modality] = {"size": edge["height"] if tower is None else tower.image_size}
+        if config.video_config is not None:
+            sizes["video"]["num_frames"] = config.video_config.num_frames
+        audio: Any = config.audio_config
+        bins, frames = (112, 1036) if audio is None else audio.image_size
+        return cls(
+            HfvlmLanguageBindImageProcessor(**sizes["image"]),
+            tokenizer,
+            HfvlmLanguageBindFeatureExtractor(num_mel_bins=bins, num_frames=frames),
+            HfvlmLanguageBindVideoFeatureExtractor(**sizes["video"]),
+            HfvlmLanguageBindDepthFeatureExtractor(**sizes["depth"]),
+            HfvlmLanguageBindThermalFeatureExtractor(**sizes["thermal"]),
         )

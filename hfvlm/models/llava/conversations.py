@@ -1,6 +1,6 @@
 """The conversations that LLaVA's checkpoints were trained in, by the authors' names."""
 
-from hfvlm.processing.conversations import Chatml, Conversation, Human, Llama2, Plain, Vicuna
+from hfvlm.processing.conversations import Chatml, Conversation, Headed, Human, Llama2, Plain, Vicuna
 
 _HELPFUL = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _USER = "A chat between a curious user and an artificial intelligence assistant. " + _HELPFUL.format("user")
@@ -64,6 +64,23 @@ CONVERSATIONS: dict[str, Conversation] = {
     "mistral_instruct": Llama2("", _TALK, ("", "</s>")),
     "chatml_direct": Chatml(_DIRECT, _CHATML, _IM_END, colon="", stop=("<|im_end|>",)),
     "mpt": Chatml(_MPT, _CHATML, _IM_END, colon="", stop=("<|im_end|>",)),
+    "llava_llama_3": Headed(
+        _VISION,
+        ("user", "assistant"),
+        ("<|eot_id|>", "<|eot_id|>"),
+        stop=("<|eot_id|>",),
+        head=("<|start_header_id|>", "<|end_header_id|>\n\n"),
+        always=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        trims=True,
+    ),
+    "qwen_1_5": Headed(
+        "You are a helpful assistant.",
+        ("user", "assistant"),
+        ("<|im_end|>\n", "<|im_end|>\n"),
+        stop=("<|im_end|>",),
+        head=("<|im_start|>", "\n"),
+        always=("<|im_start|>", "<|im_end|>", "\n"),
+    ),
     "plain": Plain("", ("", ""), ("\n", "\n")),
 }
 # Other names of the same.

@@ -1,10 +1,12 @@
 """Inputs of LLaVA (https://github.com/haotian-liu/LLaVA at c121f04: mm_utils.py, train/train.py)."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import AddedToken
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import to_8_bits
@@ -19,6 +21,7 @@ from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import Flag, one_of, or_none, square, string, whole
 from hfvlm.processing.settings import edge as length
 from hfvlm.processing.tokenization import PieceTokenizer
+from hfvlm.processing.vocabularies import VocabularyError, cleans_up, engine_from_json, template
 
 # Padding to a square makes a long image's area grow with the square of its length; longer ones are resized first.
 LONGEST_PADDED_EDGE = 8192
@@ -145,6 +148,28 @@ class HfvlmLLaVAImageProcessor(HfvlmImageProcessor):
 class HfvlmLLaVATokenizer(PieceTokenizer):
     """The language model's own, with a placeholder for images."""
 
+    @classmethod
+    def from_vocabulary(
+        cls, path: str | Path, *, add_bos_token: bool = True, added: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
+        """Make a tokenizer from LLaMA's files, as `PieceTokenizer`, or from the tokenizer.json of a language model
+        that merges bytes: Llama 3, Qwen 1.5 or MPT, whose special tokens the keywords name.
+
+        Raises:
+            VocabularyError: the file is not such a model, or lacks a token that is named.
+        """
+        path = Path(path)
+        engine = engine_from_json(path) if path.suffix == ".json" else None
+        if engine is None or not cleans_up(engine):
+            return super().from_vocabulary(path, add_bos_token=add_bos_token, added=added, **kwargs)
+        tokens = {name: value for name, value in kwargs.items() if name.endswith("_token")}
+        if missing := [token for token in tokens.values() if engine.token_to_id(token) is None]:
+            raise VocabularyError(f"{path}: has no {', '.join(missing)}: this is the vocabulary of another model.")
+        engine.add_special_tokens([AddedToken(token, normalized=False) for token in (*tokens.values(), *added)])
+        engine.post_processor = template(engine, tokens.get("bos_token", "") if add_bos_token else "", "")
+        plain = {"clean_up_tokenization_spaces": False, "legacy": True} | kwargs
+        return cls(tokenizer_object=engine, add_bos_token=add_bos_token, **plain)
+
 
 class HfvlmLLaVAProcessor(ImageTextProcessor):
     """Conversations with images in LLaVA's format.
@@ -161,6 +186,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         patch_merge: likewise.
     """
 
+    # Images of examples for training may come after a question.
+    places_images = True
     conversation: Annotated[str, one_of(*CONVERSATIONS)]
     image_start: Annotated[str, string]
     image_end: Annotated[str, string]
@@ -228,7 +255,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
         return ids, self.style.labels(text, turns, ids, Encoder(encode, self.tokenizer.legacy))
 
     def text_of(self, content: Any) -> str:
-        """Return a message's text, its image first, where the authors put it."""
+        """Return a message's text, its image first, where the authors put it, or after it where a part says so."""
         if isinstance(content, str):
             if self.image_token not in content:
                 return content
@@ -239,6 +266,8 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
             if not images:
                 return text
         token = f"<Image>{self.image_token}</Image>" if self.style.tagged else self.image_token
+        if not isinstance(content, str) and any(part.get("place") == "after" for part in content):
+            return (text.strip() + f"\n{token}" * images).strip()
         return (f"{token}\n" * images + text.strip()).strip()
 
 

@@ -16,6 +16,7 @@ architecture = Architecture(
         "AutoModelForCausalLM": ("HfvlmMaMMUTTextModel",),
         "AutoModelForImageTextToText": ("HfvlmMaMMUTModel",),
         "AutoModelForMultimodalLM": ("HfvlmMaMMUTModel",),
+        "AutoModelForImageClassification": ("HfvlmMaMMUTForImageClassification",),
         "AutoModelForZeroShotImageClassification": ("HfvlmMaMMUTModel",),
     },
     processor="HfvlmMaMMUTProcessor",

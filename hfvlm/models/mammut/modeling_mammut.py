@@ -20,7 +20,7 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.contrastive_captioning import CaptioningTextTower, ContrastiveCaptioner
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
-from hfvlm.modeling.vision import ClassTokenTower
+from hfvlm.modeling.vision import ClassTokenTower, ImageClassifier
 from hfvlm.models.mammut.configuration_mammut import (
     HfvlmMaMMUTConfig,
     HfvlmMaMMUTTextConfig,
@@ -179,3 +179,10 @@ def cropped(table: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     part = image[:, :, top : top + height, left : left + width]
     part = interpolate(part, size=grid, mode="bilinear", align_corners=False)
     return torch.cat([table[:1], part.flatten(2)[0].t()])
+
+
+class HfvlmMaMMUTForImageClassification(ImageClassifier):
+    """A linear layer on the mean of the vision tower's tokens."""
+
+    config: HfvlmMaMMUTConfig
+    base_model_prefix = "mammut"

@@ -44,12 +44,16 @@ CHAT_TEMPLATES = {
         "{%- endfor -%}"
     ),
 }
+# As in the authors' pretraining: a text with its images, which have no numbers, and its end.
+CHAT_TEMPLATES["pretraining"] = CHAT_TEMPLATES["raw"]
 # Parts in their order; images are counted through the conversation, as in the authors' demonstration.
+NUMBERED = "{{- 'Picture ' ~ count.images ~ COLON ~ IMAGE ~ '\n' -}}"
 CONTENT = (
     "{%- if message['content'] is string -%}{{- message['content'] | replace('<|', MARKED) -}}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
-    "{%- set count.images = count.images + 1 -%}{{- 'Picture ' ~ count.images ~ COLON ~ IMAGE ~ '\n' -}}"
-    "{%- elif part['type'] == 'text' -%}{{- part['text'] | replace('<|', MARKED) -}}{%- endif -%}"
+    "{%- set count.images = count.images + 1 -%}"
+    + NUMBERED
+    + "{%- elif part['type'] == 'text' -%}{{- part['text'] | replace('<|', MARKED) -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
 )
 
@@ -100,7 +104,8 @@ class HfvlmQwenVLProcessor(ImageTextProcessor, Grounding):
         image_processor: of the images.
         tokenizer: of the texts.
         chat_template: by default the conversation's.
-        conversation: "chatml" of Qwen-VL-Chat, or "raw" of Qwen-VL, which continues a text.
+        conversation: "chatml" of Qwen-VL-Chat; "raw" of Qwen-VL, which continues a text; or "pretraining", the same
+            without the images' numbers, as in the two stages before (https://arxiv.org/abs/2308.12966, appendix B).
         picture_colon: text between an image's number and the image. The revision of October 2023 has ":".
         num_queries: tokens of an image.
     """
@@ -126,7 +131,8 @@ class HfvlmQwenVLProcessor(ImageTextProcessor, Grounding):
     def template(self) -> str:
         """Make the Jinja template of the conversation."""
         names = {"COLON": self.picture_colon, "IMAGE": self.image_token, "MARKED": f"<{JOINER}|"}
-        content = re.sub("|".join(names), lambda name: f"'{names[name[0]]}'", CONTENT)
+        form = CONTENT.replace(NUMBERED, "{{- IMAGE -}}") if self.conversation == "pretraining" else CONTENT
+        content = re.sub("|".join(names), lambda name: f"'{names[name[0]]}'", form)
         return "{%- set count = namespace(images=0) -%}" + CHAT_TEMPLATES[self.conversation].replace(
             "CONTENT", content
         )

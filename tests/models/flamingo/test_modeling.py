@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, OPTConfig, OPTForCausalLM
 
 from hfvlm.modeling.compat import cache_of
 from hfvlm.models.flamingo import (
@@ -13,6 +13,7 @@ from hfvlm.models.flamingo import (
     HfvlmFlamingoMPTForCausalLM,
     HfvlmFlamingoResampler,
     HfvlmFlamingoResamplerConfig,
+    HfvlmFlamingoTokenizer,
 )
 from hfvlm.models.flamingo.modeling_flamingo import Gate
 from hfvlm.training.lora import lora
@@ -206,6 +207,81 @@ def test_frames_are_more_patches_of_one_image(model):
     assert relative(features[0], same[0]) > 1e-4
     ids = [[IMAGE, 5], [IMAGE, 6]]
     assert relative(logits(model, ids, frames), logits(model, ids, frames[:, 0])) > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_frames_have_times(count):
+    """Frames beyond the learned embeddings are spread over them, as the paper interpolates."""
+    torch.manual_seed(0)
+    resampler = HfvlmFlamingoResampler(HfvlmFlamingoResamplerConfig(**RESAMPLER | {"max_num_frames": 4})).eval()
+    patches = torch.randn(1, count, 6, 32)
+    table = resampler.frame_positions.detach()
+    assert table.std() > 0.5
+    if count > 4:
+        wide = torch.nn.functional.interpolate(table.T[None], size=count, mode="linear", align_corners=True)[0].T
+    else:
+        wide = table[:count]
+    plain = copy.deepcopy(resampler)
+    plain.frame_positions = None
+    with torch.no_grad():
+        expected = plain((patches + wide[:, None]).flatten(1, 2)).last_hidden_state
+        close(resampler(patches).last_hidden_state, expected, 1e-5, "times")
+        longer = torch.cat([patches, torch.randn(1, 2, 6, 32)], dim=1)
+        found = resampler(longer, torch.tensor([count])).last_hidden_state
+        close(found, expected, 1e-5, "with frames that are not there")
+        assert relative(plain(patches).last_hidden_state, expected) > 1e-3
+
+
+OTHERS = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "gptj": {"rotary_dim": 4, "n_positions": 64, "bos_token_id": 2, "eos_token_id": 2},
+    "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "gemma2": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "hfvlm_flamingo_mpt": {"expansion_ratio": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_language_models(kind, tmp_path):
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = tiny(sizes | OTHERS[kind] | {"model_type": kind})
+    ids, pixels = [[3, 4, IMAGE, 5, 6, END, IMAGE, 7, 8]], torch.randn(2, 3, 28, 28)
+    before = logits(model, ids, pixels)
+    assert changed(before, logits(model, ids, torch.stack([pixels[0], pixels[1] + 1]))) == [6, 7, 8]
+    cached, whole = (
+        model.generate(torch.tensor(ids), pixel_values=pixels, use_cache=use, **NEW) for use in (True, False)
+    )
+    assert torch.equal(cached, whole)
+    model.save_pretrained(tmp_path)
+    close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path).eval(), ids, pixels), before, 0.0, "saved")
+    if kind == "hfvlm_flamingo_mpt":
+        block = model.language_model.transformer.blocks[0].layer
+        assert block.ffn.up_proj.out_features == 3 * 32
+        assert hasattr(block.attn.Wqkv, "weight")  # without qk_ln its attention is MPT's
+
+
+def test_a_model_begins_from_a_tower_and_a_language_model(tmp_path):
+    from tests.models.flamingo.tiny import PIECES, opt_vocabulary
+
+    torch.manual_seed(0)
+    tokenizer = HfvlmFlamingoTokenizer.from_vocabulary(opt_vocabulary(tmp_path))
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    language = OPTForCausalLM(OPTConfig(vocab_size=PIECES + 3, word_embed_proj_dim=32, **sizes)).eval()
+    tower = tiny().vision_model
+    ids = torch.tensor([[2, 9, 11]])
+    with torch.no_grad():
+        expected = language(ids).logits
+    model = HfvlmFlamingoForConditionalGeneration.from_towers(
+        tower, language, tokenizer, resampler_config=RESAMPLER, cross_attention_interval=2
+    ).eval()
+    close(logits(model, ids.tolist(), None)[..., : PIECES + 3], expected, 1e-6, "as before")
+    assert model.config.text_config.vocab_size == len(tokenizer) == PIECES + 5
+    assert (model.config.image_token_id, model.config.pad_token_id) == (PIECES + 4, 1)
+    for name, value in tower.state_dict().items():
+        close(model.vision_model.state_dict()[name], value, 0.0, name)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    close(logits(loaded, ids.tolist(), None), logits(model, ids.tolist(), None), 0.0, "saved")
 
 
 # What a cache remembers

@@ -7,10 +7,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import hfvlm
+from hfvlm.media import read_video
 from hfvlm.models.flamingo import HfvlmFlamingoImageProcessor, HfvlmFlamingoProcessor, HfvlmFlamingoTokenizer
 from hfvlm.training.chat import ChatCollator
 from tests.models.flamingo.tiny import PIECES, converted, vocabulary
 from tests.models.llava.tiny import VOCABULARY
+from tests.support.suite import close
 
 END, IMAGE, PADDING = PIECES, PIECES + 1, PIECES + 2
 SHOTS = [{"answer": "two cats"}, {"answer": "a sink"}]
@@ -47,6 +49,70 @@ def test_prompts_of_different_lengths(processor, model):
     alone = processor(images=[image(3)], text=texts[1])
     expected = model.generate(**alone, max_new_tokens=4, eos_token_id=None)
     assert torch.equal(new[1, inputs["input_ids"].shape[1] :], expected[0, alone["input_ids"].shape[1] :])
+
+
+def video(frames=5, seed=3):
+    return [image(seed + i) for i in range(frames)]
+
+
+def test_videos_stand_where_images_do(processor, model):
+    """A video of one frame is an image; frames that a video does not have change nothing."""
+    processor.num_frames = 4
+    texts = ["<image>Output:", "<image>a<|endofchunk|><image>b"]
+    inputs = processor(videos=[video(9), video(2), [image(1)]], text=texts)
+    assert inputs["pixel_values"].shape == (3, 4, 3, 28, 28)
+    assert inputs["num_frames"].tolist() == [4, 2, 1]
+    taken = processor(images=[video(9)[i] for i in (1, 3, 5, 7)], text="<image>" * 4)["pixel_values"]
+    assert torch.equal(inputs["pixel_values"][0], taken)
+    with torch.no_grad():
+        together = model(**inputs).logits
+        for row, own in enumerate(([video(9)], [video(2), [image(1)]])):
+            alone = model(**processor(videos=own, text=texts[row])).logits
+            close(together[row, -alone.shape[1] :], alone[0], 1e-5, f"row {row}")
+        mixed = processor(images=[read_video(video(2)), image(1)], text=texts[1])
+        close(model(**mixed).logits, alone, 1e-5, "images among videos")
+        plain = processor(images=image(1), text="<image>c")
+        close(
+            model(**plain).logits, model(**processor(videos=[[image(1)]], text="<image>c")).logits, 1e-5, "one frame"
+        )
+    by_text = processor(videos=[[video(9)], [video(2), [image(1)]]], text=texts)
+    assert torch.equal(by_text["pixel_values"], inputs["pixel_values"])
+    with pytest.raises(ValueError, match="reads images or videos"):
+        processor(images=image(), videos=[video()], text="<image><image>")
+    with pytest.raises(ValueError, match="num_frames must be an integer"):
+        HfvlmFlamingoProcessor(processor.image_processor, processor.tokenizer, num_frames=0)
+
+
+def test_videos_in_messages_and_conversations(processor, model):
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Output:"}]}]
+    assert processor.apply_chat_template(messages) == "<image>Output:"
+    answered = [{"role": "user", "content": "<image>Output:"}, {"role": "assistant", "content": "a cat"}]
+    clips = [read_video(video(3)), image(0)]
+    batch = ChatCollator(processor)([{"messages": answered, "images": [clip]} for clip in clips])
+    assert batch["num_frames"].tolist() == [3, 1]
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_captions_and_pages_train_as_the_authors_make_them(processor, model):
+    page = "Cats. <image> A cat sleeps. <image> It wakes."
+    batch = processor.captions([image(0), [image(1), image(2)]], [" a roof ", page])
+    texts = [
+        processor.tokenizer.decode(ids[mask == 1])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert texts == [
+        "<image>a roof<|endofchunk|><|endoftext|>",
+        "Cats.<image>A cat sleeps.<|endofchunk|><image>It wakes.<|endofchunk|><|endoftext|>",
+    ]
+    labels = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert labels == ["a roof<|endofchunk|><|endoftext|>", "A cat sleeps.<|endofchunk|>It wakes.<|endofchunk|>"]
+    assert len(batch["pixel_values"]) == 3
+    assert torch.isfinite(model(**batch).loss)
+    short = processor.captions([[image(1), image(2)]], [page], max_length=20)
+    assert short["input_ids"].shape == (1, 20)
+    assert len(short["pixel_values"]) == 1
+    (safe,) = processor.captions([image(0)], ["a<|endofchunk|>b"])["labels"]
+    assert (safe == END).sum() == 1
 
 
 def test_few_shot_prompts_equal_the_authors(processor):

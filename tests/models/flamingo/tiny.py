@@ -1,5 +1,6 @@
 """Small Flamingos as their authors would have released them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -30,17 +31,30 @@ MOSAIC |= {"mlp_ratio": 4, "attn_qk_ln": True, "alibi": True, "alibi_bias_max": 
 MOSAIC |= {"attn_impl": "torch", "attn_clip_qkv": None, "low_precision_layernorm": True}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
+OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+OPT |= {
+    "max_position_embeddings": 512,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
+GPTJ = {"model_type": "gptj", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512, "rotary_dim": 4}
+GPTJ |= {"bos_token_id": 0, "eos_token_id": 0}
 # As the language models' own config.json have it.
-LANGUAGES = {"gpt_neox": NEOX, "mpt": MPT, "mosaic_gpt": MOSAIC, "llama": LLAMA}
+LANGUAGES = {"gpt_neox": NEOX, "mpt": MPT, "mosaic_gpt": MOSAIC, "llama": LLAMA, "opt": OPT, "gptj": GPTJ}
+LANGUAGES |= {"wide_mpt": MPT | {"expansion_ratio": 2}, "wide_mosaic_gpt": MOSAIC | {"mlp_ratio": 3}}
 
 
-def tiny_model(kind: str) -> HfvlmFlamingoForConditionalGeneration:
+def tiny_model(kind: str, frames: int | None = None) -> HfvlmFlamingoForConditionalGeneration:
     torch.manual_seed(3)
     ids = {"eos_token_id": PIECES, "image_token_id": PIECES + 1, "pad_token_id": PIECES + 2}
+    if kind == "opt":  # whose vocabulary has padding
+        ids = {"eos_token_id": PIECES + 3, "image_token_id": PIECES + 4, "pad_token_id": 1}
     config = HfvlmFlamingoConfig(
         vision_config=VISION | {"projection_dim": None},
-        resampler_config=RESAMPLER,
-        text_config=text_config_of(LANGUAGES[kind], PIECES + 3),
+        resampler_config=RESAMPLER | {"max_num_frames": frames},
+        text_config=text_config_of(LANGUAGES[kind], PIECES + (5 if kind == "opt" else 3)),
         cross_attention_interval=2,
         **ids,
     )
@@ -61,6 +75,16 @@ def vocabulary(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     engine.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+def opt_vocabulary(folder: Path) -> Path:
+    """OPT's two files, without a merge but the one that its reader needs."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = {name: i for i, name in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters])}
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(pieces))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder / "vocab.json"
 
 
 def release(folder: Path, model: HfvlmFlamingoForConditionalGeneration, kind: str) -> dict[str, Path]:
@@ -85,7 +109,7 @@ def release(folder: Path, model: HfvlmFlamingoForConditionalGeneration, kind: st
         "main": write(folder / "release", "checkpoint.pt.bin", trained).joinpath("checkpoint.pt"),
     }
     (folder / "release" / "checkpoint.pt.bin").rename(paths["main"])
-    vocabulary(folder / "base")
+    (opt_vocabulary if kind == "opt" else vocabulary)(folder / "base")
     return paths
 
 

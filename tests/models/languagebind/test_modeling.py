@@ -4,7 +4,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel
 
 import hfvlm
-from hfvlm.models.clip import HfvlmCLIPVisionConfig, HfvlmCLIPVisionModel
+from hfvlm.models.clip import HfvlmCLIPConfig, HfvlmCLIPModel, HfvlmCLIPVisionConfig, HfvlmCLIPVisionModel
 from hfvlm.models.languagebind import (
     HfvlmLanguageBindAudioConfig,
     HfvlmLanguageBindAudioModel,
@@ -233,3 +233,33 @@ class TestLanguageBind(MultiEncoderSuite):
         trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
         assert sum("lora" in name for name in trained) == 2 * 4 * 2
         assert all("temporal_attention" in name or "logit_scales" in name for name in trained)
+
+
+def test_towers_begin_from_clip():
+    torch.manual_seed(0)
+    clip = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=PICTURE, text_config=TEXT)).eval()
+    towers = {"video": {"num_frames": 2}, "audio": {"image_size": [16, 40]}}
+    model = HfvlmLanguageBindModel.from_clip(clip, ["depth", "video", "audio"], **towers).eval()
+    assert set(model.modalities) == {"text", "depth", "video", "audio"}
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        image = clip.vision_model(pixels).embeds
+        close(model.depth_model(pixels).embeds, image, 0.0, "depth")
+        close(model.text_model(IDS, MASK).embeds, clip.text_model(IDS, MASK).embeds, 0.0, "texts")
+    for layer, other in zip(model.video_model.layers, clip.vision_model.layers, strict=True):
+        for own, temporal in (
+            (layer.attention, layer.temporal_attention),
+            (layer.attention_norm, layer.temporal_norm),
+        ):
+            for name, value in own.state_dict().items():
+                close(temporal.state_dict()[name], value, 0.0, name)
+        close(layer.attention.q_proj.weight, other.attention.q_proj.weight, 0.0, "within frames")
+        assert layer.temporal_position.abs().max() > 0
+    expected = HfvlmLanguageBindAudioModel(HfvlmLanguageBindAudioConfig(**AUDIO))
+    expected.take_positions(clip.vision_model.position)
+    close(model.audio_model.position, expected.position, 0.0, "positions")
+    assert model.logit_scales["depth"].scale.item() == pytest.approx(2.6592)
+    with pytest.raises(ValueError, match="modalities must be of image, video, audio, depth, thermal, not smell"):
+        HfvlmLanguageBindModel.from_clip(clip, ["smell"])
+    with pytest.raises(TypeError, match="video"):
+        HfvlmLanguageBindModel.from_clip(clip, ["depth"], video={"num_frames": 2})

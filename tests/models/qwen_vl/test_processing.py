@@ -97,7 +97,7 @@ class TestPrompts:
         answer = [*raw.text_ids(" A dog."), raw.token_id("<|endoftext|>")]
         assert ids == [*raw.encode(expected), *answer]
         assert labels == [-100] * (len(ids) - len(answer)) + answer
-        with pytest.raises(ValueError, match="conversation must be one of chatml, raw, not 'v1'"):
+        with pytest.raises(ValueError, match="conversation must be one of chatml, raw, pretraining, not 'v1'"):
             processor_for(load_preset("qwen_vl/tiny").make_config(), {"conversation": "v1"}, VOCABULARY)
 
     def test_saving_and_loading_changes_nothing(self, processor, image, tmp_path):

@@ -1,0 +1,73 @@
+"""A linear layer on the tower of images of every architecture that has one to compare or to caption with."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+import hfvlm
+from hfvlm.registry import architectures
+from tests.support.suite import ImageClassifierSuite
+
+# Chat models have the towers of others.
+CHAT = {"flamingo", "llava", "pg_video_llava", "qwen_vl", "shikra", "video_chatgpt"}
+
+
+class OnTiny(ImageClassifierSuite):
+    """Sizes of the tiny preset."""
+
+    auto_class = AutoModelForImageClassification
+    # The towers are in the graphs of the models that have them.
+    test_compiles_as_one_graph = test_exports = None
+    architecture: str
+
+    def config(self):
+        config = hfvlm.load_preset(f"{self.architecture}/tiny").make_config()
+        config.num_labels = 4
+        config.architectures = [self.model_class.__name__]
+        return config
+
+    def inputs(self):
+        edge = self.config().vision_config.image_size
+        return {"pixel_values": torch.randn(3, 3, edge, edge)}
+
+
+class TestCoCa(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmCoCaForImageClassification, hfvlm.HfvlmCoCaModel
+    architecture = "coca"
+
+
+class TestMaMMUT(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmMaMMUTForImageClassification, hfvlm.HfvlmMaMMUTModel
+    architecture = "mammut"
+
+
+class TestBLIP(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmBLIPForImageClassification, hfvlm.HfvlmBLIPModel
+    architecture = "blip"
+
+
+class TestBLIP2(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmBLIP2ForImageClassification, hfvlm.HfvlmBLIP2ForImageTextRetrieval
+    architecture = "blip2"
+
+
+class TestImageBind(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmImageBindForImageClassification, hfvlm.HfvlmImageBindModel
+    architecture = "imagebind"
+
+
+class TestLanguageBind(OnTiny):
+    model_class, whole_class = hfvlm.HfvlmLanguageBindForImageClassification, hfvlm.HfvlmLanguageBindModel
+    architecture = "languagebind"
+
+
+def test_every_architecture_with_images_has_a_classifier():
+    found = {name for name, known in architectures().items() if "AutoModelForImageClassification" in known.models}
+    assert found == set(architectures()) - CHAT
+
+
+def test_a_model_without_images_is_refused():
+    config = hfvlm.load_preset("languagebind/tiny").make_config()
+    config.vision_config = None
+    with pytest.raises(ValueError, match="the model has no tower of images"):
+        hfvlm.HfvlmLanguageBindForImageClassification(config)

@@ -1,0 +1,101 @@
+"""Image classifiers, trained as recipes."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+import hfvlm
+from hfvlm.training.classification import accuracies, load_classifier
+from hfvlm.training.recipes import run_recipe
+from tests.support.paths import EXAMPLES
+
+QUICK = [
+    "bf16=False",
+    "per_device_train_batch_size=8",
+    "use_cpu=True",
+    "disable_tqdm=True",
+    "dataloader_num_workers=0",
+]
+QUICK += ["warmup_steps=0", "save_strategy=no", "eval_strategy=no"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Red and blue images, in rows with names as labels; one of the evaluation's cannot be read."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
+    (folder / "rows").mkdir()
+    for split, count in (("train", 24), ("test", 9)):
+        rows = []
+        for i in range(count):
+            pixels = random.randint(0, 120, (24, 24, 3), dtype=np.uint8)
+            pixels[..., 2 * (i % 2)] += 120
+            Image.fromarray(pixels).save(folder / f"{split}-{i}.png")
+            rows.append({"image": str(folder / f"{split}-{i}.png"), "label": ["red", "blue"][i % 2]})
+        (folder / "rows" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "test-8.png").write_bytes(b"damaged")
+    return folder
+
+
+def run(name, images, folder, *more):
+    changes = [*QUICK, f"dataset={images / 'rows'}", f"model={folder}", *more]
+    return run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)
+
+
+def test_a_linear_probe_learns_and_leaves_the_tower(clip_folder, images, tmp_path):
+    out = tmp_path / "out"
+    metrics = run("linear-probe", images, clip_folder, f"output_dir={out}", "num_train_epochs=8", "learning_rate=0.05")
+    assert metrics["eval_accuracy"] == 1.0
+    before, after = (hfvlm.HfvlmCLIPForImageClassification.from_pretrained(f) for f in (clip_folder, out))
+    for name, value in before.vision_model.state_dict().items():
+        assert torch.equal(value, after.vision_model.state_dict()[name]), name
+    assert after.config.id2label == {0: "blue", 1: "red"}
+    classify = pipeline("image-classification", model=str(out))
+    assert classify(str(images / "test-0.png"))[0]["label"] == "red"
+
+
+def test_fine_tuning_moves_all_and_the_first_layers_least(clip_folder, images, tmp_path):
+    out = tmp_path / "out"
+    run("fine-tune-classifier", images, clip_folder, f"output_dir={out}", "max_steps=2", "learning_rate=1e-3")
+    before, after = (hfvlm.HfvlmCLIPForImageClassification.from_pretrained(f) for f in (clip_folder, out))
+    steps = [
+        (new.mlp.fc1.weight - old.mlp.fc1.weight).abs().max().item()
+        for old, new in zip(before.vision_model.layers, after.vision_model.layers, strict=True)
+    ]
+    assert 0 < steps[0] < steps[-1]
+    assert steps[0] / steps[-1] == pytest.approx(0.65 ** (len(steps) - 1), rel=0.15)
+
+
+def test_adapters_with_a_layer_in_full(clip_folder, images, tmp_path):
+    more = ["max_steps=2", "lora_recipe=vision", "lora_whole=[classifier]", "layer_decay=null"]
+    run("fine-tune-classifier", images, clip_folder, f"output_dir={tmp_path / 'out'}", *more)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_accuracy_counts_rows_with_labels():
+    logits = np.array([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [np.nan, np.nan], [1.0, 0.0]])
+    found = accuracies(SimpleNamespace(label_ids=np.array([1, 1, 0, 0, -100]), predictions=logits))
+    assert found == {"accuracy": 0.25}
+
+
+def test_what_is_no_classifier_is_named(clip_folder, images, tmp_path):
+    with pytest.raises(ValueError, match="has no column 'kind' of labels"):
+        run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", "label_column=kind")
+    with pytest.raises(ValueError, match="dataset must be one data set"):
+        run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", f"dataset=[{{path: {images}}}]")
+    hfvlm.load_preset("llava/tiny").make_config().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ValueError, match="hfvlm has no image classifier of HfvlmLLaVAConfig"):
+        load_classifier(str(tmp_path / "llava"), ["a", "b"])
+
+
+def test_a_trained_classifier_goes_on(clip_folder, tmp_path):
+    model = load_classifier(str(clip_folder), ["a", "b", "c"])
+    model.save_pretrained(tmp_path)
+    again = load_classifier(str(tmp_path), ["a", "b", "c"])
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+    assert load_classifier(str(tmp_path), ["a", "b"]).classifier.out_features == 2
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is type(model)
