@@ -67,6 +67,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     depth, relative = count_layers(shapes, "blocks."), "blocks.0.attn.rel_pos_h" in shapes
     windows = window_indices(options, shapes, depth)
     residual = [index for index in range(depth) if f"blocks.{index}.residual.conv1.weight" in shapes]
+    squares = [shapes[f"blocks.{index}.attn.rel_pos_h"][0] // 2 + 1 for index in windows if relative]
     heads = options.get("num_heads") or (width // shapes["blocks.0.attn.rel_pos_h"][1] if relative else width // 64)
     return HfvlmPainterConfig(
         hidden_size=width,
@@ -78,7 +79,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
         pretrain_image_size=math.isqrt(shapes["pos_embed"][1] - 1) * patch,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
         use_relative_positions=relative,
-        window_size=options.get("window_size") or 14,
+        window_size=squares[0] if squares else options.get("window_size") or 14,
         window_indices=windows,
         residual_indices=residual,
         decoder_hidden_size=shapes["decoder_pred.1.weight"][0],

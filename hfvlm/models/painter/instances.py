@@ -93,7 +93,8 @@ def candidates(image: Any, threshold: float = 18.0) -> Instances:
 
     Args:
         image: as painted, in 0..255.
-        threshold: mean difference over the channels, below which a pixel is near.
+        threshold: mean difference over the channels, below which a pixel is near. With 18, the original's, any colour is
+            near some, black among them.
     """
     check_number("threshold", threshold, 0, 765, open_low=True)
     pixels, colors = pixels_of(image), torch.from_numpy(place_colors()).float()
@@ -131,7 +132,7 @@ def decode_instances(image: Any, distances: Any = None, *, threshold: float = 18
     """
     check_integer("most", most)
     found = candidates(image, threshold)
-    if found.scores.max() == 0 and not found.masks.any():
+    if not found.masks.any():
         return found
     if distances is not None:
         found.classes = vote(found.masks, distances)

@@ -179,7 +179,8 @@ class HfvlmPainterModel(HfvlmPreTrainedModel):
     def __init__(self, config: HfvlmPainterConfig):
         super().__init__(config)
         self.edge = config.pretrain_image_size // config.patch_size
-        self.patches = PatchEmbedding(config)
+        sizes: Any = config
+        self.patches = PatchEmbedding(sizes)
         # The first is that of the class token of the pretraining, which there is none of here.
         self.position = nn.Parameter(torch.zeros(1 + self.edge**2, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))

@@ -53,8 +53,9 @@ class Jitter(NamedTuple):
     def __call__(self, image: Image.Image) -> Image.Image:
         """Change an image's colours, as Pillow and torchvision do."""
         kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        factors = (self.brightness, self.contrast, self.saturation)
         for kind in self.order:
-            image = shifted(image, self.hue) if kind == 3 else kinds[kind](image).enhance(self[1 + kind])
+            image = shifted(image, self.hue) if kind == 3 else kinds[kind](image).enhance(factors[kind])
         return image
 
 
@@ -127,10 +128,10 @@ class PairAugmentation:
         box = draw_box(height, width, self.scale, RATIO, random)
         jitter = None
         if random.random() < self.jitter:
-            *strengths, hue = self.strengths
-            factors = [float(random.uniform(1 - by, 1 + by)) for by in strengths]
+            *others, hue = self.strengths
+            brightness, contrast, saturation = (float(random.uniform(1 - by, 1 + by)) for by in others)
             order = tuple(int(kind) for kind in random.permutation(4))
-            jitter = Jitter(order, *factors, hue=float(random.uniform(-hue, hue)))
+            jitter = Jitter(order, brightness, contrast, saturation, float(random.uniform(-hue, hue)))
         return Draw(box, jitter, bool(random.random() < self.flip))
 
     def apply(

@@ -187,7 +187,8 @@ class HfvlmPainterProcessor(HfvlmProcessor):
         if len(sizes) != len(reconstruction):
             raise ValueError(f"{len(reconstruction)} images were painted, {len(sizes)} sizes are given.")
         halves = self.image_processor.paint_of(reconstruction).chunk(2, dim=2)[1]
-        return [painting(half, check_task(task), tuple(size)) for half, size in zip(halves, sizes, strict=True)]
+        check_task(task)
+        return [painting(half, task, (size[0], size[1])) for half, size in zip(halves, sizes, strict=True)]
 
     def decode(self, reconstruction: Tensor, task: str, sizes: Sequence[tuple[int, int]], **options: Any) -> list[Any]:
         """Read the results of a task out of what was painted.
