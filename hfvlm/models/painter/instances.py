@@ -93,8 +93,8 @@ def candidates(image: Any, threshold: float = 18.0) -> Instances:
 
     Args:
         image: as painted, in 0..255.
-        threshold: mean difference over the channels, below which a pixel is near. With 18, the original's, any colour is
-            near some, black among them.
+        threshold: mean difference over the channels, below which a pixel is near. With 18, the original's, any colour
+            is near some, black among them.
     """
     check_number("threshold", threshold, 0, 765, open_low=True)
     pixels, colors = pixels_of(image), torch.from_numpy(place_colors()).float()

@@ -144,6 +144,13 @@ class HfvlmPainterProcessor(HfvlmProcessor):
         }
         return BatchFeature(values, tensor_type=return_tensors)
 
+    def prepare(self, modality: str, sources: Any, return_tensors: str | None = "pt", **options: Any) -> BatchFeature:
+        """Prepare images as queries that are their own prompts: inputs for checks of a model, which show it no task."""
+        if modality not in self.modalities:
+            raise ValueError(f"{type(self).__name__} prepares {', '.join(self.modalities)}, not {modality}.")
+        images = flat_images(sources)
+        return self(images, [(image, image) for image in images], return_tensors=return_tensors, **options)
+
     def stacked(self, upper: Sequence[Any], lower: Sequence[Any], options: Mapping[str, Any]) -> list[np.ndarray]:
         """Put images over others -> `(3, 2 * S, S)` each."""
         device = {"device": None} if "device" in options else {}
