@@ -42,6 +42,7 @@ _LAZY = {
     "ContrastiveTrainingArguments": "hfvlm.training",
     "push": "hfvlm.release.hub",
     "Chat": "hfvlm.inference.chat",
+    "Painter": "hfvlm.inference.painter",
     "draw_boxes": "hfvlm.inference.grounding",
     "VideoGrounder": "hfvlm.inference.video_grounding",
     "draw_tracks": "hfvlm.inference.video_grounding",

@@ -142,9 +142,9 @@ def with_attention(
 
 
 def row_by_row(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute embeddings of each row alone, from which logits of pairs follow; or the logits of each."""
+    """Compute embeddings of each row alone, from which logits of pairs follow; or the logits of each, or its image."""
     rows = [outputs_of(model, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(TEXTS))]
-    names = [name for name in rows[0] if name.endswith("_embeds") or name == "logits"]
+    names = [name for name in rows[0] if name.endswith("_embeds") or name in ("logits", "reconstruction")]
     return {name: torch.cat([row[name] for row in rows]) for name in names}
 
 
@@ -169,7 +169,7 @@ def tower_check(folder: Path, model: Any, modality: str, processor: Any) -> Chec
 def sensitivity(
     model: PreTrainedModel, modality: str, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Check:
-    name = f"{modality}_embeds" if f"{modality}_embeds" in expected else "logits"
+    name = next(name for name in (f"{modality}_embeds", "reconstruction", "logits") if name in expected)
     same = ("input_ids", "attention_mask") if name == "logits" else ()
     changed = {key: value if key in same else value.flip(0) for key, value in inputs.items()}
     difference = relative(outputs_of(model, changed)[name], expected[name])

@@ -7,6 +7,7 @@ from hfvlm.training.data import CaptionCollator, ContrastiveCollator
 from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.masking import MaskingCollator
+from hfvlm.training.painting import PaintingCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
     "MaskingCollator",
+    "PaintingCollator",
     "PreferenceCollator",
     "RandomCropAndFlip",
     "RandomResizedCrop",
