@@ -65,10 +65,10 @@ HEADS = {
     "next_sentence_loss": "alignment_loss",
     "sequence_output_t": "last_hidden_state",
     "sequence_output_v": "vision_last_hidden_state",
-    "pooled_output_t": "text_pooler_output",
-    "pooled_output_v": "vision_pooler_output",
-    "bert.t_pooler": "text_pooler_output",
-    "bert.v_pooler": "vision_pooler_output",
+    "pooled_output_t": "text_pooled",
+    "pooled_output_v": "vision_pooled",
+    "bert.t_pooler": "text_pooled",
+    "bert.v_pooler": "vision_pooled",
 }
 INPUTS = {
     "input_ids": "input_ids",

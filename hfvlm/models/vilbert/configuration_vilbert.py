@@ -63,6 +63,7 @@ class HfvlmViLBERTConfig(HfvlmConfig):
         num_answers: of VQA and Visual Genome.
         num_gqa_answers: of GQA.
         head_dropout: before the heads of the tasks, in training.
+        tie_word_embeddings: words are scored by their embeddings.
     """
 
     model_type = "hfvlm_vilbert"
@@ -84,6 +85,7 @@ class HfvlmViLBERTConfig(HfvlmConfig):
     num_answers: int = 3129
     num_gqa_answers: int = 1533
     head_dropout: float | int = 0.1
+    tie_word_embeddings: bool = True
 
     def validate_connections(self) -> None:
         if len(self.vision_connections) != len(self.text_connections):

@@ -43,8 +43,8 @@ class ViLBERTOutput(BaseModelOutputWithPooling):
         last_hidden_state: `(B, N, D)`, the text; with a task token, which follows on [CLS], one longer than its ids.
         vision_last_hidden_state: `(B, R, E)`, the regions.
         pooler_output: `(B, F)`, both, of `config.connection_size` numbers.
-        text_pooler_output: `(B, F)`.
-        vision_pooler_output: `(B, F)`.
+        text_pooled: `(B, F)`.
+        vision_pooled: `(B, F)`.
         text_model_output: the text stream: its `hidden_states` are the input of each layer, after the connection that
             comes before it, and the last layer's output; its `attentions` those of its own layers.
         vision_model_output: likewise, of the region stream.
@@ -53,8 +53,8 @@ class ViLBERTOutput(BaseModelOutputWithPooling):
     """
 
     vision_last_hidden_state: Tensor | None = None
-    text_pooler_output: Tensor | None = None
-    vision_pooler_output: Tensor | None = None
+    text_pooled: Tensor | None = None
+    vision_pooled: Tensor | None = None
     text_model_output: BaseModelOutput | None = None
     vision_model_output: BaseModelOutput | None = None
     cross_attentions: tuple[tuple[Tensor, Tensor], ...] | None = None
@@ -201,6 +201,7 @@ class HfvlmViLBERTTextModel(Stream):
     config: HfvlmViLBERTTextConfig
     base_model_prefix = "text_model"
     input_modalities = ["text"]
+    _input_embed_layer = "token"
 
     def __init__(self, config: HfvlmViLBERTTextConfig):
         super().__init__(config)
@@ -349,8 +350,8 @@ class HfvlmViLBERTModel(HfvlmViLBERTPreTrainedModel):
             last_hidden_state=text,
             vision_last_hidden_state=regions,
             pooler_output=FUSIONS[self.config.fusion](*pooled),
-            text_pooler_output=pooled[0],
-            vision_pooler_output=pooled[1],
+            text_pooled=pooled[0],
+            vision_pooled=pooled[1],
             text_model_output=recorded(text, records[0], **wanted),
             vision_model_output=recorded(regions, records[1], **wanted),
             cross_attentions=tuple(weights) if wanted["attentions"] else None,
