@@ -200,7 +200,8 @@ def processor_for(config: HfvlmViLBERTConfig, settings: Mapping[str, Any], vocab
     ours, wanted = (len(tokenizer), tokenizer.pad_token_id), (text.vocab_size, text.pad_token_id)
     check_vocabulary(vocabulary, ours, wanted, "pieces and [PAD] are", "text_config.vocab_size, pad_token_id")
     rest = {name: value for name, value in settings.items() if name != "tokenizer"}
-    return HfvlmViLBERTProcessor(tokenizer, **{"feature_size": config.vision_config.feature_size} | rest)
+    own = {"feature_size": config.vision_config.feature_size, "task_tokens": text.num_tasks is not None}
+    return HfvlmViLBERTProcessor(tokenizer, **own | rest)
 
 
 def image_processor_for(config: HfvlmViLBERTConfig, settings: Mapping[str, Any]) -> None:

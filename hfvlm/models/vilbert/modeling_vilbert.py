@@ -227,6 +227,8 @@ class HfvlmViLBERTModel(HfvlmViLBERTPreTrainedModel):
     config: HfvlmViLBERTConfig
     base_model_prefix = "vilbert"
     input_modalities = ["image", "text"]
+    # What its processor prepares.
+    modalities = ("regions", "text")
 
     def __init__(self, config: HfvlmViLBERTConfig):
         super().__init__(config)

@@ -11,7 +11,7 @@ from transformers.image_processing_base import BatchFeature
 from hfvlm.models.vilbert.regions import Regions
 from hfvlm.models.vilbert.tasks import DETECTED, Task, task_of
 from hfvlm.processing.base import HfvlmProcessor, call_keywords
-from hfvlm.processing.settings import whole
+from hfvlm.processing.settings import Flag, whole
 from hfvlm.processing.tokenization import WordPieceTokenizer
 
 # Features, `(n, F)`, and locations, `(n, 5)`, of regions, the mean first.
@@ -62,15 +62,40 @@ class HfvlmViLBERTProcessor(HfvlmProcessor):
         tokenizer: of the texts.
         feature_size: numbers that the detector gives of a region.
         max_regions: of an image, their mean included, where no task says it.
+        task_tokens: whether the model has them, and a task adds `task_ids`.
     """
 
-    parts = {"text": "tokenizer"}
+    parts = {"text": "tokenizer", "regions": "tokenizer"}
     feature_size: Annotated[int, whole()]
     max_regions: Annotated[int, whole(2)]
+    task_tokens: Flag
 
-    def __init__(self, tokenizer: Any = None, feature_size: int = 2048, max_regions: int = DETECTED, **kwargs: Any):
-        self.set_arguments(feature_size=feature_size, max_regions=max_regions)
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        feature_size: int = 2048,
+        max_regions: int = DETECTED,
+        *,
+        task_tokens: bool = True,
+        **kwargs: Any,
+    ):
+        self.set_arguments(feature_size=feature_size, max_regions=max_regions, task_tokens=task_tokens)
         super().__init__(tokenizer, **kwargs)
+
+    def prepare(self, modality: str, sources: Any, return_tensors: str | None = "pt", **options: Any) -> BatchFeature:
+        """Prepare texts, as of VQA, or regions; see `HfvlmProcessor.prepare`."""
+        if modality == "text":
+            return self(text=sources, task="vqa", return_tensors=return_tensors, **options)
+        if modality != "regions":
+            raise ValueError(f"{type(self).__name__} prepares {', '.join(self.modalities)}, not {modality}.")
+        return self(regions=sources, return_tensors=return_tensors, **options)
+
+    def samples(self, modality: str) -> list[Any] | None:
+        """Return two images' regions of noise; of other inputs, none that are special."""
+        if modality != "regions":
+            return None
+        noise, boxes = np.random.RandomState(0), np.array([[10.0, 10.0, 50.0, 40.0], [30.0, 0.0, 90.0, 80.0]])
+        return [Regions(noise.randn(2, self.feature_size), boxes, 100, 80) for _ in range(2)]
 
     def __call__(
         self,
@@ -98,10 +123,11 @@ class HfvlmViLBERTProcessor(HfvlmProcessor):
         options = self.options_of(kwargs, {"text": call_keywords(self.tokenizer)}, flat=("text",))["text"]
         chosen, data, rows = None if task is None else task_of(task), dict[str, Any](), 0
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
             length = {} if chosen is None else {"padding": "max_length", "max_length": chosen.text_length}
-            data |= self.tokenizer(texts, **{"return_tensors": "pt", "truncation": True} | length | options)
-            rows = len(texts)
+            data |= self.tokenizer(text, **{"return_tensors": "pt", "truncation": True} | length | options)
+            rows = len(data["input_ids"])
+            if data["input_ids"].ndim == 1:
+                data, rows = {name: value.unsqueeze(0) for name, value in data.items()}, 1
         if regions is not None:
             images = [regions] if isinstance(regions, Regions) else list(regions)
             if text is not None and len(images) != rows:
@@ -110,7 +136,7 @@ class HfvlmViLBERTProcessor(HfvlmProcessor):
             longest = min(max(len(numbers) for numbers, _ in found), self.max_regions)
             data |= padded_regions(found, longest if chosen is None else chosen.regions)
             rows = len(images)
-        if chosen is not None:
+        if chosen is not None and self.task_tokens:
             data["task_ids"] = torch.full((rows,), chosen.id)
         if return_tensors == "pt":
             return BatchFeature(data)
@@ -148,9 +174,9 @@ class HfvlmViLBERTProcessor(HfvlmProcessor):
 
     def inputs(self, task: Task, texts: Sequence[tuple[list[int], list[int]]], rows: Sequence[Rows]) -> dict[str, Any]:
         """Pad texts and regions, text i with those of image i, as a task was trained -> the model's inputs."""
-        ids = torch.full((len(texts),), task.id)
+        ids = {"task_ids": torch.full((len(texts),), task.id)} if self.task_tokens else {}
         words = padded_texts(texts, task.text_length, self.tokenizer.pad_token_id)
-        return {**words, **padded_regions(rows, task.regions), "task_ids": ids}
+        return {**words, **padded_regions(rows, task.regions), **ids}
 
     @staticmethod
     def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
