@@ -9,6 +9,7 @@ ARCHITECTURES = (
     "imagebind",
     "languagebind",
     "flava",
+    "vilbert",
     "blip",
     "coca",
     "mammut",

@@ -89,6 +89,12 @@ def _with_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     return _parts(preset, {"text_config": {**preset.config["text_config"], **ids}}, path)
 
 
+def _with_pieces_of_words(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of BERT's kind."""
+    path = scratch / "vocab.txt"
+    return _parts(preset, {"text_config": {**preset.config["text_config"], "vocab_size": _words(path)}}, path)
+
+
 def _with_characters(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     """Return a vocabulary of the Chinese BERT's kind."""
     path = scratch / "vocab.txt"
@@ -141,5 +147,6 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
     "video_chatgpt": _with_pieces,
+    "vilbert": _with_pieces_of_words,
     "wukong": _with_characters,
 }

@@ -102,8 +102,9 @@ def consistency_checks(folder: Path) -> list[Check]:
 def sample_inputs(processor: Any, modalities: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Return two examples of each modality, by default of all that the processor prepares: texts, and noise."""
     inputs: dict[str, Tensor] = {}
+    special = getattr(processor, "samples", lambda _: None)  # of inputs that are one processor's alone
     for modality in processor.modalities if modalities is None else modalities:
-        inputs |= processor.prepare(modality, samples(modality))
+        inputs |= processor.prepare(modality, special(modality) or samples(modality))
     return inputs
 
 
@@ -141,10 +142,15 @@ def with_attention(
         model.set_attn_implementation(before)
 
 
+# Of models without a joint space.
+OUTPUTS = ("reconstruction", "logits", "pooler_output")
+
+
 def row_by_row(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute embeddings of each row alone, from which logits of pairs follow; or the logits of each, or its image."""
+    """Compute embeddings of each row alone, from which logits of pairs follow; or the logits of each, its image, or
+    what is pooled."""
     rows = [outputs_of(model, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(len(TEXTS))]
-    names = [name for name in rows[0] if name.endswith("_embeds") or name in ("logits", "reconstruction")]
+    names = [name for name in rows[0] if name.endswith("_embeds") or name in OUTPUTS]
     return {name: torch.cat([row[name] for row in rows]) for name in names}
 
 
@@ -169,8 +175,8 @@ def tower_check(folder: Path, model: Any, modality: str, processor: Any) -> Chec
 def sensitivity(
     model: PreTrainedModel, modality: str, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Check:
-    name = next(name for name in (f"{modality}_embeds", "reconstruction", "logits") if name in expected)
-    same = ("input_ids", "attention_mask") if name == "logits" else ()
+    name = next(name for name in (f"{modality}_embeds", *OUTPUTS) if name in expected)
+    same = ("input_ids", "attention_mask") if name in ("logits", "pooler_output") else ()
     changed = {key: value if key in same else value.flip(0) for key, value in inputs.items()}
     difference = relative(outputs_of(model, changed)[name], expected[name])
     kind = "image" if modality == "image" else f"{modality} input"
