@@ -17,7 +17,7 @@ from torch import Tensor
 from hfvlm.checkpoints.conversion import Conversion, Names, Source, part_of
 from hfvlm.checkpoints.key_table import Change, Row, Table, permute, transpose, unstack
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
-from hfvlm.conversion.processors import tokenizer_for
+from hfvlm.conversion.processors import check_vocabulary
 from hfvlm.models.dalle_mini.configuration_dalle_mini import (
     HfvlmDALLEMiniConfig,
     HfvlmDALLEMiniDecoderConfig,
@@ -32,6 +32,7 @@ from hfvlm.models.dalle_mini.processing_dalle_mini import (
 )
 
 AnyConfig = HfvlmDALLEMiniConfig | HfvlmDALLEMiniVQGANConfig | HfvlmDALLEMiniDVAEConfig
+VOCABULARIES = ("tokenizer.json", "vocab_mini.json", "vocab.json")
 PARTS = {
     "codec": "the VQGAN: flax_model.msgpack of dalle-mini/vqgan_imagenet_f16_16384, min-dalle's detoker.pt, or "
     "taming-transformers' .ckpt"
@@ -562,14 +563,24 @@ def image_processor_for(config: AnyConfig, settings: Mapping[str, Any]) -> Hfvlm
     return HfvlmDALLEMiniImageProcessor(**size | settings.get("image_processor", {}))
 
 
-def processor_for(config: Any, settings: Mapping[str, Any], vocabulary: Path, *words: Path) -> HfvlmDALLEMiniProcessor:
-    """Return the processor; `vocabulary` is the tokenizer's original file."""
-    tokenizer = tokenizer_for(HfvlmDALLEMiniTokenizer, config.text_config, settings, vocabulary)
+def processor_for(config: Any, settings: Mapping[str, Any], vocabulary: Path) -> HfvlmDALLEMiniProcessor:
+    """Return the processor; `vocabulary` is the tokenizer's original file, beside which the words of hashtags may be.
+
+    Raises:
+        ValueError: the vocabulary has more pieces than the model's table has rows.
+    """
+    words = vocabulary.parent / HfvlmDALLEMiniTokenizer.vocab_files_names["hashtag_file"]
+    options = {"model_max_length": config.text_config.max_position_embeddings, **settings.get("tokenizer", {})}
+    options |= {"hashtag_file": words} if words.exists() else {}
+    tokenizer = HfvlmDALLEMiniTokenizer.from_vocabulary(vocabulary, **options)
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:  # the last of which may be unused
+        check_vocabulary(vocabulary, len(tokenizer), rows, "number of pieces is", "text_config.vocab_size")
     return HfvlmDALLEMiniProcessor(image_processor_for(config, settings), tokenizer)
 
 
 def vocabularies_for(config: Any) -> list[Names]:
-    return [("tokenizer.json", "vocab.json", "vocab_mini.json")] if isinstance(config, HfvlmDALLEMiniConfig) else []
+    return [VOCABULARIES] if isinstance(config, HfvlmDALLEMiniConfig) else []
 
 
 CONVERSION = Conversion(

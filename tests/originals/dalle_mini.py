@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor, TemperatureLogitsWarper
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
+from hfvlm.checkpoints.conversion import Source
+from hfvlm.checkpoints.key_table import KeyTableError, convert_tables, restore_keys
 from hfvlm.conversion.dalle_mini import (
     CONVERSION,
     DVAE_OPTIONS,
@@ -16,14 +18,19 @@ from hfvlm.conversion.dalle_mini import (
     OPTIONS,
     VQGAN_OPTIONS,
     config_from_original,
+    dvae_rows,
+    min_dalle_rows,
+    vqgan_rows,
 )
 from hfvlm.modeling.captioning import Context
 from hfvlm.models.dalle_mini import HfvlmDALLEMiniTokenizer
 from hfvlm.models.dalle_mini.modeling_dalle_mini import GuidedContext
 from hfvlm.models.dalle_mini.modeling_dalle_mini_vqgan import seamless
 from hfvlm.models.dalle_mini.text_normalization import Words, normalized
+from hfvlm.presets import list_presets, load_preset
+from hfvlm.release.plans import empty_model
 from tests.originals.common import converted
-from tests.support.golden import Golden, Recorder, notes_of, read_key_list
+from tests.support.golden import Golden, Recorder, read_key_list
 
 RUN = ("name", "condition_scale", "top_k", "top_p", "temperature", "min_length", "prng_key", "do_sample")
 MIN_RUN = ("name", "image_count", "temperature", "top_k", "supercondition_factor", "seed")
@@ -359,3 +366,46 @@ def whole_batch(golden: Golden, section: str, clean: str, length: int, words: Wo
         if empty is not None:
             key = name.removesuffix("_uncond")
             assert all(row == empty[key] for row in (expected if isinstance(expected[0], list) else [expected]))
+
+
+def compose(path: Path):
+    """A released file and, without memory, the others that its preset names: the configuration, the tables, and the
+    weights of norms that have none in the file. The first preset that fits counts."""
+    keys, reason = read_key_list(path), None
+    for preset in map(load_preset, list_presets("dalle_mini")):
+        if "layout" not in preset.source:
+            continue
+        config = preset.make_config()
+        layout, own = preset.source["layout"], empty_model(config).state_dict()
+        sources = {role: Source(path, part, {}) for role, part in files_of(config, layout, keys, own).items()}
+        try:
+            tables = CONVERSION.tables_for(config, layout, sources)
+            fresh = CONVERSION.fresh_parameters(config, layout, sources["main"].tensors, own)
+            convert_tables(tables, {key: tensor for key, tensor in own.items() if key not in fresh})
+        except KeyTableError as error:
+            reason = f"{preset.name}: {error}"
+            continue
+        return config, tables, fresh
+    raise AssertionError(f"no preset of dalle_mini fits {path.name}; the last, {reason}")
+
+
+def files_of(config, layout, keys, own):
+    """The file itself, and others that are made of the model's shapes, by their roles."""
+    if layout == "min-dalle":
+        halves = {"main": ("text_model.", min_dalle_rows("encoder")), "decoder": ("image_decoder.", min_dalle_rows("decoder"))}
+    elif layout == "openai":
+        halves = {role: (f"{half}.", dvae_rows(config, half)) for role, half in (("main", "encoder"), ("decoder", "decoder"))}
+    else:
+        halves = {"main": ("", [])}
+    given = "main"
+    if len(halves) > 1 and ("lm_head.weight" in keys or "blocks.output.conv.w" in keys and "blocks.input.w" in keys and keys["blocks.input.w"].shape[-1] == 1):
+        given = "decoder"
+    found = {given: keys}
+    for role, (prefix, rows) in halves.items():
+        if role != given:
+            found[role] = restore_keys({key: t for key, t in own.items() if key.startswith(prefix)}, rows)
+    if getattr(config, "codec_config", None) is not None:
+        codec = {key: tensor for key, tensor in own.items() if key.startswith("codec.")}
+        names = ["embedding.weight"] if layout == "min-dalle" else ["a/b"]
+        found["codec"] = restore_keys(codec, vqgan_rows(config.codec_config, names, "codec."))
+    return found
