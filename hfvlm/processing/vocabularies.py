@@ -4,6 +4,7 @@ import base64
 import functools
 import gzip
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path

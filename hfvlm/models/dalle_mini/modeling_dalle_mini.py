@@ -457,6 +457,7 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
     main_input_name = "input_ids"
     input_modalities = ["text"]
     _keys_to_ignore_on_load_unexpected = None
+    lora_recipe = "text+image_decoder"
     frozen_modules = ("codec",)
 
     def __init__(self, config: HfvlmDALLEMiniConfig):

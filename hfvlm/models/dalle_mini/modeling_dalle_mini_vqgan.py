@@ -252,7 +252,9 @@ class HfvlmDALLEMiniVQGANModel(HfvlmPreTrainedModel):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Find the code nearest to each latent, `(B, C, h, w)` -> `(B, h, w)`."""
-        z, table = latents.permute(0, 2, 3, 1), self.codes.weight
+        every = torch.arange(self.config.num_codes, device=latents.device)
+        # Called, since offloaded weights are nowhere until then; in half precision many codes would be equally near.
+        z, table = latents.permute(0, 2, 3, 1).float(), self.codes(every).float()
         distances = z.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * z @ table.t()
         return distances.argmin(dim=-1)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from hfvlm.models.dalle_mini.text_normalization import Words, ascii_words, normalized
@@ -101,9 +102,7 @@ class HfvlmDALLEMiniTokenizer(HfvlmTokenizer):
 class HfvlmDALLEMiniProcessor(DualEncoderProcessor):
     """Texts, and for training images, to DALL-E mini's inputs: `processor(text=...)`, then `model.draw(**inputs)`."""
 
-    def images(self, pixels: Any) -> list[Any]:
+    def pictures(self, pixels: Any) -> list[Any]:
         """Return what `model.draw` gives, `(B, 3, H, W)` in 0..1, as Pillow's images."""
-        from PIL import Image
-
         values = (pixels.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(value) for value in values]
