@@ -57,7 +57,14 @@ SIZES = (
 # What says how the original is run, stored or trained, and nothing about its weights.
 BESIDE = (
     *("gradient_checkpointing", "use_cache", "use_scan", "max_length", "min_length", "normalize_text", "do_sample"),
-    *("is_encoder_decoder", "tie_word_embeddings", "forced_eos_token_id", "model_type", "architectures", "torch_dtype"),
+    *(
+        "is_encoder_decoder",
+        "tie_word_embeddings",
+        "forced_eos_token_id",
+        "model_type",
+        "architectures",
+        "torch_dtype",
+    ),
     *("transformers_version", "_name_or_path", "codec_config"),
 )
 OPTIONS = (*SIZES, *VARIANTS, *BESIDE)
@@ -67,7 +74,15 @@ MIN_DALLE_OPTIONS = (
 )
 VQGAN_OPTIONS = (
     *("ch", "out_ch", "in_channels", "num_res_blocks", "resolution", "z_channels", "ch_mult", "attn_resolutions"),
-    *("n_embed", "embed_dim", "resamp_with_conv", "model_type", "architectures", "transformers_version", "torch_dtype"),
+    *(
+        "n_embed",
+        "embed_dim",
+        "resamp_with_conv",
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+    ),
 )
 DVAE_OPTIONS = {
     "encoder": ("group_count", "n_hid", "n_blk_per_group", "input_channels", "vocab_size"),
@@ -110,7 +125,9 @@ def flax_rows(half: str, config: HfvlmDALLEMiniTextConfig, keys: Collection[str]
     if stacked:
         numbers = range(config.num_hidden_layers)
         rows = [
-            row._replace(target=tuple(str(row.target).replace("{}", str(i), 1) for i in numbers), change=unstack(row.change))
+            row._replace(
+                target=tuple(str(row.target).replace("{}", str(i), 1) for i in numbers), change=unstack(row.change)
+            )
             for row in rows
         ]
     embeddings = f"{target}.embeddings"
@@ -168,7 +185,9 @@ def numbered(config: HfvlmDALLEMiniTextConfig, source: str, target: str, norms: 
     kind, number = "RMSNorm" if config.norm_type == "rmsnorm" else "LayerNorm", count()
     for ours in (name for name, there in norms.items() if there):
         # Few layers have the norm of the stream, or none.
-        yield from norm_rows(config, f"{source}/{kind}_{next(number)}", f"{target}.{ours}", optional=ours == "stream_norm")
+        yield from norm_rows(
+            config, f"{source}/{kind}_{next(number)}", f"{target}.{ours}", optional=ours == "stream_norm"
+        )
 
 
 def min_dalle_rows(half: str, source: str = "") -> list[Row]:
@@ -222,7 +241,10 @@ def vqgan_rows(config: HfvlmDALLEMiniVQGANConfig, keys: Collection[str], prefix:
             pairs = ((f"{source}/{name}", "weight", change), (f"{source}/bias", "bias", None))
         else:
             source = theirs.replace("/", ".")
-            pairs = ((f"{source}.weight", "weight", torch_pixel if kind == "pixel" else None), (f"{source}.bias", "bias", None))
+            pairs = (
+                (f"{source}.weight", "weight", torch_pixel if kind == "pixel" else None),
+                (f"{source}.bias", "bias", None),
+            )
         rows += [Row(key, f"{prefix}{ours}.{name}", change) for key, name, change in pairs]
     return rows
 
@@ -395,7 +417,9 @@ def check_runs(original: Mapping[str, Any]) -> None:
         "use_alibi": bool(original.get("use_alibi")),
     }
     if found := [f"{name}={original[name]!r}" for name, wrong in broken.items() if wrong]:
-        raise UnsupportedOriginalError(f"DALL-E mini's configuration: {', '.join(found)}: the original does not run so.")
+        raise UnsupportedOriginalError(
+            f"DALL-E mini's configuration: {', '.join(found)}: the original does not run so."
+        )
 
 
 def variants(original: Mapping[str, Any]) -> dict[str, Any]:
@@ -503,7 +527,9 @@ def check_vqgan(original: Mapping[str, Any]) -> None:
 def vqgan_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> HfvlmDALLEMiniVQGANConfig:
     check_vqgan({} if "embedding.weight" in shapes else original)
     flax = "post_quant_conv/kernel" in shapes
-    named = {re.sub(r"_(\d+)(?=/)", r"/\1", key) if flax else key.replace(".", "/"): shape for key, shape in shapes.items()}
+    named = {
+        re.sub(r"_(\d+)(?=/)", r"/\1", key) if flax else key.replace(".", "/"): shape for key, shape in shapes.items()
+    }
 
     def sides(module: str) -> tuple[int, int]:
         """Return the channels out and in of a convolution."""

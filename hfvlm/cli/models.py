@@ -54,7 +54,7 @@ def ask_user() -> str | None:
         return None
 
 
-def draw(
+def draw(  # noqa: PLR0913 (the command's options)
     text: Annotated[str, typer.Argument(help="What to draw.")],
     model: Annotated[
         Path,

@@ -86,8 +86,8 @@ def _message(video: Any, text: str) -> list[dict[str, Any]]:
 class TextToImagePipeline(Pipeline):
     """`pipeline("text-to-image", model=folder)(text)` -> `[{"image": image}]`.
 
-    Of a list of texts, a list of such lists. `num_return_sequences=4` draws four images of each text; other options are
-    those of `generate`, as `guidance_scale`, `top_k` and `temperature`.
+    Of a list of texts, a list of such lists. `num_return_sequences=4` draws four images of each text; other options
+    are those of `generate`, as `guidance_scale`, `top_k` and `temperature`.
     """
 
     _load_processor: Any = True

@@ -53,7 +53,13 @@ class ImageGenerator:
         return cls(model.to(find_device(device)), processor_of(folder), found)
 
     def __call__(
-        self, texts: Sequence[str] | str, count: int = 1, *, batch_size: int = 16, seed: int | None = None, **options: Any
+        self,
+        texts: Sequence[str] | str,
+        count: int = 1,
+        *,
+        batch_size: int = 16,
+        seed: int | None = None,
+        **options: Any,
     ) -> Any:
         """Draw images.
 
@@ -74,7 +80,7 @@ class ImageGenerator:
         check_integer("batch_size", batch_size)
         check_options(options)
         several = not isinstance(texts, str)
-        given = list(texts_of(texts)) if several else [texts]
+        given: Any = list(texts_of(texts)) if several else [texts]
         if not given:
             raise ValueError("There are no texts to draw images of.")
         rows = [text for text in given for _ in range(count)]

@@ -137,7 +137,7 @@ def _with_byte_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     engine = Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, **options)

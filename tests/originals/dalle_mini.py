@@ -24,7 +24,7 @@ from hfvlm.conversion.dalle_mini import (
 )
 from hfvlm.modeling.captioning import Context
 from hfvlm.models.dalle_mini import HfvlmDALLEMiniTokenizer
-from hfvlm.models.dalle_mini.modeling_dalle_mini import GuidedContext
+from hfvlm.models.dalle_mini.modeling_dalle_mini import guided
 from hfvlm.models.dalle_mini.modeling_dalle_mini_vqgan import seamless
 from hfvlm.models.dalle_mini.text_normalization import Words, normalized
 from hfvlm.presets import list_presets, load_preset
@@ -37,16 +37,10 @@ MIN_RUN = ("name", "image_count", "temperature", "top_k", "supercondition_factor
 
 
 def compare(golden: Golden) -> None:
-    if "texts" in golden.case:
-        return texts(golden)
     state = golden.state_dict
-    if any(key.startswith("lm_head.kernel") for key in state):
-        return flax(golden)
-    if "encoder.blocks.input.w" in state:
-        return dvae(golden)
-    if "decoder.lm_head.weight" in state:
-        return min_dalle(golden)
-    return vqgan(golden)
+    kinds = {"lm_head.kernel": flax, "encoder.blocks.input.w": dvae, "decoder.lm_head.weight": min_dalle}
+    run = next((run for key, run in kinds.items() if key in state), vqgan)
+    (texts if "texts" in golden.case else run)(golden)
 
 
 def model_of(golden: Golden, state, layout="flax"):
@@ -65,7 +59,8 @@ def flax(golden: Golden) -> None:
         assert set(run) <= set(RUN), set(run) - set(RUN)
     model = model_of(golden, flat_names(golden.state_dict))
     if "runs" in golden.case:
-        return flax_generation(golden, model)
+        flax_generation(golden, model)
+        return
     inputs = golden.inputs
     labels, ids = inputs["labels"].long(), inputs["input_ids"].long()
     decoder_ids = inputs["decoder_input_ids"].long() if "decoder_input_ids" in inputs else None
@@ -115,15 +110,16 @@ def flax_gradients(golden: Golden, model, ids, mask, labels) -> None:
 
 
 def flax_generation(golden: Golden, model) -> None:
-    inputs = {name: tensor for name, tensor in golden.inputs.items()}
+    inputs = golden.inputs
     ids, mask = inputs["input_ids"].long(), golden.mask().long()
-    other, other_mask = (
-        inputs.get(name, None) for name in ("input_ids_uncond", "attention_mask_uncond")
-    )
+    other, other_mask = (inputs.get(name) for name in ("input_ids_uncond", "attention_mask_uncond"))
     codes = model.config.decoder_config
     for run in golden.case["runs"]:
         scale = run.get("condition_scale", 1.0)
-        options = {"top_k": 50, **{n: run[n] for n in ("top_k", "top_p", "temperature", "min_length") if run.get(n) is not None}}
+        options = {
+            "top_k": 50,
+            **{n: run[n] for n in ("top_k", "top_p", "temperature", "min_length") if run.get(n) is not None},
+        }
         noise = inputs[f"{run['name']}.gumbel"]
         found = model.generate(
             ids,
@@ -138,8 +134,11 @@ def flax_generation(golden: Golden, model) -> None:
         expected = golden.outputs[f"{run['name']}.sequences"].long()
         found = F.pad(found, (0, expected.shape[1] - found.shape[1]), value=codes.pad_token_id)
         golden.compare(f"{run['name']}.sequences", found)
-        logits = guided(model, ids, mask, other, other_mask, scale, expected[:, :-1])
-        golden.compare(f"{run['name']}.guided_logits", logits.transpose(0, 1)[: len(golden.outputs[f"{run['name']}.guided_logits"])])
+        logits = guided_logits(model, ids, mask, other, other_mask, scale, expected[:, :-1])
+        golden.compare(
+            f"{run['name']}.guided_logits",
+            logits.transpose(0, 1)[: len(golden.outputs[f"{run['name']}.guided_logits"])],
+        )
         warpers = LogitsProcessorList()
         if run.get("min_length") is not None:
             warpers.append(MinLengthLogitsProcessor(run["min_length"], codes.eos_token_id, device="cpu"))
@@ -155,14 +154,11 @@ def flax_generation(golden: Golden, model) -> None:
 
 
 @torch.no_grad()
-def guided(model, ids, mask, other, other_mask, scale, decoder_ids):
+def guided_logits(model, ids, mask, other, other_mask, scale, decoder_ids):
     context = model.read(ids, mask)
     if scale != 1:
         other = model.empty_texts(ids) if other is None else other.long()
-        plain = model.read(other, None if other_mask is None else other_mask.long())
-        context = GuidedContext(
-            torch.cat([context.tokens, plain.tokens]), torch.cat([context.mask, plain.mask]), scale=scale
-        )
+        context = guided(context, model.read(other, None if other_mask is None else other_mask.long()), scale)
     return model.image_decoder(decoder_ids, context=context).logits
 
 
@@ -172,7 +168,8 @@ def min_dalle(golden: Golden) -> None:
     ids = golden.inputs["text_tokens"].long()
     mask = (ids != model.config.text_config.pad_token_id).long()
     if "runs" in golden.case:
-        return min_dalle_sampling(golden, model, ids)
+        min_dalle_sampling(golden, model, ids)
+        return
     paths = {
         "encoder_embedding_ln": "text_model.embeddings",
         "encoder_layer0_self_attn": "text_model.layers.0.attention",
@@ -238,7 +235,7 @@ def min_dalle_sampling(golden: Golden, model, ids) -> None:
         with torch.no_grad():
             logits = model(both, decoder_input_ids=path.repeat(2, 1)).logits
         golden.compare(f"{name}.logits", logits.transpose(0, 1))
-        weights = guided(model, text, None, other, None, scale, path)
+        weights = guided_logits(model, text, None, other, None, scale, path)
         kept = TopKLogitsWarper(run["top_k"])(None, weights.flatten(0, 1)).unflatten(0, weights.shape[:2])
         kept = ((kept - kept.amax(-1, keepdim=True)) / run["temperature"]).exp()
         golden.compare(f"{name}.weights", kept.transpose(0, 1))
@@ -250,7 +247,8 @@ def vqgan(golden: Golden) -> None:
     state = flat_names(state) if "post_quant_conv.kernel" in state else state
     model = model_of(golden, state)
     if "encoder" not in golden.outputs:
-        return detokenizer(golden, model)
+        detokenizer(golden, model)
+        return
     pixels = next(t for t in golden.inputs.values() if t.ndim == 4).permute(0, 3, 1, 2)
     with torch.no_grad(), Recorder(model, ["encoder"]) as seen:
         output = model.encode(pixels)
@@ -263,9 +261,13 @@ def vqgan(golden: Golden) -> None:
     margin = golden.outputs["margin"]
     golden.compare("indices", found, margin > 1e-4 * margin.abs().max())
     quantized = model.codes(codes.view_as(output.codes))
-    golden.compare("quantized", quantized[..., :: channels])
+    golden.compare("quantized", quantized[..., ::channels])
     z, table = last(output.latents).flatten(0, 2), model.codes.weight
-    nearest = (z.double().unsqueeze(1) - table.double()).square().sum(-1) if len(table) < 1000 else torch.cdist(z.double(), table.double()).square()
+    nearest = (
+        (z.double().unsqueeze(1) - table.double()).square().sum(-1)
+        if len(table) < 1000
+        else torch.cdist(z.double(), table.double()).square()
+    )
     two = nearest.topk(2, largest=False).values
     # A difference of distances, whose rounding is that of these.
     assert ((two[:, 1] - two[:, 0]).view_as(margin) - margin).abs().max() <= 1e-4 * two.max()
@@ -273,7 +275,9 @@ def vqgan(golden: Golden) -> None:
     with torch.no_grad():
         image = last(model.decode(codes))
     golden.compare("decoded", image[:, ::stride, ::stride])
-    golden.compare("decoded_mean_std", torch.stack([image.mean(dim=(0, 1, 2)), image.std(dim=(0, 1, 2), correction=0)]))
+    golden.compare(
+        "decoded_mean_std", torch.stack([image.mean(dim=(0, 1, 2)), image.std(dim=(0, 1, 2), correction=0)])
+    )
 
 
 def detokenizer(golden: Golden, model) -> None:
@@ -391,15 +395,16 @@ def compose(path: Path):
 
 def files_of(config, layout, keys, own):
     """The file itself, and others that are made of the model's shapes, by their roles."""
+    halves = {"main": ("", [])}
     if layout == "min-dalle":
-        halves = {"main": ("text_model.", min_dalle_rows("encoder")), "decoder": ("image_decoder.", min_dalle_rows("decoder"))}
+        rows = {half: min_dalle_rows(half) for half in ("encoder", "decoder")}
+        halves = {"main": ("text_model.", rows["encoder"]), "decoder": ("image_decoder.", rows["decoder"])}
     elif layout == "openai":
-        halves = {role: (f"{half}.", dvae_rows(config, half)) for role, half in (("main", "encoder"), ("decoder", "decoder"))}
-    else:
-        halves = {"main": ("", [])}
-    given = "main"
-    if len(halves) > 1 and ("lm_head.weight" in keys or "blocks.output.conv.w" in keys and "blocks.input.w" in keys and keys["blocks.input.w"].shape[-1] == 1):
-        given = "decoder"
+        rows = {half: dvae_rows(config, half) for half in ("encoder", "decoder")}
+        halves = {"main": ("encoder.", rows["encoder"]), "decoder": ("decoder.", rows["decoder"])}
+    # The decoder has an output layer, or begins with a convolution of one pixel.
+    embeds = "blocks.input.w" in keys and keys["blocks.input.w"].shape[-1] == 1
+    given = "decoder" if "decoder" in halves and ("lm_head.weight" in keys or embeds) else "main"
     found = {given: keys}
     for role, (prefix, rows) in halves.items():
         if role != given:

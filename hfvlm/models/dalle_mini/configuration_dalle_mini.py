@@ -65,7 +65,9 @@ class HfvlmDALLEMiniTextConfig(TextConfig):
     def validate_options(self) -> None:
         for name, known in (("norms", NORMS), ("norm_type", ("layernorm", "rmsnorm"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{type(self).__name__}: {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is one of {', '.join(known)}, not {getattr(self, name)!r}."
+                )
         if self.activation != "smelu":
             check_activation(f"{type(self).__name__}: activation", self.activation)
         if self.cosine_temperature is not None and self.cosine_temperature <= 0:
@@ -193,7 +195,9 @@ class HfvlmDALLEMiniConfig(HfvlmConfig):
     def validate_widths(self) -> None:
         text, decoder, codec = self.text_config, self.decoder_config, self.codec_config
         if text.hidden_size != decoder.hidden_size:
-            raise ValueError(f"hidden_size differs: {text.hidden_size} in text_config, {decoder.hidden_size} in decoder_config.")
+            raise ValueError(
+                f"hidden_size differs: {text.hidden_size} in text_config, {decoder.hidden_size} in decoder_config."
+            )
         if text.max_position_embeddings != decoder.context_length:
             raise ValueError(
                 f"decoder_config.context_length is {decoder.context_length}, texts have "

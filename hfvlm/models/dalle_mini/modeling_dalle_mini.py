@@ -43,8 +43,8 @@ STREAM_NORM_EVERY = 6
 
 
 class SmeLU(nn.Module):
-    """A quadratic between the identity and a constant, from 1 to -1 (https://arxiv.org/abs/2202.06499): the constant is
-    a quarter in the original, which puts 0 into the quadratic, and not 0."""
+    """A quadratic between the identity and a constant, from 1 to -1 (https://arxiv.org/abs/2202.06499): the constant
+    is a quarter in the original, which puts 0 into the quadratic, and not 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.where(x <= -1, 0.0, x)
@@ -259,7 +259,9 @@ class CodeEmbedding(nn.Module):
         size = config.hidden_size
         self.scale = size**0.5 if config.scale_embedding else 1.0
         self.token = nn.Embedding(config.vocab_size, size)
-        self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, size)) if config.absolute_positions else None
+        self.position = (
+            nn.Parameter(torch.zeros(config.max_position_embeddings, size)) if config.absolute_positions else None
+        )
         self.norm = norm(config, size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -315,7 +317,7 @@ class HfvlmDALLEMiniTextModel(HfvlmDALLEMiniPreTrainedModel):
     ) -> TowerOutput:
         """Encode `(B, N)` token ids, 0 in `attention_mask` for padding on the right -> all tokens."""
         if attention_mask is None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+            attention_mask = input_ids.ne(self.config.pad_token_id).long()
         positions = text_positions(input_ids, None, self.config.max_position_embeddings)
         x = self.embeddings(input_ids, positions)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
@@ -336,6 +338,15 @@ class GuidedContext(Context):
 
     def for_reuse(self) -> "GuidedContext":
         return GuidedContext(self.tokens, self.mask, {}, self.scale)
+
+
+def guided(text: Context, other: Context, scale: float) -> GuidedContext:
+    """Move texts away from others, of which each has a mask."""
+    masks: Any = [text.mask, other.mask]
+    if text.tokens.shape[1] != other.tokens.shape[1]:
+        lengths = f"{text.tokens.shape[1]} and {other.tokens.shape[1]}"
+        raise ValueError(f"The texts and those to move away from have {lengths} tokens: pad both to one length.")
+    return GuidedContext(torch.cat([text.tokens, other.tokens]), torch.cat(masks), scale=scale)
 
 
 class CodesOnly(LogitsProcessor):
@@ -361,7 +372,9 @@ class GivenNoise(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step, shape = input_ids.shape[1] - 1, tuple(scores.shape)
         if step >= len(self.noise) or tuple(self.noise.shape[1:]) != shape:
-            raise ValueError(f"noise is {tuple(self.noise.shape)}, step {step} of {shape} needs (steps, {shape[0]}, {shape[1]}).")
+            raise ValueError(
+                f"noise is {tuple(self.noise.shape)}, step {step} of {shape} needs (steps, {shape[0]}, {shape[1]})."
+            )
         drawn = (scores + self.noise[step].to(scores)).argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
@@ -390,13 +403,13 @@ class HfvlmDALLEMiniDecoder(TextDecoder, HfvlmDALLEMiniPreTrainedModel):
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value  # type: ignore[assignment]
+        self.lm_head = value
 
     def embed_ids(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.embeddings(input_ids, position_ids)
 
     def decode(self, x: Tensor, mask: Any, context: Any, cache: Any = None, **kwargs: Any) -> Tensor:
-        """Run the layers. Codes are guided before the output layer, which is linear: what guidance adds up are logits."""
+        """Run the layers. Guidance comes before the output layer, which is linear: what it adds up are logits."""
         if context is None:
             raise ValueError(f"{type(self).__name__} decodes images of texts: give `context`.")
         positions, guided = None, isinstance(context, GuidedContext)
@@ -456,18 +469,17 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
     base_model_prefix = "dalle_mini"
     main_input_name = "input_ids"
     input_modalities = ["text"]
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: Any = None
     lora_recipe = "text+image_decoder"
-    frozen_modules = ("codec",)
 
     def __init__(self, config: HfvlmDALLEMiniConfig):
         super().__init__(config)
         self.text_model = HfvlmDALLEMiniTextModel._from_config(config.text_config)
         self.image_decoder = HfvlmDALLEMiniDecoder._from_config(config.decoder_config)
         self.codec: Any = None
-        self.frozen_modules = ()
         if config.codec_config is not None:
-            self.codec = HfvlmDALLEMiniVQGANModel._from_config(config.codec_config).requires_grad_(False)
+            self.codec = HfvlmDALLEMiniVQGANModel._from_config(config.codec_config)
+            self.codec.requires_grad_(requires_grad=False)
             self.frozen_modules = ("codec",)
         self.post_init()
         self.generation_config.do_sample = True
@@ -519,22 +531,27 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
             return_loss: changes nothing.
         """
         if labels is None and pixel_values is not None:
-            labels = self.needed_codec().encode(pixel_values).codes.flatten(1)
+            codes: Any = self.needed_codec().encode(pixel_values).codes
+            labels = codes.flatten(1)
         if decoder_input_ids is None:
             decoder_input_ids = self.shifted(labels, input_ids)
         text = self.text_model(input_ids, attention_mask, **kwargs)
         context = Context(text.last_hidden_state, self.text_mask(input_ids, attention_mask))
-        decoder = self.image_decoder(decoder_input_ids, context=context, shift_labels=labels, use_cache=False, **kwargs)
+        decoder = self.image_decoder(
+            decoder_input_ids, context=context, shift_labels=labels, use_cache=False, **kwargs
+        )
         return TextToImageOutput(
             loss=decoder.loss, logits=decoder.logits, labels=labels, text_model_output=text, decoder_output=decoder
         )
 
     def text_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return (input_ids != self.config.text_config.pad_token_id).long() if attention_mask is None else attention_mask
+        if attention_mask is not None:
+            return attention_mask
+        return input_ids.ne(self.config.text_config.pad_token_id).long()
 
     def shifted(self, labels: Tensor | None, input_ids: Tensor) -> Tensor:
         """Make the decoder's inputs: the start token, and all labels but the last."""
-        start = torch.full_like(input_ids[:, :1], self.config.decoder_config.bos_token_id)
+        start = input_ids.new_full((len(input_ids), 1), self.config.decoder_config.bos_token_id or 0)
         return start if labels is None else torch.cat([start, labels[:, :-1].clamp_min(0)], dim=1)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None) -> Context:
@@ -544,9 +561,10 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
 
     def empty_texts(self, like: Tensor) -> Tensor:
         """Make the ids of the empty text, `(B, N)`."""
-        text = self.config.text_config
+        text: Any = self.config.text_config
         ids = torch.full_like(like, text.pad_token_id)
-        ids[:, 0], ids[:, 1] = text.bos_token_id, text.eos_token_id
+        ids[:, 0] = text.bos_token_id
+        ids[:, 1:2] = text.eos_token_id
         return ids
 
     @torch.no_grad()
@@ -588,9 +606,7 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
             if (options.get("num_beams") or settings.num_beams or 1) > 1:
                 raise ValueError("Beams cannot be guided: give guidance_scale=1, or num_beams=1.")
             ids = self.empty_texts(input_ids) if negative_prompt_ids is None else negative_prompt_ids
-            other = self.read(ids, negative_prompt_attention_mask)
-            pairs = zip((context.tokens, context.mask), (other.tokens, other.mask), strict=True)
-            context = GuidedContext(*(torch.cat(pair) for pair in pairs), scale=float(scale))
+            context = guided(context, self.read(ids, negative_prompt_attention_mask), float(scale))
         processors = [*logits_processor]
         if self.codec is not None:
             processors.append(CodesOnly(self.codec.config.num_codes))

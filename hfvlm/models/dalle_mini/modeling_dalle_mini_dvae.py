@@ -114,7 +114,7 @@ class HfvlmDALLEMiniDVAEModel(HfvlmPreTrainedModel):
         return CodecOutput(codes=logits.argmax(dim=1), latents=logits)
 
     def statistics(self, codes: Tensor) -> Tensor:
-        """Decode codes `(B, h, w)` -> `(B, 6, H, W)`: the location of each pixel before the sigmoid, then its scale."""
+        """Decode codes `(B, h, w)` -> `(B, 6, H, W)`: the location of pixels before the sigmoid, then their scale."""
         codes = square(codes)
         check_codes(codes, self.config.num_codes)
         return self.decoder(F.one_hot(codes, self.config.num_codes).permute(0, 3, 1, 2).to(self.dtype))
@@ -139,5 +139,5 @@ class HfvlmDALLEMiniDVAEModel(HfvlmPreTrainedModel):
         logits = self.logits(pixel_values)
         codes, soft = logits.argmax(dim=1), logits.softmax(dim=1)
         hard = F.one_hot(codes, self.config.num_codes).permute(0, 3, 1, 2).to(soft.dtype)
-        image = self.pixels(self.decoder(hard + soft - soft.detach()))
+        image = self.pixels(self.decoder(hard + (soft - soft.detach())))
         return CodecOutput(codes=codes, latents=logits, reconstruction=image)

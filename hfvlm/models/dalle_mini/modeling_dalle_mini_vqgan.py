@@ -118,13 +118,13 @@ class MixingBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves or doubles rows and columns; a convolution of half of them sees a row and a column of zeros at the end."""
+    """Halves or doubles rows and columns; a convolution that halves them sees zeros after the last of them."""
 
     def __init__(self, channels: int, *, down: bool, conv: bool):
         super().__init__()
         self.down = down
         sizes: dict[str, int] = {"stride": 2} if down else {"padding": 1}
-        self.conv = nn.Conv2d(channels, channels, 3, **sizes) if conv else None  # type: ignore[arg-type]
+        self.conv = nn.Conv2d(channels, channels, 3, **sizes) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.down:
@@ -203,7 +203,7 @@ class VQGANDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.stem(x))
-        for level in reversed(self.levels):  # type: ignore[arg-type]
+        for level in reversed(self.levels):
             x = level(x)
         return self.head(F.silu(self.norm(x)))
 
@@ -247,7 +247,9 @@ class HfvlmDALLEMiniVQGANModel(HfvlmPreTrainedModel):
             raise ValueError("This VQGAN has a decoder alone (has_encoder is False); min-dalle's file has no more.")
         stride = self.config.stride
         if pixel_values.shape[2] % stride or pixel_values.shape[3] % stride:
-            raise ValueError(f"pixel_values are {tuple(pixel_values.shape[2:])}: rows and columns are multiples of {stride}.")
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape[2:])}: rows and columns are multiples of {stride}."
+            )
         return self.to_codes(self.encoder(pixel_values.to(self.dtype)))
 
     def nearest(self, latents: Tensor) -> Tensor:
@@ -286,12 +288,12 @@ class HfvlmDALLEMiniVQGANModel(HfvlmPreTrainedModel):
     ) -> CodecOutput:
         """Encode and decode `(B, 3, H, W)` pixels in 0..1; gradients pass from the codes to the latents.
 
-        With `return_loss`, compute the mean absolute error of the image and the squared distances of latents and codes.
+        With `return_loss`, compute the image's mean absolute error and the squared distances of latents and codes.
         """
         latents = self.latents(pixel_values)
         codes = self.nearest(latents)
         quantized = self.codes(codes).permute(0, 3, 1, 2)
-        straight: Any = latents + (quantized - latents).detach()
+        straight: Any = quantized.detach() + (latents - latents.detach())
         image, loss = self.decode_latents(straight), None
         if return_loss:
             moved = F.mse_loss(quantized, latents.detach()) + COMMITMENT * F.mse_loss(latents, quantized.detach())

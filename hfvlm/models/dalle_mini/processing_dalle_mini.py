@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from hfvlm.models.dalle_mini.text_normalization import Words, ascii_words, normalized
 from hfvlm.processing.base import DualEncoderProcessor
@@ -40,9 +40,9 @@ def bart_engine(path: str | Path) -> Tokenizer:
 
 
 def word_engine(engine: Tokenizer) -> Tokenizer:
-    """Make min-dalle's engine of BART's: pieces of whole words, of characters instead of bytes; unknown ones are <unk>."""
-    engine.model.unk_token = SPECIAL["unk_token"]  # type: ignore[attr-defined]
-    engine.pre_tokenizer = pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always", split=True)  # type: ignore[assignment]
+    """Make min-dalle's engine of BART's: pieces of whole words, of characters and not bytes; unknown ones are <unk>."""
+    engine.model.unk_token = SPECIAL["unk_token"]
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always", split=True)
     return engine
 
 
@@ -67,7 +67,9 @@ class HfvlmDALLEMiniTokenizer(HfvlmTokenizer):
     draw: Callable[[], float] = staticmethod(random.random)
 
     def __init__(self, *args: Any, hashtag_file: str | Path | None = None, **kwargs: Any):
-        self.hashtag_lines = [] if hashtag_file is None else Path(hashtag_file).read_text(encoding="utf-8").splitlines()
+        self.hashtag_lines = (
+            [] if hashtag_file is None else Path(hashtag_file).read_text(encoding="utf-8").splitlines()
+        )
         self.words = Words(self.hashtag_lines) if self.hashtag_lines else str
         super().__init__(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The cleaning of texts that DALL-E mini was trained on (borisdayma/dalle-mini at f0be4de, src/dalle_mini/model/text.py).
+"""The cleaning of texts that DALL-E mini was trained on (borisdayma/dalle-mini at f0be4de, model/text.py).
 
 Its odd results ("v1.2.3" to "v1.2, 3") are part of what the model has learned.
 """
@@ -134,9 +134,7 @@ def _person(draw: Callable[[], float], _: re.Match[str]) -> str:
     return f" {list(PERSONS)[bisect(sums, draw() * sums[-1], 0, len(sums) - 1)]} "
 
 
-def normalized(
-    text: str, split_hashtag: Callable[[str], str] = str, draw: Callable[[], float] = random.random
-) -> str:
+def normalized(text: str, split_hashtag: Callable[[str], str] = str, draw: Callable[[], float] = random.random) -> str:
     """Clean a text as DALL-E mini does; the result begins with a space.
 
     Args:
