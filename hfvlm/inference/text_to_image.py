@@ -81,8 +81,6 @@ class ImageGenerator:
         check_options(options)
         several = not isinstance(texts, str)
         given: Any = list(texts_of(texts)) if several else [texts]
-        if not given:
-            raise ValueError("There are no texts to draw images of.")
         rows = [text for text in given for _ in range(count)]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):

@@ -482,7 +482,6 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
             self.codec.requires_grad_(requires_grad=False)
             self.frozen_modules = ("codec",)
         self.post_init()
-        self.generation_config.do_sample = True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -615,6 +614,8 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
         if not {"max_length", "max_new_tokens", "generation_config"} & set(options):
             options["max_new_tokens"] = self.config.decoder_config.max_position_embeddings
         decoder, start = self.image_decoder, self.shifted(None, input_ids)
+        if self.generation_config.do_sample is None:  # as the original, unless a file or a call says otherwise
+            self.generation_config.do_sample = True
         if "generation_config" not in options:
             options = {name: getattr(decoder.config, name) for name in ("eos_token_id", "pad_token_id")} | options
         decoder.generation_config = self.generation_config

@@ -40,7 +40,7 @@ def bart_engine(path: str | Path) -> Tokenizer:
 
 
 def word_engine(engine: Tokenizer) -> Tokenizer:
-    """Make min-dalle's engine of BART's: pieces of whole words, of characters and not bytes; unknown ones are <unk>."""
+    """Make min-dalle's engine of BART's: pieces of whole words, of characters; unknown ones are <unk>."""
     engine.model.unk_token = SPECIAL["unk_token"]
     engine.pre_tokenizer = pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always", split=True)
     return engine
@@ -83,15 +83,14 @@ class HfvlmDALLEMiniTokenizer(HfvlmTokenizer):
             return normalized(text, self.words, self.draw)
         return ascii_words(text) if self.clean == "min-dalle" else text
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> Any:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Do as transformers', and write the words that hashtags are split by."""
-        written = super().save_vocabulary(save_directory, filename_prefix)
-        if not self.hashtag_lines:
-            return written
-        name = self.vocab_files_names["hashtag_file"]
-        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        path.write_text("\n".join(self.hashtag_lines) + "\n", encoding="utf-8")
-        return (*written, str(path))
+        if self.hashtag_lines:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            words = "\n".join([*self.hashtag_lines, ""])
+            (folder / self.vocab_files_names["hashtag_file"]).write_text(words, encoding="utf-8")
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def min_dalle_rows(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of the text that min-dalle guides away from, and a text's: long ones are cut without </s>,
