@@ -43,6 +43,8 @@ _LAZY = {
     "push": "hfvlm.release.hub",
     "Chat": "hfvlm.inference.chat",
     "Painter": "hfvlm.inference.painter",
+    "ImageGenerator": "hfvlm.inference.text_to_image",
+    "image_grid": "hfvlm.inference.text_to_image",
     "draw_boxes": "hfvlm.inference.grounding",
     "VideoGrounder": "hfvlm.inference.video_grounding",
     "draw_tracks": "hfvlm.inference.video_grounding",

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|merge|verify|chat|card|push|embed|search|capfilt|eval|train|demo|doctor`.
+"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|capfilt|eval|train|demo|doctor`.
 
 A command's module is imported with the command line; its libraries, as torch, only when it runs.
 """
@@ -35,6 +35,7 @@ app.command()(folders.export)
 app.command()(folders.merge)
 app.command()(folders.verify)
 app.command()(models.chat)
+app.command()(models.draw)
 app.command()(folders.card)
 app.command()(folders.push)
 app.command()(datasets.embed)

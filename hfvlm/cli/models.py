@@ -1,4 +1,4 @@
-"""`hfvlm chat|train|demo`: commands that run one model."""
+"""`hfvlm chat|draw|train|demo`: commands that run one model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from hfvlm.cli.console import is_quiet, logs_to_stderr, print_json, print_piece, print_text, status
-from hfvlm.cli.options import Columns, Folder, Json, Quiet, finite_number, pairs
+from hfvlm.cli.options import Columns, Device, Folder, Json, Quiet, checked_device, finite_number, pairs
 
 
 def chat(
@@ -52,6 +52,53 @@ def ask_user() -> str | None:
         return input("> ")
     except EOFError:
         return None
+
+
+def draw(  # noqa: PLR0913 (the command's options)
+    text: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", help="A folder of DALL-E mini.", exists=True, file_okay=False, readable=True),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, as grid.png.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1024, help="Images to draw.")] = 9,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, callback=finite_number, help="How far away from the empty text; by default the model's."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the likeliest codes; 0 for all.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=1e-3, callback=finite_number, help="Above 1, drawings vary more.")
+    ] = 1.0,
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="A folder of CLIP or another dual encoder, which puts the best first.", exists=True),
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="With --judge: only the best.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the model draws at a time.")] = 16,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images of a text, and write them as a grid."""
+    from PIL import Image
+
+    from hfvlm.inference.text_to_image import ImageGenerator, image_grid
+
+    if output.exists() and not overwrite:
+        raise typer.BadParameter(f"{output} is there: --overwrite replaces it.", param_hint="--output")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"{output}: no ending of an image's file, as .png.", param_hint="--output")
+    if keep is not None and judge is None:
+        raise typer.BadParameter("the best are known to a judge alone: give --judge.", param_hint="--keep")
+    with status(f"loading {model}"):
+        draws = ImageGenerator.from_pretrained(model, judge=judge, device=checked_device(device), dtype="auto")
+    given = {} if guidance is None else {"guidance_scale": guidance}
+    with status(f"drawing {count} images"):
+        images = draws(text, count, batch_size=batch_size, seed=seed, top_k=top_k, temperature=temperature, **given)
+    image_grid(images[:keep]).save(output)
+    print_text(str(output))
 
 
 def train(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, pipelines
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, pipelines
 from transformers.pipelines import PIPELINE_REGISTRY, ImageTextToTextPipeline, Pipeline
 
 from hfvlm.inference.media_pipelines import ConversationPipeline, register_media_pipelines
@@ -83,10 +83,42 @@ def _message(video: Any, text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": text}]}]
 
 
+class TextToImagePipeline(Pipeline):
+    """`pipeline("text-to-image", model=folder)(text)` -> `[{"image": image}]`.
+
+    Of a list of texts, a list of such lists. `num_return_sequences=4` draws four images of each text; other options
+    are those of `generate`, as `guidance_scale`, `top_k` and `temperature`.
+    """
+
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
+
+    processor: Any
+
+    def _sanitize_parameters(self, **generate: Any) -> tuple[Any, ...]:
+        from hfvlm.inference.text_to_image import check_options
+
+        check_options(generate)
+        return {}, generate, {}
+
+    def preprocess(self, text: Any) -> Any:  # type: ignore[override]
+        return self.processor(text=[text], return_tensors="pt")
+
+    def _forward(self, inputs: Any, **generate: Any) -> dict[str, Any]:  # type: ignore[override]
+        model: Any = self.model
+        return {"pixels": model.draw(**inputs, **generate)}
+
+    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [{"image": image} for image in self.processor.pictures(outputs["pixels"])]
+
+
 # Of each task its pipeline and the Auto class that finds the model.
 TASKS: dict[str, tuple[type[Pipeline], Any]] = {
     "visual-question-answering": (VisualQuestionAnsweringPipeline, AutoModelForVisualQuestionAnswering),
     "video-text-to-text": (VideoTextToTextPipeline, AutoModelForImageTextToText),
+    "text-to-image": (TextToImagePipeline, AutoModel),
 }
 
 

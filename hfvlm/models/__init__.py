@@ -21,4 +21,5 @@ ARCHITECTURES = (
     "video_chatgpt",
     "pg_video_llava",
     "painter",
+    "dalle_mini",
 )

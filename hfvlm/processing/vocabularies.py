@@ -4,6 +4,7 @@ import base64
 import functools
 import gzip
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -391,7 +392,7 @@ def byte_pairs(path: str | Path) -> Tokenizer:
     if path.name.endswith("tokenizer.json"):
         vocabulary, merges = _tokenizer_json(path)
     else:
-        merges_path = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+        merges_path = path.with_name(re.sub(r"vocab(.*)\.json$", r"merges\1.txt", path.name))
         with refusing(path, f"with {merges_path.name}, not the vocabulary and merges of GPT-2", VocabularyError):
             vocabulary = checked_ids(read_json(path, VocabularyError, LARGEST_LIST))
             lines = _text(merges_path).split("\n")

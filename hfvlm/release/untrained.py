@@ -138,9 +138,24 @@ def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     return _parts(preset, {}, path)
 
 
+def _with_byte_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of BART's kind, learned from the captions of scenes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, **options)
+    engine.train_from_iterator((f" {scene.caption()}" for scene in all_scenes()), trainer)
+    engine.model.save(str(scratch))
+    return _parts(preset, {}, scratch / "vocab.json")
+
+
 KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "blip": _with_words,
     "coca": _with_bytes,
+    "dalle_mini": _with_byte_pairs,
     "imagebind": _with_bytes,
     "llava": _with_pieces,
     "mammut": _with_bytes,
