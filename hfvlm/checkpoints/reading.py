@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfvlm.checkpoints.errors import CheckpointError
+from hfvlm.checkpoints.flax_files import FlaxFile, is_flax
 from hfvlm.checkpoints.torch_files import LEGACY_HEAD, StoredTensors, TorchFile, TorchLegacy, TorchZip, zip_entries
 from hfvlm.checkpoints.wrappers import unwrapped, without_marks
 from hfvlm.checks.files import LARGEST_JSON, check_regular, read_json, refusing
@@ -27,6 +28,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
+    "flax_model.msgpack",
 )
 # The end of every table of LevelDB's kind, such as TensorFlow's index.
 TABLE_END = struct.pack("<Q", 0xDB4775248B80FB57)
@@ -76,6 +78,8 @@ def _read_file(path: Path) -> Checkpoint:
         return Checkpoint(_Safetensors(path))
     if head.startswith(LEGACY_HEAD):
         return _unwrap(path, TorchLegacy(path))
+    if is_flax(head):
+        return Checkpoint(FlaxFile(path))
     return _read_bundle(path, head)
 
 
@@ -91,7 +95,7 @@ def _read_bundle(path: Path, head: bytes) -> Checkpoint:
     if head.startswith(b"\x80"):
         raise CheckpointError(f"{path}: a bare pickle, not a checkpoint; nothing was read from it.")
     raise CheckpointError(
-        f"{path}: not a safetensors file, PyTorch file, TorchScript archive, .npz or TensorFlow index."
+        f"{path}: not a safetensors file, PyTorch file, TorchScript archive, .npz, Flax file or TensorFlow index."
     )
 
 
