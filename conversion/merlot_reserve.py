@@ -46,6 +46,8 @@ def keys_for(config: HfvlmMERLOTReserveConfig, layout: str = "flax", keys: Itera
     head, vision, audio = head_of(config, PRETRAINED), config.vision_config, config.audio_config
     chooses = head in (VCR, TVQA)
     rows = [
+        # How long it was trained.
+        Row("step", None, optional=True),
         Row("vision_encoder/embedding/kernel", "vision_model.patches.projection.weight", pixels_of(vision)),
         Row("vision_encoder/embedding/bias", "vision_model.patches.projection.bias"),
         *tower_rows("vision_encoder", "vision_model", vision, joins=not chooses),
@@ -70,7 +72,9 @@ def keys_for(config: HfvlmMERLOTReserveConfig, layout: str = "flax", keys: Itera
             *flax_dense("head", "head"),
         ]
     wrapped = any(key.startswith("params/") for key in keys)
-    return [row._replace(source=f"params/{row.source}") for row in rows] if wrapped else rows
+    if not wrapped:
+        return rows
+    return [rows[0], *(row._replace(source=f"params/{row.source}") for row in rows[1:])]
 
 
 convolution = Change(lambda kernel: kernel.permute(2, 1, 0), lambda weight: weight.permute(2, 1, 0))

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
+from hfvlm.modeling.base import HfvlmPreTrainedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import TowerOutput
 from hfvlm.models.merlot_reserve.configuration_merlot_reserve import (
@@ -28,6 +28,7 @@ from hfvlm.models.merlot_reserve.encoders import (
     ClassTokenEncoder,
     Encoder,
     GroupPool,
+    RotaryAttention,
     centred,
     grid_coordinates,
 )
@@ -86,6 +87,10 @@ class HfvlmMERLOTReservePreTrainedModel(HfvlmPreTrainedModel):
     """Base of all classes."""
 
     _keys_to_ignore_on_load_unexpected = PARTS
+    _can_record_outputs = {
+        "hidden_states": PreNormLayer,
+        "attentions": OutputRecorder(RotaryAttention, index=1, layer_name="layers"),
+    }
     _keep_in_fp32_modules_strict = ["image_logit_scale", "audio_logit_scale", "span_logit_scale"]
 
     @torch.no_grad()
@@ -219,8 +224,9 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
     input_modalities = ["image", "text", "audio"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(PreNormLayer, layer_name="joint.layers"),
-        "attentions": LAYER_ATTENTIONS,
+        "attentions": OutputRecorder(RotaryAttention, index=1, layer_name="joint.layers"),
     }
+    further_towers: tuple[str, ...] = ("joint",)
     has_audio = True
 
     def __init__(self, config: HfvlmMERLOTReserveConfig):
@@ -334,6 +340,8 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
 class HfvlmMERLOTReserveModel(JointModel):
     """Frames, text and audio in one encoder, whose masks are compared with texts and with audio: the pretrained
     model."""
+
+    further_towers = ("joint", "span")
 
     def build_heads(self, config: HfvlmMERLOTReserveConfig) -> None:
         self.span = ClassTokenEncoder(config, config.num_span_layers)

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.merlot_reserve.configuration_merlot_reserve import HfvlmMERLOTReserveConfig
 from hfvlm.models.merlot_reserve.modeling_merlot_reserve import JointModel, concatenated
+from hfvlm.modules.pooling import tokens_at
 
 
 @dataclass
@@ -38,18 +39,29 @@ class ReserveVideoChoiceOutput(MultipleChoiceModelOutput):
     audio_loss: Tensor | None = None
 
 
+class Score(nn.Linear):
+    """A linear layer with one output, whose sum does not depend on where the weights are in memory."""
+
+    def __init__(self, size: int):
+        super().__init__(size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B,)."""
+        return (x * self.weight).sum(dim=-1)
+
+
 class ChoiceModel(JointModel):
     """Base of the two: one score at the mask that ends an answer."""
 
     def build_heads(self, config: HfvlmMERLOTReserveConfig) -> None:
         for tower in (self.vision_model, *([self.audio_model] if self.has_audio else [])):
             tower.encoder.projection = nn.Identity()  # nothing is compared
-        self.classifier = nn.Linear(config.hidden_size, 1, bias=False)
+        self.classifier = Score(config.hidden_size)
 
     def score(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """Score rows by their first mask, or their first token without one: `(B, N, D)`, `(B, N)` -> `(B,)`."""
         first = (input_ids == self.config.mask_token_id).int().argmax(dim=1)
-        return self.classifier(x[torch.arange(len(x), device=x.device), first]).squeeze(-1)
+        return self.classifier(tokens_at(x, first))
 
 
 class HfvlmMERLOTReserveForMultipleChoice(ChoiceModel):
