@@ -13,7 +13,7 @@ from hfvlm.checkpoints.conversion import Conversion, always, head_of
 from hfvlm.checkpoints.key_table import Change, Row, split, transpose
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options
 from hfvlm.conversion.processors import check_vocabulary
-from hfvlm.conversion.siglip import flax_attention, flax_dense, flax_norm
+from hfvlm.conversion.siglip import flax_dense, flax_norm
 from hfvlm.models.merlot_reserve.configuration_merlot_reserve import (
     HfvlmMERLOTReserveAudioConfig,
     HfvlmMERLOTReserveConfig,
@@ -94,8 +94,28 @@ def tower_rows(source: str, target: str, config: Any, *, joins: bool) -> list[Ro
     return [
         *class_token_rows(f"{source}/transformer", f"{target}.encoder", joins=joins),
         *encoder_rows(f"{source}/transformer", f"{target}.encoder", config, config.num_hidden_layers),
-        *flax_attention(f"{source}/seq_attnpool", f"{target}.pool.attention", config),
+        *pool_rows(f"{source}/seq_attnpool", f"{target}.pool.attention", config),
     ]
+
+
+def pool_rows(source: str, target: str, config: Any) -> list[Row]:
+    """Return the rows of an attention, whose heads flax keeps as an axis of their own."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    into = Change(lambda kernel: kernel.reshape(width, width).t(), lambda weight: weight.t().reshape(width, heads, -1))
+    bias = Change(lambda bias: bias.flatten(), lambda bias: bias.reshape(heads, -1))
+    rows = [
+        Row(f"{source}/out/kernel", f"{target}.out_proj.weight", out_of_heads(width, heads)),
+        Row(f"{source}/out/bias", f"{target}.out_proj.bias"),
+    ]
+    for name in ("query", "key", "value"):
+        rows.append(Row(f"{source}/{name}/kernel", f"{target}.{name[0]}_proj.weight", into))
+        rows.append(Row(f"{source}/{name}/bias", f"{target}.{name[0]}_proj.bias", bias))
+    return rows
+
+
+def out_of_heads(width: int, heads: int) -> Change:
+    """Make the change of a kernel (heads, head size, width)."""
+    return Change(lambda kernel: kernel.reshape(width, width).t(), lambda weight: weight.t().reshape(heads, -1, width))
 
 
 def class_token_rows(source: str, target: str, *, joins: bool) -> list[Row]:
@@ -103,21 +123,21 @@ def class_token_rows(source: str, target: str, *, joins: bool) -> list[Row]:
     token = Row(f"{source}/cls", f"{target}.class_token")
     if joins:
         return [token, *flax_dense(f"{source}/cls_proj", f"{target}.projection")]
-    return [token, Row(f"{source}/cls_proj/{{}}", None)]
+    return [token, Row(f"{source}/cls_proj/{{}}", None, optional=True)]
 
 
 def encoder_rows(source: str, target: str, config: Any, depth: int) -> list[Row]:
     """Return the rows of layers between two norms."""
-    rows = [*flax_norm(f"{source}/pre_ln", f"{target}.pre_norm"), *flax_norm(f"{source}/final_ln", f"{target}.post_norm")]
+    rows = [
+        *flax_norm(f"{source}/pre_ln", f"{target}.pre_norm"),
+        *flax_norm(f"{source}/final_ln", f"{target}.post_norm"),
+    ]
     width, heads = config.hidden_size, config.num_attention_heads
     fused = Change(
         lambda kernel: kernel.reshape(width, 3 * width).t().chunk(3),
         lambda *parts: joined(parts).t().reshape(width, 3 * heads, -1),
     )
     biases = Change(lambda bias: bias.flatten().chunk(3), lambda *parts: joined(parts).reshape(3 * heads, -1))
-    back = Change(
-        lambda kernel: kernel.reshape(width, width).t(), lambda weight: weight.t().reshape(heads, -1, width)
-    )
     for i in range(depth):
         theirs, ours = f"{source}/layer_{i:02d}", f"{target}.layers.{i}"
         parts = [f"{ours}.attention.{name}_proj" for name in "qkv"]
@@ -125,7 +145,11 @@ def encoder_rows(source: str, target: str, config: Any, depth: int) -> list[Row]
             *flax_norm(f"{theirs}/pre_attn_ln", f"{ours}.attention_norm"),
             Row(f"{theirs}/attention_layer/qkv/kernel", tuple(f"{part}.weight" for part in parts), fused),
             Row(f"{theirs}/attention_layer/qkv/bias", tuple(f"{part}.bias" for part in parts), biases),
-            Row(f"{theirs}/attention_layer/attn_proj/kernel", f"{ours}.attention.out_proj.weight", back),
+            Row(
+                f"{theirs}/attention_layer/attn_proj/kernel",
+                f"{ours}.attention.out_proj.weight",
+                out_of_heads(width, heads),
+            ),
             *flax_norm(f"{theirs}/pre_mlp_ln", f"{ours}.mlp_norm"),
             *flax_dense(f"{theirs}/mlp_layer/intermediate", f"{ours}.mlp.fc1"),
             Row(f"{theirs}/mlp_layer/out/kernel", f"{ours}.mlp.fc2.weight", transpose),
@@ -137,9 +161,7 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
     return split(3).undo(*parts)  # type: ignore[misc]
 
 
-def config_from_original(
-    original: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-) -> HfvlmMERLOTReserveConfig:
+def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> HfvlmMERLOTReserveConfig:
     """Read the original's configuration, or its section `model`, and the shapes of the file. Without any, frames have
     the size of pretraining, or of a fine-tuned file that of its authors' commands."""
     original = original.get("config", original)
@@ -151,10 +173,12 @@ def config_from_original(
     if model.get("do_rotary") is False:
         raise UnsupportedOriginalError("MERLOT Reserve's model: hfvlm does not implement do_rotary: false.")
     shapes = {key.removeprefix("params/"): tensor.shape for key, tensor in state_dict.items()}
-    width, heads = sizes_of(shapes, "joint_transformer")
+    layer = "joint_transformer/layer_00"
+    width, heads, _ = shapes[f"{layer}/attention_layer/qkv/kernel"]
     tuned = "proj/kernel" in shapes
     head = (VCR, TVQA)["audio_encoder/embedding/bias" in shapes] if tuned else PRETRAINED
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+    wide = shapes[f"{layer}/mlp_layer/intermediate/bias"][0]
+    sizes = {"hidden_size": width, "intermediate_size": wide, "num_attention_heads": heads // 3}
     pixels = shapes["vision_encoder/embedding/kernel"][0] // 3
     patch = model.get("vit_patch_size", round(pixels**0.5))
     grid = model.get("output_grid", ADAPTED_GRID if tuned else PRETRAINED_GRID)
@@ -188,12 +212,6 @@ def config_from_original(
         num_target_spans=data.get("num_text_spans_to_include", 48),
         video_split_rate=model.get("_augment_video_src_idx_prob", 0.1),
     )
-
-
-def sizes_of(shapes: Mapping[str, Any], encoder: str) -> tuple[int, int]:
-    """Return the width and the number of heads of an encoder's layers."""
-    width, heads, _ = shapes[f"{encoder}/layer_00/attention_layer/qkv/kernel"]
-    return width, heads // 3
 
 
 def depth_of(shapes: Mapping[str, Any], encoder: str) -> int:

@@ -56,9 +56,7 @@ def _mel_triangles(bins: int, size: int, sampling_rate: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _slaney_triangles(bins: int, size: int, sampling_rate: int, lowest: float, highest: float) -> Tensor:
     """Return `(size / 2 + 1, bins)` triangles of equal area, as wide as Slaney's mel scale has them."""
-    filters = mel_filter_bank(
-        size // 2 + 1, bins, lowest, highest, sampling_rate, norm="slaney", mel_scale="slaney"
-    )
+    filters = mel_filter_bank(size // 2 + 1, bins, lowest, highest, sampling_rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
 
@@ -72,8 +70,6 @@ def slaney_mel(
     to the upper of `limits`, in hertz.
     """
     window = torch.hann_window(size, periodic=False, dtype=torch.float64).to(waveform.dtype)
-    spectrum = torch.stft(
-        waveform, size, shift, window=window, center=True, pad_mode="constant", return_complex=True
-    )
+    spectrum = torch.stft(waveform, size, shift, window=window, center=True, pad_mode="constant", return_complex=True)
     filters = _slaney_triangles(num_mel_bins, size, sampling_rate, *limits)
     return spectrum.abs().square().t() @ filters.to(waveform.dtype)

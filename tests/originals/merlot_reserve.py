@@ -162,7 +162,9 @@ def helpers(golden: Golden, model: Any) -> None:
     tokenizer = HfvlmMERLOTReserveTokenizer.from_vocabulary(
         vocabulary(golden.folder, VOCABULARY), model_max_length=model.config.max_span_length
     )
-    golden.compare("label_ids", tokenizer(golden.case["options"], padding="max_length", return_tensors="pt")["input_ids"])
+    golden.compare(
+        "label_ids", tokenizer(golden.case["options"], padding="max_length", return_tensors="pt")["input_ids"]
+    )
 
 
 def pretraining(golden: Golden, model: HfvlmMERLOTReserveForPreTraining) -> None:
@@ -316,7 +318,9 @@ class Draws:
 def waveform(seed: int, samples: int) -> Tensor:
     """The sweep that the cases were made of."""
     t = np.arange(samples) / 22050
-    sweep = 0.5 * np.sin(2 * np.pi * ((200 + 100 * seed) * t + 300 * t**2)) + 0.2 * np.sin(2 * np.pi * 3000 * t) * (t > 2)
+    sweep = 0.5 * np.sin(2 * np.pi * ((200 + 100 * seed) * t + 300 * t**2)) + 0.2 * np.sin(2 * np.pi * 3000 * t) * (
+        t > 2
+    )
     return torch.from_numpy(sweep.astype(np.float32))
 
 
@@ -408,7 +412,11 @@ def video_segments(golden: Golden) -> None:
     golden.compare("bars_black", torch.tensor(without_bars(np.zeros_like(frames), **limits)))
     clips = golden.inputs["spectrogram"]
     size = dict(zip(("height", "width"), (PATCH * edge for edge in case["grid"]), strict=True))
-    path = vocabulary(golden.folder, VOCABULARY) if any(isinstance(s.get("text"), str) for s in case["segments"]) else None
+    path = (
+        vocabulary(golden.folder, VOCABULARY)
+        if any(isinstance(s.get("text"), str) for s in case["segments"])
+        else None
+    )
     tokenizer = None if path is None else HfvlmMERLOTReserveTokenizer.from_vocabulary(path)
     processor = HfvlmMERLOTReserveProcessor(
         HfvlmMERLOTReserveImageProcessor(size=size), tokenizer, HfvlmMERLOTReserveFeatureExtractor()

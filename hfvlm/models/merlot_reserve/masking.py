@@ -260,7 +260,13 @@ class ReserveMasking:
         )
         rows = rows_of(speech.ids, speech.lengths())
         more, audio_to_text = masked_sequences(
-            rows, for_text, self.length, draw, heard=self.heard(for_text, count, generator), first_span=number, **shared
+            rows,
+            for_text,
+            self.length,
+            draw,
+            heard=self.heard(for_text, count, generator),
+            first_span=number,
+            **shared,
         )
         others, texts = self.mask_text(text, 2 * number, generator)
         return {

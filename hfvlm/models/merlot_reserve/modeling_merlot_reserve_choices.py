@@ -131,7 +131,11 @@ class HfvlmMERLOTReserveForVideoMultipleChoice(ChoiceModel):
         choices = input_ids.shape[1]
         text_ids, audio_ids = input_ids.flatten(0, 1), audio_input_ids.flatten(0, 1)
         image = self.encode_images(pixel_values).repeat_interleave(choices, dim=0)
-        shown = {"image_tokens": image, "first_segment": 1, "grid": self.config.vision_config.pooled_grid(pixel_values)}
+        shown = {
+            "image_tokens": image,
+            "first_segment": 1,
+            "grid": self.config.vision_config.pooled_grid(pixel_values),
+        }
         heard = self.encode_audio(input_features).repeat_interleave(choices, dim=0)
         parts = [
             self.arrange(

@@ -208,8 +208,6 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
         num_audio_tokens: that the model makes of a clip.
     """
 
-    parts = {"image": "image_processor", "text": "tokenizer", "audio": "feature_extractor"}
-
     num_audio_tokens: Annotated[int, whole(1, 2**10)]
 
     def __init__(
