@@ -178,7 +178,7 @@ def config_from_original(original: Mapping[str, Any], state_dict: Mapping[str, T
     tuned = "proj/kernel" in shapes
     head = (VCR, TVQA)["audio_encoder/embedding/bias" in shapes] if tuned else PRETRAINED
     wide = shapes[f"{layer}/mlp_layer/intermediate/bias"][0]
-    sizes = {"hidden_size": width, "intermediate_size": wide, "num_attention_heads": heads // 3}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": wide, "num_attention_heads": heads // 3}
     pixels = shapes["vision_encoder/embedding/kernel"][0] // 3
     patch = model.get("vit_patch_size", round(pixels**0.5))
     grid = model.get("output_grid", ADAPTED_GRID if tuned else PRETRAINED_GRID)

@@ -44,7 +44,7 @@ def fit_of(image: Tensor, size: tuple[int, int]) -> tuple[float, tuple[int, int]
     """Return what `(C, H, W)` is scaled by to fit into (height, width), and its size then."""
     height, width = (np.float32(edge) for edge in image.shape[1:])
     scale = min(np.float32(size[0]) / height, np.float32(size[1]) / width)
-    return scale, (int(height * scale), int(width * scale))
+    return float(scale), (int(height * scale), int(width * scale))
 
 
 def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -69,7 +69,7 @@ def random_fit_of(
         int(np.float32(max(0, new - edge)) * np.float32(draw))
         for new, edge, draw in zip(fit, size, draws[1:], strict=True)
     )
-    return scale, fit, (top, left)
+    return float(scale), fit, (top, left)
 
 
 def fitted_at_random(

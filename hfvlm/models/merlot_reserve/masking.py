@@ -23,8 +23,11 @@ KEEP_MASKS, CLIP_SCORES = np.float32(1e7), 1e5
 REACH = 0.125
 # How often a masked text of other texts has 1, 2, ... tokens, as the masked texts of videos do.
 LENGTHS = np.array(
-    [0.0323, 0.0524, 0.0876, 0.1176, 0.1374, 0.1372, 0.1254, 0.1026, 0.0771, 0.0536, 0.0343, 0.0204, 0.0118, 0.0066, 0.0037]
-)  # fmt: skip
+    [
+        *(0.0323, 0.0524, 0.0876, 0.1176, 0.1374, 0.1372, 0.1254, 0.1026, 0.0771, 0.0536, 0.0343, 0.0204, 0.0118),
+        *(0.0066, 0.0037),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def shortened(sequence: np.ndarray, length: int, clips: int, draw: Draw, tokens:
     return sequence[np.sort(np.argsort(-kept, kind="stable")[:length])]
 
 
-def masked_sequences(
+def masked_sequences(  # noqa: PLR0913 (the original's own)
     rows: Sequence[np.ndarray],
     masked: np.ndarray,
     length: int,
@@ -251,7 +254,7 @@ class ReserveMasking:
         number = int(count * self.mask_share)
         hidden = generator.permutation(count)[: 2 * number]
         for_audio, for_text = np.sort(hidden[:number]), np.sort(hidden[number:])
-        shared = {"groups": self.groups, "audio_tokens": self.audio_tokens, "tokens": self.tokens}
+        shared: dict[str, Any] = {"groups": self.groups, "audio_tokens": self.audio_tokens, "tokens": self.tokens}
         lengths = fill_empty(speech.lengths(), for_audio, leftwards_first=bool(draw() < 0.5))
         limits = (speech.centres, speech.limits)
         lengths = widen(lengths, for_audio, *limits, leftwards_first=bool(draw() < 0.5))

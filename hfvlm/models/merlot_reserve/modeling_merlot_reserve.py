@@ -54,6 +54,14 @@ def unit(x: Tensor) -> Tensor:
     return (wide / (wide.square().sum(dim=-1, keepdim=True) + LENGTH_EPS).sqrt()).to(x.dtype)
 
 
+def present(config: HfvlmMERLOTReserveConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return where ids `(B, N)` are no padding."""
+    if attention_mask is not None:
+        return attention_mask.bool()
+    pad = config.pad_token_id
+    return torch.ones_like(input_ids, dtype=torch.bool) if pad is None else input_ids.ne(pad)
+
+
 @dataclass
 class ReserveTowerOutput(TowerOutput):
     """The output of a tower.
@@ -211,7 +219,9 @@ def concatenated(parts: list[JointInputs]) -> JointInputs:
     """Put rows of several lengths into one batch."""
     longest = max(part.x.shape[1] for part in parts)
     rows = [part.padded(longest) for part in parts]
-    videos = None if all(part.videos is None for part in parts) else torch.cat([r.videos for r in rows])  # type: ignore
+    videos = None
+    if any(part.videos is not None for part in parts):
+        videos = torch.cat([row.videos for row in rows if row.videos is not None])
     x, coordinates, valid = (torch.cat([getattr(r, name) for r in rows]) for name in ("x", "coordinates", "valid"))
     return JointInputs(x, coordinates, valid, videos)
 
@@ -245,7 +255,7 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.embeddings = value
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -256,7 +266,7 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
         """Encode clips `(B, A, F, M)` -> `(B, A, K, D)`, to be given as `audio_tokens`."""
         return self.audio_model(input_features.flatten(0, 1)).tokens.unflatten(0, input_features.shape[:2])
 
-    def arrange(
+    def arrange(  # noqa: PLR0913 (what a row may hold)
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -274,7 +284,7 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
         `image_size`."""
         config, (rows, length) = self.config, input_ids.shape
         x = self.embeddings(input_ids)
-        valid = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask.bool()
+        valid = present(config, input_ids, attention_mask)
         if audio_tokens is not None:
             x = self.with_audio(x, input_ids, audio_tokens, audio_ids)
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
@@ -362,7 +372,7 @@ class HfvlmMERLOTReserveModel(JointModel):
                 f"Texts of {length} tokens; the span encoder takes {self.config.max_span_length} (max_span_length): "
                 "cut them, as the processor's tokenizer does."
             )
-        valid = (input_ids != self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
+        valid = present(self.config, input_ids, attention_mask)
         x = self.embeddings(input_ids)
         like = x.new_empty(rows, 1 + length, 1)
         valid = F.pad(valid, (1, 0), value=True).long()
@@ -390,7 +400,7 @@ class HfvlmMERLOTReserveModel(JointModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def forward(  # noqa: PLR0913 (what a row may hold)
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
@@ -423,9 +433,10 @@ class HfvlmMERLOTReserveModel(JointModel):
             image_tokens = encoded if image_tokens is None else torch.cat([image_tokens, encoded], dim=1)
         if input_features is not None:
             audio_tokens = self.encode_audio(input_features)
-        media = {"image_tokens": image_tokens, "audio_tokens": audio_tokens, "grid": grid}
-        places = {"segment_ids": segment_ids, "audio_ids": audio_ids, "video_ids": video_ids}
-        x = self.encode(self.arrange(input_ids, attention_mask, **places, **media), **kwargs)
+        inputs = self.arrange(
+            input_ids, attention_mask, segment_ids, image_tokens, audio_tokens, audio_ids, video_ids, grid=grid
+        )
+        x = self.encode(inputs, **kwargs)
         return ReserveOutput(last_hidden_state=x, embeds=unit(self.head(x[:, : input_ids.shape[1]])))
 
     def label_logits(self, embeds: Tensor, input_ids: Tensor, label_embeds: Tensor) -> Tensor:

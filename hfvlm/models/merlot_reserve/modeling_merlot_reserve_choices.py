@@ -6,7 +6,7 @@ finetune/tvqa/tvqa_finetune.py.
 """
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,8 @@ class HfvlmMERLOTReserveForMultipleChoice(ChoiceModel):
         """Score answers -> logits `(B, C)`, or of several questions about each image `(B, Q, C)`.
 
         Args:
-            input_ids: `(B, C, N)` or `(B, Q, C, N)`, question, answer and `mask_token_id`. VCR's two questions are that
-                for the answer and, with it, that for its reason.
+            input_ids: `(B, C, N)` or `(B, Q, C, N)`, question, answer and `mask_token_id`. VCR's two questions are
+                that for the answer and, with it, that for its reason.
             pixel_values: `(B, C, H, W)`, in 0..1.
             attention_mask: of the shape of `input_ids`, 0 for padding; by default for every `pad_token_id`.
             labels: `(B,)` or `(B, Q)`, the right answers, for the loss.
@@ -131,7 +131,7 @@ class HfvlmMERLOTReserveForVideoMultipleChoice(ChoiceModel):
         choices = input_ids.shape[1]
         text_ids, audio_ids = input_ids.flatten(0, 1), audio_input_ids.flatten(0, 1)
         image = self.encode_images(pixel_values).repeat_interleave(choices, dim=0)
-        shown = {
+        shown: dict[str, Any] = {
             "image_tokens": image,
             "first_segment": 1,
             "grid": self.config.vision_config.pooled_grid(pixel_values),

@@ -21,6 +21,7 @@ from hfvlm.models.merlot_reserve.modeling_merlot_reserve import (
     HfvlmMERLOTReserveModel,
     JointInputs,
     concatenated,
+    present,
     unit,
 )
 from hfvlm.modules.similarity import LogitScale
@@ -100,7 +101,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor,
         input_features: Tensor,
@@ -196,7 +197,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
         return torch.where(split & later, video_ids + video_ids.max() + 1, video_ids)
 
     def summed_up(self, rows: Rows, audio_tokens: Tensor) -> JointInputs:
-        """Arrange whole videos' audio or text, without frames; a pooling token begins a segment, which counts from 1."""
+        """Arrange whole videos' audio or text, without frames; a pooling token begins each segment."""
         segment_ids = (rows.ids == self.config.pool_token_id).long().cumsum(dim=1)
         return self.arrange(rows.ids, segment_ids=segment_ids, audio_tokens=audio_tokens, audio_ids=rows.clips)
 
@@ -239,7 +240,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
             ),
             strict=True,
         )
-        usable = (span_ids != self.config.pad_token_id).any(dim=-1) & (sum(counts) > 0)
+        usable = present(self.config, span_ids, None).any(dim=-1) & (torch.stack(counts).sum(dim=0) > 0)
         preference = usable * 1e6 + MULTIMODAL_PREFERENCE * (counts[0] + counts[1])
         if self.training:
             preference = preference - torch.rand_like(preference).log().neg().log()
@@ -247,7 +248,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
         best = preference.flatten().topk(wanted).indices
         none = torch.zeros_like(counts[0])
         output.span_tasks = torch.stack([none, *counts], dim=-1).argmax(dim=-1).flatten()[best] - 1
-        output.span_predictions = unit(sum(found).flatten(0, 1)[best])
+        output.span_predictions = unit(torch.stack(found).sum(dim=0).flatten(0, 1)[best])
         output.span_embeds = unit(self.encode_spans(span_ids.flatten(0, 1)[best]))
         losses = self.losses(output.span_predictions, output.span_embeds, self.span_logit_scale)
         output.span_loss = losses.mean()

@@ -28,8 +28,8 @@ from hfvlm.processing.vocabularies import engine_from_json
 
 logger = logging.getLogger(__name__)
 
-# Of the spectrograms: hertz that the filters are made for, samples of a frame and between two, filters' limits, what is
-# added before the logarithm.
+# Of the spectrograms: hertz that the filters are made for, samples of a frame and between two, filters' limits, what
+# is added before the logarithm.
 RATE, SIZE, SHIFT, LIMITS, FLOOR = 22_050, 1536, 588, (20.0, 11_025.0), 0.1
 CLIPS = 3
 SEGMENT_SECONDS, LEFT_OUT_SECONDS = 5.0, 1.0
@@ -63,8 +63,8 @@ def spectrograms(
     found = 1 + len(waveform) // shift
     if found != wanted:
         raise MediaError(
-            f"{len(waveform)} samples at {RATE} Hz make {found} frames, {wanted} are needed: {(wanted - 1) * shift} to "
-            f"{wanted * shift - 1} samples."
+            f"{len(waveform)} samples at {RATE} Hz make {found} frames, {wanted} are needed: "
+            f"{(wanted - 1) * shift} to {wanted * shift - 1} samples."
         )
     mel = slaney_mel(waveform, RATE, num_mel_bins, SIZE * playback_speed, shift, LIMITS)
     features = torch.nn.functional.pad((mel + FLOOR).log() - log(FLOOR), (0, 1), value=float(playback_speed))
@@ -173,8 +173,8 @@ class HfvlmMERLOTReserveFeatureExtractor(AudioFeatureExtractor):
 
 
 class HfvlmMERLOTReserveTokenizer(HfvlmTokenizer):
-    """The authors' byte pairs of lower-case letters without accents. Nothing is put around texts; they are cut to the 15
-    tokens of those that are compared."""
+    """The authors' byte pairs of lower-case letters without accents. Nothing is put around texts; they are cut to the
+    15 tokens of those that are compared."""
 
     DEFAULTS = {
         "pad_token": "<|PAD|>",
@@ -190,8 +190,8 @@ class HfvlmMERLOTReserveTokenizer(HfvlmTokenizer):
 class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
     """MERLOT Reserve's inputs.
 
-    `processor(images=..., text=..., audio=...)` prepares what is compared, `segments` and `join` the segments of videos
-    that are encoded together, `questions` and `video_question` those of the fine-tuned models.
+    `processor(images=..., text=..., audio=...)` prepares what is compared, `segments` and `join` the segments of
+    videos that are encoded together, `questions` and `video_question` those of the fine-tuned models.
 
     Example:
         >>> segments = processor.segments("lemonade.mp4", most=8)
@@ -334,7 +334,8 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
 
     def choice(self, query: Sequence[int], sign: str, answer: str | Sequence[int], length: int) -> list[int]:
         """Lay out a query, a sign such as "answer: ", an answer, cut, and the mask that is scored."""
-        return [*query, *self.ids(sign), *self.ids(answer)][: length - 1] + [self.token("MASK")]
+        whole = [*query, *self.ids(sign), *self.ids(answer)]
+        return [*whole[: length - 1], self.token("MASK")]
 
     def questions(
         self,

@@ -190,8 +190,8 @@ def triples(ids, clips, spans):
 
 
 class TestPreTraining(ModelSuite):
-    """Two videos of four segments, in groups of two, three clips a segment; each masks one clip for its audio and one for
-    its text."""
+    """Two videos of four segments, in groups of two, three clips a segment; each masks one clip for its audio and one
+    for its text."""
 
     model_class, auto_class = HfvlmMERLOTReserveForPreTraining, AutoModelForPreTraining
     test_rows_of_a_batch_do_not_influence_each_other = None  # by the loss, they do
@@ -366,7 +366,9 @@ def test_positions_scale_channels():
     assert factors[0, :32].tolist() == [-1.0, 1.0] * 16
     angle = torch.tensor(0.3 * torch.pi)
     close(factors[1, :2], torch.stack([angle.sin() - angle.cos(), angle.sin() + angle.cos()]), 1e-6, "lowest")
-    close(factors[1, 30:32], torch.stack([(5 * angle).sin() - (5 * angle).cos(), (5 * angle).sin() + (5 * angle).cos()]), 1e-5, "highest")  # fmt: skip
+    highest = 5 * angle
+    expected = torch.stack([highest.sin() - highest.cos(), highest.sin() + highest.cos()])
+    close(factors[1, 30:32], expected, 1e-5, "highest")
     assert (factors[:, 32:] == 1).all()
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 SPECIAL = ("PAD", "START", "END", "MASK", "MASKAUDIO", "AUDIOSPAN", "LTOVPOOL", "unused0", "UNK", "RESETCTX")
-WORDS = "answer : rationale 10 to 50 who is it the dog ? a cat what does person 1 see nothing hears".split()
+WORDS = (
+    *("answer", ":", "rationale", "10", "to", "50", "who", "is", "it", "the", "dog", "?", "a", "cat", "what", "does"),
+    *("person", "1", "see", "nothing", "hears"),
+)
 
 
 def written_vocabulary(path: Path, size: int = 40) -> Path:
