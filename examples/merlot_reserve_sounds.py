@@ -1,10 +1,10 @@
 """Train a small MERLOT Reserve on videos that are made of scenes and tones, and let it find the audio that is masked.
 
-In these videos a shape's colour decides the pitch of its tone, and nothing that is said names it: only who sees the
+In these videos a shape's colour decides the pitch of its tone, and nothing that is spoken names it: only who sees the
 frames knows which audio a mask stands for. A second model, which is trained on the same videos with black frames, is
 the blind baseline: it shows what can be guessed from the rest.
 
-    python examples/merlot_reserve_sounds.py --output merlot-reserve-sounds      # three minutes on a core
+    python examples/merlot_reserve_sounds.py --output merlot-reserve-tones      # three minutes on a core
 
 The right one of six tones is the best for these shares of masks in new videos; 17 % would be by chance:
 
@@ -89,7 +89,7 @@ def new_model(vocabulary: Path) -> tuple[HfvlmMERLOTReserveForPreTraining, Any]:
 
 
 class Videos:
-    """Makes batches of videos, each of four segments: a shape, what is said of it, and its tone.
+    """Makes batches of videos, each of four segments: a shape, what is spoken of it, and its tone.
 
     Args:
         processor: of the model.

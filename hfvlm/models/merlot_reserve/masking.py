@@ -185,7 +185,7 @@ def padded(sequence: np.ndarray, length: int) -> np.ndarray:
 
 @dataclass
 class Speech:
-    """What is said in a video.
+    """What is spoken in a video.
 
     Args:
         ids: `(N,)`, of its tokens.
@@ -281,7 +281,7 @@ class ReserveMasking:
         }
 
     def heard(self, masked: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-        """Choose the clips that are audio: all but most of those next to a mask, whose sound would tell too much."""
+        """Choose the clips that are audio: all but most of those next to a mask, whose audio would tell too much."""
         beside = np.isin(np.arange(count), np.concatenate([masked - 1, masked + 1]))
         return ~(beside & ~np.isin(np.arange(count), masked) & (generator.random(count) < self.beside_share))
 

@@ -1,6 +1,7 @@
 """MERLOT Reserve (https://arxiv.org/abs/2201.02639): frames, text and audio of a video's segments in one encoder.
 
-Source: https://github.com/rowanz/merlot_reserve at d22c50f, mreserve/modeling.py.
+Source: https://github.com/rowanz/merlot_reserve at d22c50f, mreserve/modeling.py. It is longer than other
+architectures by its pretraining and by the two models that choose answers, in files of their own.
 """
 
 from dataclasses import dataclass
