@@ -48,6 +48,7 @@ ALLOWED = (
     "there this picture image",  # words of a vocabulary
     "Frame {} in the picture.",  # Qwen-VL's
     "'Picture ' ~",
+    "Vision and Language and Sound",  # MERLOT Reserve's title
     "A film.",  # the system message of examples/tell_motion.py, with which its numbers were measured
 )
 COUNTED = ("hfvlm", "conversion", "README.md", "docs", "model_cards")

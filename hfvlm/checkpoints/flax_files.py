@@ -70,6 +70,13 @@ def is_flax(head: bytes) -> bool:
     return 0xA0 < head[skip] < 0xC0 or head[skip] in TEXTS
 
 
+def without_counts(tree: Any) -> Any:
+    """Leave out the numbers next to a training's weights, such as that of its steps."""
+    if not isinstance(tree, Mapping) or not any(isinstance(value, Mapping) for value in tree.values()):
+        return tree
+    return {name: value for name, value in tree.items() if not isinstance(value, int | float)}
+
+
 class FlaxFile(Mapping[str, Tensor]):
     """Arrays of a file by their names, which "/" joins.
 
@@ -86,7 +93,7 @@ class FlaxFile(Mapping[str, Tensor]):
             tree = self.value(0)
             if self.position != len(self.memory):
                 raise ValueError(f"{len(self.memory) - self.position} bytes after its end")
-        self.arrays = dict(self.named(tree, ""))
+        self.arrays = dict(self.named(without_counts(tree), ""))
 
     # The structure
 

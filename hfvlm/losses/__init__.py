@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hfvlm.losses.best_query import best_query_loss, best_query_scores
+from hfvlm.losses.candidates import candidate_losses
 from hfvlm.losses.captioning import average_losses, captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
 from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
@@ -24,6 +25,7 @@ __all__ = [
     "average_losses",
     "best_query_loss",
     "best_query_scores",
+    "candidate_losses",
     "captioning_loss",
     "contrastive_loss",
     "distilled_targets",

@@ -6,6 +6,7 @@ from math import log
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.audio_utils import mel_filter_bank
 
 from hfvlm.media.errors import MediaError
 
@@ -50,3 +51,25 @@ def _mel_triangles(bins: int, size: int, sampling_rate: int) -> Tensor:
     rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)
     # Kaldi leaves out the highest frequency.
     return F.pad(torch.minimum(rising, falling).clamp_min(0), (0, 1))
+
+
+@lru_cache(maxsize=16)
+def _slaney_triangles(bins: int, size: int, sampling_rate: int, lowest: float, highest: float) -> Tensor:
+    """Return `(size / 2 + 1, bins)` triangles of equal area, as wide as Slaney's mel scale has them."""
+    filters = mel_filter_bank(size // 2 + 1, bins, lowest, highest, sampling_rate, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters).float()
+
+
+def slaney_mel(
+    waveform: Tensor, sampling_rate: int, num_mel_bins: int, size: int, shift: int, limits: tuple[float, float]
+) -> Tensor:
+    """Compute mel energies of `(N,)` samples -> `(1 + N // shift, num_mel_bins)`.
+
+    Frames of `size` samples, centred on every `shift`-th, with silence around the waveform, under a symmetric Hann
+    window: equal to librosa 0.10's `feature.melspectrogram` with SciPy's `signal.windows.hann`, filters from the lower
+    to the upper of `limits`, in hertz.
+    """
+    window = torch.hann_window(size, periodic=False, dtype=torch.float64).to(waveform.dtype)
+    spectrum = torch.stft(waveform, size, shift, window=window, center=True, pad_mode="constant", return_complex=True)
+    filters = _slaney_triangles(num_mel_bins, size, sampling_rate, *limits)
+    return spectrum.abs().square().t() @ filters.to(waveform.dtype)

@@ -22,4 +22,5 @@ ARCHITECTURES = (
     "pg_video_llava",
     "painter",
     "dalle_mini",
+    "merlot_reserve",
 )

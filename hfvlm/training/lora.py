@@ -76,12 +76,14 @@ def lora(
 
 
 def towers(model: PreTrainedModel) -> dict[str, str]:
-    """Return towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower"."""
+    """Return towers by their short names: {"vision": "vision_model"}; a tower itself is one called "tower". A model
+    may name `further_towers`, encoders that are no models of their own."""
     inside = {
         name.removesuffix("_model"): name
         for name, child in model.named_children()
         if isinstance(child, PreTrainedModel) and not isinstance(child, Bridge)
     }
+    inside |= {name: name for name in getattr(model, "further_towers", ())}
     return inside or {"tower": ""}
 
 

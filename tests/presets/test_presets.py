@@ -25,7 +25,8 @@ def test_preset(name):
     processor = conversion.image_processor_for(config, preset.processor)
     size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is not None:
-        assert processor.size == {"height": size, "width": size}
+        height, width = (size, size) if isinstance(size, int) else size
+        assert processor.size == {"height": height, "width": width}
     assert preset.licence["id"] != "unknown"
     if preset.source:
         assert preset.source["files"]
