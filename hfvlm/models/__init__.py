@@ -19,4 +19,5 @@ ARCHITECTURES = (
     "qwen_vl",
     "video_chatgpt",
     "pg_video_llava",
+    "paligemma",
 )
