@@ -19,5 +19,6 @@ ARCHITECTURES = (
     "qwen_vl",
     "video_chatgpt",
     "pg_video_llava",
+    "pali",
     "paligemma",
 )

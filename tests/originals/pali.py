@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfvlm.checkpoints.key_table import Row, Table
+from hfvlm.conversion import pali
 from hfvlm.conversion.paligemma import GEMMA_OPTIONS, IMAGE_OPTIONS, config_from_original, keys_for, layout_of
 from hfvlm.modeling.compat import prefix_mask
 from hfvlm.models.paligemma import HfvlmPaliGemmaImageProcessor, HfvlmPaliGemmaProcessor, HfvlmPaliGemmaTokenizer
@@ -45,7 +46,10 @@ NOTEBOOK, TRANSFERS = "notebook preprocess_image", "resize"
 def compare(golden: Golden) -> None:
     options = golden.section("arguments") or golden.section("config")
     name = "arguments" if golden.section("arguments") else "config"
-    if "pictures [h, w]" in options:
+    if "mt5" in options:
+        golden.check(arguments=("vit", "projection", "new_tokens", "mt5"), arguments__vit=pali.VIT_OPTIONS)
+        composed(golden, options)
+    elif "pictures [h, w]" in options:
         golden.check(arguments=("pictures [h, w]", "resizes [size, antialias]", "stride"))
         pixels(golden)
     elif "examples" in options:
@@ -448,6 +452,35 @@ def mask_reading(golden: Golden) -> None:
         golden.compare(name, torch.tensor([share]))
     golden.compare("invalid", torch.tensor([float(invalid)]))
     golden.compare("total", torch.tensor([float(len(overlaps))]))
+
+
+# PaLI
+
+
+def composed(golden: Golden, options: dict[str, Any]) -> None:
+    tensors = golden.state_dict
+    config = pali.config_from_original(golden.case, tensors)
+    assert bool(config.projector_depth) == options["projection"]
+    assert config.vision_config.image_size == options["vit"]["image_size"]
+    model = converted("pali", tensors, config, "parts")
+    count = config.count_tokens()
+    text = {"input_ids": placed(model, golden.inputs["input_ids"], count)}
+    text["attention_mask"] = F.pad(golden.mask(), (count, 0), value=1)
+    pixel_values = golden.inputs["pixel_values"]
+    with torch.no_grad():
+        output = model(**text, pixel_values=pixel_values, labels=golden.inputs["labels"])
+    ids = model.generate(
+        **text, pixel_values=pixel_values, max_new_tokens=options["new_tokens"], do_sample=False, eos_token_id=None
+    )
+    values = {
+        "image_tokens": torch.stack(list(output.image_outputs.pooler_output)),
+        "encoder_output": output.encoder_last_hidden_state,
+        "logits": output.logits,
+        "loss": output.loss.reshape(1),
+        "greedy": ids[:, 1:],
+    }
+    for name in golden.in_order():
+        golden.compare(name, values[name])
 
 
 # Released files
