@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from tokenizers import AddedToken
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.models.paligemma.configuration_paligemma import count_patches
 from hfvlm.models.paligemma.processing_paligemma import HfvlmPaliGemmaImageProcessor
-from hfvlm.processing.assembly import IGNORE, padded
-from hfvlm.processing.batches import texts_of
+from hfvlm.processing.assembly import IGNORE, expand, padded
+from hfvlm.processing.batches import is_empty, texts_of
 from hfvlm.processing.grounding import Grounding, Region
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
@@ -32,6 +33,8 @@ TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
 )
 BETWEEN = " ; "
+# The prompt of images without a text.
+CAPTION = "Generate the alt_text in EN at 0: <extra_id_0>"
 BOX = re.compile(r"(?<!\d)(\d{1,4}) (\d{1,4}) (\d{1,4}) (\d{1,4})(?!\d)\s*([^;]*)")
 
 
@@ -136,7 +139,8 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
 
         Args:
             images: one image, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
-            text: one text or a list, which begins with `image_token` for each of its images.
+            text: one text or a list, which begins with `image_token` for each of its images; by default the prompt of
+                an English caption for each image.
             suffix: the answer to each text, to train on: the inputs have `labels`.
             **kwargs: see `ImageTextProcessor`.
 
@@ -144,14 +148,40 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
             ValueError: texts, answers and images do not fit each other, or a row does not fit `max_length`.
         """
         tensors = kwargs.get("return_tensors", "pt")
+        if text is None and not is_empty(images):
+            several = isinstance(self.batched(images), list | tuple)
+            text = [f"{self.image_token}{CAPTION}"] * len(images) if several else f"{self.image_token}{CAPTION}"
         inputs = super().__call__(images, text, **kwargs)
         if suffix is None:
             return inputs
         answers = [suffix] if isinstance(suffix, str) else list(texts_of(suffix, "suffix"))
         if len(answers) != len(inputs["input_ids"]):
             raise ValueError(f"{len(inputs['input_ids'])} texts, and suffix has {len(answers)}: each has one answer.")
-        labels = padded([list(self.tokenizer(answer, padding=False)["input_ids"]) for answer in answers])
+        labels = padded([self.answer_ids(answer) for answer in answers])
         return BatchFeature({**inputs, "labels": labels}, tensor_type=tensors)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Encode an answer as the decoder generates it, with its end."""
+        return list(self.tokenizer(answer, padding=False)["input_ids"])
+
+    @property
+    def sentinels(self) -> list[int]:
+        """The ids of <extra_id_0>, <extra_id_1> and so on."""
+        return list(self.tokenizer.convert_tokens_to_ids(list(reversed(SENTINELS))))
+
+    def training_batch(self, examples: Sequence[tuple[Any, list[int], list[int]]]) -> dict[str, Any]:
+        """Make the model's inputs of images, encoder's ids with one placeholder for an image, and labels.
+
+        Args:
+            examples: of each row its image, read, or None; its ids; and its labels.
+        """
+        (count,) = self.count_tokens([(1, 1)])
+        rows = [expand(ids, ids, self.image_token_id, [count]) for _, ids, _ in examples]
+        batch = dict(self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
+        batch["labels"] = torch.tensor(padded([labels for _, _, labels in examples]))
+        if images := [image for image, _, _ in examples if image is not None]:
+            batch |= self.image_processor(images, return_tensors="pt")
+        return batch
 
     def batch_decode(self, sequences: Any, *args: Any, new_tokens_only: Any = None, **kwargs: Any) -> Any:
         """Decode as transformers does; the decoder does not repeat the text, so that all tokens are new."""
@@ -185,4 +215,4 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
         return BETWEEN.join(formatted)
 
     def locating(self, expression: str) -> str:
-        return self.asked(f"detect {expression} <extra_id_0>")
+        return f"{self.asked(f'detect {expression}')} {SENTINELS[-1]}"

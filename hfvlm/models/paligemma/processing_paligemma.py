@@ -22,7 +22,7 @@ from hfvlm.models.paligemma.regions import BETWEEN, PIECES, STEPS, find, format_
 from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.grounding import Grounding, Region
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.batches import texts_of
+from hfvlm.processing.batches import is_empty, texts_of
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import Flag, square, whole
@@ -31,6 +31,8 @@ from hfvlm.processing.vocabularies import VocabularyError, sentencepiece_engine,
 
 # Between the prompt and the answer; encoded by itself, so that it never joins the prompt's last piece.
 SEPARATOR = "\n"
+# The prompt of images without a text.
+CAPTION = "caption en"
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] != ['user', 'assistant'][loop.index0] | default('') -%}"
@@ -187,13 +189,17 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
 
         Args:
             images: one image, a list, or a list of lists, one for each text; see `hfvlm.media.read_image`.
-            text: one prompt or a list, which begins with `image_token` for each of its images.
+            text: one prompt or a list, which begins with `image_token` for each of its images; by default "caption en"
+                for each image.
             suffix: the answer to each prompt, to train on: the inputs have `labels`.
             **kwargs: see `ImageTextProcessor`.
 
         Raises:
             ValueError: texts and images do not fit each other, or a row does not fit `max_length`.
         """
+        if text is None and not is_empty(images):
+            several = isinstance(self.batched(images), list | tuple)
+            text = [f"{self.image_token}{CAPTION}"] * len(images) if several else f"{self.image_token}{CAPTION}"
         if suffix is None:
             return super().__call__(images, text, **kwargs)
         alone = isinstance(text, str)
