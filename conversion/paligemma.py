@@ -58,16 +58,16 @@ def _options(original: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def keys_for(config: Any, layout: str = "big_vision", keys: Iterable[str] = ()) -> list[Row]:
-    """Return the rows for a file of `layout`: "big_vision" (PaliGemma), "gemma" (the language model alone) or "mask"."""
+    """Return the rows for the file of a configuration: PaliGemma's, Gemma's alone, or the mask codes'."""
     keys = set(keys)
-    if layout == "mask":
+    if isinstance(config, HfvlmPaliGemmaMaskConfig):
         return [
             Row("encoder.{...}", "encoder.{...}"),
             Row("decoder.{...}", "decoder.{...}"),
             Row("_vq_vae._embedding", "codes"),
         ]
     start = "params/" if any(key.startswith("params/") for key in keys) else ""
-    if layout == "gemma":
+    if not isinstance(config, HfvlmPaliGemmaConfig):
         return gemma_rows(start, "", config, keys)
     image = f"{start}img"
     return [
@@ -88,22 +88,20 @@ def gemma_rows(source: str, target: str, config: Any, keys: set[str]) -> list[Ro
     """
     width, second = config.hidden_size, isinstance(config, Gemma2Config)
     into: Read = lambda w: w.transpose(1, 2).reshape(-1, width)  # noqa: E731
-    block = "{layer}self_attn.{part}_proj.weight"
+    block = "self_attn.{}_proj.weight"
     grouped = config.num_attention_heads != config.num_key_value_heads
     rows: list[tuple[str, list[str], Read | None]] = [
-        ("attn/attn_vec_einsum/w", [block.format(layer="", part="o")], lambda w: w.reshape(-1, width).t()),
+        ("attn/attn_vec_einsum/w", [block.format("o")], lambda w: w.reshape(-1, width).t()),
         ("mlp/gating_einsum", [f"mlp.{part}_proj.weight" for part in ("gate", "up")], lambda w: tuple(w.mT)),
         ("mlp/linear", ["mlp.down_proj.weight"], lambda w: w.t()),
         ("pre_attention_norm/scale", ["input_layernorm.weight"], None),
         ("pre_ffw_norm/scale", [f"{'pre_feedforward' if second else 'post_attention'}_layernorm.weight"], None),
     ]
     if grouped:
-        rows.append(("attn/q_einsum/w", [block.format(layer="", part="q")], into))
-        rows.append(("attn/kv_einsum/w", [block.format(layer="", part=p) for p in "kv"], lambda w: tuple(map(into, w))))
+        rows.append(("attn/q_einsum/w", [block.format("q")], into))
+        rows.append(("attn/kv_einsum/w", [block.format(p) for p in "kv"], lambda w: tuple(map(into, w))))
     else:
-        rows.append(
-            ("attn/qkv_einsum/w", [block.format(layer="", part=p) for p in "qkv"], lambda w: tuple(map(into, w)))
-        )
+        rows.append(("attn/qkv_einsum/w", [block.format(p) for p in "qkv"], lambda w: tuple(map(into, w))))
     if second:
         rows.append(("post_attention_norm/scale", ["post_attention_layernorm.weight"], None))
         rows.append(("post_ffw_norm/scale", ["post_feedforward_layernorm.weight"], None))
@@ -118,7 +116,13 @@ def gemma_rows(source: str, target: str, config: Any, keys: set[str]) -> list[Ro
 
 
 def layer_rows(  # noqa: PLR0913
-    source: str, target: str, config: Any, name: str, ours: list[str], read: Read | None, scanned: bool  # noqa: FBT001
+    source: str,
+    target: str,
+    config: Any,
+    name: str,
+    ours: list[str],
+    read: Read | None,
+    scanned: bool,  # noqa: FBT001
 ) -> list[Row]:
     """Return the rows of an array of every layer: one row where they are stacked, else one for all numbers."""
     layers = f"{target}model.layers."
@@ -178,7 +182,8 @@ def gemma_config(gemma: Mapping[str, Any], shapes: Mapping[str, Any], start: str
     layers = f"{start}layers/" if f"{start}layers/mlp/linear" in shapes else f"{start}layers/0/"
     depth = shapes[f"{layers}mlp/linear"][0]
     if layers.endswith("0/"):
-        depth = len({key.split("/layers/")[-1].split("/")[0] for key in shapes if "layers/" in key})
+        own = f"{start}layers/"
+        depth = len({key.removeprefix(own).split("/")[0] for key in shapes if key.startswith(own)})
     out = shapes[f"{layers}attn/attn_vec_einsum/w"]
     heads, head, width = out[-3:]
     grouped = shapes.get(f"{layers}attn/kv_einsum/w")

@@ -1,7 +1,7 @@
 """Train a small PaliGemma to detect shapes: of two on an image, the prompt names one, and the answer is its box.
 
-"detect red circle" is answered with four `<loc>` pieces: top, left, bottom and right. Images are drawn while it trains,
-none twice. A blind model is trained in the same way on gray images: it learns where boxes are likely, and no more.
+"detect red circle" is answered with four `<loc>` pieces: top, left, bottom and right. A blind model is trained in the same
+way on gray images: it learns where boxes are likely, and no more.
 
     python examples/paligemma_shapes.py --output shapes          # minutes on a core
     python examples/paligemma_shapes.py --output shapes --blind
@@ -11,6 +11,7 @@ RESULTS
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--blind", action="store_true", help="train and test on gray images")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=3000, help="in training")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tested", type=int, default=200)
     parser.add_argument("--width", type=int, default=64)
@@ -100,19 +102,22 @@ def example(random: np.random.RandomState) -> Example:
 
 
 def fit(model: Any, processor: Any, random: np.random.RandomState, options: argparse.Namespace) -> list[float]:
-    """Train on images that are drawn as they are needed -> the loss of each step."""
+    """Train on images that are drawn and prepared once -> the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     warm, total = max(1, options.steps // 20), options.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * np.cos(np.pi * step / total))
     )
-    losses = []
+    images, prompts, boxes = zip(*(example(random) for _ in range(options.images)), strict=True)
+    answers = [processor.grounding_text(None, [box], (PIXELS, PIXELS)) for box in boxes]
+    inputs = processor(images=seen(images, blind=options.blind), text=list(prompts), suffix=answers)
+    losses, order = [], np.array([], dtype=int)
     model.train()
     for step in range(options.steps):
-        images, prompts, boxes = zip(*(example(random) for _ in range(options.batch)), strict=True)
-        answers = [processor.grounding_text(None, [box], (PIXELS, PIXELS)) for box in boxes]
-        shown = [Image.new("RGB", (PIXELS, PIXELS), GRAY)] * len(images) if options.blind else list(images)
-        loss = model(**processor(images=shown, text=list(prompts), suffix=answers)).loss
+        if len(order) < options.batch:
+            order = np.concatenate([order, random.permutation(len(images))])
+        chosen, order = order[: options.batch], order[options.batch :]
+        loss = model(**{name: value[chosen] for name, value in inputs.items()}).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -124,6 +129,10 @@ def fit(model: Any, processor: Any, random: np.random.RandomState, options: argp
     return losses
 
 
+def seen(images: Sequence[Image.Image], *, blind: bool) -> list[Image.Image]:
+    return [Image.new("RGB", (PIXELS, PIXELS), GRAY)] * len(images) if blind else list(images)
+
+
 @torch.no_grad()
 def test(model: Any, processor: Any, examples: list[Example], *, blind: bool) -> np.ndarray:
     """Compare the boxes in the answers with those that were drawn -> the overlap of each."""
@@ -131,8 +140,7 @@ def test(model: Any, processor: Any, examples: list[Example], *, blind: bool) ->
     overlaps = []
     for start in range(0, len(examples), 50):
         images, prompts, boxes = zip(*examples[start : start + 50], strict=True)
-        shown = [Image.new("RGB", (PIXELS, PIXELS), GRAY)] * len(images) if blind else list(images)
-        inputs = processor(images=shown, text=list(prompts))
+        inputs = processor(images=seen(images, blind=blind), text=list(prompts))
         ids = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
         for answer, box in zip(processor.batch_decode(ids, new_tokens_only=inputs), boxes, strict=True):
             found = processor.answered_box(answer, (PIXELS, PIXELS))

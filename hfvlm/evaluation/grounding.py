@@ -41,7 +41,9 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     captioner = Captioner.from_pretrained(folder, **options)
     processor = captioner.processor
     if not isinstance(processor, Grounding):
-        raise ValueError(f"{folder}: {type(captioner.model).__name__} finds no boxes; Shikra, Qwen-VL and PaliGemma do.")
+        raise ValueError(
+            f"{folder}: {type(captioner.model).__name__} finds no boxes; Shikra, Qwen-VL and PaliGemma do."
+        )
     asked = [(row, text) for row, own in texts.items() if row in boxes for text in own]
     check_any(asked, errors)
     prompts = {i: processor.locating(text) for i, (_, text) in enumerate(asked)}

@@ -62,7 +62,9 @@ def compare(golden: Golden) -> None:
         golden.check(arguments=("ground truth", "decoded", "loc0", "seg0", "vqvae"))
         mask_reading(golden)
     elif "img" in options:
-        golden.check(**{name: WHOLE, f"{name}__gemma": GEMMA_OPTIONS, f"{name}__img": IMAGE_OPTIONS, f"{name}__llm": SIZES})
+        golden.check(
+            **{name: WHOLE, f"{name}__gemma": GEMMA_OPTIONS, f"{name}__img": IMAGE_OPTIONS, f"{name}__llm": SIZES}
+        )
         whole(golden, options)
     elif "gemma" in options:
         golden.check(
@@ -70,7 +72,9 @@ def compare(golden: Golden) -> None:
         )
         gemma(golden, options)
     else:
-        raise UnknownOptionError(f"{golden.folder.name}: none of the kinds of cases that are known: {', '.join(options)}")
+        raise UnknownOptionError(
+            f"{golden.folder.name}: none of the kinds of cases that are known: {', '.join(options)}"
+        )
 
 
 def released(golden: Golden) -> dict[str, Tensor]:
@@ -187,9 +191,12 @@ def gradient_of(key: str, model: Any, tensors: dict[str, Tensor]) -> Tensor:
 def prompts_of(golden: Golden, model: Any, count: int) -> dict[str, Tensor]:
     """Prompts without their padding, padded on the left."""
     if "prefix" in golden.inputs:
-        assert not bool(golden.inputs["prefix_mask_ar"].bool().logical_and(golden.inputs["prefix_mask_input"].bool()).any())
+        assert not bool(
+            golden.inputs["prefix_mask_ar"].bool().logical_and(golden.inputs["prefix_mask_input"].bool()).any()
+        )
         rows = [
-            ids[real.bool()] for ids, real in zip(golden.inputs["prefix"], golden.inputs["prefix_mask_input"], strict=True)
+            ids[real.bool()]
+            for ids, real in zip(golden.inputs["prefix"], golden.inputs["prefix_mask_input"], strict=True)
         ]
     else:
         rows = list(golden.inputs["text"][:, : golden.case["prefix_len"]])
@@ -209,8 +216,13 @@ def greedy(
 ) -> dict[str, Tensor]:
     """Ids that generation chooses, and the logits behind them. The original caps those of all steps but the first."""
     made = model.generate(
-        **prompts, pixel_values=pixel_values, max_new_tokens=new, do_sample=False, eos_token_id=None,
-        output_logits=True, return_dict_in_generate=True,
+        **prompts,
+        pixel_values=pixel_values,
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     ids = made.sequences[:, prompts["input_ids"].shape[1] :]
     logits = [step if i == 0 or not cap else cap * torch.tanh(step / cap) for i, step in enumerate(made.logits)]
@@ -231,8 +243,13 @@ def beam_search(
         return ids
 
     model.generate(
-        **prompts, pixel_values=pixel_values, num_beams=beams, max_new_tokens=options["max_decode_len"],
-        eos_token_id=options["eos_id"], do_sample=False, custom_generate=record,
+        **prompts,
+        pixel_values=pixel_values,
+        num_beams=beams,
+        max_new_tokens=options["max_decode_len"],
+        eos_token_id=options["eos_id"],
+        do_sample=False,
+        custom_generate=record,
     )
     (own,) = found
     names = {"tokens": own.tokens, "score": own.scores, "live_tokens": own.live, "steps": torch.tensor([own.steps])}

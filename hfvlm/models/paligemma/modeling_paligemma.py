@@ -152,7 +152,9 @@ class HfvlmPaliGemmaForConditionalGeneration(ImageTextModel):
         tokens, in place of the mean of means."""
         capped = getattr(self.config.text_config, "final_logit_softcapping", None) is not None
         score = self.score if capped else self.language_model.get_output_embeddings()
-        total = partial(smoothed_loss, share=self.config.label_smoothing) if self.config.label_smoothing else labelled_loss
+        total = (
+            partial(smoothed_loss, share=self.config.label_smoothing) if self.config.label_smoothing else labelled_loss
+        )
         known = labels != IGNORE
         sums = torch.stack([total(score, row[own], ids[own]) for row, ids, own in zip(x, labels, known, strict=True)])
         if count is not None:
@@ -165,7 +167,9 @@ class HfvlmPaliGemmaForConditionalGeneration(ImageTextModel):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does; the prompt is the prefix. With `custom_generate=every_beam_may_end`, of
         `hfvlm.models.paligemma.beams`, beams are searched as the authors do."""
-        prompt = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        prompt = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
         if prompt is not None and kwargs.get("prefix_length") is None:
             kwargs["prefix_length"] = prompt.shape[1]
         return super().generate(inputs, *args, **kwargs)

@@ -104,11 +104,15 @@ class HfvlmPaliGemmaTokenizer(HfvlmTokenizer):
         engine = sentencepiece_engine(Path(path))
         engine.no_padding()
         engine.no_truncation()
-        names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), map(engine.id_to_token, range(4)), strict=True))
+        names = dict(
+            zip(("pad_token", "eos_token", "bos_token", "unk_token"), map(engine.id_to_token, range(4)), strict=True)
+        )
         if regions:
             known = [engine.token_to_id(piece) is not None for piece in PIECES]
             if any(known) and not all(known):
-                raise VocabularyError(f"{path}: this vocabulary has {sum(known)} of the {len(known)} pieces of regions.")
+                raise VocabularyError(
+                    f"{path}: this vocabulary has {sum(known)} of the {len(known)} pieces of regions."
+                )
             engine.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
             engine.add_special_tokens([AddedToken("<image>", normalized=False)])
         engine.post_processor = template(engine, str(names["bos_token"]), "")
@@ -160,7 +164,9 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
         while words.startswith(self.image_token):
             words, images = words.removeprefix(self.image_token), images + 1
         if self.image_token in words:
-            raise ValueError(f"{text[:200]!r}: images come first in PaliGemma's texts, {self.image_token} before words.")
+            raise ValueError(
+                f"{text[:200]!r}: images come first in PaliGemma's texts, {self.image_token} before words."
+            )
         begin = [self.tokenizer.bos_token_id] if add_special_tokens else []
         return [
             *[self.image_token_id] * images,
@@ -211,10 +217,15 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
         allow_urls = options.pop("allow_urls", False)
         rows = self.assemble(
             [self.example(*pair) for pair in zip(prompts, answers, strict=True)],
-            images, train=True, allow_urls=allow_urls, **options,
+            images,
+            train=True,
+            allow_urls=allow_urls,
+            **options,
         )
         # Fixed here: what is padded is behind the answers, or in front of the prompts, in ids and labels alike.
-        rows, data = self.batch(rows, words | {"padding": words.get("padding", len(rows) > 1)}, "image", self.image_token_id)
+        rows, data = self.batch(
+            rows, words | {"padding": words.get("padding", len(rows) > 1)}, "image", self.image_token_id
+        )
         data.pop("assistant_masks", None)
         side = words.get("padding_side") or self.tokenizer.padding_side
         padded = [[IGNORE] * (len(ids) - len(row.labels)) for ids, row in zip(data["input_ids"], rows, strict=True)]
