@@ -115,7 +115,7 @@ def gemma_rows(source: str, target: str, config: Any, keys: set[str]) -> list[Ro
     ]
 
 
-def layer_rows(  # noqa: PLR0913
+def layer_rows(
     source: str,
     target: str,
     config: Any,

@@ -1,7 +1,7 @@
 """Train a small PaliGemma to detect shapes: of two on an image, the prompt names one, and the answer is its box.
 
-"detect red circle" is answered with four `<loc>` pieces: top, left, bottom and right. A blind model is trained in the same
-way on gray images: it learns where boxes are likely, and no more.
+"detect red circle" is answered with four `<loc>` pieces: top, left, bottom and right. A blind model is trained in the
+same way on gray images: it learns where boxes are likely, and no more.
 
     python examples/paligemma_shapes.py --output shapes          # minutes on a core
     python examples/paligemma_shapes.py --output shapes --blind
@@ -25,7 +25,7 @@ import hfvlm
 from hfvlm.models.paligemma import HfvlmPaliGemmaConfig, HfvlmPaliGemmaForConditionalGeneration
 from hfvlm.processing.grounding import intersection_over_union
 
-PIXELS, PATCH, GRID = 64, 16, 8
+PIXELS, PATCH = 64, 16
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square")
 GRAY = (128, 128, 128)
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--blind", action="store_true", help="train and test on gray images")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--images", type=int, default=3000, help="in training")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tested", type=int, default=200)
@@ -85,10 +85,10 @@ def example(random: np.random.RandomState) -> Example:
     draw, named, boxes = ImageDraw.Draw(image), [], list[list[float]]()
     colours = random.permutation(list(COLOURS))[:2]
     for i, colour in enumerate(colours):
-        shape, edge = SHAPES[random.randint(2)], GRID * random.randint(2, 5)
-        # One is in the left half, the other in the right one, each on a grid of eight pixels.
-        left = (i * PIXELS // 2) + GRID * random.randint(0, (PIXELS // 2 - edge) // GRID + 1)
-        top = GRID * random.randint(0, (PIXELS - edge) // GRID + 1)
+        shape, edge = SHAPES[random.randint(2)], PATCH * random.randint(1, 3)
+        # One is in the left half, the other in the right one, each on a grid of sixteen pixels.
+        left = (i * PIXELS // 2) + PATCH * random.randint(0, (PIXELS // 2 - edge) // PATCH + 1)
+        top = PATCH * random.randint(0, (PIXELS - edge) // PATCH + 1)
         box = [left, top, left + edge, top + edge]
         paint = draw.ellipse if shape == "circle" else draw.rectangle
         paint([left, top, left + edge - 1, top + edge - 1], fill=COLOURS[colour])

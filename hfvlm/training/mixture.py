@@ -1,7 +1,7 @@
 """PaLI's mixture of tasks (https://arxiv.org/abs/2209.06794, section 3.3): rows of eight kinds to one kind of batch.
 
-Each task is a prompt, with `{...}` where a row's fields belong, and an answer. The words of the prompts are settings: the
-paper gives templates, and no code of it was released.
+Each task is a prompt, with `{...}` where a row's fields belong, and an answer. The words of the prompts are settings:
+the paper describes the tasks, and no code of it was released.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +213,7 @@ def _objects(row: Row, random: np.random.Generator, processor: Any) -> Pair:
 def _detect(row: Row, random: np.random.Generator, processor: Any) -> Pair:
     """All boxes in an order by chance, as Pix2Seq (https://arxiv.org/abs/2109.10852)."""
     size = read_image(row["image"]).size
-    objects = [row["objects"][i] for i in random.permutation(len(row["objects"]))]
+    objects = [row["objects"][int(i)] for i in random.permutation(len(row["objects"]))]
     return {}, " ; ".join(processor.grounding_text(each["label"], [each["box"]], size) for each in objects)
 
 
@@ -246,4 +246,4 @@ def mixed(sources: Mapping[str, Sequence[Row]], weights: Mapping[str, float], *,
     shares = np.array([weights[name] for name in names], dtype=float)
     while True:
         name = names[random.choice(len(names), p=shares / shares.sum())]
-        yield {"task": name, **sources[name][random.integers(len(sources[name]))]}
+        yield {"task": name, **sources[name][int(random.integers(len(sources[name])))]}

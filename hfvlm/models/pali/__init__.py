@@ -1,4 +1,4 @@
-"""PaLI (https://arxiv.org/abs/2209.06794): a ViT's patches and a text in mT5's encoder, any answer from its decoder."""
+"""PaLI (https://arxiv.org/abs/2209.06794): a ViT's patches and a text in mT5's encoder; its decoder answers."""
 
 from typing import Any
 

@@ -56,7 +56,7 @@ class HfvlmPaLIConfig(HfvlmConfig):
     tie_word_embeddings: bool = False
 
     def validate_language_model(self) -> None:
-        # transformers calls every T5 tied, and keeps what it was told in another field.
+        # transformers calls every T5 tied, and has another field for what was given.
         if getattr(self.text_config, "scale_decoder_outputs", self.text_config.tie_word_embeddings):
             raise ValueError("text_config.tie_word_embeddings: mT5's output layer is its own, set it to false.")
         vision, text = self.vision_config.hidden_size, self.text_config.d_model

@@ -25,7 +25,7 @@ SENTINELS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] != 'user' or not loop.first -%}"
-    "{{- raise_exception('PaLI reads one message of the user; what it answers is no part of its text.') -}}{%- endif -%}"
+    "{{- raise_exception('PaLI reads one message of the user; its answer is no part of the text.') -}}{%- endif -%}"
     "{%- set content = message['content'] -%}"
     "{%- if content is string -%}{{- content -}}{%- else -%}"
     "{{- '<image>' * (content | selectattr('type', 'equalto', 'image') | list | length) -}}"
@@ -130,7 +130,7 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
 
     def labelled(self, messages: Protected) -> tuple[list[int], list[int]]:
         raise ValueError(
-            "The labels of an encoder-decoder are not aligned with its text: give `suffix` to the processor's call, or "
+            "An encoder-decoder's labels are not aligned with its text: give `suffix` to the processor's call, or "
             "use `hfvlm.training.mixture.MixtureCollator`."
         )
 

@@ -53,7 +53,7 @@ def every_beam_may_end(
 
 
 @torch.no_grad()
-def search(  # noqa: PLR0913
+def search(
     model: Any, input_ids: Tensor, processors: Any, inputs: dict[str, Any], beams: int, length: int, end: int
 ) -> Beams:
     """Search over rows that are repeated `beams` times each.

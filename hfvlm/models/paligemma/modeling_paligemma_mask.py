@@ -5,6 +5,7 @@ evaluators/proj/paligemma/transfers/segmentation.py, which have no training.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Unpack
 
 import torch
@@ -69,7 +70,7 @@ class HfvlmPaliGemmaMaskModel(HfvlmPreTrainedModel):
         ]
         doubling = [
             layer
-            for before, after in zip(up[:-1], up[1:], strict=True)
+            for before, after in pairwise(up)
             for layer in (nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU())
         ]
         ends = MaskResidual(down[-1]), MaskResidual(down[-1])

@@ -20,9 +20,9 @@ from hfvlm.media.images import to_8_bits
 from hfvlm.models.paligemma.configuration_paligemma import count_patches
 from hfvlm.models.paligemma.regions import BETWEEN, PIECES, STEPS, find, format_box, paste_mask
 from hfvlm.processing.assembly import IGNORE
+from hfvlm.processing.batches import is_empty, texts_of
 from hfvlm.processing.grounding import Grounding, Region
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.batches import is_empty, texts_of
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import Flag, square, whole

@@ -17,7 +17,7 @@ from tests.support.golden import Golden
 from tests.support.paths import OURS
 from tests.support.suite import close
 
-CASES = OURS / "pali"
+CASES = OURS / "paligemma"
 VOCABULARY = CASES / "processor-text" / "base.model"
 
 

@@ -18,7 +18,7 @@ from hfvlm.processing.assembly import IGNORE
 from hfvlm.training.chat import ChatCollator
 from tests.support.paths import OURS
 
-VOCABULARY = OURS / "pali" / "processor-text" / "base.model"
+VOCABULARY = OURS / "paligemma" / "processor-text" / "base.model"
 
 
 @pytest.fixture(scope="module")
