@@ -21,11 +21,11 @@ def example():
 
 
 def test_it_learns_to_detect(example, tmp_path):
-    """In thirty steps: what boxes look like."""
-    small = ["--width", "32", "--steps", "30", "--images", "64", "--batch", "16", "--tested", "4"]
+    """In sixty steps: which pieces boxes are made of."""
+    small = ["--width", "32", "--steps", "60", "--images", "40", "--batch", "8", "--tested", "4"]
     found = example.main(["--output", str(tmp_path), *small])
     assert found == json.loads((tmp_path / "results.json").read_text())
-    assert found["last loss"] < 0.5 * found["first loss"]
+    assert found["last loss"] < 0.6 * found["first loss"]
     assert 0 <= found["mean IoU"] <= 1
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).config.model_type == "hfvlm_paligemma"
 

@@ -19,17 +19,18 @@ def vit_e_config() -> HfvlmPaliGemmaVisionConfig:
 
 def mt5_config() -> T5Config:
     """Return mT5-XXL, a T5 1.1; transformers' own MT5Config would tie its output layer to the embeddings."""
-    return T5Config(
-        vocab_size=250112,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 250112,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+    }
+    return T5Config(**sizes)
 
 
 @strict

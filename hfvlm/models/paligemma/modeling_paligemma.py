@@ -174,7 +174,7 @@ class HfvlmPaliGemmaForConditionalGeneration(ImageTextModel):
             kwargs["prefix_length"] = prompt.shape[1]
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, *args: Any, token_type_ids: Tensor | None = None, prefix_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Hand on where the suffix begins; transformers repeats the type of a prompt's last token."""
