@@ -6,7 +6,11 @@ same way on gray images: it learns where boxes are likely, and no more.
     python examples/paligemma_shapes.py --output shapes          # minutes on a core
     python examples/paligemma_shapes.py --output shapes --blind
 
-RESULTS
+After 600 steps, 200 new images give
+
+    model     mean IoU   boxes that overlap by half
+    seeing    0.30       0.28
+    blind     0.13       0.07
 """
 
 import argparse
