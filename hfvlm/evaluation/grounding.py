@@ -23,7 +23,7 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     """Compare the box in each answer with the one that was drawn; an answer without a box overlaps nothing.
 
     Args:
-        folder: the model's, Shikra's or Qwen-VL's.
+        folder: the model's, such as Shikra's, Qwen-VL's or PaliGemma's.
         data: with images, texts (one expression or several) and a box for each image: left, top, right and bottom in
             pixels of the image as it is shown.
         generate: options of `generate`.
@@ -41,7 +41,9 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     captioner = Captioner.from_pretrained(folder, **options)
     processor = captioner.processor
     if not isinstance(processor, Grounding):
-        raise ValueError(f"{folder}: {type(captioner.model).__name__} finds no boxes; Shikra and Qwen-VL do.")
+        raise ValueError(
+            f"{folder}: {type(captioner.model).__name__} finds no boxes; Shikra, Qwen-VL and PaliGemma do."
+        )
     asked = [(row, text) for row, own in texts.items() if row in boxes for text in own]
     check_any(asked, errors)
     prompts = {i: processor.locating(text) for i, (_, text) in enumerate(asked)}

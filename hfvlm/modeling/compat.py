@@ -86,3 +86,34 @@ def causal_mask(config: PreTrainedConfig, x: Tensor, attention_mask: Tensor | No
         cache: of the tokens before.
     """
     return create_causal_mask(config=config, inputs_embeds=x, attention_mask=attention_mask, **with_cache(cache))
+
+
+def prefix_mask(
+    config: PreTrainedConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, prefix: Tensor
+) -> Any:
+    """Make the mask by which tokens of a prefix attend to all of it, and others to themselves and those before them.
+
+    Args:
+        config: whose attention implementation decides the form of the mask.
+        x: `(B, N, D)`, the tokens' embeddings.
+        attention_mask: `(B, N)`, 0 for padding; None for no padding.
+        cache: without tokens so far.
+        prefix: `(B, N)`, True for a token of the prefix.
+    """
+    blocks = torch.where(prefix, 0, -1)
+    given = {"config": config, "inputs_embeds": x, "attention_mask": attention_mask, **with_cache(cache)}
+    if "block_sequence_ids" in inspect.signature(create_causal_mask).parameters:
+        return create_causal_mask(**given, block_sequence_ids=blocks)
+    return create_causal_mask(**given, or_mask_function=_same_block(blocks))
+
+
+def _same_block(blocks: Tensor) -> Any:
+    """What `block_sequence_ids` mean, for transformers before 5.24, whose static caches are longer than the ids."""
+    last = blocks.shape[1] - 1
+
+    def inner(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        known = (query <= last) & (key <= last)
+        own, other = (blocks[batch, torch.clamp(torch.as_tensor(i), max=last)] for i in (query, key))
+        return known & (own == other) & (own >= 0)
+
+    return inner

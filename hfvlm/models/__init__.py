@@ -23,4 +23,6 @@ ARCHITECTURES = (
     "painter",
     "dalle_mini",
     "merlot_reserve",
+    "pali",
+    "paligemma",
 )

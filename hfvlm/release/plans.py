@@ -146,7 +146,8 @@ def plan_without_preset(source: Path, name: str, sources: Mapping[str, Source], 
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{where} one: {shown(reason)[1:-1]}. {_likely(main)}") from error
     config.licence = UNKNOWN
-    config.pass_on_origin()
+    if isinstance(config, HfvlmConfig):
+        config.pass_on_origin()
     return Plan(Preset(name=name, architecture=name), conversion, config, layout, settings)
 
 

@@ -113,16 +113,40 @@ def _words(path: Path, *more: str) -> int:
 
 def _with_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     """Return a vocabulary of LLaMA's kind, learned from the captions of scenes."""
-    sentencepiece = import_extra("sentencepiece", "convert", "A vocabulary of LLaMA's kind")
+    path = _pieces(scratch, model_type="bpe", byte_fallback=False)
+    return _parts(preset, {}, path)
+
+
+def _with_gemma_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of Gemma's kind, and the pieces of regions."""
+    path = _pieces(
+        scratch, model_type="bpe", pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["<mask>", "\n"],
+        add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+    )  # fmt: skip
+    from hfvlm.models.paligemma import HfvlmPaliGemmaTokenizer
+
+    size = len(HfvlmPaliGemmaTokenizer.from_vocabulary(path)) - 1
+    text = {**preset.config["text_config"], "vocab_size": size}
+    return _parts(preset, {"text_config": text, "image_token_id": size}, path)
+
+
+def _with_mt5_pieces(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of mT5's kind."""
+    path = _pieces(scratch, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, split_digits=True)
+    return _parts(preset, {}, path)
+
+
+def _pieces(scratch: Path, **options: Any) -> Path:
+    """Learn pieces from the captions of scenes -> sentencepiece's file."""
+    sentencepiece = import_extra("sentencepiece", "convert", "A vocabulary of pieces")
     corpus = scratch / "corpus.txt"
     printable = "".join(chr(code) for code in range(33, 127))
     corpus.write_text("\n".join([WORDS, " ".join(printable), *(scene.caption() for scene in all_scenes())]))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(scratch / "tokenizer"), vocab_size=PIECES, model_type="bpe",
-        character_coverage=1.0, byte_fallback=False, normalization_rule_name="identity", hard_vocab_limit=False,
-        minloglevel=2,
+        input=str(corpus), model_prefix=str(scratch / "tokenizer"), vocab_size=PIECES, character_coverage=1.0,
+        normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-    return _parts(preset, {}, scratch / "tokenizer.model")
+    return scratch / "tokenizer.model"
 
 
 def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
@@ -159,6 +183,8 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "imagebind": _with_bytes,
     "llava": _with_pieces,
     "mammut": _with_bytes,
+    "pali": _with_mt5_pieces,
+    "paligemma": _with_gemma_pieces,
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
     "video_chatgpt": _with_pieces,

@@ -60,6 +60,8 @@ def test_overlap(left, right, expected):
     [
         ("qwen_vl", "<ref>a small red circle</ref><box>"),
         ("shikra", "could you find and tell me the coordinates of a small red circle?"),
+        ("paligemma", "<image>detect a small red circle\n"),
+        ("pali", "<image>detect a small red circle <extra_id_0>"),
     ],
 )
 def test_answers_are_compared_with_boxes(architecture, prompt, drawn, tmp_path, monkeypatch):
@@ -108,7 +110,9 @@ def test_a_model_that_learned_nothing_finds_nothing(drawn, tmp_path):
 
 def test_what_cannot_be_measured_is_refused(drawn, small_blip):
     blip = small_blip("HfvlmBLIPForConditionalGeneration")
-    with pytest.raises(ValueError, match="HfvlmBLIPForConditionalGeneration finds no boxes; Shikra and Qwen-VL do"):
+    with pytest.raises(
+        ValueError, match="HfvlmBLIPForConditionalGeneration finds no boxes; Shikra, Qwen-VL and PaliGemma do"
+    ):
         evaluate("grounding", blip, Data(str(drawn)))
     with pytest.raises(ValueError, match="has no column for box"):
         evaluate("grounding", blip, Data(str(drawn), columns={"box": "bbox"}))

@@ -236,14 +236,21 @@ CHAT = {
     "llava-stage1": "projector.*",
     "llava-stage2": "(projector|language_model).*",
     "llava-lora": "(language_model.*lora_[AB]|projector).*",
+    "paligemma-lora": "(language_model.*lora_[AB]|projector).*",
 }
 
 
+@pytest.fixture(scope="module")
+def paligemma_folder(tmp_path_factory):
+    return hfvlm.untrained("paligemma", tmp_path_factory.mktemp("paligemma") / "model")
+
+
 @pytest.mark.parametrize("name", CHAT)
-def test_conversations_train_the_weights_that_the_recipe_names(name, llava_folder, conversations, tmp_path):
-    changes = [*QUICK, *conversations, f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
+def test_conversations_train_the_weights_that_the_recipe_names(name, conversations, tmp_path, request):
+    folder = request.getfixturevalue(f"{name.partition('-')[0]}_folder")
+    changes = [*QUICK, *conversations, f"model={folder}", f"output_dir={tmp_path / 'out'}"]
     assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
-    model = AutoModelForImageTextToText.from_pretrained(llava_folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if name.endswith("lora"):
         adapter = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path / "out"))

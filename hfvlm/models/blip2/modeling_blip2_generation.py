@@ -1,26 +1,22 @@
 """BLIP-2's second stage and InstructBLIP: a language model whose inputs are queries
 (https://arxiv.org/abs/2301.12597, section 3.3; https://arxiv.org/abs/2305.06500)."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, T5ForConditionalGeneration
-from transformers import initialization as init
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from hfvlm.losses import token_losses
-from hfvlm.modeling.base import EveryModule
 from hfvlm.modeling.captioning import RankedAnswers
-from hfvlm.modeling.compat import CACHE
-from hfvlm.modeling.image_text import Features, ImageTextModel, as_outputs
+from hfvlm.modeling.image_text import ImageTextModel
+from hfvlm.modeling.image_text_seq2seq import Seq2SeqImageTextModel, UntiedT5
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.modeling.outputs import ImageTextSeq2SeqOutput
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import HfvlmBLIP2QFormerModel
 from hfvlm.modules.parts import in_parts
@@ -213,82 +209,14 @@ class _WithoutPrompt(LogitsProcessorList):
         return super().__call__(shown, scores, **kwargs)  # type: ignore[arg-type]
 
 
-class FlanT5(EveryModule, T5ForConditionalGeneration):
-    """FLAN-T5 (https://arxiv.org/abs/2210.11416), whose output layer is not its embedding table."""
-
-    _tied_weights_keys = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
-
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.lm_head.weight, std=self.config.initializer_factor)
-
-
-class HfvlmBLIP2T5ForConditionalGeneration(HfvlmBLIP2ForConditionalGeneration):
+class HfvlmBLIP2T5ForConditionalGeneration(Seq2SeqImageTextModel, HfvlmBLIP2ForConditionalGeneration):
     """The same with an encoder, whose inputs the queries are, and a decoder: BLIP-2 and InstructBLIP with FLAN-T5."""
 
-    # T5 averages over the labels of its own batch; the Trainer must not rescale that by counted tokens.
-    accepts_loss_kwargs = False
-
     def build_language_model(self, config: HfvlmBLIP2Config) -> PreTrainedModel:
-        return FlanT5._from_config(config.text_config)
-
-    def further_keywords(self, method: str) -> Collection[str]:
-        return {*super().further_keywords(method)} - {"shift_labels"}  # a decoder's labels are not shifted
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        mm_encoder_outputs: Mapping[str, Features] | None = None,
-        **kwargs: Unpack[Keywords],
-    ) -> Any:
-        """Score each next token of what is generated about texts with images in them.
-
-        Args:
-            input_ids: `(B, N)`, with a placeholder for each token of each image.
-            pixel_values: all images of the batch, in the order of their placeholders.
-            attention_mask: `(B, N)`, 0 where a row is padded.
-            inputs_embeds: `(B, N, D)` in place of `input_ids`; its images are merged already, see `embed`.
-            labels: `(B, M)`, what to generate; the loss leaves out -100.
-            pixel_values_videos: likewise, all videos.
-            mm_encoder_outputs: what `get_image_features` returned, as {"image": ...}, in place of images.
-            **kwargs: what else `media_inputs` names, and of the language model: without `labels`, `decoder_input_ids`,
-                by default only its start token.
-        """
-        media: dict[str, Any] = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
-        rest: dict[str, Any] = dict(kwargs)
-        media |= {name: rest.pop(name, None) for name in INSTRUCTION}
-        features = self.encode_media(media, mm_encoder_outputs)
-        embeds = self.merged(input_ids, inputs_embeds, features)
-        if labels is None and "decoder_input_ids" not in rest:
-            start = self.config.text_config.decoder_start_token_id
-            rest["decoder_input_ids"] = torch.full((embeds.shape[0], 1), start, device=embeds.device)
-        output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **rest)
-        return ImageTextSeq2SeqOutput(**{**output, **as_outputs(features)})
+        return UntiedT5._from_config(config.text_config)
 
     def cost_of_answers(self, prompt: Tensor, candidates: Tensor) -> Tensor:
         states = self.language_model.encoder(inputs_embeds=prompt[None]).last_hidden_state
         encoded = BaseModelOutput(last_hidden_state=states.expand(candidates.shape[0], -1, -1))
         logits = self.language_model(encoder_outputs=encoded, labels=candidates).logits
         return token_losses(logits, candidates).sum(dim=1)
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the language model does: token ids after its start token. Each image is encoded once, and so is
-        the text."""
-        names = [name for names in self.media_inputs.values() for name in names]
-        media = {name: kwargs.pop(name, None) for name in dict.fromkeys(names)}
-        features = self.encode_media(media, kwargs.pop("mm_encoder_outputs", None))
-        embeds = self.merged(kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None), features)
-        kwargs.pop(CACHE, None)  # of the prompt, which this encoder encodes again
-        self.language_model.generation_config = self.generation_config
-        return self.language_model.generate(*args, inputs_embeds=embeds, **kwargs)
