@@ -138,6 +138,7 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "imagebind": _with_bytes,
     "llava": _with_pieces,
     "mammut": _with_bytes,
+    "painter": lambda preset, _: _parts(preset, {}),
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
     "video_chatgpt": _with_pieces,

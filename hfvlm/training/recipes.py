@@ -30,6 +30,7 @@ from hfvlm.training.failures import check_arguments, check_processes
 from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.outputs import run_output
+from hfvlm.training.painting import PaintingCollator
 from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, ModelArguments
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.row_trainer import RowTrainer
@@ -231,6 +232,26 @@ def train_chat(
     return finish(trainer, arguments)
 
 
+def train_painting(
+    model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that is shown tasks by pairs, on rows with an image, its painted target and the name of a task."""
+    processor, model = processor_of(model_arguments.model), load_model(model_arguments, arguments.seed)
+    arguments.remove_unused_columns = False
+    rows = split_of(data, data.train_split, "train_split")
+    fit_batch(arguments, rows)
+    scale = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
+    trainer = RowTrainer(
+        model,
+        arguments,
+        PaintingCollator(processor, model.config.patch_size, rows, data.columns, **scale),
+        train_dataset=rows,
+        eval_dataset=split_of(data, data.eval_split, "eval_split") if data.eval_split else None,
+        processing_class=processor,
+    )
+    return finish(trainer, arguments)
+
+
 def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
@@ -254,5 +275,6 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
     "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
+    "painting": ((ModelArguments, DataArguments, TrainingArguments), train_painting),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }
