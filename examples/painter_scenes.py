@@ -4,7 +4,16 @@ There are tasks of three kinds: paint the shape in a colour, black elsewhere; pa
 or change the image's own colours, as by exchanging two channels. Which task it is, and which colour, only the pair
 says. Of 24 colours, six are held out: the model never painted in them.
 
-    python examples/painter_scenes.py --output painter-scenes
+    python examples/painter_scenes.py --output painter-scenes        # five minutes on a core
+    python examples/painter_scenes.py --output painter-blind --blind # the same, with pairs that do not show the task
+
+After 2000 steps, how near the painting of a new image is to what the shown task makes of it, and for what share of
+images
+it is nearest to that among what all 54 tasks make of it; 2 % would be by chance:
+
+                                      tasks that were seen   colours that were held out
+    shown by a pair                   19.0 dB, 0.70          19.8 dB, 0.67
+    blind, pairs of any two tasks      7.8 dB, 0.03           8.1 dB, 0.00
 """
 
 import argparse

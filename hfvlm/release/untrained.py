@@ -185,6 +185,7 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "mammut": _with_bytes,
     "pali": _with_mt5_pieces,
     "paligemma": _with_gemma_pieces,
+    "painter": lambda preset, _: _parts(preset, {}),
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
     "video_chatgpt": _with_pieces,

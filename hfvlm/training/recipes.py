@@ -32,6 +32,7 @@ from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.mixtures import Mixture, weights_of
 from hfvlm.training.outputs import run_output
+from hfvlm.training.painting import PaintingCollator
 from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, LabelDataArguments, ModelArguments
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.row_trainer import RowTrainer
@@ -104,7 +105,7 @@ def prepared(model: Any, arguments: ModelArguments) -> Any:
         train_parts(model, arguments.trained_parts)
     if arguments.lora_recipe is not None:
         quiet = not shows_progress()
-        options = {"r": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        options: dict[str, Any] = {"r": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
         options |= {"layers": arguments.lora_layers, "whole": arguments.lora_whole or ()}
         model = lora(model, arguments.lora_recipe, quiet=quiet, **options)
     return model
@@ -180,6 +181,20 @@ def resize(processor: Any, edge: int | None, part: Any = None) -> None:
         part.size = part.checked_value("size", {"height": edge, "width": edge})
 
 
+def load_split(data: DataArguments, field_name: str, part: Mapping[str, Any]) -> Any:
+    """Load the rows of a split of one data set.
+
+    Raises:
+        ValueError: there are none of that name; naming the recipe's field.
+    """
+    path, split = part["path"], getattr(data, field_name)
+    split = part.get("split", split) if field_name == "train_split" else split
+    try:
+        return load_rows(path, part.get("subset", data.subset), split=split)
+    except ValueError as error:
+        raise ValueError(f"{path}: {field_name} {split!r} cannot be read: {error}") from error
+
+
 def split_of(
     data: DataArguments, field_name: str, needed: Sequence[str], modalities: Sequence[str], seed: int
 ) -> tuple[Any, dict[str, str]]:
@@ -195,16 +210,11 @@ def split_of(
     parts = [{"path": data.dataset}] if isinstance(data.dataset, str) else data.dataset or []
     loaded, found = [], []
     for part in parts:
-        path, split = part["path"], getattr(data, field_name)
-        split = part.get("split", split) if field_name == "train_split" else split
-        try:
-            rows = load_rows(path, part.get("subset", data.subset), split=split)
-        except ValueError as error:
-            raise ValueError(f"{path}: {field_name} {split!r} cannot be read: {error}") from error
+        rows = load_split(data, field_name, part)
         own: Any = part.get("columns", data.columns)
         given = dict(own or {}) | text
         wanted = [name for name in needed if not (name == "image" and "video" in given)]
-        found.append(training_columns(rows, given, needed=wanted, modalities=modalities, source=path))
+        found.append(training_columns(rows, given, needed=wanted, modalities=modalities, source=part["path"]))
         loaded.append(rows)
     if isinstance(data.dataset, str):
         return loaded[0], found[0]
@@ -334,6 +344,29 @@ def train_classification(
     return finish(trainer, arguments, model_arguments)
 
 
+def train_painting(
+    model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that is shown tasks by pairs, on rows with an image, its painted target and the name of a task."""
+    processor, model = processor_of(model_arguments.model), load_model(model_arguments, arguments.seed)
+    arguments.remove_unused_columns = False
+    if not isinstance(data.dataset, str):
+        raise ValueError(f"dataset must be one data set to train painting, whose rows name their tasks, not {data.dataset}.")
+    source = {"path": data.dataset}
+    rows = load_split(data, "train_split", source)
+    fit_batch(arguments, rows)
+    scale = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
+    trainer = RowTrainer(
+        model,
+        arguments,
+        PaintingCollator(processor, model.config.patch_size, rows, data.columns, **scale),
+        train_dataset=rows,
+        eval_dataset=load_split(data, "eval_split", source) if data.eval_split else None,
+        processing_class=processor,
+    )
+    return finish(trainer, arguments, model_arguments)
+
+
 def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
@@ -361,5 +394,6 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
     "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
     "classification": ((ModelArguments, LabelDataArguments, TrainingArguments), train_classification),
+    "painting": ((ModelArguments, DataArguments, TrainingArguments), train_painting),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }

@@ -124,11 +124,13 @@ class HfvlmPainterProcessor(HfvlmProcessor):
             TypeError: a keyword that is unknown.
             ValueError: there are no queries or prompts, or more or fewer of one than of the other.
         """
+        queries = [] if images is None else flat_images(images)
+        if images is not None and not queries:
+            raise ValueError(f"{type(self).__name__} was given no images: an empty list.")
         if images is None or prompts is None:
             raise ValueError(f"{type(self).__name__} needs images, and prompts: a pair of an image and its target.")
         return_tensors = kwargs.pop("return_tensors", "pt")
         options = self.options_of(kwargs, {"images": call_keywords(self.image_processor)}, flat=("images",))["images"]
-        queries = flat_images(images)
         pairs = pairs_of(prompts, len(queries))
         hidden = [target for _, target in pairs] if targets is None else flat_images(targets)
         if len(hidden) != len(queries):
@@ -145,7 +147,7 @@ class HfvlmPainterProcessor(HfvlmProcessor):
         return BatchFeature(values, tensor_type=return_tensors)
 
     def prepare(self, modality: str, sources: Any, return_tensors: str | None = "pt", **options: Any) -> BatchFeature:
-        """Prepare images as queries that are their own prompts: inputs for checks of a model, which show it no task."""
+        """Prepare images as queries that are their own prompts: inputs to check a model by, which show it no task."""
         if modality not in self.modalities:
             raise ValueError(f"{type(self).__name__} prepares {', '.join(self.modalities)}, not {modality}.")
         images = flat_images(sources)
