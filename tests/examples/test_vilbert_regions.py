@@ -12,7 +12,6 @@ from hfvlm.models.vilbert.processing_vilbert_tasks import classified
 from hfvlm.models.vilbert.regions import Regions
 from tests.support.paths import EXAMPLES
 
-
 STEPS = 75
 
 
