@@ -5,12 +5,22 @@ the pixels of the box, shrunk to 6 x 6. A token in the text says which of two ta
 about colours, shapes and places, with 12 answers, and expressions that refer to one of the regions. Four of the 24
 pairs of a colour and a shape never occur in training.
 
-    python examples/vilbert_regions.py --output vilbert-regions        # two minutes on a core
+    python examples/vilbert_regions.py --output vilbert-regions        # minutes on a core
 
-With `--blind` the model is trained and tested on the texts alone: its regions are empty. After 800 steps, on new
+With `--blind` the model is trained and tested on the texts alone: its regions are empty. After 1,000 steps, on new
 images:
 
-RESULTS
+    questions       with regions   blind
+    colour          0.67           0.21
+    shape           0.47           0.24
+    place           0.42           0.25
+    presence        0.68           0.68
+    references      0.92           0.00
+
+Colours and shapes of things that are named by the other, the shape in a quarter of the image, whether a pair is there
+(where "yes" is right for 68 %), and the region that an expression means, of 0.25 by chance among the four, and of none
+where every region is empty. Of the four pairs that
+never occurred, 0.92 of the references are found, but no colour and no shape is answered.
 """
 
 import argparse
@@ -42,7 +52,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--blind", action="store_true", help="show no regions")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tests", type=int, default=1000, help="new images")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +113,7 @@ def ask(placed: list[Any], random: np.random.RandomState, kind: str) -> tuple[st
     return None
 
 
-def new_model(vocabulary: Path) -> tuple[Any, Any]:
+def new_model(vocabulary: Path, depth: int = 3) -> tuple[Any, Any]:
     """A model of a few hundred thousand parameters that knows nothing, and its words."""
     words = (
         f"what which colour shape is the there a in top bottom left right ? {' '.join((*COLOURS, *SHAPES))}".split()
@@ -113,13 +123,13 @@ def new_model(vocabulary: Path) -> tuple[Any, Any]:
     sizes |= {"initializer_range": 0.1}
     config = HfvlmViLBERTConfig(
         text_config=sizes
-        | {"intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 5 + len(words), "num_tasks": 20}
+        | {"intermediate_size": 128, "num_hidden_layers": depth, "vocab_size": 5 + len(words), "num_tasks": 20}
         | {"max_position_embeddings": 16},
-        vision_config=sizes | {"intermediate_size": 64, "num_hidden_layers": 2, "feature_size": 3 * PIXELS**2},
+        vision_config=sizes | {"intermediate_size": 64, "num_hidden_layers": depth - 1, "feature_size": 3 * PIXELS**2},
         connection_size=64,
         num_connection_heads=4,
-        vision_connections=[0, 1],
-        text_connections=[1, 2],
+        vision_connections=list(range(depth - 1)),
+        text_connections=list(range(1, depth)),
         target_size=8,
         num_answers=len(ANSWERS),
         num_gqa_answers=1,

@@ -12,6 +12,8 @@ from hfvlm.models.vilbert.processing_vilbert_tasks import classified
 from hfvlm.models.vilbert.regions import Regions
 from tests.support.paths import EXAMPLES
 
+STEPS = 75
+
 
 @pytest.fixture(scope="module")
 def example():
@@ -48,7 +50,7 @@ def test_a_short_run_learns_what_the_text_does_not_tell(example, tmp_path):
         torch.manual_seed(0)
         random = np.random.RandomState(0)
         train, test = example.rendered(random, 6), example.rendered(random, 2)
-        model, processor = example.new_model(tmp_path / "vocab.txt")
+        model, processor = example.new_model(tmp_path / "vocab.txt", depth=2)
 
         def batch(tiles, rows, processor=processor, random=random, blind=blind):
             made = []
@@ -61,9 +63,9 @@ def test_a_short_run_learns_what_the_text_does_not_tell(example, tmp_path):
                 made.append(classified(processor, example.ASKED, text, regions, answer, len(example.ANSWERS)))
             return example.hidden(processor.collate(made), blind=blind)
 
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
-        for _ in range(40):
-            inputs = batch(train, 24)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+        for _ in range(STEPS):
+            inputs = batch(train, 16)
             loss = model(**inputs, task="vqa").loss
             optimizer.zero_grad()
             loss.backward()

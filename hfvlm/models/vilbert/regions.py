@@ -233,7 +233,8 @@ def detected_regions(
         sizes: `(height, width)` of each image, in pixels.
         most: regions of an image.
         threshold: of the probability of a region's class.
-        background: the last class is none (DETR); without it each class has a probability of its own (RT-DETR).
+        background: the last class is none (DETR, Table Transformer); without it each class has a probability of its
+            own (all the others).
 
     Raises:
         ValueError: the detector is of another kind.

@@ -4,6 +4,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForVisualQuestionAnswering
 
+import hfvlm
 from hfvlm.models.vilbert import (
     HfvlmViLBERTConfig,
     HfvlmViLBERTForPreTraining,
@@ -334,6 +335,16 @@ class TestTasks(PartSuite):
     def test_tasks_are_found_by_their_names_and_numbers(self):
         assert task_of(12) is task_of("nlvr2") is TASKS["nlvr2"]
         assert len({task.id for task in TASKS.values()}) == len(TASKS) == 17
+
+    def test_adapters_of_a_recipe_are_in_both_streams(self, model, batch):
+        expected = self.run(model, batch)
+        tuned = hfvlm.lora(model, "vision+text", r=2, quiet=True)
+        same(self.run(tuned, batch), expected, 1e-6)
+        trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 2 * 2 * 2 * 2  # streams, layers, queries and values, A and B
+        assert all("_model.layers." in name and "lora_" in name for name in trained)
+        with pytest.raises(ValueError, match="a recipe joins text, vision"):
+            hfvlm.lora(model, "connections", quiet=True)
 
     def test_starts_from_pretraining(self, batch, tmp_path):
         whole = HfvlmViLBERTForPreTraining(config("HfvlmViLBERTForPreTraining")).eval()
