@@ -105,7 +105,11 @@ def prepared(model: Any, arguments: ModelArguments) -> Any:
         train_parts(model, arguments.trained_parts)
     if arguments.lora_recipe is not None:
         quiet = not shows_progress()
-        options: dict[str, Any] = {"r": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+        options: dict[str, Any] = {
+            "r": arguments.lora_rank,
+            "alpha": arguments.lora_alpha,
+            "dropout": arguments.lora_dropout,
+        }
         options |= {"layers": arguments.lora_layers, "whole": arguments.lora_whole or ()}
         model = lora(model, arguments.lora_recipe, quiet=quiet, **options)
     return model

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from typing import Any
 
+import numpy as np
 import torch
 
 from hfvlm.media import read_audio
@@ -44,6 +45,44 @@ def spoken_text(segments: Iterable[Mapping[str, Any]], tags: Iterable[Tags]) -> 
     return " ".join(segment["text"].strip() for segment, own in pairs if is_spoken(own))
 
 
+def waveform(audio: Any) -> np.ndarray:
+    """Read a video's or a recording's audio -> `(N,)`, float32, at 16,000 hertz."""
+    recording = read_audio(audio)
+    samples = resample(torch.from_numpy(recording.samples), recording.sampling_rate, RATE)
+    return samples.mean(dim=0).numpy()
+
+
+def recognized(
+    wave: np.ndarray, recognizer: Any, parts: Sequence[tuple[float, float]] | None = None
+) -> list[dict[str, Any]]:
+    """Recognise speech -> segments, {"text", "start", "end"} in seconds.
+
+    Args:
+        wave: see `waveform`.
+        recognizer: transformers' pipeline that recognises speech, with the time of each segment.
+        parts: beginnings and ends in seconds of what is recognised, see
+            `hfvlm.models.pg_video_llava.speech.find_speech`; None recognises all of it.
+    """
+    whole = len(wave) / RATE
+    segments = []
+    for first, last in [(0.0, whole)] if parts is None else parts:
+        part = wave[int(RATE * first) : int(RATE * last)]
+        if len(part) < SHORTEST:
+            continue
+        for chunk in recognizer({"raw": part, "sampling_rate": RATE}, return_timestamps=True)["chunks"]:
+            start, end = chunk["timestamp"]  # the last may have no end
+            start, end = first + (start or 0.0), last if end is None else min(first + end, last)
+            segments.append({"text": chunk["text"].strip(), "start": start, "end": max(start, end)})
+    return segments
+
+
+def tags_of(wave: np.ndarray, segment: Mapping[str, Any], tagger: Any) -> list[tuple[str, float]]:
+    """Classify the audio of a segment -> AudioSet's names with the logarithms of their probabilities."""
+    part = wave[int(RATE * segment["start"]) : int(RATE * segment["end"])]
+    found = tagger({"raw": part, "sampling_rate": RATE}, top_k=AMONG) if len(part) >= SHORTEST else []
+    return [(each["label"], log(max(each["score"], 1e-12))) for each in found]
+
+
 def transcribe(audio: Any, recognizer: Any, tagger: Any) -> str:
     """Make a transcript for `{"type": "transcript", "text": ...}`; empty where nobody talks.
 
@@ -57,14 +96,6 @@ def transcribe(audio: Any, recognizer: Any, tagger: Any) -> str:
         recognizer: transformers' pipeline that recognises speech, with the time of each segment.
         tagger: transformers' pipeline that classifies audio, with AudioSet's names.
     """
-    recording = read_audio(audio)
-    samples = resample(torch.from_numpy(recording.samples), recording.sampling_rate, RATE)
-    wave = samples.mean(dim=0).numpy()
-    chunks = recognizer({"raw": wave, "sampling_rate": RATE}, return_timestamps=True)["chunks"]
-    tags = []
-    for chunk in chunks:
-        start, end = chunk["timestamp"]  # the last may have no end
-        part = wave[int(RATE * (start or 0)) : None if end is None else int(RATE * end)]
-        found = tagger({"raw": part, "sampling_rate": RATE}, top_k=AMONG) if len(part) >= SHORTEST else []
-        tags.append([(each["label"], log(max(each["score"], 1e-12))) for each in found])
-    return spoken_text(chunks, tags)
+    wave = waveform(audio)
+    segments = recognized(wave, recognizer)
+    return spoken_text(segments, [tags_of(wave, segment, tagger) for segment in segments])
