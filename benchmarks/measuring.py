@@ -245,7 +245,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
+        "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gflops": {f"{rows} x 768 x 3072": product_speed(rows, device) for rows in (1, 50, 400, 1600)},
