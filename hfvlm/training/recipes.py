@@ -355,11 +355,13 @@ def train_painting(
     processor, model = processor_of(model_arguments.model), load_model(model_arguments, arguments.seed)
     arguments.remove_unused_columns = False
     if not isinstance(data.dataset, str):
-        raise ValueError(f"dataset must be one data set to train painting, whose rows name their tasks, not {data.dataset}.")
+        raise ValueError(
+            f"dataset must be one data set to train painting, whose rows name their tasks, not {data.dataset}."
+        )
     source = {"path": data.dataset}
     rows = load_split(data, "train_split", source)
     fit_batch(arguments, rows)
-    scale = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
+    scale: dict[str, Any] = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
     trainer = RowTrainer(
         model,
         arguments,

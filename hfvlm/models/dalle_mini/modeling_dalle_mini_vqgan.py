@@ -123,8 +123,8 @@ class Resample(nn.Module):
     def __init__(self, channels: int, *, down: bool, conv: bool):
         super().__init__()
         self.down = down
-        sizes: dict[str, int] = {"stride": 2} if down else {"padding": 1}
-        self.conv = nn.Conv2d(channels, channels, 3, **sizes) if conv else None
+        stride, padding = (2, 0) if down else (1, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.down:
