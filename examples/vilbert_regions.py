@@ -19,8 +19,8 @@ images:
 
 Colours and shapes of things that are named by the other, the shape in a quarter of the image, whether a pair is there
 (where "yes" is right for 68 %), and the region that an expression means, of 0.25 by chance among the four, and of none
-where every region is empty. Of the four pairs that
-never occurred, 0.92 of the references are found, but no colour and no shape is answered.
+where every region is empty. Of the four pairs that never occurred, 0.92 of the references are found, but no colour and
+no shape is answered.
 """
 
 import argparse

@@ -143,10 +143,12 @@ def check_finite(source: Path, nonfinite: Mapping[str, int], dtype: str | None, 
 
 
 def write_processor(folder: Path, sources: Sequence[Path], plan: Plan, vocabulary: str | Path | None) -> None:
-    """Write the processor's files; without a vocabulary, the image processor's alone."""
+    """Write the processor's files; without a vocabulary, the image processor's alone, if it has one."""
     kinds = plan.conversion.vocabularies_for(plan.config)
     if vocabulary == NO_VOCABULARY or not kinds:
-        plan.conversion.image_processor_for(plan.config, plan.settings).save_pretrained(folder)
+        part = plan.conversion.image_processor_for(plan.config, plan.settings)
+        if part is not None:
+            part.save_pretrained(folder)
         return
     wanted = plan.preset.source.get("vocabulary", {})
     places, paths = [*([Path(vocabulary)] if vocabulary else ()), *sources], []

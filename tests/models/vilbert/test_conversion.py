@@ -34,14 +34,21 @@ def test_a_file_of_the_authors_is_read(head, tasks, tmp_path):
     torch.manual_seed(0)
     model = getattr(hfvlm, head)(config(head, tasks=tasks)).eval()
     torch.save(original(model), tmp_path / "model.bin")
-    read = config_from_original({"arguments": {"config": OPTIONS}}, torch.load(tmp_path / "model.bin"))
-    assert read.architectures == [head]
-    assert read.text_config.num_tasks == tasks
-    assert read.text_connections == [1, 1]
-    again = AutoModel.from_config(read)
-    assert {key: value.shape for key, value in again.state_dict().items()} == {
-        key: value.shape for key, value in model.state_dict().items()
-    }
+    given = {"arguments": {"config": OPTIONS | {"hidden_dropout_prob": 0.0, "v_hidden_dropout_prob": 0.0}}}
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(45))])
+    )
+    vocabulary = tmp_path / "vocab.txt" if tasks else "none"
+    folder = hfvlm.convert(tmp_path / "model.bin", "vilbert", tmp_path / "ours", original=given, vocabulary=vocabulary)
+    again = AutoModel.from_pretrained(folder).eval()
+    assert type(again).__name__ == head
+    batch = pairs() | ({"task_ids": torch.arange(4)} if tasks else {})
+    found, expected = again(**batch), model(**batch)
+    close(found.pooler_output, expected.pooler_output, 1e-6, "pooled")
+    close(found.prediction_logits, expected.prediction_logits, 1e-6, "words")
+    if tasks:
+        processor = AutoProcessor.from_pretrained(folder)
+        assert (processor.feature_size, processor.task_tokens) == (10, True)
 
 
 @pytest.mark.parametrize(
