@@ -27,7 +27,7 @@ def tiny(name):
     with torch.no_grad():
         for parameter in model.parameters():  # large enough to matter
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model, config.text_config
+    return model, getattr(config, "text_config", config)
 
 
 def texts(config, pad):

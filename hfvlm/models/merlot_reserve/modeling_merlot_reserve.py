@@ -33,7 +33,7 @@ from hfvlm.models.merlot_reserve.encoders import (
     centred,
     grid_coordinates,
 )
-from hfvlm.modules.embeddings import PatchEmbedding
+from hfvlm.modules.embeddings import PatchEmbedding, padded_positions
 from hfvlm.modules.similarity import LogitScale
 from hfvlm.modules.transformer import PreNormLayer
 
@@ -283,13 +283,13 @@ class JointModel(HfvlmMERLOTReservePreTrainedModel):
         """Put text, with audio in its place, before the frames. Arguments are those of `HfvlmMERLOTReserveModel`;
         frames are of the segments from `first_segment` on, and of a `grid` of tokens, by default that of
         `image_size`."""
-        config, (rows, length) = self.config, input_ids.shape
+        config, rows = self.config, len(input_ids)
         x = self.embeddings(input_ids)
         valid = present(config, input_ids, attention_mask)
         if audio_tokens is not None:
             x = self.with_audio(x, input_ids, audio_tokens, audio_ids)
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
-        place = (1 + torch.arange(length, device=x.device)).expand(rows, -1) / MOST_TOKENS
+        place = (1 + padded_positions(valid)) / MOST_TOKENS
         zero = torch.zeros_like(place)
         coordinates = torch.stack([zero, zero, segments / MOST_SEGMENTS, place], dim=-1)
         if image_tokens is not None:
@@ -376,9 +376,9 @@ class HfvlmMERLOTReserveModel(JointModel):
         valid = present(self.config, input_ids, attention_mask)
         x = self.embeddings(input_ids)
         like = x.new_empty(rows, 1 + length, 1)
-        valid = F.pad(valid, (1, 0), value=True).long()
+        places, valid = padded_positions(valid), F.pad(valid, (1, 0), value=True).long()
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=like, attention_mask=valid)
-        coordinates = (1 + torch.arange(length, device=x.device))[None, :, None] / SPAN_UNIT
+        coordinates = (1 + places).unsqueeze(-1) / SPAN_UNIT
         return self.span.projection(self.span(x, coordinates, mask, **kwargs)[:, 0])
 
     @can_return_tuple

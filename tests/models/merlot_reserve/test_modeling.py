@@ -146,6 +146,9 @@ class TestModel(ModelSuite):
         other = IDS.masked_fill(IDS == PAD, 20)
         masked = model(**batch | {"input_ids": other}, attention_mask=(IDS != PAD).long())
         close(masked.embeds[1, :7], expected, 1e-5, "masked")
+        names = ("input_ids", "segment_ids", "audio_ids")
+        left = model(**batch | {name: batch[name].roll(3, 1) for name in names})
+        close(left.embeds[1, 3:], expected, 1e-5, "on the left")
 
     def test_videos_in_one_row_do_not_see_each_other(self, model, batch):
         ids = torch.tensor([[0, 1], [0, 0]])
