@@ -6,11 +6,11 @@ same way on gray images: it learns where boxes are likely, and no more.
     python examples/paligemma_shapes.py --output shapes          # minutes on a core
     python examples/paligemma_shapes.py --output shapes --blind
 
-After 600 steps, 200 new images give
+After 400 steps, 200 new images give
 
     model     mean IoU   boxes that overlap by half
-    seeing    0.30       0.28
-    blind     0.13       0.07
+    seeing    0.46       0.46
+    blind     0.14       0.09
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--blind", action="store_true", help="train and test on gray images")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--images", type=int, default=3000, help="in training")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tested", type=int, default=200)
@@ -74,7 +74,13 @@ def new_model(width: int) -> tuple[HfvlmPaliGemmaForConditionalGeneration, Any]:
     vocabulary = processor.image_token_id
     vision = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {"model_type": "gemma", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width}
-    text |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": width // 4}
+    text |= {
+        "initializer_range": 0.1,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": width // 4,
+    }
     config = HfvlmPaliGemmaConfig(
         vision_config=vision | {"image_size": PIXELS, "patch_size": PATCH},
         text_config=text | {"max_position_embeddings": 256},
