@@ -95,8 +95,8 @@ def test_flax_files_to_a_pipeline(model, folder, tmp_path, stacked):
     part = packed(tmp_path / "vqgan" / "flax_model.msgpack", codec)
     sizes = model.config.codec_config
     (part.parent / "config.json").write_text(
-        f'{{"ch": {sizes.hidden_size}, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 8, "attn_resolutions": [],'
-        f' "z_channels": 16, "embed_dim": 16, "n_embed": 32}}'
+        f'{{"ch": {sizes.hidden_size}, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 8, "attn_resolutions": []'
+        f', "z_channels": 16, "embed_dim": 16, "n_embed": 32}}'
     )
     original = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
     out = tmp_path / "out"
