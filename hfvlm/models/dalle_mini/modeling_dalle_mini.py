@@ -317,7 +317,7 @@ class HfvlmDALLEMiniTextModel(HfvlmDALLEMiniPreTrainedModel):
     ) -> TowerOutput:
         """Encode `(B, N)` token ids, 0 in `attention_mask` for padding on the right -> all tokens."""
         if attention_mask is None:
-            attention_mask = input_ids.ne(self.config.pad_token_id).long()
+            attention_mask = input_ids.ne(self.config.pad_token_id or 0).long()
         positions = text_positions(input_ids, None, self.config.max_position_embeddings)
         x = self.embeddings(input_ids, positions)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
@@ -546,7 +546,7 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
     def text_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None:
             return attention_mask
-        return input_ids.ne(self.config.text_config.pad_token_id).long()
+        return input_ids.ne(self.config.text_config.pad_token_id or 0).long()
 
     def shifted(self, labels: Tensor | None, input_ids: Tensor) -> Tensor:
         """Make the decoder's inputs: the start token, and all labels but the last."""

@@ -123,7 +123,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, *, down: bool, conv: bool):
         super().__init__()
         self.down = down
-        sizes: dict[str, int] = {"stride": 2} if down else {"padding": 1}
+        sizes: dict[str, Any] = {"stride": 2} if down else {"padding": 1}
         self.conv = nn.Conv2d(channels, channels, 3, **sizes) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:
