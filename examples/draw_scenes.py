@@ -155,8 +155,8 @@ def fit(model: Any, processor: Any, kinds: list[scenes.Scene], pixels: Tensor, s
         chosen = torch.randint(len(scenes.TEMPLATES), (BATCH,))
         inputs = {}
         for name in ("input_ids", "attention_mask"):
-            said = torch.stack([texts[kinds[r]][name][t] for r, t in zip(rows, chosen, strict=True)])
-            inputs[name] = torch.where(torch.rand(BATCH, 1) < 0.1, empty[name], said)
+            chosen_texts = torch.stack([texts[kinds[r]][name][t] for r, t in zip(rows, chosen, strict=True)])
+            inputs[name] = torch.where(torch.rand(BATCH, 1) < 0.1, empty[name], chosen_texts)
         loss = model(**inputs, labels=codes[rows]).loss
         optimizer.zero_grad()
         loss.backward()

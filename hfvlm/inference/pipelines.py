@@ -111,7 +111,7 @@ class TextToImagePipeline(Pipeline):
         return {"pixels": model.draw(**inputs, **generate)}
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [{"image": image} for image in self.processor.pictures(outputs["pixels"])]
+        return [{"image": image} for image in self.processor.to_images(outputs["pixels"])]
 
 
 # Of each task its pipeline and the Auto class that finds the model.

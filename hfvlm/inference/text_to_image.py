@@ -21,7 +21,7 @@ class ImageGenerator:
 
     Args:
         model: with `draw`, which takes texts.
-        processor: the model's, whose `pictures` makes Pillow's images.
+        processor: the model's, whose `to_images` makes Pillow's images.
         judge: of images and texts; where there is one, the images of a text come in the order in which it finds them
             fit the text, the best first.
         **options: of `generate`, for every call.
@@ -96,7 +96,7 @@ class ImageGenerator:
 
     def draw(self, texts: list[str], options: dict[str, Any]) -> list[Image.Image]:
         inputs = placed(self.processor(text=texts, return_tensors="pt"), self.model)
-        return self.processor.pictures(self.model.draw(**inputs, **self.options | options))
+        return self.processor.to_images(self.model.draw(**inputs, **self.options | options))
 
     def ranked(self, text: str, images: list[Image.Image]) -> list[Image.Image]:
         """Order images by how well the judge finds them to fit a text."""

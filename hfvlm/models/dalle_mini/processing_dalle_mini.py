@@ -103,7 +103,7 @@ class HfvlmDALLEMiniTokenizer(HfvlmTokenizer):
 class HfvlmDALLEMiniProcessor(DualEncoderProcessor):
     """Texts, and for training images, to DALL-E mini's inputs: `processor(text=...)`, then `model.draw(**inputs)`."""
 
-    def pictures(self, pixels: Any) -> list[Any]:
+    def to_images(self, pixels: Any) -> list[Any]:
         """Return what `model.draw` gives, `(B, 3, H, W)` in 0..1, as Pillow's images."""
         values = (pixels.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(value) for value in values]
