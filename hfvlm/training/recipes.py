@@ -240,16 +240,18 @@ def train_painting(
     arguments.remove_unused_columns = False
     rows = split_of(data, data.train_split, "train_split")
     fit_batch(arguments, rows)
-    scale = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
+    scale = 0.3 if data.crop_scale is None else data.crop_scale
     trainer = RowTrainer(
         model,
         arguments,
-        PaintingCollator(processor, model.config.patch_size, rows, data.columns, **scale),
+        PaintingCollator(processor, model.config.patch_size, rows, data.columns, crop_scale=scale),
         train_dataset=rows,
         eval_dataset=split_of(data, data.eval_split, "eval_split") if data.eval_split else None,
-        processing_class=processor,
     )
-    return finish(trainer, arguments)
+    metrics = finish(trainer, arguments)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(arguments.output_dir or ".")  # transformers looks for a tokenizer in a trainer's
+    return metrics
 
 
 def finish(trainer: Trainer, arguments: TrainingArguments) -> dict[str, float]:
