@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter  # type: ignore[import-untyped]
 
 from hfvlm.checks.ranges import check_number
 

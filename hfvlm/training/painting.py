@@ -106,12 +106,11 @@ class PaintingCollator:
             made.append(augmentation.apply(image, target, drawn, filters=filters))
         images, targets = (torch.cat(values, dim=1) for values in zip(*made, strict=True))
         half = random is None or random.random() < self.mask.half
-        if random is not None and changes and not half and task not in FIXED:
+        if changes and not half and task not in FIXED:
             box = draw_box(images.shape[1], images.shape[2], (self.crop_scale, 1.0), TALL_RATIO, random)
             images, targets = (recrop(x, box, by) for x, by in zip((images, targets), filters, strict=True))
-        mask = self.mask.lower_half()
-        if random is not None and not half:
-            mask = self.mask(Random(int(random.integers(2**63))))
+        seed = None if half or random is None else int(random.integers(2**63))
+        mask = self.mask.lower_half() if seed is None else self.mask(Random(seed))
         return {
             "pixel_values": images,
             "target_values": targets,

@@ -361,16 +361,18 @@ def train_painting(
     source = {"path": data.dataset}
     rows = load_split(data, "train_split", source)
     fit_batch(arguments, rows)
-    scale: dict[str, Any] = {} if data.crop_scale is None else {"crop_scale": data.crop_scale}
+    scale = 0.3 if data.crop_scale is None else data.crop_scale
     trainer = RowTrainer(
         model,
         arguments,
-        PaintingCollator(processor, model.config.patch_size, rows, data.columns, **scale),
+        PaintingCollator(processor, model.config.patch_size, rows, data.columns, crop_scale=scale),
         train_dataset=rows,
         eval_dataset=load_split(data, "eval_split", source) if data.eval_split else None,
-        processing_class=processor,
     )
-    return finish(trainer, arguments, model_arguments)
+    metrics = finish(trainer, arguments, model_arguments)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(arguments.output_dir or ".")  # transformers looks for a tokenizer in a trainer's
+    return metrics
 
 
 def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
