@@ -1,4 +1,4 @@
-"""`hfvlm watch`: what happens in a video, what is said in it, and where the things are that the answer names."""
+"""`hfvlm watch`: what happens in a video, what is spoken in it, and where the things are that the answer names."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,7 +152,7 @@ def tag_frames(
 def answer(
     folder: str | Path, video: Path, question: str, segments: Any, max_new_tokens: int
 ) -> tuple[str, Callable[[str], str]]:
-    """Answer with a model of videos, PG-Video-LLaVA with what is said; return the answer and the model's own replies
+    """Answer with a model of videos, PG-Video-LLaVA with what is spoken; return the answer and the model's own replies
     to texts.
 
     Raises:

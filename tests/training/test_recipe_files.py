@@ -111,7 +111,7 @@ def test_fields_have_their_types(field, given, value):
         ("save_steps", 0, "save_steps must be a finite number above 0, not 0"),
         ("four_bits", "perhaps", "four_bits is 'perhaps'; it must be true or false"),
         ("columns", "caption", "columns is 'caption'; it must be a mapping"),
-        ("dataset", ["a"], "dataset is \\['a'\\]; it must be a text"),
+        ("dataset", ["a"], "dataset: entry 0 needs a path"),
         ("lerning_rate", 1, "there is no field 'lerning_rate'. Did you mean learning_rate"),
         ("eval_strategy", "yes", "yes"),
     ],
