@@ -375,12 +375,15 @@ def train_painting(
     return metrics
 
 
-def finish(trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments) -> dict[str, float]:
+def finish(
+    trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments | None = None
+) -> dict[str, float]:
     """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
     image of the run, `curve.png`; return the metrics of a last evaluation."""
-    decay: Any = model_arguments.layer_decay
-    trainer.whole_rate = model_arguments.whole_rate
-    trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
+    if model_arguments is not None:
+        decay: Any = model_arguments.layer_decay
+        trainer.whole_rate = model_arguments.whole_rate
+        trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()
     if trainer.eval_dataset is not None:
