@@ -11,6 +11,7 @@ from typing import Any
 # The files of a model's folder; tokenizers within a processor have a folder of their own.
 MODEL_FILES = (
     "README.md", "NOTICE", ".gitattributes", "config.json", "generation_config.json", "conversion.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "processor_config.json", "*preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.j*",

@@ -56,9 +56,12 @@ CASES = (
     Case("blip2 (OPT)", "blip2", "HfvlmBLIP2ForConditionalGeneration"),
     Case("blip2 (T5)", "blip2", "HfvlmBLIP2T5ForConditionalGeneration", {"text_config": T5}),
     Case("coca", "coca", "HfvlmCoCaModel"),
+    Case("dalle_mini", "dalle_mini", "HfvlmDALLEMiniForConditionalGeneration"),
     Case("flamingo", "flamingo", "HfvlmFlamingoForConditionalGeneration", {"resampler_config": ONE_LAYER}),
     Case("llava", "llava", "HfvlmLLaVAForConditionalGeneration"),
     Case("mammut", "mammut", "HfvlmMaMMUTModel"),
+    Case("pali", "pali", "HfvlmPaLIForConditionalGeneration"),
+    Case("paligemma", "paligemma", "HfvlmPaliGemmaForConditionalGeneration"),
     Case("pg_video_llava", "pg_video_llava", "HfvlmPGVideoLLaVAForConditionalGeneration"),
     Case("qwen_vl", "qwen_vl", "HfvlmQwenVLForConditionalGeneration"),
     Case("shikra", "shikra", "HfvlmShikraForConditionalGeneration"),
@@ -95,10 +98,16 @@ def failures_of(case: Case) -> list[str]:
     try:
         torch.manual_seed(0)
         model = small_model(case)
-        subject = Captioner(model) if hasattr(model, "read") and not hasattr(model, "language_model") else Chat(model)
-        return list(wrongs(model, subject))
+        return list(wrongs(model, subject_of(model)))
     except Exception as error:
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]
+
+
+def subject_of(model: Any) -> Any:
+    """Say how a model is asked."""
+    if hasattr(model, "image_decoder"):
+        return Drawer(model)
+    return Captioner(model) if hasattr(model, "read") and not hasattr(model, "language_model") else Chat(model)
 
 
 def small_model(case: Case) -> PreTrainedModel:
@@ -137,6 +146,22 @@ class Captioner:
         return decoder(input_ids=ids[:, :-1], context=context).logits
 
 
+class Drawer:
+    """A model that generates an image's codes from a text."""
+
+    def __init__(self, model: Any):
+        self.model, self.ids = model, torch.randint(5, 50, (2, 6))
+        model.codec = None  # with it, no other ids than its codes are generated
+
+    def generate(self, **options: Any) -> Any:
+        mask = torch.ones_like(self.ids)
+        return self.model.generate(self.ids, mask, guidance_scale=1, eos_token_id=None, **options)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        mask = torch.ones_like(self.ids)
+        return self.model(self.ids, mask, decoder_input_ids=ids[:, :-1]).logits
+
+
 class Chat:
     """A language model that reads images or videos among texts."""
 
@@ -161,7 +186,9 @@ class Chat:
     def logits(self, ids: Tensor) -> Tensor:
         if self.model.config.is_encoder_decoder:
             return self.model(input_ids=self.ids, decoder_input_ids=ids[:, :-1], **self.media).logits
-        return self.model(input_ids=ids[:, :-1], **self.media).logits
+        bidirectional = "prefix_length" in self.model.further_keywords("forward")
+        prefix = {"prefix_length": self.ids.shape[1]} if bidirectional else {}
+        return self.model(input_ids=ids[:, :-1], **self.media, **prefix).logits
 
 
 def wrongs(model: Any, subject: Any) -> Iterator[str]:

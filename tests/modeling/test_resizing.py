@@ -40,7 +40,8 @@ def with_token(suite, token):
     """The inputs of a suite, texts of which end in `token`."""
     torch.manual_seed(1)
     batch = suite.inputs()
-    for name in ("input_ids", "decoder_input_ids"):
+    apart = hasattr(suite.config(), "decoder_config")  # a decoder with a table of its own
+    for name in ("input_ids",) if apart else ("input_ids", "decoder_input_ids"):
         if name in batch:
             batch[name] = batch[name].clone()
             batch[name][:, -1] = token

@@ -36,9 +36,12 @@ def test_the_folder_is_complete(clip_folder):
         "NOTICE",
         "README.md",
         "config.json",
+        "config_sentence_transformers.json",
         "conversion.json",
         "model.safetensors",
+        "modules.json",
         "processor_config.json",
+        "sentence_bert_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

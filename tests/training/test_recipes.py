@@ -316,6 +316,17 @@ def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_p
     assert moved == wanted
 
 
+def test_adapters_of_a_model_that_draws(pictures, tmp_path):
+    folder = hfvlm.untrained("dalle_mini", tmp_path / "model")
+    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}", "eval_split=test"]
+    changes += ["per_device_train_batch_size=8", "per_device_eval_batch_size=50", "eval_strategy=no"]
+    metrics = run_recipe(EXAMPLES / "recipes" / "dalle-mini-lora.yaml", changes)
+    assert metrics["eval_loss"] > 0
+    after = get_peft_model_state_dict(PeftModel.from_pretrained(AutoModel.from_pretrained(folder), tmp_path / "out"))
+    assert {key.split(".")[2] for key in after} == {"text_model", "image_decoder"}
+    assert all(value.any() for value in after.values())
+
+
 @pytest.fixture(scope="module")
 def blip2_folders(tmp_path_factory):
     """A small BLIP-2 of each stage that learned nothing yet."""
@@ -507,6 +518,8 @@ def test_every_recipe_is_tried():
         "languagebind-lora",
         "linear-probe",
         "fine-tune-classifier",
+        "painter-lora",
+        "dalle-mini-lora",
     }
     assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
@@ -522,7 +535,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, chat"),
+        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, painting, chat"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],

@@ -2,7 +2,8 @@
 
 Source: https://github.com/borisdayma/dalle-mini at f0be4de (src/dalle_mini/model/modeling.py), all of whose variants
 that run are here, and https://github.com/kuprel/min-dalle at 73621fb. Dropout is of each number; the original's
-attention drops the same ones in all rows and heads.
+attention drops the same ones in all rows and heads. With its variants, the VQGAN and OpenAI's dVAE the architecture is
+longer than others: it is three networks, each of which is used by itself, too.
 """
 
 from collections.abc import Sequence
@@ -490,8 +491,8 @@ class HfvlmDALLEMiniForConditionalGeneration(HfvlmDALLEMiniPreTrainedModel, Gene
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.image_decoder.get_output_embeddings()
+    def get_output_embeddings(self) -> None:
+        """Return None: the table of texts has no output, that of codes is the decoder's."""
 
     def needed_codec(self) -> HfvlmDALLEMiniVQGANModel:
         """Return the VQGAN.

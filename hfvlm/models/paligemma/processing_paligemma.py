@@ -42,7 +42,8 @@ TEMPLATE = (
     "{{- '<image>' * (content | selectattr('type', 'equalto', 'image') | list | length) -}}"
     "{%- set words = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
     "{%- endif -%}"
-    "{{- words ~ ('\n' if loop.first else eos_token) -}}"
+    "{%- if loop.first -%}{{- words ~ '\n' -}}{%- else -%}"
+    "{% generation %}{{- words ~ eos_token -}}{% endgeneration %}{%- endif -%}"
     "{%- endfor -%}"
 )
 
