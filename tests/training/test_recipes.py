@@ -318,7 +318,13 @@ def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_p
 
 def test_adapters_of_a_model_that_draws(pictures, tmp_path):
     folder = hfvlm.untrained("dalle_mini", tmp_path / "model")
-    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}", "eval_split=test"]
+    changes = [
+        *QUICK[:-1],
+        f"model={folder}",
+        f"dataset={pictures}",
+        f"output_dir={tmp_path / 'out'}",
+        "eval_split=test",
+    ]
     changes += ["per_device_train_batch_size=8", "per_device_eval_batch_size=50", "eval_strategy=no"]
     metrics = run_recipe(EXAMPLES / "recipes" / "dalle-mini-lora.yaml", changes)
     assert metrics["eval_loss"] > 0
