@@ -78,17 +78,22 @@ def _read_file(path: Path) -> Checkpoint:
         return Checkpoint(_Safetensors(path))
     if head.startswith(LEGACY_HEAD):
         return _unwrap(path, TorchLegacy(path))
-    if is_flax(head):
+    bundle = _is_bundle(path)
+    if not bundle and is_flax(head):
         return Checkpoint(FlaxFile(path))
-    return _read_bundle(path, head)
+    return _read_bundle(path, head, bundle=bundle)
 
 
-def _read_bundle(path: Path, head: bytes) -> Checkpoint:
-    """Read TensorFlow's index, which is recognised by its end; what is not even that is refused."""
+def _is_bundle(path: Path) -> bool:
+    """Return whether a file is TensorFlow's index, which is recognised by its end."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, len(TABLE_END)), io.SEEK_END)
-        tail = file.read()
-    if tail == TABLE_END:
+        return file.read() == TABLE_END
+
+
+def _read_bundle(path: Path, head: bytes, *, bundle: bool) -> Checkpoint:
+    """Read TensorFlow's index; what is not even that is refused."""
+    if bundle:
         from hfvlm.checkpoints.tensor_bundle import TensorBundle
 
         return Checkpoint(TensorBundle(path))
