@@ -5,7 +5,7 @@ to draw them without ever having seen such a combination. A small classifier, tr
 the colour and the shape of what is drawn; it never sees a text. Beside it: what is drawn for the empty text, the
 classifier on rendered scenes, and on these after the VQGAN.
 
-    python examples/draw_scenes.py --output dalle-scenes        # some minutes on two cores
+    python examples/draw_scenes.py --output dalle-scenes        # about twenty minutes on a core
 """
 
 import argparse

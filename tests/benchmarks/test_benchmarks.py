@@ -83,6 +83,7 @@ def test_lower_precision_is_near():
         assert all(abs(share - scores["hfvlm"]) < 0.1 for share in scores.values())
 
 
+@pytest.mark.integration
 def test_engines_compute_the_same():
     for package in ("onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package, reason="comes with hfvlm[onnx,openvino]")
