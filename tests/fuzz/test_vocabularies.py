@@ -87,7 +87,7 @@ def test_damaged_vocabularies(tmp_path, fuzz_rounds, kind):
     path = tmp_path / name
     path.write_bytes(data)
     read(path)
-    for seed in range(fuzz_rounds // 4):
+    for seed in range(fuzz_rounds // 2):
         chance = random.Random(seed)
         damaged = mutated(data, chance)
         if kind == "openai" and chance.random() < 0.7:  # damage under a good checksum
