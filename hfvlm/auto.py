@@ -38,9 +38,10 @@ def register() -> None:
     for table in TABLES:
         after_import(AUTO_MODULE.format(table), partial(_register_stand_ins, table))
     after_import("hfvlm.configuration", lambda module: module.before_use.append(_load_owner))
-    # The second of these executes transformers' first module again, and puts another object in its place.
-    after_import("transformers", _name_stand_ins)
+    # The first of these executes transformers' first module again, and puts another object in its place.
     after_import("transformers.processing_utils", _name_stand_ins)
+    if "transformers.processing_utils" not in sys.modules:
+        after_import("transformers", _name_stand_ins)
     after_import("transformers.models.auto.modeling_auto", _name_chat_models)
     after_import("peft.utils.constants", _register_lora)
     after_import("transformers.pipelines", _register_pipelines)
@@ -135,11 +136,11 @@ def _name(classes: Mapping[str, type]) -> None:
 
     The module that they have imported may be another object than the one that is imported now.
     """
-    hosts = {id(module): module for module in (sys.modules.get("transformers"),) if module is not None}
+    held = [sys.modules.get("transformers")]
     for module in list(sys.modules.values()):
-        for held in (getattr(module, "__dict__", {}).get(name) for name in ("transformers", "transformers_module")):
-            if isinstance(held, ModuleType) and held.__name__ == "transformers":
-                hosts[id(held)] = held
+        names = getattr(module, "__dict__", {})
+        held += [names.get("transformers"), names.get("transformers_module")]
+    hosts = {id(host): host for host in held if isinstance(host, ModuleType) and host.__name__ == "transformers"}
     for host in hosts.values():
         for name, kind in classes.items():
             setattr(host, name, kind)

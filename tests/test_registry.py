@@ -57,10 +57,13 @@ ALONE = """
 from hfvlm.models.siglip.configuration_siglip import HfvlmSigLIPTextConfig
 print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__name__)
 """
-# What follows an import of transformers' Auto classes, each in a fork of the process that has imported them.
-AFTERWARDS = {"costs": COSTS, "everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
+# What follows an import of transformers' Auto classes, each in a fork of the process that has imported them. The costs
+# are taken three times: what else runs on the machine, and the pages that a fork copies, only add to them.
+AFTERWARDS = {f"costs {i}": COSTS for i in range(3)} | {"everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
 FORKS = """
-import os, sys
+import gc, os, sys
+gc.collect()
+gc.freeze()
 for code in afterwards:
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0, code
@@ -86,8 +89,9 @@ def afterwards(clip_folder):
 
 
 def test_costs_little_beyond_the_auto_classes(afterwards):
-    seconds, grown, loaded = json.loads(afterwards["costs"])
-    assert seconds <= 0.1
+    costs = [json.loads(printed) for of, printed in afterwards.items() if of.startswith("costs")]
+    seconds, grown, loaded = min(costs)
+    assert seconds <= 0.1, costs
     assert grown <= 20e6
     assert loaded == []
 
