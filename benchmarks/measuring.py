@@ -244,6 +244,8 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        # bfloat16 and 8-bit products are fast where there are instructions for them.
+        "instructions": "CUDA" if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,

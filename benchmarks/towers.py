@@ -3,7 +3,7 @@
 python -m benchmarks.towers [--quick] [--rounds 7] [--device cuda] [--output towers.json]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,19 @@ from benchmarks.report import main
 
 NAMES = ("clip", "siglip", "align")
 READS_PADDING = ("siglip",)  # trained on texts of full length
+Embed = Callable[..., Tensor]
+
+
+def features(model: Any, modality: str, **inputs: Tensor) -> Tensor:
+    return embedding(getattr(model, f"get_{modality}_features")(**inputs))
+
+
+def embeddings(model: Any, modality: str, **inputs: Tensor) -> Tensor:
+    return model.embeddings(modality, **inputs)
+
+
+# Of hfvlm's models; with their features come all tokens, as transformers' have them.
+WHAT = {"features": features, "embeddings": embeddings}
 
 
 def rows(size: Size) -> Iterator[Item]:
@@ -23,9 +36,11 @@ def rows(size: Size) -> Iterator[Item]:
         ours = seeded(AutoModel.from_config, config(name, size), size)
         theirs = native_of(ours, name)
         for count in size.pick((2,), (1, 8)):
-            yield Row(f"{name}, {count} images", images(ours, theirs, pixels(ours, count)))
+            for what, embed in WHAT.items():
+                yield Row(f"{name}, {what} of {count} images", images(ours, theirs, pixels(ours, count), embed))
         for count in size.pick((3,), (1, 16)):
-            yield Row(f"{name}, {count} texts", texts(ours, theirs, name, tokens(ours, count)))
+            for what, embed in WHAT.items():
+                yield Row(f"{name}, {what} of {count} texts", texts(ours, theirs, name, tokens(ours, count), embed))
         if name in ("clip", "siglip"):
             yield Row(f"{name}, training step of 4 pairs", training(ours, theirs, name))
     ours = seeded(AutoModel.from_config, config("clip", size), size)
@@ -45,29 +60,29 @@ def rows(size: Size) -> Iterator[Item]:
     if not size.quick:
         low = (ours.to(torch.bfloat16), native_of(ours, "clip").to(torch.bfloat16))
         batch = pixels(ours, 8).to(torch.bfloat16)
-        yield Row("clip, 8 images in bfloat16", images(*low, batch), tolerance=3e-2)
+        yield Row("clip, features of 8 images in bfloat16", images(*low, batch), tolerance=3e-2)
 
 
-def images(ours: Any, theirs: Any, batch: Tensor) -> dict[str, Run]:
+def images(ours: Any, theirs: Any, batch: Tensor, embed: Embed = features) -> dict[str, Run]:
     encode = torch.inference_mode()
     return {
-        "hfvlm": encode(lambda: embedding(ours.get_image_features(batch))),
-        "transformers": encode(lambda: embedding(theirs.get_image_features(batch))),
+        "hfvlm": encode(lambda: embed(ours, "image", pixel_values=batch)),
+        "transformers": encode(lambda: features(theirs, "image", pixel_values=batch)),
     }
 
 
-def texts(ours: Any, theirs: Any, name: str, inputs: dict[str, Tensor]) -> dict[str, Run]:
+def texts(ours: Any, theirs: Any, name: str, inputs: dict[str, Tensor], embed: Embed) -> dict[str, Run]:
     """Compare texts that are padded to the context, and for careful users to the longest."""
     encode = torch.inference_mode()
     if name in READS_PADDING:
         inputs = {"input_ids": inputs["input_ids"]}
     ways = {
-        "hfvlm": encode(lambda: embedding(ours.get_text_features(**inputs))),
-        "transformers": encode(lambda: embedding(theirs.get_text_features(**inputs))),
+        "hfvlm": encode(lambda: embed(ours, "text", **inputs)),
+        "transformers": encode(lambda: features(theirs, "text", **inputs)),
     }
     if name not in READS_PADDING:
         short = trimmed(inputs)
-        ways["careful"] = encode(lambda: embedding(theirs.get_text_features(**short)))
+        ways["careful"] = encode(lambda: features(theirs, "text", **short))
     return ways
 
 

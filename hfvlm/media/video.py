@@ -130,12 +130,14 @@ class Video(ABC):
         """
         indices = [int(i) for i in indices]
         places = sorted(set(indices))
-        found: dict[int, np.ndarray] = {}
-        for i, frame in zip(places, self.stream(places), strict=True):
-            if frame.nbytes * len(places) > MAX_DECODED_BYTES:
-                raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Take fewer.")
+        found = np.empty((0,), np.uint8)
+        for i, frame in enumerate(self.stream(places)):
+            if not i:
+                if frame.nbytes * len(places) > MAX_DECODED_BYTES:
+                    raise MediaError(f"{self.name}: {len(places)} frames of {frame.shape} are too much. Take fewer.")
+                found = np.empty((len(places), *frame.shape), np.uint8)
             found[i] = frame
-        return np.stack([found[i] for i in indices])
+        return found if indices == places else found[np.searchsorted(places, indices)]
 
     def stream(self, places: Sequence[int]) -> Iterator[np.ndarray]:
         """Decode the frames at these positions, which ascend, one at a time, each `(H, W, 3)`, uint8.

@@ -249,10 +249,9 @@ class TestRetrieval(TestModel):
         output = model(ids, images, mask)
         cosines = output.image_embeds @ output.text_embeds.t()
         tokens = model.vision_model(images).last_hidden_state
-        for i in range(3):
-            for t in range(4):
-                match = model.match(ids[t : t + 1], mask[t : t + 1], Context(tokens[i : i + 1]))[0, 1]
-                close(scores.per_image[i, t], match + cosines[i, t], 1e-5, f"{i}, {t}")
+        one = [(slice(i, i + 1), slice(t, t + 1)) for i in range(3) for t in range(4)]
+        matched = [model.match(ids[text], mask[text], Context(tokens[image]))[0, 1] for image, text in one]
+        close(scores.per_image, torch.stack(matched).view(3, 4) + cosines, 1e-5, "all pairs")
         close(scores.per_text, scores.per_image.t(), 1e-5, "all")
         few = model.rerank(images, ids, mask, top_k=2)
         assert ((few.per_image > -100).sum(dim=1) == 2).all()
