@@ -59,7 +59,8 @@ print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__
 """
 # What follows an import of transformers' Auto classes, each in a fork of the process that has imported them. The costs
 # are taken three times: what else runs on the machine, and the pages that a fork copies, only add to them.
-AFTERWARDS = {f"costs {i}": COSTS for i in range(3)} | {"everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
+AFTERWARDS = {"everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
+AFTERWARDS |= {f"costs {i}": COSTS for i in range(3)}
 FORKS = """
 import gc, os, sys
 gc.collect()

@@ -35,6 +35,15 @@ def loss_without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def loss_in_evaluations(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a forward whose batches always have a loss, with or without `return_loss`: Trainer, which otherwise
+    evaluates without one, takes the default that the signature lists."""
+    signature = inspect.signature(forward)
+    listed = dict(signature.parameters) | {"return_loss": signature.parameters["return_loss"].replace(default=True)}
+    forward.__signature__ = signature.replace(parameters=list(listed.values()))  # type: ignore[attr-defined]
+    return forward
+
+
 def other_towers(own: str) -> list[str]:
     """Return patterns of the keys that a tower leaves unused in its composite's file."""
     return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scales?|classifier|projector|resampler|gates)\."]

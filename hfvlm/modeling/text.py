@@ -116,8 +116,8 @@ def without_their_padding(
 ) -> Any:
     """Embed texts `(B, N)`, whose padding changes nothing, in batches of like length.
 
-    In `last_hidden_state` padding is zero. Columns that are padding in each text of a batch are not computed, unless
-    hidden states or attentions are wanted.
+    In `last_hidden_state` padding is zero, unless hidden states or attentions are wanted. Columns that are padding in
+    each text of a batch are not computed, unless these are wanted or a graph is compiled.
 
     Args:
         embed: ids, mask and `kwargs` -> an output with the embeddings and, unless it has none, all tokens.
@@ -126,18 +126,26 @@ def without_their_padding(
         attention_mask: `(B, N)`, 0 for padding on either side; None for no padding.
         **kwargs: of the tower's forward.
     """
-    if attention_mask is None or records(config, kwargs) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if attention_mask is None or records(config, kwargs):
         return embed(input_ids, attention_mask, **kwargs)
     length = input_ids.shape[1]
+
+    def embed_masked(ids: Tensor, mask: Any) -> Any:
+        output = embed(ids, mask, **kwargs)
+        if output.last_hidden_state is not None:
+            output.last_hidden_state = output.last_hidden_state.masked_fill(mask.unsqueeze(-1) == 0, 0)
+        return output
 
     def embed_short(ids: Tensor, mask: Any, _: Tensor) -> Any:
         start = int(mask.any(dim=0).int().argmax())
         mask, ids = without_padding(mask, ids)
-        output = embed(ids, mask, **kwargs)
-        if output.last_hidden_state is not None:
-            tokens = output.last_hidden_state.masked_fill(mask.unsqueeze(-1) == 0, 0)
+        output = embed_masked(ids, mask)
+        if (tokens := output.last_hidden_state) is not None:
             output.last_hidden_state = F.pad(tokens, (0, 0, start, length - start - tokens.shape[1]))
         return output
+
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return embed_masked(input_ids, attention_mask)
 
     found, order = each_length(embed_short, input_ids, attention_mask, last_seen(attention_mask))
     return found[0] if len(found) == 1 else in_order(joined(found), order)

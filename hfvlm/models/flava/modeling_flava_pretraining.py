@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.configuration import BertTextConfig
 from hfvlm.losses.blocks import check_negatives
 from hfvlm.losses.processes import GatherRows, all_processes, check_equal_rows, rank_and_size
-from hfvlm.modeling.base import as_features, loss_without_labels
+from hfvlm.modeling.base import as_features, loss_in_evaluations, loss_without_labels
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import DualEncoderOutput
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVAConfig
@@ -118,6 +118,7 @@ class HfvlmFLAVAForPreTraining(HfvlmFLAVAModel):
             head.resize(table.weight.shape[0], std)
         return table
 
+    @loss_in_evaluations
     @loss_without_labels
     @can_return_tuple
     def forward(  # noqa: PLR0913  (what is masked, and its labels, of either modality)

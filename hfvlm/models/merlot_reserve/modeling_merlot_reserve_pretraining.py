@@ -101,7 +101,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def forward(  # noqa: PLR0913  (what the sampler makes of videos)
         self,
         pixel_values: Tensor,
         input_features: Tensor,
@@ -111,6 +111,8 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
         texts: Tensor,
         span_ids: Tensor,
         video_ids: Tensor | None = None,
+        *,
+        return_loss: bool = True,
         **kwargs: Unpack[Keywords],
     ) -> ReservePreTrainingOutput:
         """Compute the losses of videos of S segments, each a frame and A / S clips of audio.
@@ -127,6 +129,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
             texts: `(B, R, N, 3)`, other texts with masks.
             span_ids: `(B, T, max_span_length)`, the masked texts, with padding; a row without any counts for nothing.
             video_ids: `(B, S)`, the video of each segment, where rows hold several; by default one.
+            return_loss: whether `loss` is the sum of the three.
         """
         batch, segments = pixel_values.shape[:2]
         clips = input_features.shape[1]
@@ -151,7 +154,8 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
         self.find_images(output, tasks["matching"], x["matching"], image.embeds, segments)
         self.find_audio(output, tasks["text_to_audio"], x["text_to_audio"], audio.embeds.unflatten(0, (batch, clips)))
         self.find_texts(output, tasks, x, span_ids)
-        output.loss = output.image_loss + output.audio_loss + output.span_loss  # type: ignore[operator]
+        if return_loss:
+            output.loss = output.image_loss + output.audio_loss + output.span_loss  # type: ignore[operator]
         return output
 
     def masked(

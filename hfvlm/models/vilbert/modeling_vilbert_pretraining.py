@@ -97,6 +97,7 @@ class HfvlmViLBERTForPreTraining(WithPredictions):
         region_targets: Tensor | None = None,
         alignment_labels: Tensor | None = None,
         negatives: Tensor | None = None,
+        return_loss: bool = True,
         **kwargs: Unpack[Keywords],
     ) -> ViLBERTPreTrainingOutput:
         """Score words, regions and pairs, and compute the losses for which there are labels.
@@ -109,6 +110,7 @@ class HfvlmViLBERTForPreTraining(WithPredictions):
             alignment_labels: `(B,)`, 0 for pairs that belong together, 1 for others.
             negatives: `(B, R - 1, n)`, of "nce": rows of `region_targets`, counted through the batch, in place of
                 those that are drawn.
+            return_loss: whether `loss` is the weighted sum of those for which there are labels.
 
         Raises:
             ValueError: only one of `region_labels` and `region_targets` is given, or "nce" has one image to draw from.
@@ -142,7 +144,7 @@ class HfvlmViLBERTForPreTraining(WithPredictions):
             output.alignment_loss = masked_cross_entropy(output.alignment_logits, alignment_labels.flatten())
         weights = {"mlm_loss": 1.0, "region_loss": self.config.region_weight, "alignment_loss": 1.0}
         losses = [weight * output[name] for name, weight in weights.items() if output.get(name) is not None]
-        output.loss = sum(losses[1:], start=losses[0]) if losses else None
+        output.loss = sum(losses[1:], start=losses[0]) if losses and return_loss else None
         return output
 
     def region_loss(self, predicted: Tensor, target: Tensor, masked: Tensor, negatives: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-from hfvlm.modeling.base import loss_without_labels
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.vilbert.configuration_vilbert import HfvlmViLBERTConfig
 from hfvlm.models.vilbert.modeling_vilbert import ViLBERTOutput
@@ -83,7 +82,6 @@ class HfvlmViLBERTForVisionLanguageTasks(WithPredictions):
         self.grounding_head = nn.Linear(config.vision_config.hidden_size, 1)
         self.token_head = nn.Linear(config.text_config.hidden_size, 1)
 
-    @loss_without_labels
     @can_return_tuple
     def forward(  # noqa: PLR0913  (of two modalities, and a task)
         self,

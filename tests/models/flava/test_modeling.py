@@ -27,7 +27,7 @@ from hfvlm.models.flava import (
 )
 from hfvlm.training.gradient_cache import cached_backward
 from tests.support.processes import run_processes
-from tests.support.suite import ModelSuite, PartSuite, close, same
+from tests.support.suite import ModelSuite, PartSuite, close, same, trainer_finds_loss
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"initializer_range": 0.2}
@@ -295,6 +295,11 @@ class TestPreTraining(TestModel):
         return {"pixel_values": batch["pixel_values"]} | hidden
 
     texts = {"input_ids_masked": HIDDEN_IDS, "attention_mask": MASK, "mlm_labels": LABELS}
+
+    def test_trainer_evaluates_what_is_masked(self, model, batch):
+        for given in (self.images(batch), self.texts, batch | {"return_loss": True}):
+            assert model(**given).loss is not None
+            assert trainer_finds_loss(type(model), given)
 
     def objective(self, model, batch):
         """All six losses, of three batches, and what has a part in none."""
