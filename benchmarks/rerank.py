@@ -31,9 +31,9 @@ def rows(size: Size) -> Iterator[Item]:
     for count in size.pick((3,), (1, 16)):
         inputs, image = tokens(ours, count), pixels(ours, 1)
         whole, images = begun(ours, inputs), image.repeat(count, 1, 1, 1)
-        short = trimmed(whole)
+        texts, short = trimmed(inputs), trimmed(whole)
         ways = {
-            "hfvlm": encode(lambda i=inputs, x=image: ours.match(**i, context=Context(tokens_of(ours, x)))),
+            "hfvlm": encode(lambda i=texts, x=image: ours.match(**i, context=Context(tokens_of(ours, x)))),
             "transformers": encode(lambda i=whole, x=images: theirs(pixel_values=x, **i)[0]),
             "careful": encode(lambda i=short, x=image: matched(theirs, i, x)),
         }

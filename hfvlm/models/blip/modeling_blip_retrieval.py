@@ -12,7 +12,6 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.losses.processes import positives
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.matching import MatchingModel, MatchingOutput
-from hfvlm.modeling.text import without_padding
 from hfvlm.models.blip.configuration_blip import HfvlmBLIPConfig
 from hfvlm.models.blip.modeling_blip import HfvlmBLIPModel
 from hfvlm.modules.context import Context
@@ -28,7 +27,6 @@ class HfvlmBLIPForImageTextRetrieval(HfvlmBLIPModel, MatchingModel):
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, context: Context, **kwargs: Any) -> Tensor:
         """Match texts `(B * T, N)`, T for each of B rows of a context -> `(B * T, 2)`, the second for a match."""
-        attention_mask, input_ids = without_padding(attention_mask, input_ids)
         return self.itm_head(self.text_model.ground(input_ids, attention_mask, context, **kwargs).pooler_output)
 
     def match_tokens(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from hfvlm.modeling.captioning import CaptioningModel, TextDecoder, begin_with
 from hfvlm.modeling.compat import CACHE_NAMES, causal_mask
 from hfvlm.modeling.keywords import Keywords, keywords_of
 from hfvlm.modeling.matching import MatchingModel, MatchingOutput
-from hfvlm.modeling.text import without_padding
 from hfvlm.models.blip2.configuration_blip2 import HfvlmBLIP2Config
 from hfvlm.models.blip2.modeling_blip2 import PARTS, STAGE_2, HfvlmBLIP2QFormerModel
 from hfvlm.modules.context import Context
@@ -146,7 +145,6 @@ class HfvlmBLIP2ForImageTextRetrieval(MatchingModel):
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, image_tokens: Tensor) -> Tensor:
         """Match texts `(B * T, N)`, T for each of B images' tokens `(B, M, C)` -> `(B * T, 2)`, the second column for
         a match: the mean over the queries."""
-        attention_mask, input_ids = without_padding(attention_mask, input_ids)
         return self.itm_head(self.qformer_model(image_tokens, input_ids, attention_mask).pooler_output).mean(dim=1)
 
     match_tokens = match
