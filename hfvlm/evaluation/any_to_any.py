@@ -16,7 +16,7 @@ from hfvlm.evaluation.retrieval import positive_ranks
 from hfvlm.evaluation.tables import Table
 from hfvlm.inference.embedder import Embedder
 
-# A pair needs rows to be told apart.
+# A single row is found by any model.
 FEWEST = 2
 
 

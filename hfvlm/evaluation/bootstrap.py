@@ -7,6 +7,8 @@ import numpy as np
 from hfvlm.checks.ranges import check_integer, check_number
 
 DRAWS = 1000
+# Row numbers that are drawn at a time.
+BLOCK = 2**22
 
 
 def interval(
@@ -51,6 +53,31 @@ def joint_interval(
     random = np.random.default_rng(seed)
     values = [statistic(*(random.integers(rows, size=rows) for rows in sizes)) for _ in range(draws)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: np.ndarray, *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Return the interval of a mean, as `interval` does, many sets at a time.
+
+    Args:
+        values: `(N,)`.
+        level: as in `interval`.
+        draws: likewise.
+        seed: likewise.
+
+    Raises:
+        ValueError: there are no values, or a number is out of its range.
+    """
+    rows = check_integer("rows", len(values))
+    check_integer("draws", draws)
+    check_integer("seed", seed, 0)
+    check_number("level", level, 0, 1, open_low=True)
+    random, step = np.random.default_rng(seed), max(1, BLOCK // rows)
+    sizes = [min(step, draws - start) for start in range(0, draws, step)]
+    means = np.concatenate([values[random.integers(rows, size=(size, rows))].mean(axis=1) for size in sizes])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

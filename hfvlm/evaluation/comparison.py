@@ -11,7 +11,7 @@ import numpy as np
 
 from hfvlm.evaluation.bootstrap import interval, ratio
 from hfvlm.evaluation.report import JSON_NAME, PAGE_NAME, Report, versions
-from hfvlm.evaluation.tables import HEAD, Table
+from hfvlm.evaluation.tables import HEAD, Table, protocol_table
 from hfvlm.versions import __version__
 
 
@@ -85,7 +85,12 @@ class Comparison:
         (table,) = self.tables
         notes = "Paired intervals of 95 % confidence by bootstrap over the rows that both reports have."
         head = HEAD.format(title=html.escape(table.title))
-        (folder / PAGE_NAME).write_text(f"{head}\n<p>{notes}</p>{table.html()}\n", encoding="utf-8")
+        parts = [
+            {"model": report["model"]} | report.get("protocol", {}) | report["about"] | report.get("versions", {})
+            for report in (self.first, self.second)
+        ]
+        page = f"<p>{notes}</p>{table.html()}{protocol_table(*parts)}"
+        (folder / PAGE_NAME).write_text(f"{head}\n{page}\n", encoding="utf-8")
 
 
 def side_by_side(first: Report | str | Path, second: Report | str | Path) -> Comparison:

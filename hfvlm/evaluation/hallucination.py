@@ -153,7 +153,9 @@ def object_questions(
             for name in names[:count]:
                 absent = next((other for other in candidates[subset](name) if other not in used), None)
                 if absent is None:
-                    raise ValueError(f"Row {row}: has all objects but {len(used) - len(names)}; {count} others are needed.")
+                    raise ValueError(
+                        f"Row {row}: has all objects but {len(used) - len(names)}; {count} others are needed."
+                    )
                 used.add(absent)
                 found.append(Question(row, asked_about(question, name), YES, subset))
                 found.append(Question(row, asked_about(question, absent), NO, subset))

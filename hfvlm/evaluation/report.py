@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hfvlm.evaluation.bootstrap import interval, ratio
-from hfvlm.evaluation.tables import HEAD, Table, table_row
+from hfvlm.evaluation.bootstrap import interval, mean_interval, ratio
+from hfvlm.evaluation.tables import HEAD, Table, protocol_table, table_row
 from hfvlm.inference.pages import data_url, image_url, thumbnail
 from hfvlm.media.sources import import_extra
 from hfvlm.versions import __version__
@@ -98,7 +98,7 @@ class Report:
             values: `(N,)`.
         """
         each = np.asarray(values, np.float64)
-        low, high = interval(lambda rows: float(each[rows].mean()), len(each))
+        low, high = mean_interval(each)
         self.results.append(Result(metric, float(each.mean()), low, high, len(each)))
         by_row: dict[int, list[float]] = {}
         for row, value in zip(numbers, each.tolist(), strict=True):
@@ -152,13 +152,12 @@ class Report:
 
     def page(self) -> str:
         """Return the content of `report.html`."""
-        protocol = self.protocol | self.about | versions() | {"cannot be read": len(self.errors)}
         numbers = (table_row(r.metric, f"{r.value:.4f}", r.interval, r.count) for r in self.results)
         return PAGE.format(
             title=html.escape(f"{Path(self.model).name}: {self.task} on {Path(self.data).name}"),
             tables="".join(table.html() for table in self.tables),
             numbers="".join(numbers),
-            protocol="".join(table_row(*item) for item in protocol.items()),
+            protocol=protocol_table(self.protocol, self.about, versions(), {"cannot be read": len(self.errors)}),
             plots="".join(f'<img class="plot" src="{plot_url(p)}" alt="{name}">' for name, p in self.plots.items()),
             mistakes="".join(mistake_figure(mistake) for mistake in self.mistakes),
             rows=self.rows,
@@ -258,8 +257,7 @@ PAGE = (
 {tables}
 <table>{numbers}</table>
 {plots}
-<h2>Protocol</h2>
-<table>{protocol}</table>
+{protocol}
 <h2>Worst mistakes</h2>
 <main>{mistakes}</main>
 """

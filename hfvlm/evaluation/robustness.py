@@ -74,7 +74,7 @@ def fit_line(pairs: Sequence[tuple[float, float]]) -> Fit:
     logits = np.array([[logit(a), logit(b)] for a, b in pairs]).reshape(-1, 2)
     if len(logits) < FEWEST or np.ptp(logits[:, 0]) == 0:
         raise ValueError(f"A baseline needs {FEWEST} models or more of different accuracies, not {len(pairs)}.")
-    slope, intercept = np.polyfit(*logits.T, 1)
+    slope, intercept = np.polyfit(logits[:, 0], logits[:, 1], 1)
     return Fit(float(slope), float(intercept), len(pairs))
 
 

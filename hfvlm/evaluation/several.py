@@ -12,7 +12,7 @@ import numpy as np
 from hfvlm.evaluation.data import Data
 from hfvlm.evaluation.report import JSON_NAME, PAGE_NAME, Report, Result, versions
 from hfvlm.evaluation.robustness import Fit, Shift, measure_shift, read_baseline
-from hfvlm.evaluation.tables import HEAD, Table
+from hfvlm.evaluation.tables import HEAD, Table, protocol_table
 from hfvlm.evaluation.tasks import evaluate
 from hfvlm.versions import __version__
 
@@ -72,7 +72,12 @@ class Reports:
         (folder / JSON_NAME).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
         title = html.escape(self.tables[0].title)
         tables = "".join(table.html() for table in self.tables)
-        (folder / PAGE_NAME).write_text(f"{HEAD.format(title=title)}\n<h1>{title}</h1>{tables}\n", encoding="utf-8")
+        parts = [
+            {name: f"{report.data}, {report.rows} rows"} | report.protocol | report.about
+            for name, report in self.reports.items()
+        ]
+        page = f"<h1>{title}</h1>{tables}{protocol_table(*parts, versions())}"
+        (folder / PAGE_NAME).write_text(f"{HEAD.format(title=title)}\n{page}\n", encoding="utf-8")
 
 
 def evaluate_several(

@@ -1,6 +1,7 @@
 """Results in tables, for terminals and for pages that need no other file."""
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,12 @@ class Table:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self.heads)
         rows = "".join(table_row(*row) for row in self.rows)
         return f"<h2>{html.escape(self.title)}</h2><table><tr>{head}</tr>{rows}</table>"
+
+
+def protocol_table(*parts: Mapping[str, Any]) -> str:
+    """Return what numbers depend on as an HTML table."""
+    rows = (table_row(name, value) for part in parts for name, value in part.items())
+    return f"<h2>Protocol</h2><table>{''.join(rows)}</table>"
 
 
 def table_row(*cells: Any) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 from importlib.resources import files
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -47,24 +49,20 @@ def test_recall_of_every_pair_equals_that_by_hand(events, vectors):
         "any-to-any", SMALL, Data(str(events), source_options=OPTIONS), positives="label", dtype="float32"
     )
     kinds = np.arange(2 * len(EVENTS)) % len(EVENTS)
-    for a in MODALITIES:
-        for b in MODALITIES:
-            if a == b:
-                continue
-            scores = vectors[a] @ vectors[b].T
-            same = kinds[:, None] == kinds
-            above = np.array([(row >= row[own].max()) & ~own for row, own in zip(scores, same, strict=True)])
-            found = value(report, f"{a} to {b} recall@1")
-            assert found.value == pytest.approx((above.sum(axis=1) < 1).mean())
-            assert found.n == 48
-            assert found.low <= found.value <= found.high
+    for a, b in permutations(MODALITIES, 2):
+        scores, same = vectors[a] @ vectors[b].T, kinds[:, None] == kinds
+        above = np.array([(row >= row[own].max()) & ~own for row, own in zip(scores, same, strict=True)])
+        found = value(report, f"{a} to {b} recall@1")
+        assert found.value == pytest.approx((above.sum(axis=1) < 1).mean())
+        assert found.n == 48
+        assert found.low <= found.value <= found.high
     ones = {r.metric: r.value for r in report.results if "to" in r.metric and r.metric.endswith("@1")}
     assert len(ones) == 42
     assert value(report, "mean recall@1").value == pytest.approx(np.mean(list(ones.values())))
     without = [v for name, v in ones.items() if not {"image", "video"} & set(name.split())]
     assert value(report, "mean recall@1, pairs without image or video").value == pytest.approx(np.mean(without))
     assert set(report.about["chance of recall@1"].values()) == {round(1 / 24, 4)}
-    assert value(report, "image to text recall@1").value > 0.8
+    assert value(report, "image to text recall@1").value > 8 / 24
     assert value(report, "audio to depth recall@1").value > 4 / 24
     assert report.about["rows with"] == dict.fromkeys(report.about["rows with"], 48)
 
@@ -83,27 +81,38 @@ def incomplete(events, tmp_path_factory):
 
 
 def test_each_pair_has_the_rows_that_have_both(incomplete):
-    data = Data(str(incomplete), source_options=OPTIONS)
-    report = evaluate("any-to-any", SMALL, data, dtype="float32")
+    data, modalities = Data(str(incomplete)), ("audio", "depth", "image", "text")
+    report = evaluate("any-to-any", SMALL, data, between=modalities, dtype="float32")
     counts = {"audio": range(10, 24), "depth": [*range(6), *range(14, 24)], "image": [i for i in range(24) if i != 20]}
-    for a in ("audio", "depth", "image", "text", "imu"):
-        for b in ("audio", "depth", "image", "text", "imu"):
-            both = set(counts.get(a, range(24))) & set(counts.get(b, range(24)))
-            if a != b:
-                assert value(report, f"{a} to {b} recall@1").n == len(both)
-                assert set(report.each[f"{a} to {b} recall@1"]) == both
-                assert report.about["chance of recall@1"][f"{a} to {b}"] == round(1 / len(both), 4)
+    for a, b in permutations(modalities, 2):
+        both = set(counts.get(a, range(24))) & set(counts.get(b, range(24)))
+        assert value(report, f"{a} to {b} recall@1").n == len(both)
+        assert set(report.each[f"{a} to {b} recall@1"]) == both
+        assert report.about["chance of recall@1"][f"{a} to {b}"] == round(1 / len(both), 4)
     assert list(report.errors) == [20]
     assert report.errors[20].startswith("image: ")
     assert report.rows == 24
-    strict = evaluate("retrieval", SMALL, data, between="any", dtype="float32")
-    assert strict.rows < 14
-    with pytest.raises(ValueError, match="source_options are given for imu"):
-        evaluate("any-to-any", SMALL, data, between=["audio", "text"])
-    with pytest.raises(ValueError, match="has no column for place"):
-        evaluate("any-to-any", SMALL, data, positives="place")
-    with pytest.raises(ValueError, match="source_options go with zero-shot"):
-        evaluate("clip-score", SMALL, data)
+    strict = evaluate("retrieval", SMALL, data, between=["audio", "depth"], dtype="float32")
+    assert strict.rows == len(set(counts["audio"]) & set(counts["depth"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "given", "message"),
+    [
+        ("any-to-any", {"between": ["audio", "text"]}, OPTIONS, "source_options are given for imu; what is measured"),
+        ("any-to-any", {"positives": "place"}, {}, "has no column for place"),
+        ("clip-score", {}, OPTIONS, "source_options go with zero-shot"),
+        (
+            "zero-shot",
+            {"modality": "audio"},
+            OPTIONS,
+            "source_options are given for imu; what is measured here: audio",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(incomplete, task, options, given, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(task, SMALL, Data(str(incomplete), source_options=given), **options)
 
 
 def test_pairs_that_no_two_rows_have_are_left_out(incomplete, tmp_path):
@@ -131,7 +140,7 @@ def test_pairs_that_no_two_rows_have_are_left_out(incomplete, tmp_path):
         evaluate("any-to-any", SMALL, Data(str(tmp_path)), dtype="float32")
 
 
-@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "text"])
+@pytest.mark.parametrize("modality", ["audio", "video", "depth", "thermal", "imu"])
 def test_every_modality_is_classified_by_names(events, vectors, modality):
     options = {"imu": OPTIONS["imu"]} if modality == "imu" else {}
     data = Data(str(events), source_options=options)
@@ -155,10 +164,10 @@ def test_languagebind_is_measured_alike(events, tmp_path):
     AutoModel.from_config(config).save_pretrained(tmp_path)
     vocabulary = files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz"
     processor_for(config, preset.processor, vocabulary).save_pretrained(tmp_path)
-    report = evaluate("any-to-any", tmp_path, Data(str(events), limit=8), device="cpu")
+    report = evaluate("any-to-any", tmp_path, Data(str(events), limit=6), device="cpu")
     found = {result.metric.split(" to ")[0] for result in report.results if " to " in result.metric}
     assert found == set(MODALITIES) - {"imu"}
-    assert {result.n for result in report.results if " to " in result.metric} == {8}
+    assert {result.n for result in report.results if " to " in result.metric} == {6}
     assert any(result.metric == "mean recall@1, pairs without text" for result in report.results)
 
 
@@ -186,17 +195,20 @@ def test_the_command_prints_tables_and_writes_a_page(events, tmp_path):
     assert "colour" in result.output
 
 
+@pytest.mark.integration  # 120 rows in seven modalities take a while
 def test_the_page_of_the_documentation_has_the_commands_numbers(tmp_path, monkeypatch):
-    """The report in docs/evaluation.md is what the command there prints, but for rounding on other machines."""
+    """But for one query in a hundred, which other machines may round otherwise."""
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     command, printed = re.search(
         r"```console\nhfvlm (eval imagebind-tiny --task any-to-any[^`]*?)\n```\n.*?```text\n(.*?)```", text, re.DOTALL
     ).groups()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imagebind-tiny").symlink_to(SMALL)
-    write_events("events/test", range(1000, 1010))
-    result = CliRunner().invoke(app, command.replace("\\\n", " ").split())
+    write_events("events/test", range(1000, 1005))
+    result = CliRunner().invoke(app, shlex.split(command))
     assert result.exit_code == 0, result.output
-    numbers = [[float(x) for x in re.findall(r"\d+\.\d{3,4}", part)] for part in (printed, result.stdout)]
-    assert len(numbers[0]) >= 42
-    np.testing.assert_allclose(numbers[0], numbers[1][: len(numbers[0])], atol=0.02)
+    found = result.stdout.splitlines()
+    first = [*found[:9], *(line for line in found if line.startswith("mean"))]
+    numbers = [np.array(re.findall(r"\d+\.\d{3,4}", part), float) for part in (printed, "\n".join(first))]
+    assert len(numbers[0]) == 42 + 3
+    np.testing.assert_allclose(numbers[0], numbers[1], atol=0.01)

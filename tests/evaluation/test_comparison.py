@@ -94,9 +94,9 @@ def run(*arguments, code=0):
 
 
 def test_the_command_puts_two_models_side_by_side(clip_folder, untrained, drawn, tmp_path):
-    common = ["--task", "zero-shot", "--data", drawn]
+    common = ["--task", "zero-shot", "--data", drawn, "--limit", 24]
     printed = run(*common, "--compare", untrained, clip_folder, "-o", tmp_path / "both")
-    one, two = (evaluate("zero-shot", folder, Data(str(drawn))) for folder in (untrained, clip_folder))
+    one, two = (evaluate("zero-shot", folder, Data(str(drawn), limit=24)) for folder in (untrained, clip_folder))
     expected = side_by_side(one, two)
     lines = printed.splitlines()
     assert lines[0] == f"zero-shot on {drawn.name}"
@@ -111,9 +111,12 @@ def test_the_command_puts_two_models_side_by_side(clip_folder, untrained, drawn,
     written = json.loads((tmp_path / "both" / "report.json").read_text())
     assert written["models"] == [str(untrained), str(clip_folder)]
     assert written["differences"][0]["gain"] == pytest.approx(expected.differences[0].gain, abs=1e-5)
-    assert "no interval" in (tmp_path / "both" / "report.html").read_text()
-    for name, folder in (("a", untrained), ("b", clip_folder)):
-        run(folder, *common, "-o", tmp_path / name)
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "no interval" in page
+    assert two.about["fingerprint"] in page
+    for name, report in (("a", one), ("b", two)):
+        (tmp_path / name).mkdir()
+        report.write(tmp_path / name)
     assert run("--compare", tmp_path / "a", tmp_path / "b").splitlines()[2:] == lines[2:]
     mixed = json.loads(run("--compare", tmp_path / "a", clip_folder, *common, "--json"))
     assert mixed["differences"] == written["differences"]

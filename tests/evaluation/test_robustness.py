@@ -134,7 +134,9 @@ def test_several_data_sets_are_in_one_table(clip_folder, shifted, baseline, tmp_
         assert shift["models"] == models
         assert f"{shift['robustness'][0]:+.4f}" in next(line for line in lines if line.startswith(f"{shift['name']} "))
     assert accuracy["faint"] < accuracy["plain"]
-    assert "effective robustness" in (tmp_path / "all" / "report.html").read_text()
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert "effective robustness" in page
+    assert all(report["about"]["fingerprint"] in page for report in written["reports"].values())
 
 
 def test_without_a_baseline_there_is_only_the_drop(clip_folder, shifted):
