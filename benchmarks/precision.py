@@ -22,12 +22,13 @@ from transformers import AutoModel, AutoProcessor
 from benchmarks.measuring import Item, Options, Run, Size
 from benchmarks.models import clip_tiny, clip_with_processor, pixels, tokens
 from benchmarks.report import main
-from examples.six_modalities import EVENTS, prepare
+from examples.six_modalities import prepare
 from hfvlm import Embedder, ZeroShotClassifier
 from hfvlm.evaluation.classification import accuracy
 from hfvlm.evaluation.retrieval import recall_at
 from hfvlm.modeling.base import unit
 from hfvlm.samples import digits
+from hfvlm.samples.events import EVENTS
 
 # The digits of which the shipped CLIP has seen the names, and seeds of events that the shipped ImageBind has not seen.
 KNOWN, UNSEEN = range(8), 1000

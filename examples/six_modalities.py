@@ -15,7 +15,6 @@ Needs `pip install 'hfvlm[eval]'`; a few minutes on two cores.
 import argparse
 import json
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,48 +25,9 @@ from transformers import AutoModel
 
 from hfvlm.presets import Preset, load_preset
 from hfvlm.release.sources import conversion_of
-from hfvlm.samples.scenes import COLOURS, SHAPES, SIZES, Scene
+from hfvlm.samples.events import EVENTS, perceive
 
-EVENTS = list(product(COLOURS, SHAPES))
 VOCABULARY = files("hfvlm.samples") / "clip-tiny" / "bpe_simple_vocab.txt.gz"
-SECONDS = 2.0
-AUDIO_RATE, IMU_RATE = 16_000, 200
-
-
-def perceive(event: tuple[str, str], seed: int) -> dict[str, Any]:
-    """One event in every modality, in the form and units that the processor documents."""
-    random = np.random.RandomState(seed)
-    size = list(SIZES)[random.randint(len(SIZES))]
-    colour, shape = (names.index(name) for names, name in zip((list(COLOURS), SHAPES), event, strict=True))
-    picture = np.asarray(Scene(*event, size).render(np.random.RandomState(seed)))
-    # The same chance places the same shape, in white.
-    place = np.asarray(Scene("white", event[1], size).render(np.random.RandomState(seed)).convert("L")) > 128
-    return {
-        "image": picture,
-        "video": (np.stack([picture, np.roll(picture, 3, axis=random.randint(2))]), 1.0),
-        "text": f"a {event[0]} {event[1]}",
-        "audio": (tone(colour, shape, random), AUDIO_RATE),
-        "depth": np.where(place, 1.0 + 0.5 * colour, 5.0) + random.normal(0, 0.02, place.shape),
-        "thermal": np.where(place, 0.3 + 0.12 * colour, 0.1) + random.uniform(0, 0.03, place.shape),
-        "imu": (shake(colour, shape, random), IMU_RATE),
-    }
-
-
-def tone(colour: int, shape: int, random: np.random.RandomState) -> np.ndarray:
-    """(N,): a pitch that beats."""
-    time = np.arange(int(SECONDS * AUDIO_RATE)) / AUDIO_RATE
-    pitch = np.sin(2 * np.pi * 300 * 1.4**colour * time + random.uniform(0, 6))
-    beat = np.sin(2 * np.pi * 2 * (1 + shape) * time + random.uniform(0, 6)) > 0
-    return 0.4 * pitch * beat + random.normal(0, 0.01, time.shape)
-
-
-def shake(colour: int, shape: int, random: np.random.RandomState) -> np.ndarray:
-    """(6, N): gravity, and a shaking whose strength is the colour's and whose axis is the shape's."""
-    time = np.arange(int(5 * IMU_RATE)) / IMU_RATE
-    trace = random.normal(0, 0.05, (6, len(time)))
-    trace[2] += 9.81
-    trace[(0, 1, 3, 4)[shape]] += (0.4 + 0.5 * colour) * np.sin(2 * np.pi * 4 * time + random.uniform(0, 6))
-    return trace
 
 
 def prepare(processor: Any, seeds: range) -> dict[str, dict[str, Tensor]]:

@@ -30,11 +30,25 @@ MODULES = {
     "training": ("hfvlm.training", "hfvlm.training.chat"),
     "evaluation": tuple(
         f"hfvlm.evaluation.{name}"
-        for name in ("tasks", "captioning", "answering", "retrieval", "classification", "metrics", "report")
+        for name in (
+            "tasks",
+            "captioning",
+            "answering",
+            "retrieval",
+            "classification",
+            "metrics",
+            "report",
+            "comparison",
+            "several",
+            "robustness",
+            "hallucination",
+            "clip_score",
+            "prompt_sets",
+        )
     ),
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),
-    "samples": ("hfvlm.samples.scenes",),
+    "samples": ("hfvlm.samples.scenes", "hfvlm.samples.events"),
 }
 
 

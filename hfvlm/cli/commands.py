@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfvlm.cli import catalogue, datasets, folders, models, videos
+from hfvlm.cli import catalogue, datasets, evaluation, folders, models, videos
 from hfvlm.cli.console import begin, print_text
 from hfvlm.cli.doctor import doctor
 from hfvlm.versions import __version__
@@ -41,7 +41,7 @@ app.command()(folders.push)
 app.command()(datasets.embed)
 app.command()(datasets.capfilt)
 app.command()(datasets.search)
-app.command("eval")(datasets.evaluate)
+app.command("eval")(evaluation.evaluate)
 app.command()(models.train)
 app.command()(videos.watch)
 app.command()(models.demo)

@@ -1,4 +1,4 @@
-"""`hfvlm embed|capfilt|search|eval`: commands that go through a data set."""
+"""`hfvlm embed|capfilt|search`: commands that go through a data set."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +11,7 @@ from hfvlm.cli.options import (
     Columns,
     Device,
     Dtype,
-    Folder,
     Json,
-    Limit,
     Options,
     Output,
     Quiet,
@@ -146,95 +144,3 @@ def search(  # noqa: PLR0913 (options)
         write_page(hits, paths, title, html, modality=among, captions=captions, queries=queries)
     if grid is not None:
         draw_grid(hits, paths, grid, modality=among)
-
-
-def evaluate(  # noqa: PLR0913 (options)
-    folder: Folder,
-    task: Annotated[
-        str, typer.Option(help="zero-shot, retrieval, linear-probe, few-shot, caption, vqa or grounding.")
-    ],
-    data: Annotated[str, typer.Option(help="A folder of media, tars, Parquet, or a Hub id.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for report.json and .html.")] = None,
-    split: Annotated[str, typer.Option(help="The rows to evaluate on.")] = "test",
-    train_split: Annotated[str, typer.Option(help="The rows that probes learn from.")] = "train",
-    column: Columns = None,
-    templates: Annotated[
-        str | None, typer.Option(help="single, imagenet-7, imagenet, imagenet-zh, name, or 'a {}'.")
-    ] = None,
-    label: Annotated[list[str] | None, typer.Option(help="The classes' names, in order, for zero-shot.")] = None,
-    limit: Limit = None,
-    modality: Annotated[str | None, typer.Option(help="Of the media, for zero-shot and probes: image, ...")] = None,
-    between: Annotated[str | None, typer.Option(help="For retrieval: audio,text, or any.")] = None,
-    against: Annotated[Path | None, typer.Option(help="A folder of another model's report, to compare.")] = None,
-    device: Device = "auto",
-    card: Annotated[bool, typer.Option("--card", help="Write the numbers into the model's card.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that hfvlm did not write.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Evaluate a model; every number with its protocol."""
-    from hfvlm.cli.outputs import check_card, report_folder
-    from hfvlm.evaluation.tasks import TASKS
-    from hfvlm.evaluation.tasks import Data as Rows
-    from hfvlm.evaluation.tasks import evaluate as run
-    from hfvlm.release.hub import write_card
-
-    chosen(task, TASKS, "--task")
-    options = task_options(task, templates=templates, label=label, modality=modality, between=between)
-    if card:
-        check_card(folder, overwrite=overwrite)
-    rows = Rows(data, split, train_split, pairs(column, "--column") or None, limit)
-    with report_folder(output, overwrite=overwrite) as target:
-        report = run(task, folder, rows, device=checked_device(device), **options)
-        if target is not None:
-            report.write(target)
-    if as_json:
-        print_json(report.as_json())
-    else:
-        print_report(report)
-        if against is not None:
-            from hfvlm.evaluation.report import compare
-
-            for difference in compare(against, report):
-                print_text(f"{against}: {difference}")
-    if output is not None:
-        note(output)
-    if card:
-        write_card(folder, results=report.for_card())
-
-
-# The tasks that an option goes with.
-TASK_OPTIONS = {
-    "templates": ("zero-shot",),
-    "label": ("zero-shot",),
-    "modality": ("zero-shot", "linear-probe", "few-shot"),
-    "between": ("retrieval",),
-}
-
-
-def task_options(task: str, **given: Any) -> dict[str, Any]:
-    """Select the options that a task takes.
-
-    Raises:
-        typer.BadParameter: one belongs to other tasks.
-    """
-    used = {name: value for name, value in given.items() if value}
-    for name in used:
-        if task not in TASK_OPTIONS[name]:
-            known = ", ".join(TASK_OPTIONS[name])
-            raise typer.BadParameter(f"it goes with --task {known} only.", param_hint=f"--{name}")
-    if "between" in used and used["between"] != "any":
-        used["between"] = used["between"].split(",")
-    return {"labels" if name == "label" else name: value for name, value in used.items()}
-
-
-def print_report(report: Any) -> None:
-    """Print the numbers, and the rows that were left out."""
-    for result in report.results:
-        print_text(result)
-    if report.errors:
-        print_text(
-            f"{len(report.errors)} of {report.rows + len(report.errors)} rows could not be read and are left out:"
-        )
-        for row, error in list(report.errors.items())[:5]:
-            print_text(f"  row {row}: {line(error)}")

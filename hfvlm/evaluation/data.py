@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfvlm.checks.ranges import check_integer
+from hfvlm.evaluation.fingerprints import fingerprint
 from hfvlm.inference.embedder import Embedder
 from hfvlm.media.rows import captions_of, columns_by_name, load_rows
 
@@ -22,8 +23,9 @@ class Data:
             metadata.jsonl, tars, Parquet, a Hub id.
         split: the rows that are measured.
         train_split: the rows that probes learn from.
-        columns: {"image": "photo", "label": "species"}; by default columns called as modalities are, "label", "text"
-            (or "caption", "captions"), "question", "answers" and "box".
+        columns: {"image": "photo", "label": "species"}; by default columns called as what they hold: "image" and the
+            other modalities, "text" (or "caption", "captions"), "label", "question", "answers", "box", ...
+        source_options: of the processor, by modality: {"imu": {"sampling_rate": 200}}.
         limit: no more rows than these, drawn with the seed.
         seed: of everything that is drawn.
 
@@ -37,6 +39,7 @@ class Data:
     columns: Mapping[str, str] | None = None
     limit: int | None = None
     seed: int = 0
+    source_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.limit is not None:
@@ -53,8 +56,7 @@ class Data:
 
     def column_name(self, rows: Any, name: str) -> str | None:
         """Find the column of what is called `name` here, if there is one."""
-        known = columns_by_name(rows.column_names) | {k: k for k in ("label", "question", "answers", "box")}
-        column = (known | dict(self.columns or {})).get(name)
+        column = (columns_by_name(rows.column_names) | dict(self.columns or {})).get(name, name)
         return column if column in rows.column_names else None
 
     def column(self, rows: Any, name: str) -> Sequence[Any]:
@@ -69,13 +71,37 @@ class Data:
         return rows[column]
 
     def about(self, rows: Any, names: Sequence[str], model: Any) -> dict[str, Any]:
-        """Describe a model and the rows that it is measured on, for a report."""
+        """Describe a model and the rows that it is measured on, for a report, with a hash of the columns' content."""
         dtype = str(model.dtype).removeprefix("torch.")
         columns = {name: self.column_name(rows, name) for name in names}
+        options = {name: dict(given) for name, given in self.source_options.items()}
         return {
             "class": type(model).__name__, "dtype": dtype, "device": model.device.type, "columns": columns,
             "split": self.split, "limit": self.limit, "seed": self.seed, "of": len(rows),
-        }  # fmt: skip
+            "fingerprint": fingerprint({name: rows[column] for name, column in columns.items() if column}),
+        } | ({"options": options} if options else {})  # fmt: skip
+
+    def check_options(self, modalities: Sequence[str]) -> None:
+        """Refuse options of modalities that are not measured.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if unused := sorted(set(self.source_options) - set(modalities)):
+            raise ValueError(
+                f"source_options are given for {', '.join(unused)}; what is measured here: {', '.join(modalities)}."
+            )
+
+    def embed(self, embedder: Embedder, modality: str, values: Sequence[Any]) -> "Embedded":
+        """Embed a column's values, as the options of their modality read them."""
+        return embed_column(embedder, modality, values, self.source_options.get(modality))
+
+    def own_labels(self, rows: Any) -> list[str] | None:
+        """Return the names of the classes that the label column has itself; None of numbers without names."""
+        values = self.column(rows, "label")
+        feature = rows.features.get(self.column_name(rows, "label"))
+        given = sorted({value for value in values if value is not None}, key=str)
+        return getattr(feature, "names", None) or (None if is_numbers(given) else [str(value) for value in given])
 
     def labels(self, rows: Any, names: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
         """Return each row's class, -1 for rows without one, and the classes' names.
@@ -91,7 +117,7 @@ class Data:
         feature = rows.features.get(self.column_name(rows, "label"))
         given = [value for value in values if value is not None]
         known = list(names or getattr(feature, "names", None) or sorted({str(value) for value in given}))
-        if all(isinstance(value, int) for value in given):
+        if is_numbers(given):
             if not names and not hasattr(feature, "names"):
                 raise ValueError(f"{self.dataset}: its labels are numbers; give the classes' names with labels.")
             if wrong := [value for value in given if value >= len(known)]:
@@ -104,6 +130,10 @@ class Data:
             values = [None if value is None else str(value) for value in values]
         truth = np.array([-1 if value is None else numbers[value] for value in values])
         return truth, known if names else [name.replace("_", " ") for name in known]
+
+
+def is_numbers(labels: Sequence[Any]) -> bool:
+    return all(isinstance(label, int) for label in labels)
 
 
 @dataclass
@@ -126,28 +156,30 @@ class Embedded:
         return Embedded(self.vectors[selected], self.rows[selected], dict(sorted(errors.items())))
 
 
-def embed_column(embedder: Embedder, modality: str, values: Sequence[Any]) -> Embedded:
-    """Embed a column's values, of texts every caption."""
+def embed_column(
+    embedder: Embedder, modality: str, values: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> Embedded:
+    """Embed a column's values, of texts every caption, with options of the processor."""
     if modality == "text":
         texts, errors = read_texts(values)
         rows = [row for row, captions in texts.items() for _ in captions]
         values = [caption for captions in texts.values() for caption in captions]
     else:
         rows, errors = list(range(len(values))), {}
-    vectors, readable, wrong = embedder.encode_known(modality, values, progress=True)
+    vectors, readable, wrong = embedder.encode_known(modality, values, progress=True, **(options or {}))
     errors |= {rows[i]: error for i, error in wrong.items()}
     return Embedded(vectors, torch.tensor([rows[i] for i in readable], dtype=torch.long), dict(sorted(errors.items())))
 
 
 def embed_labelled(
-    embedder: Embedder, modality: str, media: Sequence[Any], truth: np.ndarray
+    data: Data, embedder: Embedder, modality: str, media: Sequence[Any], truth: np.ndarray
 ) -> tuple[Embedded, np.ndarray]:
     """Embed the rows that can be read and have a class; return them with their classes.
 
     Raises:
         ValueError: there are none.
     """
-    embedded = embed_column(embedder, modality, media)
+    embedded = data.embed(embedder, modality, media)
     errors = embedded.errors | {int(row): "has no label." for row in np.flatnonzero(truth < 0)}
     found = embedded.among(torch.from_numpy(np.flatnonzero(truth >= 0)), errors)
     check_any(found.rows, errors)

@@ -10,8 +10,9 @@ import torch
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.evaluation.classification import confusion, label_ranks, mean_per_class_accuracy
-from hfvlm.evaluation.data import Data, Embedded, embed_column, embed_labelled
+from hfvlm.evaluation.data import Data, Embedded, embed_labelled
 from hfvlm.evaluation.probing import best_c, few_shot_curve, fit
+from hfvlm.evaluation.prompt_sets import PromptSet, load_prompt_set
 from hfvlm.evaluation.report import MOST_MISTAKES, Mistake, Report, Result, confusion_plot, recall_plot, shots_plot
 from hfvlm.evaluation.retrieval import positive_ranks
 from hfvlm.inference.embedder import Embedder
@@ -26,8 +27,9 @@ def zero_shot(
     folder: str,
     data: Data,
     *,
-    templates: str = "single",
+    templates: str | None = None,
     labels: Sequence[str] | None = None,
+    prompts: str | None = None,
     modality: str = "image",
     **options: Any,
 ) -> Report:
@@ -36,26 +38,54 @@ def zero_shot(
     Args:
         folder: the model's.
         data: with media and labels.
-        templates: see `ZeroShotClassifier`.
+        templates: see `ZeroShotClassifier`; by default those of the prompts, or "single".
         labels: the classes' names; by default those of the label column, with spaces for underscores.
+        prompts: names and templates of a data set of CLIP's paper, one of `hfvlm.evaluation.prompt_sets`.
         modality: of the media: image, video, audio, depth, thermal or imu.
         **options: of `Embedder.from_pretrained`.
+
+    Raises:
+        ValueError: there are no such prompts or templates, the data lack a column, or no row can be read.
     """
+    data.check_options([modality])
+    known = None if prompts is None else load_prompt_set(prompts)
     rows = data.rows()
-    truth, names = data.labels(rows, labels)
-    classifier = ZeroShotClassifier.from_pretrained(folder, names, templates, **options)
+    truth, classes, given, about = classes_and_templates(data, rows, labels, known)
+    names, used = list(classes), templates or given
+    classifier = ZeroShotClassifier.from_pretrained(folder, classes, used, **options)
     media = data.column(rows, modality)
-    found, truth = embed_labelled(classifier.embedder, modality, media, truth)
+    found, truth = embed_labelled(data, classifier.embedder, modality, media, truth)
     scores = classifier.compare(found.vectors.numpy())
     ranks = label_ranks(scores, truth)
-    protocol = {"templates": templates, "classes": len(names), "split": data.split}
-    protocol |= {} if modality == "image" else {"modality": modality}
+    protocol = {"templates": used if isinstance(used, str) else f"{len(used)} of {prompts}", "classes": len(names)}
+    protocol |= about | {"split": data.split} | ({} if modality == "image" else {"modality": modality})
     report = Report("zero-shot", folder, data.dataset, len(truth), protocol, errors=found.errors)
     report.about = data.about(rows, [modality, "label"], classifier.embedder.model)
     report.add("accuracy", found.rows.tolist(), ranks < 1)
-    report.results.append(Result("accuracy@5", float((ranks < 5).mean())))
+    report.add("accuracy@5", found.rows.tolist(), ranks < 5)
     add_classes(report, scores, truth, names, [media[i] for i in found.rows.tolist()])
     return report
+
+
+def classes_and_templates(
+    data: Data, rows: Any, labels: Sequence[str] | None, prompts: PromptSet | None
+) -> tuple[np.ndarray, list[str] | dict[str, list[str]], str | tuple[str, ...], dict[str, Any]]:
+    """Return each row's class, the names of the classes, the templates, and what to say of these in a report.
+
+    Raises:
+        ValueError: names are given twice, or the data's own labels are none of the prompts' classes.
+    """
+    if prompts is None:
+        truth, names = data.labels(rows, labels)
+        return truth, names, "single", {}
+    if labels is not None:
+        raise ValueError(f"labels and prompts {prompts.name} both name the classes: give one of them.")
+    own = data.own_labels(rows)
+    truth, _ = data.labels(rows, own or list(prompts.classes))
+    if own:
+        truth = np.array([*prompts.numbers(own), -1])[truth]
+    about = {"prompts": prompts.name, "the metric of CLIP's paper": prompts.metric}
+    return truth, prompts.classes, prompts.templates, about
 
 
 def retrieval(folder: str, data: Data, *, between: Sequence[str] | str | None = None, **options: Any) -> Report:
@@ -74,7 +104,7 @@ def retrieval(folder: str, data: Data, *, between: Sequence[str] | str | None = 
     rows = data.rows()
     embedder = Embedder.from_pretrained(folder, **options)
     modalities = compared_modalities(data, rows, embedder, between)
-    embedded = {m: embed_column(embedder, m, data.column(rows, m)) for m in modalities}
+    embedded = {m: data.embed(embedder, m, data.column(rows, m)) for m in modalities}
     errors = {row: f"{m}: {error}" for m, found in embedded.items() for row, error in found.errors.items()}
     readable = torch.tensor([row for row in range(len(rows)) if row not in errors], dtype=torch.long)
     if not len(readable):
@@ -120,6 +150,7 @@ def compared_modalities(data: Data, rows: Any, embedder: Embedder, between: Sequ
             f"{data.dataset}: has no column for {wanted}; name one of {', '.join(rows.column_names)}. The model "
             f"embeds {', '.join(embedder.modalities)}."
         )
+    data.check_options(chosen)
     return list(dict.fromkeys(chosen))
 
 
@@ -165,7 +196,9 @@ def few_shot(
     c = best_c(*train, seed=data.seed)
     fewest = int(np.bincount(train[1]).min())
     curve = few_shot_curve(train, (test.vectors.numpy(), truth), [count for count in shots if count <= fewest], c)
-    report.results = [Result(f"accuracy, {count} shots", fmean(v), min(v), max(v)) for count, v in curve.items()]
+    report.results = [
+        Result(f"accuracy, {count} shots", fmean(v), min(v), max(v), len(truth)) for count, v in curve.items()
+    ]
     report.protocol = {
         "draws": 3,
         "C": f"{c:.3g}",
@@ -182,6 +215,7 @@ def embed_splits(
 ) -> tuple[list[str], tuple[Embedded, np.ndarray, list[Any]], tuple[np.ndarray, np.ndarray], Report]:
     """Return the classes' names, the measured rows with their classes and media, the features and classes of the rows
     to learn from, and the report to fill."""
+    data.check_options([modality])
     embedder = Embedder.from_pretrained(folder, **options)
     embedder.check_one_vector("A probe")
     parts = []
@@ -189,7 +223,7 @@ def embed_splits(
         rows = data.rows(split)
         media = data.column(rows, modality)
         truth, names = data.labels(rows)
-        parts.append((rows, media, names, *embed_labelled(embedder, modality, media, truth)))
+        parts.append((rows, media, names, *embed_labelled(data, embedder, modality, media, truth)))
     (rows, media, names, test, truth), (*_, train, train_truth) = parts
     report = Report(task, folder, data.dataset, len(truth), errors=test.errors)
     report.about = data.about(rows, [modality, "label"], embedder.model)
@@ -201,7 +235,8 @@ def embed_splits(
 def add_classes(report: Report, scores: np.ndarray, truth: np.ndarray, names: list[str], media: Sequence[Any]) -> None:
     """Add to a report what becomes of each class, and the rows whose own class lies farthest below another one."""
     predictions = scores.argmax(axis=1)
-    report.results.append(Result("mean-per-class accuracy", mean_per_class_accuracy(predictions, truth)))
+    mean = mean_per_class_accuracy(predictions, truth)
+    report.results.append(Result("mean-per-class accuracy", mean, n=len(truth)))
     report.plots = {"confusion": confusion_plot(confusion(predictions, truth, len(names)), names)}
     own = scores[np.arange(len(truth)), truth]
     report.mistakes = [

@@ -1,6 +1,7 @@
 """The evaluations of models that generate texts: captions and answers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,23 +9,34 @@ import numpy as np
 from hfvlm.checks.ranges import check_generation
 from hfvlm.evaluation.answering import accuracy_of
 from hfvlm.evaluation.captioning import bleu, cider_of_each, rouge_l_of_each
+from hfvlm.evaluation.clip_score import Judge, add_scores
 from hfvlm.evaluation.data import Data, check_any, read_texts
 from hfvlm.evaluation.report import MOST_MISTAKES, Mistake, Report, Result
 from hfvlm.inference.captioner import Captioner
+from hfvlm.inference.embedder import Embedder
 from hfvlm.media.rows import UNREADABLE, path_of
 
 BATCH = 16
 
 
-def caption(folder: str, data: Data, *, generate: Mapping[str, Any] | None = None, **options: Any) -> Report:
+def caption(
+    folder: str,
+    data: Data,
+    *,
+    generate: Mapping[str, Any] | None = None,
+    judge: str | Path | None = None,
+    **options: Any,
+) -> Report:
     """Compare captions with those that people wrote.
 
     Args:
         folder: the model's.
         data: with images and captions.
         generate: options of `generate`.
+        judge: the folder of a CLIP, by which CLIPScore and RefCLIPScore are computed, too.
         **options: of `Captioner.from_pretrained`.
     """
+    scorer = None if judge is None else Judge(Embedder.from_pretrained(judge, device=options.get("device", "auto")))
     rows = data.rows()
     references, errors = read_texts(data.column(rows, "text"))
     generate = dict(generate or {"num_beams": 3, "max_new_tokens": 30})
@@ -35,10 +47,16 @@ def caption(folder: str, data: Data, *, generate: Mapping[str, Any] | None = Non
     texts = [references[row] for row in numbers]
     report = Report("caption", folder, data.dataset, len(numbers), generate | {"split": data.split}, errors=errors)
     report.about = data.about(rows, ["image", "text"], captioner.model)
-    report.results = [Result(f"BLEU-{n + 1}", score) for n, score in enumerate(bleu(captions, texts))]
+    report.results = [
+        Result(f"BLEU-{size}", score, n=len(numbers)) for size, score in enumerate(bleu(captions, texts), start=1)
+    ]
     report.add("ROUGE-L", numbers, np.array(rouge_l_of_each(captions, texts)))
     scores = np.array(cider_of_each(captions, texts))
     report.add("CIDEr-D", numbers, scores)
+    if scorer is not None:
+        found, _ = scorer([images[row] for row in numbers], captions, texts)
+        add_scores(report, found, numbers)
+        report.protocol |= {"judge": str(judge)}
     worst = np.argsort(scores, kind="stable")[:MOST_MISTAKES].tolist()
     report.mistakes = [Mistake(path_of(images[numbers[i]]), f"{captions[i]} (not: {texts[i][0]})") for i in worst]
     return report

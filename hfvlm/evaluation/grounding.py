@@ -59,7 +59,8 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     report.about = data.about(rows, ["image", "text", "box"], captioner.model)
     report.add("accuracy@0.5", numbers, scores >= RIGHT)
     report.add("mean IoU", numbers, scores)
-    report.results.append(Result("answers with a box", float(np.mean([box is not None for box in found]))))
+    share = float(np.mean([box is not None for box in found]))
+    report.results.append(Result("answers with a box", share, n=len(found)))
     order = list(answers)
     worst = [order[i] for i in np.argsort(scores, kind="stable")[:MOST_MISTAKES].tolist() if scores[i] < RIGHT]
     report.mistakes = [Mistake(path_of(images[asked[i][0]]), f"{asked[i][1]}: {answers[i]}") for i in worst]

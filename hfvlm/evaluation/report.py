@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hfvlm.evaluation.bootstrap import interval
+from hfvlm.evaluation.bootstrap import interval, mean_interval, ratio
+from hfvlm.evaluation.tables import HEAD, Table, protocol_table, table_row
 from hfvlm.inference.pages import data_url, image_url, thumbnail
 from hfvlm.media.sources import import_extra
 from hfvlm.versions import __version__
@@ -25,19 +26,26 @@ MOST_ERRORS, MOST_MISTAKES = 100, 24
 
 @dataclass
 class Result:
-    """A number and, where there is one, the interval of 95 % confidence around it."""
+    """A number and, where there is one, the interval of 95 % confidence around it, and the count of what it is of:
+    rows, queries or questions."""
 
     metric: str
     value: float
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
     @property
     def interval(self) -> str:
         return "" if self.low is None else f"{self.low:.4f} to {self.high:.4f}"
 
+    @property
+    def count(self) -> str:
+        return "" if self.n is None else f"n = {self.n}"
+
     def __str__(self) -> str:
-        return f"{self.metric}: {self.value:.4f}" + (f" ({self.interval})" if self.interval else "")
+        count = f", {self.count}" if self.count else ""
+        return f"{self.metric}: {self.value:.4f}" + (f" ({self.interval})" if self.interval else "") + count
 
 
 @dataclass
@@ -62,8 +70,10 @@ class Report:
         plots: names and functions that draw on matplotlib axes.
         mistakes: the worst first.
         errors: what is wrong with the rows that were left out, by number.
-        about: the model's class, precision and device, and the data's columns and counts.
-        each: the values of single rows, by metric and row number, for `compare`.
+        about: the model's class, precision and device, and the data's columns, counts and fingerprint.
+        each: the values of single rows, by metric and row number, for `hfvlm.evaluation.comparison`; of a ratio of
+            sums, as precision, a numerator and a denominator.
+        tables: results arranged in tables.
     """
 
     task: str
@@ -76,7 +86,8 @@ class Report:
     mistakes: list[Mistake] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    each: dict[str, dict[int, float]] = field(default_factory=dict)
+    each: dict[str, dict[int, Any]] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
 
     def add(self, metric: str, numbers: Sequence[int], values: np.ndarray) -> None:
         """Add a metric that has a value for each row: its mean with the interval around it, and the values.
@@ -87,12 +98,29 @@ class Report:
             values: `(N,)`.
         """
         each = np.asarray(values, np.float64)
-        low, high = interval(lambda rows: float(each[rows].mean()), len(each))
-        self.results.append(Result(metric, float(each.mean()), low, high))
+        low, high = mean_interval(each)
+        self.results.append(Result(metric, float(each.mean()), low, high, len(each)))
         by_row: dict[int, list[float]] = {}
         for row, value in zip(numbers, each.tolist(), strict=True):
             by_row.setdefault(row, []).append(value)
         self.each[metric] = {row: round(fmean(own), 6) for row, own in by_row.items()}
+
+    def add_ratio(self, metric: str, numbers: Sequence[int], tops: np.ndarray, bottoms: np.ndarray) -> None:
+        """Add a metric that is a ratio of sums, as precision, with the interval of sets of whole rows.
+
+        Args:
+            metric: its name; its count is the sum of the denominators where these are 0 or 1, else of all values.
+            numbers: `(N,)` row numbers; a row may occur several times, as for each of its questions.
+            tops: `(N,)` numerators.
+            bottoms: `(N,)` denominators.
+        """
+        rows, places = np.unique(np.asarray(numbers), return_inverse=True)
+        columns = [np.bincount(places, np.asarray(x, np.float64), len(rows)) for x in (tops, bottoms)]
+        sums = np.stack(columns, axis=1)
+        low, high = interval(lambda drawn: ratio(sums[drawn]), len(rows))
+        count = int(np.sum(bottoms)) if np.max(bottoms) <= 1 else len(tops)
+        self.results.append(Result(metric, ratio(sums), low, high, count))
+        self.each[metric] = dict(zip(rows.tolist(), sums.tolist(), strict=True))
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `report.json`."""
@@ -106,6 +134,7 @@ class Report:
             "each": {metric: {str(row): value for row, value in rows.items()} for metric, rows in self.each.items()},
             "protocol": self.protocol,
             "results": [asdict(result) for result in self.results],
+            "tables": [asdict(table) for table in self.tables],
             "mistakes": [asdict(mistake) for mistake in self.mistakes],
         }
 
@@ -123,92 +152,16 @@ class Report:
 
     def page(self) -> str:
         """Return the content of `report.html`."""
-        protocol = self.protocol | self.about | versions() | {"cannot be read": len(self.errors)}
+        numbers = (table_row(r.metric, f"{r.value:.4f}", r.interval, r.count) for r in self.results)
         return PAGE.format(
             title=html.escape(f"{Path(self.model).name}: {self.task} on {Path(self.data).name}"),
-            numbers="".join(table_row(r.metric, f"{r.value:.4f}", r.interval) for r in self.results),
-            protocol="".join(table_row(*item) for item in protocol.items()),
+            tables="".join(table.html() for table in self.tables),
+            numbers="".join(numbers),
+            protocol=protocol_table(self.protocol, self.about, versions(), {"cannot be read": len(self.errors)}),
             plots="".join(f'<img class="plot" src="{plot_url(p)}" alt="{name}">' for name, p in self.plots.items()),
             mistakes="".join(mistake_figure(mistake) for mistake in self.mistakes),
             rows=self.rows,
         )
-
-
-@dataclass
-class Difference:
-    """The gain of a metric from a first report to a second: over equal rows, with its interval of 95 % confidence."""
-
-    metric: str
-    first: float
-    second: float
-    low: float
-    high: float
-    rows: int
-
-    @property
-    def gain(self) -> float:
-        return self.second - self.first
-
-    def __str__(self) -> str:
-        note = "" if self.low > 0 or self.high < 0 else ", not significant"
-        gain = f"{self.gain:+.4f} ({self.low:+.4f} to {self.high:+.4f}{note})"
-        return f"{self.metric}: {self.first:.4f} -> {self.second:.4f}, {gain}"
-
-
-def compare(first: Report | str | Path, second: Report | str | Path) -> list[Difference]:
-    """Compare two models on the same rows, by the metrics that have a value for each row.
-
-    The intervals are of the paired differences, drawn with replacement, so that rows which are hard for both count for
-    neither.
-
-    Args:
-        first: a report, its `report.json`, or the folder of it.
-        second: likewise.
-
-    Raises:
-        ValueError: they are of different tasks or data, or have no rows or metrics in common.
-        FileNotFoundError: there is no such report.
-    """
-    one, two = (read_report(report) for report in (first, second))
-    for name in ("task", "data"):
-        if one[name] != two[name]:
-            raise ValueError(f"The reports are of another {name}, {one[name]} and {two[name]}: nothing to compare.")
-    if any(one["about"].get(name) != two["about"].get(name) for name in ("split", "limit", "seed")):
-        raise ValueError("The reports are of another split or limit of the data: nothing to compare.")
-    found = []
-    for metric in (name for name in one["each"] if name in two["each"]):
-        a, b = one["each"][metric], two["each"][metric]
-        rows = [row for row in a if row in b]
-        if not rows:
-            continue
-        values = np.array([[a[row], b[row]] for row in rows], np.float64)
-        gains = values[:, 1] - values[:, 0]
-        low, high = interval(lambda drawn, gains=gains: float(gains[drawn].mean()), len(rows))  # type: ignore[misc]
-        found.append(Difference(metric, float(values[:, 0].mean()), float(values[:, 1].mean()), low, high, len(rows)))
-    if not found:
-        raise ValueError("The reports have no metric of single rows in common: write both with this version.")
-    return found
-
-
-def read_report(report: Report | str | Path) -> dict[str, Any]:
-    """Read a report, as it is written.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no report.
-    """
-    if isinstance(report, Report):
-        return json.loads(json.dumps(report.as_json()))
-    path = Path(report) / JSON_NAME if Path(report).is_dir() else Path(report)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such report.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}).") from error
-    if not isinstance(content, dict) or not {"task", "data", "each", "about"} <= content.keys():
-        raise ValueError(f"{path}: no report that can be compared; evaluate again with this version.")
-    return content
 
 
 def versions() -> dict[str, str]:
@@ -216,11 +169,6 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "numpy", "datasets")
     found = {name: version(name) for name in names if find_spec(name) is not None}
     return {"python": platform.python_version(), "hfvlm": __version__} | found
-
-
-def table_row(*cells: Any) -> str:
-    """Return a row of an HTML table."""
-    return f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"
 
 
 def mistake_figure(mistake: Mistake) -> str:
@@ -286,25 +234,31 @@ def shots_plot(curve: dict[int, list[float]], zero_shot: float | None) -> Callab
     return draw
 
 
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 16px system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-td {{ border-bottom: 1px solid #ddd; padding: .3rem 1rem .3rem 0; overflow-wrap: anywhere }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }}
-figure img {{ width: 100% }}
-figcaption {{ font-size: .8rem }}
-.plot {{ max-width: 34rem; width: 100% }}
-</style>
+def matrix_plot(names: list[str], values: np.ndarray) -> Callable[[Any], None]:
+    """Plot what each modality, a row, finds of each other one, a column; NaN where nothing was measured."""
+
+    def draw(axes: Any) -> None:
+        axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axes.set_xticks(range(len(names)), names, rotation=30)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="found", ylabel="query")
+
+    return draw
+
+
+PAGE = (
+    HEAD
+    + """
 <h1>{title}</h1>
 <p>{rows} rows; intervals of 95 % confidence by bootstrap.</p>
+{tables}
 <table>{numbers}</table>
 {plots}
-<h2>Protocol</h2>
-<table>{protocol}</table>
+{protocol}
 <h2>Worst mistakes</h2>
 <main>{mistakes}</main>
 """
+)

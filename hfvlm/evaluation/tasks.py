@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hfvlm.evaluation.any_to_any import any_to_any
+from hfvlm.evaluation.clip_score import clip_score
 from hfvlm.evaluation.data import Data
 from hfvlm.evaluation.embedding import few_shot, linear_probe, retrieval, zero_shot
 from hfvlm.evaluation.generating import caption, vqa
 from hfvlm.evaluation.grounding import grounding
+from hfvlm.evaluation.hallucination import hallucination
 from hfvlm.evaluation.report import Report
 
 __all__ = ["TASKS", "Data", "evaluate"]
@@ -20,15 +23,23 @@ TASKS: dict[str, Callable[..., Report]] = {
     "caption": caption,
     "vqa": vqa,
     "grounding": grounding,
+    "any-to-any": any_to_any,
+    "hallucination": hallucination,
+    "clip-score": clip_score,
 }
+# Those that read media by the options of a modality.
+WITH_SOURCE_OPTIONS = ("zero-shot", "retrieval", "linear-probe", "few-shot", "any-to-any")
 
 
 def evaluate(task: str, folder: str | Path, data: Data, **options: Any) -> Report:
     """Run one of TASKS. Rows that cannot be read are left out, and counted in the report.
 
     Raises:
-        ValueError: there is no such task, the data lack a column, or no row can be read.
+        ValueError: there is no such task, the data lack a column or have options that it takes not, or no row can be
+            read.
     """
     if task not in TASKS:
         raise ValueError(f"No task is called {task!r}; there are {', '.join(TASKS)}.")
+    if data.source_options and task not in WITH_SOURCE_OPTIONS:
+        raise ValueError(f"source_options go with {', '.join(WITH_SOURCE_OPTIONS)}, not {task}.")
     return TASKS[task](str(folder), data, **options)

@@ -393,7 +393,7 @@ def test_push_shows_what_it_would_upload(clip_folder, monkeypatch):
 
 
 def test_rows_that_cannot_be_read_are_counted(capsys):
-    from hfvlm.cli.datasets import print_report
+    from hfvlm.cli.evaluation import print_report
     from hfvlm.evaluation.report import Report, Result
 
     errors = {3: "image 3: [red] \x1b[31m is no image"} | dict.fromkeys(range(10, 16), "gone")

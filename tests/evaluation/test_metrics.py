@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from hfvlm.evaluation.answering import normalised, vqa_accuracy
-from hfvlm.evaluation.bootstrap import interval
+from hfvlm.evaluation.bootstrap import interval, mean_interval
 from hfvlm.evaluation.captioning import bleu, cider, rouge_l
 from hfvlm.evaluation.classification import (
     accuracy,
@@ -121,6 +121,7 @@ def test_equal_and_missing_scores_count_against_a_row():
 def test_the_interval_of_a_share_is_that_of_its_normal_approximation():
     values = np.arange(400) < 100
     low, high = interval(lambda rows: values[rows].mean(), 400)
+    assert mean_interval(values) == pytest.approx((low, high), abs=0.005)
     width = 1.96 * (0.25 * 0.75 / 400) ** 0.5
     assert (low, high) == (pytest.approx(0.25 - width, abs=0.01), pytest.approx(0.25 + width, abs=0.01))
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.evaluation.report import compare
+from hfvlm.evaluation.comparison import compare
 from hfvlm.evaluation.tasks import Data, evaluate
 from hfvlm.inference import zero_shot
 from hfvlm.inference.templates import SETS, template_set
@@ -310,15 +310,16 @@ def test_two_models_are_compared_row_by_row(clip_folder, by_class, tmp_path):
     AutoModel.from_config(AutoModel.from_pretrained(clip_folder).config).save_pretrained(tmp_path / "untrained")
     data = Data(str(by_class))
     one, two = (hfvlm.evaluate("zero-shot", folder, data) for folder in (tmp_path / "untrained", clip_folder))
-    (same,) = compare(two, two)
+    same, _ = compare(two, two)
     assert (same.gain, same.low, same.high, same.rows) == (0, 0, 0, two.rows)
-    (found,) = compare(one, two)
+    found, fifth = compare(one, two)
+    assert (found.metric, fifth.metric) == ("accuracy", "accuracy@5")
     assert found.gain == pytest.approx(value(two, "accuracy").value - value(one, "accuracy").value, abs=1e-5)
     assert found.low <= found.gain <= found.high
     assert (found.low > 0) == ("not significant" not in str(found))
     (tmp_path / "report").mkdir()
     one.write(tmp_path / "report")
-    assert compare(tmp_path / "report", two) == [found]
+    assert compare(tmp_path / "report", two) == [found, fifth]
     command = ["eval", str(clip_folder), "--task", "zero-shot", "--data", str(by_class)]
     result = CliRunner().invoke(app, [*command, "--against", str(tmp_path / "report")])
     assert result.exit_code == 0, result.output
