@@ -109,6 +109,7 @@ def test_classify(browser, red_circle, tmp_path):
 def test_chat_is_streamed(browser, red_circle, tmp_path):
     path = tmp_path / "red.png"
     path.write_bytes(red_circle)
+    browser.value("document.querySelector('[name=max_new_tokens]').value = 8")
     browser.value("document.querySelector('[name=question]').focus()")
     browser.type("What is it?")
     browser.choose("#chat [name=image]", path)

@@ -127,7 +127,7 @@ function listen(section) {
         if (conversation) body.append("conversation", conversation);
         section.querySelector(".log").append(element("p", body.get("question"), { class: "question" }));
         const answer = await post(route, body, own.signal);
-        form.querySelectorAll("input").forEach((input) => { input.value = ""; });
+        form.querySelectorAll("[name=question], [type=file]").forEach((input) => { input.value = ""; });
         await showAnswer(section, answer);
       } else {
         SHOWN[route](section, await (await post(route, body, own.signal)).json());
