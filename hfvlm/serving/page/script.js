@@ -162,7 +162,7 @@ async function begin() {
   const parts = [about.model, about.chat_model].filter(Boolean);
   const counts = indexed.map((name) => `${about.indexed[name]} of ${name}`);
   document.getElementById("about").textContent =
-    `${about.name}: ${parts.join(" and ")}${counts.length ? `; vectors: ${counts.join(", ")}` : ""}`;
+    `${about.name}, by ${parts.join(" and ")}${counts.length ? `: vectors ${counts.join(", ")}` : ""}`;
   if (indexed.length) {
     addFiles(search, files, true);
     addOptions(search.querySelector("[name=among]"), indexed);
