@@ -187,7 +187,7 @@ def make_app(served: Served, *, names: Collection[str] = (), upload_bytes: int =
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, failed)
     app.add_exception_handler(Exception, broken)
-    app.add_middleware(Guard, names=names, most=upload_bytes, refuse=problem)  # type: ignore[arg-type]
+    app.add_middleware(Guard, names=names, most=upload_bytes, refuse=problem)
     return app
 
 

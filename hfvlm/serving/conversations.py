@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
@@ -17,7 +17,7 @@ from hfvlm.serving.errors import RequestError, refusing
 logger = logging.getLogger(__name__)
 # Each has a cache of keys and values; the one that was idle longest is dropped for a new one.
 MOST = 8
-READERS = {"image": read_image, "video": read_video}
+READERS: Mapping[str, Callable[[bytes], Any]] = {"image": read_image, "video": read_video}
 
 
 class Conversations:

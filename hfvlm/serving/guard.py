@@ -107,7 +107,7 @@ def name_of(host: str) -> str | None:
 
 
 def origin_host(origin: str) -> str | None:
-    """Return the host and port in an `Origin` header; None for what has none."""
+    """Return the name and port in an `Origin` header; None for what has none."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:

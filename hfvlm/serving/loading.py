@@ -111,6 +111,5 @@ def load_chat(folder: str | Path, device: str, dtype: str) -> Conversations:
         ValueError: it does not.
     """
     processor = check_chats(folder)
-    chosen = {"dtype": check_dtype(dtype)}
-    model = load_model(folder, AutoModelForImageTextToText, **chosen).to(find_device(device))
+    model = load_model(folder, AutoModelForImageTextToText, dtype=check_dtype(dtype)).to(find_device(device))
     return Conversations(model.eval(), processor)

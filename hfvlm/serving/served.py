@@ -143,7 +143,9 @@ class Served:
         options = self.options_of(sources)
         with refusing():
             embedder.check(list(sources))
-            found = {m: embedder.encode(**{m: list(x)}, options={m: options.get(m, {})}) for m, x in sources.items()}
+            given: dict[str, Any] = {modality: list(own) for modality, own in sources.items()}
+            found = embedder.encode(**given, options=options)
+        found = found if len(given) > 1 else dict.fromkeys(given, found)
         return {modality: vectors.tolist() for modality, vectors in found.items()}
 
     def search(self, sources: Sources, among: str | None, k: int) -> dict[str, Any]:
