@@ -51,7 +51,10 @@ def guarded_servers(names: Collection[str]) -> Iterator[None]:
     from hfvlm.serving.app import MOST_UPLOADED, problem
     from hfvlm.serving.guard import Guard
 
-    server = importlib.import_module(SERVER)
+    try:
+        server = importlib.import_module(SERVER)
+    except ImportError as error:
+        raise ImportError(f"`hfvlm serve --openai` needs {SERVER}: `pip install -U transformers`.") from error
     build: Callable[..., Any] = server.build_server
 
     def build_guarded(*args: Any, **kwargs: Any) -> Any:

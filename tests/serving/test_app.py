@@ -6,6 +6,7 @@ import json
 import re
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hfvlm.inference.search import query_vector
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.serving.app import make_app
 from hfvlm.serving.loading import load
+from hfvlm.serving.served import Served
 from tests.serving.conftest import RATE, write_tone
 
 LABELS = ["red circle", "blue square", "green cross"]
@@ -106,17 +108,15 @@ def test_only_files_of_rows_are_served(path, client):
     problem(client.get(path), 404)
 
 
-def test_files_that_are_gone_or_no_media_are_not_served(mixed_index, tmp_path):
-    served = load(mixed_index)
+def test_files_that_are_gone_or_no_media_are_not_served(served, tmp_path):
     table = served.tables["image"]
     names = [str(name) for name in table.index.ids]
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     others = [secret, tmp_path, tmp_path / "gone.png", "/dev/zero", "a\0b", "x" * 5000, "", "data:,x"]
-    changed = dict(zip(names, others, strict=True))
-    table.paths.clear()
-    table.paths.update({name: str(path) for name, path in changed.items()})
-    client = TestClient(make_app(served), base_url="http://127.0.0.1")
+    paths = dict(zip(names, map(str, others), strict=True))
+    changed = Served("changed", served.embedder, {"image": replace(table, paths=paths)})
+    client = TestClient(make_app(changed), base_url="http://127.0.0.1")
     for row in range(8):
         problem(client.get(f"/media/image/{row}"), 404)
         problem(client.get(f"/thumbnail/image/{row}"), 404)
@@ -200,15 +200,13 @@ def test_long_audio_is_bounded_as_media_are(client):
     assert client.post("/embed", files={"audio": bytes(data)}).status_code in (200, 422)
 
 
-def test_what_the_model_lacks_is_named(client, captioned_index, llava_folder):
+def test_what_the_model_lacks_is_named(captioned_index, served):
     clip = TestClient(make_app(load(captioned_index)), base_url="http://localhost")
     assert "embeds image, text, not audio" in problem(clip.post("/embed", files={"audio": b"a"}))
     assert "--chat MODEL" in problem(clip.post("/chat", data={"question": "a"}), 404)
-    chat = TestClient(make_app(load(llava_folder)), base_url="http://localhost")
+    chat = TestClient(make_app(Served("chat", chats=served.chats)), base_url="http://localhost")
     assert "embeds nothing" in problem(chat.post("/embed", data={"text": "a"}), 404)
     assert "embeds nothing" in problem(chat.post("/classify", data={"text": "a", "label": "b"}), 404)
-    with pytest.raises(ValueError, match="chats itself"):
-        load(llava_folder, chat=llava_folder)
 
 
 def test_other_bodies_are_refused(client):
@@ -271,29 +269,31 @@ def answer_of(response):
 def test_requests_in_parallel_give_what_one_gives(client, red_circle, tone):
     requests = requests_of(client, red_circle, tone)
     alone = [request() for request in requests]
-    order = np.random.RandomState(0).permutation(np.arange(4 * len(requests)) % len(requests))
+    order = np.random.RandomState(0).permutation(np.arange(3 * len(requests)) % len(requests))
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda i: requests[i](), order))
     for i, found in zip(order, together, strict=True):
         assert found == alone[i]
 
 
-def test_a_fault_of_the_server_is_logged_and_not_shown(mixed_index, monkeypatch, caplog):
-    served = load(mixed_index)
-    monkeypatch.setattr(served, "embed", lambda sources: {}["secret"])
-    client = TestClient(make_app(served), base_url="http://127.0.0.1", raise_server_exceptions=False)
+def test_a_fault_of_the_server_is_logged_and_not_shown(served, monkeypatch, caplog):
+    broken = Served("broken", served.embedder)
+    monkeypatch.setattr(broken, "embed", lambda sources: {}["secret"])
+    client = TestClient(make_app(broken), base_url="http://127.0.0.1", raise_server_exceptions=False)
     message = problem(client.post("/embed", data={"text": "a"}), 500)
     assert "secret" not in message
     assert "KeyError" in caplog.text
 
 
-def test_models_alone_and_what_cannot_be_served(clip_folder, small_blip, tmp_path):
+def test_models_alone_and_what_cannot_be_served(clip_folder, small_blip, llava_folder):
     client = TestClient(make_app(load(clip_folder)), base_url="http://localhost")
     assert client.get("/about").json()["indexed"] == {}
     assert len(client.post("/embed", data={"text": "a"}).json()["vectors"]["text"]) == 1
     assert "a folder of `hfvlm embed`" in problem(client.post("/search", data={"text": "a"}), 404)
     with pytest.raises(ValueError, match="neither embeds nor chats"):
         load(small_blip("HfvlmBLIPForConditionalGeneration"))
+    with pytest.raises(ValueError, match="chats itself"):
+        load(llava_folder, chat=llava_folder)
     with pytest.raises(ValueError, match="does not chat"):
         load(clip_folder, chat=clip_folder)
     with pytest.raises(ValueError, match="embeds image, text, not audio"):

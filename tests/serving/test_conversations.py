@@ -11,12 +11,12 @@ import hfvlm
 from hfvlm.serving.app import make_app
 from hfvlm.serving.conversations import Conversations
 from hfvlm.serving.errors import RequestError
-from hfvlm.serving.loading import load
+from hfvlm.serving.served import Served
 
 
 @pytest.fixture(scope="module")
-def chats(llava_folder):
-    return load(llava_folder).chats
+def chats(served):
+    return served.chats
 
 
 def ask(client, files=None, **fields):
@@ -52,10 +52,6 @@ def test_what_cannot_be_answered(client, red_circle):
         answer = client.post("/chat", data={"question": "a"} | fields, files=files)
         assert answer.status_code == status
         assert words in answer.json()["error"]
-
-
-def texts(lines):
-    return [next(iter(line.values())) for line in lines]
 
 
 def test_few_conversations_are_remembered(chats):
@@ -113,8 +109,8 @@ def test_slow_readers_keep_the_model_from_nobody(chats):
     assert "answer" in list(slow)[-1]
 
 
-def test_failures_are_lines(chats, llava_folder, monkeypatch, caplog):
-    served = load(llava_folder)
+def test_failures_are_lines(chats, monkeypatch, caplog):
+    served = Served("broken", chats=Conversations(chats.model, chats.processor))
     client = TestClient(make_app(served), base_url="http://localhost")
 
     def broken(*arguments, **options):
