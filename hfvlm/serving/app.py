@@ -21,7 +21,7 @@ from hfvlm.media import urls
 from hfvlm.serving import forms
 from hfvlm.serving.errors import RequestError
 from hfvlm.serving.guard import Guard
-from hfvlm.serving.served import DRAWN, Served
+from hfvlm.serving.served import Served, is_drawn
 from hfvlm.versions import __version__
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def thumbnail(served: Serves, modality: Modality, row: Row) -> Response:
     """Draw a small image of a row of the index."""
     path = served.row_file(modality, row)
     with served.decoding:
-        image = drawn(modality, str(path)) if modality in DRAWN else None
+        image = drawn(modality, str(path)) if is_drawn(modality, path) else None
     if image is None:
         raise RequestError(f"Row {row} of {modality} cannot be drawn.", 404)
     file = BytesIO()

@@ -25,6 +25,11 @@ PLAYED = ("image", "audio", "video")
 CLASSIFIERS = 16
 
 
+def is_drawn(modality: str, path: Path) -> bool:
+    """Check whether a small image is drawn of a row's file: of its modality, or of an image with a caption."""
+    return modality in DRAWN or KINDS.get(path.suffix.lower()) == "image"
+
+
 @dataclass(frozen=True)
 class Table:
     """The vectors of one modality, and the files of their rows."""
@@ -45,7 +50,7 @@ class Table:
             "score": score,
             "text": self.captions.get(name),
             "kind": kind,
-            "thumbnail": f"/thumbnail/{self.modality}/{row}" if path and self.modality in DRAWN else None,
+            "thumbnail": f"/thumbnail/{self.modality}/{row}" if path and is_drawn(self.modality, path) else None,
             "media": f"/media/{self.modality}/{row}" if kind in PLAYED else None,
         }
 

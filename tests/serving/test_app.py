@@ -88,6 +88,25 @@ def test_captions_are_in_the_hits(captioned_index):
     texts = client.post("/search", data={"text": "a large blue square", "k": 1, "among": "text"}).json()["hits"]
     assert texts[0]["text"] == "a large blue square"
     assert texts[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert texts[0]["thumbnail"] == "/thumbnail/text/" + str(texts[0]["row"])
+    assert client.get(texts[0]["thumbnail"]).headers["content-type"] == "image/jpeg"
+
+
+def test_the_page_is_three_files_without_addresses_elsewhere(client):
+    """What it does in a browser is in test_page.py."""
+    page = client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert re.findall(r'(?:src|href)="([^"]*)"', page.text) == [
+        "data:,", "/style.css", "/script.js", "#main", "/openapi.json"
+    ]  # fmt: skip
+    for path, kind in (("/style.css", "text/css"), ("/script.js", "text/javascript")):
+        found = client.get(path)
+        assert found.headers["content-type"].startswith(kind)
+        assert "http" not in found.text
+        assert "innerHTML" not in found.text
+    controls = re.findall(r"<(?:input|select|textarea) name[^>]*>", page.text)
+    labelled = re.findall(r"<label>[^<]+<(?:input|select|textarea) name", page.text)
+    assert len(controls) == len(labelled) == 7
 
 
 def test_thumbnails_and_parts_of_files(client):

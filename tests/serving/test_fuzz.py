@@ -9,7 +9,7 @@ import pytest
 
 from tests.serving.conftest import write_tone
 
-ROUNDS = int(os.environ.get("HFVLM_FUZZ", "40")) // 2
+ROUNDS = int(os.environ.get("HFVLM_FUZZ", "60")) // 2
 TEXTS = (
     "", "a", "a red circle", "a::2", "::", "a::nan", "a::1e400", "image", "audio", "0", "-1", "5", "1e3", "1" * 20,
     "1", "null", "None", "true", "\0", "\ud7ff\U0001f600", "x" * 9_999, "../../etc/passwd", "file:///etc/passwd", "http://localhost/",

@@ -6,7 +6,7 @@ from hfvlm.serving import launch
 from tests.serving.test_launch import running
 from tests.support.browser import CHROMIUM, REASON, Browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=REASON)
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(CHROMIUM is None, reason=REASON)]
 FOCUSED = "((e) => e.getAttribute('name') || e.textContent.trim() || e.className)(document.activeElement)"
 
 
