@@ -18,7 +18,7 @@ FLOORS = (
     ("modules", "presets"),
     ("modeling", "processing"),
     ("inference", "models"),
-    ("conversion", "evaluation"),
+    ("conversion", "evaluation", "serving"),
     ("release", "training"),
     ("auto", "cli"),
 )

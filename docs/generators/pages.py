@@ -49,6 +49,7 @@ MODULES = {
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),
     "samples": ("hfvlm.samples.scenes", "hfvlm.samples.events"),
+    "serving": tuple(f"hfvlm.serving.{name}" for name in ("app", "loading", "launch", "openai")),
 }
 
 

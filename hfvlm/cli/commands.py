@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|capfilt|eval|train|demo|doctor`.
+"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|serve|capfilt|eval|train|demo|doctor`.
 
 A command's module is imported with the command line; its libraries, as torch, only when it runs.
 """
@@ -10,6 +10,7 @@ import typer
 from hfvlm.cli import catalogue, datasets, evaluation, folders, models, videos
 from hfvlm.cli.console import begin, print_text
 from hfvlm.cli.doctor import doctor
+from hfvlm.cli.serving import serve
 from hfvlm.versions import __version__
 
 # Plain help and errors: a frame around them would break the lines that are to be copied.
@@ -41,6 +42,7 @@ app.command()(folders.push)
 app.command()(datasets.embed)
 app.command()(datasets.capfilt)
 app.command()(datasets.search)
+app.command()(serve)
 app.command("eval")(evaluation.evaluate)
 app.command()(models.train)
 app.command()(videos.watch)

@@ -10,12 +10,14 @@ from hfvlm.inference.embedder import Embedder, combine
 SEPARATOR = "::"
 
 
-def weighed(query: str) -> tuple[str, float]:
-    """Split a query from its weight after `::`, by default 1.
+def weighed(query: Any) -> tuple[Any, float]:
+    """Split a query from its weight after `::`, by default 1; what is no text, as a file's bytes, has none.
 
     Raises:
         ValueError: the weight is no finite number.
     """
+    if not isinstance(query, str):
+        return query, 1.0
     source, separator, weight = query.rpartition(SEPARATOR)
     if not separator:
         return query, 1.0
@@ -27,14 +29,14 @@ def weighed(query: str) -> tuple[str, float]:
 
 def query_vector(
     embedder: Embedder,
-    queries: Mapping[str, Sequence[str]],
+    queries: Mapping[str, Sequence[Any]],
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """Embed queries and add them, weighted; `(D,)`, of unit length.
 
     Args:
         embedder: of the model of the vectors that are searched.
-        queries: {"text": ["a beach", "people::-0.5"], "audio": ["rain.wav"]}.
+        queries: {"text": ["a beach", "people::-0.5"], "audio": ["rain.wav"]}; files also as bytes.
         options: of the processor, by modality: {"audio": {"sampling_rate": 16000}}.
 
     Raises:

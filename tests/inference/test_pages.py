@@ -1,6 +1,5 @@
 """The page and the image of a search's hits, the page in a browser."""
 
-import shutil
 import subprocess
 import wave
 from html.parser import HTMLParser
@@ -12,8 +11,8 @@ import pytest
 from PIL import Image
 
 from hfvlm.inference.pages import draw_grid, drawn, write_page
+from tests.support.browser import CHROMIUM, REASON
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<img src=x onerror='document.title=1'>&\"#%?.wav"
 SCRIPT = "</blockquote><script>document.title='run'</script>"
 
@@ -144,7 +143,7 @@ def test_a_grid_is_an_image_of_any_kind(media, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {media.name, "grid.png", "grid.jpg"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason=REASON)
 def test_in_a_browser(media, tmp_path):
     """What Chromium makes of it: nothing runs, and the media are there."""
     write_video(media / "v.webm")
