@@ -1,5 +1,6 @@
 """The embedding of shards by actors of Ray Data, on one machine or many."""
 
+import logging
 import os
 import pickle
 import platform
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.embedder import Embedder
@@ -114,6 +117,7 @@ class Actor:
     @cached_property
     def tables(self) -> VectorTables:
         """The embedding, which is made for the first shard: its errors are then those of the run."""
+        disable_progress_bar()
         return self.recipe.tables()
 
     def __call__(self, block: Any) -> Any:
@@ -146,9 +150,7 @@ def results(cluster: Cluster, run: Run, recipe: Recipe) -> Iterator[Result]:
     with started(ray), quiet(ray):
         device = str(recipe.options.get("device", "auto"))
         actors, each = cluster.resources(ray.cluster_resources(), device)
-        shards = ray.data.read_datasource(
-            source_of(ray, run), override_num_blocks=1, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES}
-        ).map_batches(
+        shards = ray.data.read_datasource(source_of(ray, run), override_num_blocks=1, num_cpus=0).map_batches(
             Actor,
             fn_constructor_args=(recipe,),
             batch_size=1,
@@ -226,5 +228,11 @@ def quiet(ray: Any) -> Iterator[None]:
     context.enable_progress_bars = context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.target_max_block_size = 1
-    with ray.data.DataContext.current(context):
-        yield
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -78,9 +78,10 @@ def embed(  # noqa: PLR0913 (each defines the content)
         raise ValueError(
             "Several processes share Parquet shards only: start one, which for many GPUs may have a cluster of Ray."
         )
+    here = options if cluster is None else cluster.here(options)
     rows, found = open_rows(source, split, columns, id_column)
     modalities = list(columns) if columns else None
-    embedder = Embedder.from_pretrained(model, modalities, **(options if cluster is None else cluster.here(options)))
+    embedder = Embedder.from_pretrained(model, modalities, **here)
     embedder.check_one_vector("A table of vectors")
     known = {modality: column for modality, column in found.items() if modality in embedder.modalities}
     if not known:

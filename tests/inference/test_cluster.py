@@ -89,7 +89,7 @@ def test_content_is_packed_whole():
     [
         (["--actors", "2"], "it goes with --engine ray only"),
         (["--engine", "dask"], "'dask' is none of plain, ray"),
-        (["--engine", "ray", "--actors", "0"], "x>=1"),
+        (["--engine", "ray", "--actors", "0"], "greater than or equal to 1"),
         (["--engine", "ray", "--device", "cuda:1"], "'cuda:1' is none of auto, cpu, cuda"),
         (["--to", "csv"], "'csv' is none of parquet, lancedb, qdrant"),
     ],
