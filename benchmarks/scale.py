@@ -37,8 +37,8 @@ from hfvlm.media.rows import load_rows
 from hfvlm.samples import scenes
 
 SIZE, SHARD, SEED = 512, 4096, 0
-# Rows of the largest local Qdrant, which its client says is for 20,000.
-LOCAL = 10_000
+# Rows of the largest local Qdrant, which commits each of them to disk.
+LOCAL = 1_000
 
 
 def timed(function: Callable[..., Any], *given: Any, **options: Any) -> tuple[float, float, Any]:

@@ -114,7 +114,7 @@ class QdrantStore(DatabaseStore):
         """Compare every vector, whether the collection has an index or not."""
         found = self.client.query_points(
             self.collection, query=query.tolist(), using=modality, limit=count, with_vectors=[modality],
-            # Local mode has no index, and warns about being told so.
+            # Local mode has no index, and warns if one asks for none.
             search_params=self.qdrant.models.SearchParams(exact=True) if self.url else None,
         )  # fmt: skip
         return self.as_table(found.points, {modality: len(query)})

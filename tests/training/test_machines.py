@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import hfvlm
 from hfvlm.samples import scenes
@@ -18,7 +19,7 @@ from tests.support.paths import EXAMPLES, ROOT
 pytestmark = pytest.mark.integration
 STEPS, ROWS, SECONDS = 3, 24, 400
 OPTIONS = {
-    "--max_steps": STEPS, "--optim": "sgd", "--learning_rate": 1e-3, "--logging_steps": 1, "--save_steps": 2,
+    "--max_steps": STEPS, "--optim": "sgd", "--learning_rate": 0.1, "--logging_steps": 1, "--save_steps": 2,
     "--lr_scheduler_type": "constant", "--max_grad_norm": 0, "--report_to": "none", "--seed": 3,
 }  # fmt: skip
 
@@ -34,6 +35,16 @@ def dataset(tmp_path_factory):
             row = {"file_name": f"{i:03}.png", "text": kinds[i % len(kinds)].caption()}
             metadata.write(json.dumps(row) + "\n")
     return folder.parent
+
+
+@pytest.fixture(scope="module")
+def begun(clip_folder, tmp_path_factory):
+    """A model that learned nothing yet: a trained one's temperature magnifies the rounding of its small loss."""
+    folder = tmp_path_factory.mktemp("begun")
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.from_pretrained(clip_folder)).save_pretrained(folder)
+    AutoProcessor.from_pretrained(clip_folder).save_pretrained(folder)
+    return folder
 
 
 def free_port():
@@ -75,10 +86,10 @@ def losses(output):
 
 
 @pytest.fixture(scope="module")
-def alone(clip_folder, dataset, tmp_path_factory):
+def alone(begun, dataset, tmp_path_factory):
     """The run of one process."""
     output = tmp_path_factory.mktemp("alone")
-    finished(script(clip_folder, dataset, output, ROWS, "--use_cpu"))
+    finished(script(begun, dataset, output, ROWS, "--use_cpu"))
     return output
 
 
@@ -102,18 +113,18 @@ def launch(configuration, machines, *more):
     ]  # fmt: skip
 
 
-def test_two_machines_are_as_one_process(clip_folder, dataset, alone, tmp_path):
-    port, run = free_port(), script(clip_folder, dataset, tmp_path, ROWS // 4, "--use_cpu", "--ddp_backend", "gloo")
+def test_two_machines_are_as_one_process(begun, dataset, alone, tmp_path):
+    port, run = free_port(), script(begun, dataset, tmp_path, ROWS // 4, "--use_cpu", "--ddp_backend", "gloo")
     finished(*([*launch("ddp", 2, "--machine_rank", rank, "--main_process_port", port), *run] for rank in range(2)))
     same(tmp_path, alone)
 
 
-def test_sharded_parameters_are_as_one_process(clip_folder, dataset, alone, tmp_path):
+def test_sharded_parameters_are_as_one_process(begun, dataset, alone, tmp_path):
     """FSDP2, with gradients cached; then on from its sharded checkpoint, to the same weights."""
 
     def run(*further):
         sharded = launch("fsdp2", 1, "--main_process_port", free_port(), "-m", "tests.support.sharded_on_cpus")
-        command = script(clip_folder, dataset, tmp_path, ROWS // 4, "--mini_batch_size", 4, *further)
+        command = script(begun, dataset, tmp_path, ROWS // 4, "--mini_batch_size", 4, *further)
         finished([*sharded, *command])
         return load_file(tmp_path / "model.safetensors")
 
