@@ -1,6 +1,6 @@
 """How embedding and searching grow with the number of rows: the parts of the engine besides the model, and a cluster.
 
-python -m benchmarks.scale reading|writing|searching|cluster [--most 1000000]
+python -m benchmarks.scale reading|writing|searching|cluster [--most 100000]
 
 Each line has CPU seconds, which other work on the machine disturbs least. `cluster` embeds 100,000 images through Ray
 Data, kills an actor, and compares the shards with those of one process bit for bit.
@@ -247,6 +247,6 @@ WORKLOADS = {"reading": reading, "writing": writing, "searching": searching, "cl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("--most", type=int, default=1_000_000, help="rows of the largest")
+    parser.add_argument("--most", type=int, default=100_000, help="rows of the largest")
     arguments = parser.parse_args()
     WORKLOADS[arguments.workload](arguments.most)
