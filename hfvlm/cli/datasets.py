@@ -1,5 +1,6 @@
 """`hfvlm embed|capfilt|search`: commands that go through a data set."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,10 @@ from hfvlm.cli.options import (
 )
 
 Data = Annotated[str, typer.Argument(help="A folder of media, webdataset tars, Parquet, or a Hub id.")]
+Url = Annotated[
+    str | None, typer.Option(help="A Qdrant server, as http://localhost:6333; its key is in QDRANT_API_KEY.")
+]
+ENGINES = ("plain", "ray")
 
 
 def embed(  # noqa: PLR0913 (options)
@@ -35,7 +40,16 @@ def embed(  # noqa: PLR0913 (options)
     id_column: Annotated[str | None, typer.Option(help="The column that names the rows.")] = None,
     option: Options = None,
     batch_size: BatchSize = 64,
-    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a Parquet file.")] = 4096,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, the unit that is written.")] = 4096,
+    engine: Annotated[str, typer.Option(help="plain, or ray: actors of Ray Data, on one machine or many.")] = "plain",
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Of --engine ray; by default one for each GPU, or else for each core.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="Where vectors go: parquet, lancedb or qdrant.")] = "parquet",
+    url: Url = None,
+    collection: Annotated[
+        str | None, typer.Option(help="On that server; by default the output folder's name.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     optimize: Annotated[
@@ -43,11 +57,18 @@ def embed(  # noqa: PLR0913 (options)
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Embed a data set to Parquet shards; a run that was killed continues."""
+    """Embed a data set, to Parquet or a database; a run that was killed continues."""
+    from hfvlm.inference.cluster import DEVICES, Cluster
+    from hfvlm.inference.destinations import KINDS, Destination
     from hfvlm.inference.embed import count_rows
     from hfvlm.inference.embed import embed as run
 
-    settings: dict[str, Any] = {"device": checked_device(device), "dtype": checked_dtype(dtype)}
+    cluster = Cluster(actors) if chosen(engine, ENGINES, "--engine") == "ray" else None
+    if actors is not None and cluster is None:
+        raise typer.BadParameter("it goes with --engine ray only.", param_hint="--actors")
+    device = chosen(device, DEVICES, "--device") if cluster else checked_device(device)
+    settings: dict[str, Any] = {"device": device, "dtype": checked_dtype(dtype), "cluster": cluster}
+    settings["to"] = Destination(chosen(to, KINDS, "--to"), url, collection)
     options = processor_options(option)
     try:
         folder = run(
@@ -107,15 +128,16 @@ def search(  # noqa: PLR0913 (options)
     option: Options = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    url: Url = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that hfvlm did not write.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search a folder of embeddings; several queries are added."""
+    """Search a folder of embeddings, wherever its vectors are; several queries are added."""
     from hfvlm.cli.outputs import check_image, check_page
-    from hfvlm.inference.embed import read_captions, read_embedder, read_settings, read_vectors
+    from hfvlm.inference.embed import nothing, open_vectors, read_embedder, read_settings
     from hfvlm.inference.pages import draw_grid, write_page
-    from hfvlm.inference.search import query_vector
+    from hfvlm.inference.search import nearest_rows, query_vector
 
     given = {"text": text, "image": image, "audio": audio, "video": video, "depth": depth, "thermal": thermal}
     queries = {modality: list(values) for modality, values in (given | {"imu": imu}).items() if values}
@@ -123,22 +145,20 @@ def search(  # noqa: PLR0913 (options)
     check_image(grid, overwrite=overwrite)
     known = list(read_settings(index)["columns"])
     among = chosen(among, known, "--among") if among else "image" if "image" in known else known[0]
-    vectors, paths = read_vectors(index, among)
-    if not len(vectors):
-        raise ValueError(f"{index}: no {among} was embedded: its run was stopped, or every row had an error.")
     options = {"device": checked_device(device)} | ({} if dtype == "auto" else {"dtype": checked_dtype(dtype)})
-    with status(f"searching {index}"):
+    with closing(open_vectors(index, among, url)) as store, status(f"searching {index}"):
         embedder = read_embedder(index, list(queries) or None, **options)
-        hits = vectors.search(query_vector(embedder, queries, processor_options(option)), k)
-    captions = read_captions(index)
+        found = nearest_rows(store, among, query_vector(embedder, queries, processor_options(option)), k)
+    if not found:
+        raise nothing(index, among)
     if as_json:
-        print_json([
-            {"id": name, "score": score, "path": paths.get(str(name)), "text": captions.get(str(name))}
-            for name, score in hits
-        ])  # fmt: skip
+        print_json([{"id": hit.id, "score": hit.score, "path": hit.path, "text": hit.caption} for hit in found])
     else:
-        for name, score in hits:
-            print_text(f"{score:.4f}  {line(name)}")
+        for hit in found:
+            print_text(f"{hit.score:.4f}  {line(hit.id)}")
+    hits = [(hit.id, hit.score) for hit in found]
+    paths = {hit.id: hit.path for hit in found if hit.path}
+    captions = {hit.id: hit.caption for hit in found if hit.caption}
     if html is not None:
         title = " + ".join(query for values in queries.values() for query in values)
         write_page(hits, paths, title, html, modality=among, captions=captions, queries=queries)

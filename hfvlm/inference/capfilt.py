@@ -12,6 +12,7 @@ from hfvlm.inference.adapters import load_model, processor_of
 from hfvlm.inference.captioner import Captioner
 from hfvlm.inference.pins import content_hash, pinned_data
 from hfvlm.inference.shards import Row, Run, Tables, absolute, earlier_data, named, open_rows, run_shards
+from hfvlm.inference.stores import ParquetStore
 from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
 from hfvlm.media.rows import first_caption
@@ -84,9 +85,11 @@ def capfilt(  # noqa: PLR0913 (each defines the content)
         torch.manual_seed(seed * 1_000_003 + number)
         return models.shard(shard, found, id_column, batch_size, threshold)
 
-    data = pinned_data(source, split, earlier_data(Path(output)))
-    run_shards(rows, Run(Path(output), CAPTIONS, SETTINGS, shard_rows, settings, data, about), tables)
-    return Path(output)
+    output = Path(output)
+    data = pinned_data(source, split, earlier_data(output))
+    run = Run(output, ParquetStore(output, CAPTIONS), SETTINGS, shard_rows, settings, data, about)
+    run_shards(rows, run, tables)
+    return output
 
 
 def caption_or_none(value: Any) -> str | None:

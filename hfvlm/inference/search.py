@@ -1,13 +1,20 @@
 """Search among embeddings, with queries of any modality and sums of them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hfvlm.checks.ranges import check_number
+import numpy as np
+
+from hfvlm.checks.ranges import check_integer, check_number
 from hfvlm.inference.embedder import Embedder, combine
+from hfvlm.inference.stores import Store, matrix
+from hfvlm.inference.vectors import as_array, unit_rows
 
 # "snow::0.5" has half the weight of "snow".
 SEPARATOR = "::"
+# Rows besides the hits that a store is asked for, and the most by which its float32 products may be off, twice.
+MORE, DOUBT = 16, 1e-5
 
 
 def weighed(query: Any) -> tuple[Any, float]:
@@ -52,3 +59,49 @@ def query_vector(
     given = {modality: dict(values) for modality, values in (options or {}).items()}
     vectors = [embedder.encode(**source, options=given) for source in sources]
     return combine(*vectors, weights=[weight for _, _, weight in parts])
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row that was found.
+
+    Args:
+        id: of the row.
+        score: the cosine with the query.
+        path: of its media file, where it has one.
+        caption: where texts were embedded.
+    """
+
+    id: str
+    score: float
+    path: str | None
+    caption: str | None
+
+
+def nearest_rows(store: Store, modality: str, query: Any, k: int) -> list[Hit]:
+    """Find the rows that are nearest to a query, the nearest first; of equal ones the first row.
+
+    Stores add in orders of their own: what they find is compared again, in float64, and more is asked for until what
+    they left out cannot be among the hits.
+
+    Raises:
+        ValueError: k is no number of hits, or the query is of another length, zero or not finite.
+    """
+    check_integer("k", k)
+    exact = unit_rows(as_array(query).astype(np.float64))
+    if exact.shape != (size := store.sizes()[modality],):
+        raise ValueError(f"{modality}: the folder has vectors of {size} numbers, not of {exact.shape[-1]}.")
+    count = k + MORE
+    while True:
+        found = store.nearest(modality, exact.astype(np.float32), count)
+        if not len(found):
+            return []
+        # Row by row: a product of matrices depends, in its last digits, on the number of rows.
+        scores = (unit_rows(matrix(found[modality]).astype(np.float64)) * exact).sum(axis=1).astype(np.float32)
+        order = np.lexsort((found["row"].to_numpy(), -scores))[:k]
+        if len(found) < count or scores[order[-1]] - scores.min() > DOUBT:
+            break
+        count *= 4
+    rows = found.take(order)
+    about = [rows[name].to_pylist() if name in rows.column_names else [None] * k for name in ("id", "path", "caption")]
+    return [Hit(name, float(scores[i]), *rest) for i, name, *rest in zip(order, *about, strict=False)]

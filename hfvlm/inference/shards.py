@@ -1,9 +1,10 @@
-"""Runs over whole data sets that write Parquet shards, and may be killed and started again."""
+"""Runs over whole data sets that write shards, and may be killed and started again."""
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from hfvlm.checks.ranges import check_integer
 from hfvlm.inference.pins import Pins, difference
+from hfvlm.inference.stores import Store
 from hfvlm.logs import shows_progress
 from hfvlm.media.rows import columns_by_name, load_rows, path_of
 from hfvlm.writing import replaced
@@ -24,7 +26,11 @@ logger = logging.getLogger(__name__)
 Row = tuple[int, dict[str, Any]]
 # A shard's table, and the rows of its errors, with "row" and "error".
 Tables = tuple[Any, list[dict[str, Any]]]
+# A shard's number, the number of its rows, and its tables.
+Result = tuple[int, int, Any, list[dict[str, Any]]]
 FILES = "files.json"
+# Settings of runs from before there was a choice.
+EARLIER = {"to": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Run:
 
     Args:
         output: the folder.
-        name: of the shards, `<name>-<n>.parquet`.
+        store: what takes the shards.
         settings_name: of the file with the settings.
         shard_rows: rows of a shard.
         settings: a folder that was begun with others is refused.
@@ -42,7 +48,7 @@ class Run:
     """
 
     output: Path
-    name: str
+    store: Store
     settings_name: str
     shard_rows: int
     settings: Mapping[str, Any]
@@ -51,10 +57,6 @@ class Run:
 
     def __post_init__(self) -> None:
         check_integer("shard_rows", self.shard_rows)
-
-    def shard(self, number: int) -> Path:
-        """Return the path of a shard."""
-        return self.output / f"{self.name}-{number:05}.parquet"
 
     def check(self) -> None:
         """Refuse a folder that an earlier run began with anything else, or that is not one of such a run.
@@ -66,10 +68,10 @@ class Run:
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output}: is a file; choose another output.")
         if not path.exists():
-            if foreign := sorted(self.output.glob(f"{self.name}-*.parquet")):
-                raise ValueError(f"{self.output}: holds {foreign[0].name}, but no {path.name}: choose another output.")
+            if foreign := self.store.foreign():
+                raise ValueError(f"{self.output}: holds {foreign}, but no {path.name}: choose another output.")
             return
-        earlier, settings = read_json(path), json.loads(json.dumps(self.settings))
+        earlier, settings = EARLIER | read_json(path), json.loads(json.dumps(self.settings))
         if other := [name for name in settings if earlier.get(name) != settings[name]]:
             raise ValueError(
                 f"{path}: this folder was begun with another {', '.join(other)}: choose another output, or remove it."
@@ -79,6 +81,7 @@ class Run:
                 f"{self.output}: this folder was begun with other files, of which now are {found}: choose another "
                 "output, or remove this one to begin again."
             )
+        self.store.resume(self.shard_rows)
 
     def begin(self) -> None:
         """Write what the run depends on, the settings last."""
@@ -91,35 +94,53 @@ class Run:
             settings = {**self.about, **self.settings, "shard_rows": self.shard_rows}
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def missing_shards(self, rows: Any) -> Iterator[tuple[int, list[Row]]]:
-        """Yield the shards that do not exist yet and that fall to this process: numbers and numbered rows.
+    def write(self, number: int, table: Any, errors: list[dict[str, Any]]) -> None:
+        """Write a shard, its errors before its rows."""
+        import pyarrow
+        from pyarrow import parquet
 
-        Raises:
-            ValueError: there is no row.
-        """
-        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        number = 0
-        while self.shard(number).exists():
-            number += 1
-        remaining = iter(rows.skip(number * self.shard_rows))
-        while True:
-            wanted = number % processes == rank and not self.shard(number).exists()
-            part = enumerate(islice(remaining, self.shard_rows))
-            shard = [(number * self.shard_rows + i, row if wanted else {}) for i, row in part]
-            if not shard:
-                if number == 0:
-                    raise ValueError("The data set holds no rows.")
-                return
-            if wanted:
-                yield number, shard
-            number += 1
+        self.begin()
+        if errors:
+            with replaced(self.output / f"errors-{number:05}.parquet") as file:
+                parquet.write_table(pyarrow.Table.from_pylist(errors), file)
+        self.store.write(number, table)
+
+
+def missing_shards(rows: Any, shard_rows: int, complete: Container[int]) -> Iterator[tuple[int, list[Row]]]:
+    """Yield the shards that are not complete and that fall to this process: numbers and numbered rows.
+
+    Args:
+        rows: a data set that streams.
+        shard_rows: rows of a shard.
+        complete: the numbers of complete shards.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    rank, number = int(os.environ.get("RANK", "0")), 0
+    while number in complete:
+        number += 1
+    remaining = iter(rows.skip(number * shard_rows))
+    while True:
+        wanted = number % processes() == rank and number not in complete
+        part = enumerate(islice(remaining, shard_rows))
+        shard = [(number * shard_rows + i, row if wanted else {}) for i, row in part]
+        if not shard:
+            if number == 0:
+                raise ValueError("The data set holds no rows.")
+            return
+        if wanted:
+            yield number, shard
+        number += 1
+
+
+def processes() -> int:
+    """Count the processes that torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], Tables]) -> None:
-    """Write `<name>-<n>.parquet` for every shard, and `errors-<n>.parquet` where there are any.
-
-    A file appears when it is complete, the shard's errors before its rows; a shard that exists is skipped. Several
-    processes (torchrun, accelerate) share the shards. A run that fails before its first shard leaves nothing.
+    """Write every shard that is missing, one after the other, as `write_shards`.
 
     Args:
         rows: a data set that streams.
@@ -127,30 +148,45 @@ def run_shards(rows: Any, run: Run, tables: Callable[[list[Row], int], Tables]) 
         tables: a shard's rows and its number -> a pyarrow table of results, and the rows of errors.
 
     Raises:
-        ValueError: the folder was begun with other settings or files, holds something else, or there are no rows.
+        ValueError: as `write_shards`, or there are no rows.
     """
-    import pyarrow
-    from pyarrow import parquet
 
-    run.check()
+    def results() -> Iterator[Result]:
+        for number, shard in missing_shards(rows, run.shard_rows, run.store.shards()):
+            yield number, len(shard), *tables(shard, number)
+
+    write_shards(run, results())
+
+
+def write_shards(run: Run, results: Iterable[Result]) -> None:
+    """Write shards in the order in which they come, and `errors-<n>.parquet` where there are any.
+
+    A shard appears when it is complete. Several processes (torchrun, accelerate) share the shards. A run that fails
+    before its first shard leaves nothing.
+
+    Args:
+        run: the output, and what it depends on.
+        results: of each shard its number, its number of rows, a pyarrow table, and the rows of errors; nothing is
+            computed before the first is taken.
+
+    Raises:
+        ValueError: the folder was begun with other settings or files, or holds something else.
+    """
     failed, first, total = 0, "", 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     shown = Console(stderr=True, quiet=not shows_progress())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=shown) as progress:
+    with closing(run.store), Progress(*columns, TextColumn("{task.fields[rate]}"), console=shown) as progress:
+        run.check()
         task = progress.add_task("rows", total=None, rate="")
-        for number, shard in run.missing_shards(rows):
-            table, errors = tables(shard, number)
-            run.begin()
+        for number, count, table, errors in results:
+            run.write(number, table, errors)
             if errors:
                 failed, first = failed + len(errors), first or f"row {errors[0]['row']}: {errors[0]['error']}"
-                with replaced(run.output / f"errors-{number:05}.parquet") as file:
-                    parquet.write_table(pyarrow.Table.from_pylist(errors), file)
-            with replaced(run.shard(number)) as file:
-                parquet.write_table(table, file)
-            total += len(shard)
-            progress.advance(task, len(shard))
+            total += count
+            progress.advance(task, count)
             speed = progress.tasks[0].speed
             progress.update(task, rate=f"{speed:.1f} rows/s" if speed else "")
+        run.store.finish()
     if failed:
         logger.warning(
             "%s: %d of %d rows are errors, see errors-*.parquet; the first, %s", run.output, failed, total, first

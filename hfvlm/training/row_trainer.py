@@ -78,14 +78,24 @@ class GuardedTrainer(Trainer):
         check_loss(loss, self.state.global_step + 1, self.args)
         return loss
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save as `Trainer`, unless weights are not finite.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Save as `Trainer`, unless weights are not finite; of sharded parameters the whole model, which transformers
+        leaves out where checkpoints are sharded.
 
         Raises:
             TrainingError: they are not.
         """
         check_weights(self.model, self.state.global_step)
-        super().save_model(*args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and not _internal_call else None
+        if plugin is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(of_checkpoints)
 
 
 class RowTrainer(GuardedTrainer):

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import hfvlm
 from hfvlm.cli.commands import app
-from hfvlm.inference.embed import count_rows, embed, read_embedder, read_vectors
+from hfvlm.inference.embed import count_rows, embed, read_captions, read_embedder, read_vectors
 from hfvlm.inference.embedder import Embedder
 from hfvlm.inference.search import weighed
+from hfvlm.inference.stores import DatabaseStore
 from hfvlm.media.rows import load_rows
 from hfvlm.samples import scenes
-from tests.support.paths import EXAMPLES
-from tests.support.processes import forks, run_script
+from tests.support.processes import forks
 
 KINDS = scenes.all_scenes()
 
@@ -366,20 +366,43 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert "no folder of `hfvlm embed`" in str(result.exception)
 
 
-@pytest.mark.integration
-@pytest.mark.filterwarnings("ignore")
-def test_embedding_on_a_cluster_of_one(embedded, folder, clip_folder, tmp_path):
-    ray = pytest.importorskip("ray", reason="comes with hfvlm[ray]")
-    options = {"--model": clip_folder, "--pictures": folder, "--output": tmp_path / "out", "--batch-size": 10}
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        run_script(EXAMPLES / "embed_with_ray.py", *[part for pair in options.items() for part in pair])
-    finally:
-        ray.shutdown()
-    rows = [row for path in (tmp_path / "out").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
-    expected, _ = read_vectors(embedded, "image")
-    vectors = {row["path"]: row["image"] for row in rows if not row["error"]}
-    assert len(rows) == 48
-    assert {Path(row["path"]).name for row in rows if row["error"]} == {"05.png", "40.png"}
-    for name, vector in zip(expected.ids, expected.vectors, strict=True):
-        np.testing.assert_allclose(vectors[name], vector, atol=1e-5)
+@pytest.mark.parametrize("to", ["lancedb", "qdrant"])
+def test_a_database_answers_as_files_do(to, embedded, folder, clip_folder, tmp_path, monkeypatch):
+    """Begun, stopped in the middle, gone on with, and searched from a terminal."""
+    pytest.importorskip({"lancedb": "lancedb", "qdrant": "qdrant_client"}[to], reason=f"comes with hfvlm[{to}]")
+    insert, calls = DatabaseStore.write, []
+
+    def stopped(store, number, table):
+        if number == 1:
+            store.insert(table.slice(0, 5))
+            raise KeyboardInterrupt
+        calls.append(number)
+        insert(store, number, table)
+
+    output, options = tmp_path / "out", {"batch_size": 8, "shard_rows": 20, "to": to}
+    with monkeypatch.context() as patch:
+        patch.setattr(DatabaseStore, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            embed(folder, output, clip_folder, **options)
+    assert calls == [0]
+    embed(folder, output, clip_folder, **options)
+    assert count_rows(output) == count_rows(embedded) == (46, 2)
+    for modality in ("image", "text"):
+        (expected, paths), (found, found_paths) = (read_vectors(each, modality) for each in (embedded, output))
+        assert (found.ids, found_paths) == (expected.ids, paths)
+        np.testing.assert_array_equal(found.vectors, expected.vectors)
+    assert read_captions(output) == read_captions(embedded)
+    for arguments in (
+        ["--text", "a large red circle", "-k", "9"],
+        ["--image", str(folder / "11.png"), "--among=text"],
+    ):
+        printed = [
+            CliRunner().invoke(app, ["search", str(each), *arguments, "--json"]).output for each in (embedded, output)
+        ]
+        assert len(json.loads(printed[0])) in (9, 10)
+        assert printed[0] == printed[1]
+    with pytest.raises(ValueError, match="begun with another to"):
+        embed(folder, output, clip_folder, batch_size=8, shard_rows=20)
+    shutil.move(output / "embed.json", tmp_path)
+    with pytest.raises(ValueError, match="but no embed.json"):
+        embed(folder, output, clip_folder, **options)
