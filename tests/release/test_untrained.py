@@ -36,7 +36,7 @@ def test_the_class_can_be_chosen(tmp_path):
 
 
 def test_what_there_is_no_sample_of(tmp_path):
-    with pytest.raises(ValueError, match="no untrained clap; there are blip, "):
+    with pytest.raises(ValueError, match="no untrained clap; there are align, blip, "):
         untrained("clap", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
