@@ -104,7 +104,8 @@ MIXED = "right answers about colours, numbers and places of kinds that are held 
 def llava(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     model, processor = untrained("llava", seed)
-    return {MIXED: ask((model, processor), about_groups, seed, steps_of(400, effort))}
+    processor = in_conversation(processor, "mistral_instruct")  # the shortest
+    return {MIXED: ask((model, processor), about_groups, seed, steps_of(400, effort), system=False)}
 
 
 @learns("qwen_vl", "the same, behind a resampler of few tokens", BLIND)

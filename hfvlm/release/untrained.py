@@ -22,7 +22,7 @@ from hfvlm.writing import new_folder
 WORDS = "what where how many is are the a an of in on and there this picture image shape colour dog cat no yes ? ."
 CHARACTERS = "一只个张的照片图画里有什么在上下红绿蓝黄紫白色大小圆正方三角形十字猫狗人是不吗。"
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PIECES = 300
+PIECES, LENGTH = 300, 40
 
 
 def untrained(
@@ -150,8 +150,10 @@ def _pieces(scratch: Path, **options: Any) -> Path:
 
 
 def _with_unigrams(preset: Preset, scratch: Path) -> tuple[Any, Any]:
-    """Return a vocabulary of SigLIP's kind."""
-    return _parts(preset, {}, _pieces(scratch, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+    """Return a vocabulary of SigLIP's kind; its pieces are short, and texts have more of them than the preset's."""
+    path = _pieces(scratch, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    text = {**preset.config["text_config"], "max_position_embeddings": LENGTH}
+    return _parts(preset, {"text_config": text}, path, tokenizer={"model_max_length": LENGTH})
 
 
 def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:

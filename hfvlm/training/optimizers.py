@@ -12,7 +12,7 @@ class _Layerwise(Optimizer):
     """Optimizer whose step of each tensor is rescaled to the length of the tensor itself."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; return what `closure`, which computes the gradients, returns."""
         loss = None
         if closure is not None:
