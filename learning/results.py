@@ -88,7 +88,7 @@ def table(results: Results, entries: dict[str, Entry]) -> str:
             for seconds in [f"{run['seconds']:.0f}"]
         ]
     lines.insert(1, ["---"] * len(lines[0]))
-    parts = ["\n".join(notes), "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    parts = ["\n".join(notes), "\n".join(f"| {' | '.join(line)} |" for line in lines)] if notes else []
     if absent:
         parts.append(f"Not run yet, and so without numbers: {', '.join(absent)}.")
     return "\n" + "\n\n".join(parts) + "\n"

@@ -13,14 +13,13 @@ from tests.support.paths import ROOT
 ENTRIES = entries()
 # Share of the steps after which a model must be better than its baseline, and by how much; the quick ones run with all
 # other tests.
-SHORT = {"siglip": (0.12, 0.05)}
+SHORT = {"filip": (0.1, 0.15)}
 LONGER = {name: (0.5, 0.1) for name in ENTRIES if name not in SHORT}
 
 
 def assert_learns(name, effort, margin):
     for measure, scores in ENTRIES[name].run(0, effort).items():
         assert len(scores.seeing) == len(scores.blind) >= 40
-        assert set(np.unique(scores.seeing)) - {0.0} or scores.seeing.any(), measure
         assert scores.seeing.mean() > scores.blind.mean() + margin, measure
 
 

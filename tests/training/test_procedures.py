@@ -81,7 +81,7 @@ def test_clip_is_pretrained_by_the_papers_schedule(data, clip_folder, tmp_path, 
         "logit_scale.scale"
     } <= moved
     assert AutoModel.from_pretrained(tmp_path / "out").logit_scale.exp().item() <= 100.001
-    assert metrics["eval_loss"] > 0
+    assert math.isfinite(metrics["eval_loss"])
 
 
 def stop_after(steps):
