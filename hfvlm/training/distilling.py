@@ -131,7 +131,7 @@ class DistillationTrainer(ContrastiveTrainer):
         finally:
             self.taught = None
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, divided(inputs)[0], *args, **kwargs)
 
     def contrast(self, output: ModelOutput) -> Tensor:
@@ -139,8 +139,9 @@ class DistillationTrainer(ContrastiveTrainer):
         if self.taught is None:
             return super().contrast(output)
         a, b, scale = pair_of(output)
+        theirs_a, theirs_b, theirs = self.taught
         with torch.autocast(self.args.device.type, enabled=False):
-            loss = affinity_loss(a, b, *self.taught[:2], scale, self.taught[2], group=self.group)
+            loss = affinity_loss(a, b, theirs_a, theirs_b, scale, theirs, group=self.group)
         if self.teacher.share < 1:
             return self.teacher.share * loss + (1 - self.teacher.share) * super().contrast(output)
         self.watch.see(output, self.state.global_step + 1, self.args)

@@ -113,5 +113,6 @@ class TwoViewTrainer(RowTrainer):
         if _internal_call or not self.args.should_save:
             return
         model: Any = self.accelerator.unwrap_model(self.model)
+        collator: Any = self.data_collator
         model.model.save_pretrained(folder)
-        self.data_collator.image_processor.save_pretrained(folder)
+        collator.image_processor.save_pretrained(folder)
