@@ -13,11 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.utils import logging
-
 from learning.entries import entries
-from learning.results import PAGE, RESULTS, SEEDS, keep, missing, read, run, write_page
+from learning.results import PAGE, RESULTS, SEEDS, keep, missing, read, run_one, write_page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,15 +57,6 @@ def run_all(names: list[str], options: argparse.Namespace) -> int:
             if found is not None:
                 store(name, seed, found, options.results)
     return failed
-
-
-def run_one(name: str, seed: int, start: float, minutes: float | None) -> dict[str, Any] | None:
-    """Run one entry, in a process of its own, unless the time is up."""
-    if minutes is not None and time.monotonic() - start > 60 * minutes:
-        return None
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    return run(entries()[name], seed)
 
 
 def store(name: str, seed: int, found: dict[str, Any], path: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers.utils import logging
 
 from hfvlm.evaluation.bootstrap import interval
 from hfvlm.writing import replaced
-from learning.entries import Entry, Scores
+from learning.entries import Entry, Scores, entries
 
 FOLDER = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = FOLDER / "generators" / "learning.json", FOLDER / "learning.md"
@@ -40,6 +42,15 @@ def run(entry: Entry, seed: int, effort: float = 1.0) -> dict[str, Any]:
     scores = entry.run(seed, effort)
     seconds = time.process_time() - start
     return {"seconds": round(seconds, 1), "measures": {name: measured(each) for name, each in scores.items()}}
+
+
+def run_one(name: str, seed: int, start: float, minutes: float | None) -> dict[str, Any] | None:
+    """Run an entry in a process of its own, unless so many minutes have passed since `start`, by `time.monotonic`."""
+    if minutes is not None and time.monotonic() - start > 60 * minutes:
+        return None
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    return run(entries()[name], seed)
 
 
 def measured(scores: Scores) -> dict[str, Any]:

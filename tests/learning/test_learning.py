@@ -1,6 +1,8 @@
 """What small models learn: the register, the results, and a shortened form of each entry."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +82,18 @@ def test_the_page_is_that_of_the_results(tmp_path):
     assert page.read_text() == results.PAGE.read_text()
     known = json.loads(results.RESULTS.read_text()) if results.RESULTS.exists() else {}
     assert set(known) <= set(ENTRIES)
+
+
+@pytest.mark.integration  # it starts two interpreters
+def test_the_command_starts_processes_and_stops_when_its_time_is_up(tmp_path):
+    page = tmp_path / "learning.md"
+    page.write_text(f"{results.BEGIN}\n{results.END}\n")
+    given = ["clip", "--seeds", "0", "--minutes", "0", "--results", tmp_path / "results.json", "--write", page]
+    done = subprocess.run(
+        [sys.executable, "-m", "learning", *map(str, given)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "without numbers: align" in page.read_text()
 
 
 def test_an_unknown_entry_is_named(capsys):
