@@ -12,7 +12,7 @@ OLDEST := 5.4.0
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-quick bench-options test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity open-clip wheel release-check clean
+.PHONY: help demo bench bench-quick bench-options test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity learn open-clip wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -73,6 +73,9 @@ docs: $(VENV)/.docs ## build the documentation's site into site/, every link che
 
 parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others)
 	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity
+
+learn: $(VENV)/.dev ## train a small model of every architecture, two seeds each, and write docs/learning.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m learning
 
 open-clip: $(VENV)/.dev ## write docs/open_clip.md, the preset of each of open_clip's tags
 	$(BIN)/python -m docs.generators.open_clip

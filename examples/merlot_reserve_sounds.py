@@ -164,9 +164,14 @@ def fit(model: HfvlmMERLOTReserveForPreTraining, videos: Videos, options: argpar
             print(f"step {step}: {', '.join(losses)}", flush=True)
 
 
-@torch.no_grad()
 def judge(folder: Path, videos: Videos, count: int) -> float:
     """The share of masks of audio whose best tone, of one for each colour, is that of the segment's colour."""
+    return float(np.mean(masks_found(folder, videos, count)))
+
+
+@torch.no_grad()
+def masks_found(folder: Path, videos: Videos, count: int) -> list[bool]:
+    """Whether the best tone is the right one, for each mask."""
     model = HfvlmMERLOTReserveModel.from_pretrained(folder).eval()
     clips = torch.cat([videos.sounds[colour][:3].flatten(0, 1) for colour in TONES])
     tones = unit(model.get_audio_features(clips).pooler_output).unflatten(0, (len(TONES), -1)).mean(dim=1)
@@ -179,7 +184,7 @@ def judge(folder: Path, videos: Videos, count: int) -> float:
         for row, place in (rows[..., 0] == model.config.audio_mask_token_id).nonzero().tolist():
             colour = shown[row // groups][int(rows[row, place, 1]) // CLIPS].colour
             right.append(list(TONES)[int((tones @ found[row, place]).argmax())] == colour)
-    return float(np.mean(right))
+    return right
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from hfvlm.losses.best_query import best_query_loss, best_query_scores
 from hfvlm.losses.candidates import candidate_losses
 from hfvlm.losses.captioning import average_losses, captioning_loss, token_losses
 from hfvlm.losses.contrastive import contrastive_loss
-from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
+from hfvlm.losses.distillation import affinity_loss, distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
+from hfvlm.losses.nt_xent import nt_xent_loss
 from hfvlm.losses.output_layer import output_layer_loss
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
 
@@ -22,6 +23,7 @@ PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 __all__ = [
     "PAIR_LOSSES",
+    "affinity_loss",
     "average_losses",
     "best_query_loss",
     "best_query_scores",
@@ -32,6 +34,7 @@ __all__ = [
     "focal_contrastive_loss",
     "late_interaction_loss",
     "late_interaction_scores",
+    "nt_xent_loss",
     "output_layer_loss",
     "sigmoid_loss",
     "soft_contrastive_loss",

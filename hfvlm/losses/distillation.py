@@ -1,4 +1,4 @@
-"""Softmax over candidates that a slowly moving teacher remembers, against targets that are not all or nothing."""
+"""Softmax against targets that are a teacher's: over candidates that it remembers, or over the rows of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from hfvlm.checks.ranges import check_number
-from hfvlm.losses.blocks import in_full_precision, row_blocks
-from hfvlm.losses.processes import check_equal_rows, rank_and_size, sum_over
+from hfvlm.losses.blocks import check_pairs, in_full_precision, row_blocks
+from hfvlm.losses.processes import check_equal_rows, gather_rows, rank_and_size, sum_over
+from hfvlm.losses.soft_pairs import soft_pairs
 
 Targets = Tensor | Callable[[slice], Tensor]
 
@@ -62,6 +63,49 @@ def distilled_targets(
     check_number("distillation", distillation, 0, 1)
     shares = right.to(teacher) / right.sum(dim=1, keepdim=True)
     return distillation * (teacher @ candidates.t() * logit_scale).softmax(dim=1) + (1 - distillation) * shares
+
+
+def affinity_loss(
+    a: Tensor,
+    b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    logit_scale: Tensor,
+    teacher_scale: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of a dual encoder's similarities in a batch against its teacher's, in both directions,
+    averaged (affinity mimicking of TinyCLIP, https://arxiv.org/abs/2309.12314, section 3.1, which adds the two).
+
+    The teacher's embeddings may have another size; they get no gradient.
+
+    Args:
+        a: `(B, D)` embeddings of unit length.
+        b: `(B, D)`, row i belongs to row i of `a`.
+        teacher_a: `(B, E)`, the teacher's of the same rows, of unit length.
+        teacher_b: `(B, E)`.
+        logit_scale: the temperature's inverse, already exponentiated; of one element.
+        teacher_scale: the teacher's.
+        group: see `contrastive_loss`.
+
+    Raises:
+        ValueError: there are not as many rows of each, or the processes hold different numbers of rows.
+    """
+    check_pairs(a, b)
+    check_pairs(teacher_a, teacher_b)
+    if len(a) != len(teacher_a):
+        raise ValueError(f"The teacher embedded {len(teacher_a)} rows, and the student {len(a)}.")
+    ours, theirs = (a, b), (teacher_a.detach(), teacher_b.detach())
+    losses = []
+    for queries, keys, teachers, others in ((*ours, *theirs), (*ours[::-1], *theirs[::-1])):
+        everything = gather_rows(others, group)
+
+        def similar(rows: slice, logits: Tensor, teachers: Tensor = teachers, every: Tensor = everything) -> Tensor:
+            return (teachers[rows].to(logits) @ every.to(logits).t() * teacher_scale).softmax(dim=1)
+
+        losses.append(soft_pairs(queries, keys, logit_scale, similar, group))
+    return (losses[0] + losses[1]) / 2
 
 
 class _SoftContrastive(torch.autograd.Function):

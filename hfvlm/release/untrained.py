@@ -22,7 +22,7 @@ from hfvlm.writing import new_folder
 WORDS = "what where how many is are the a an of in on and there this picture image shape colour dog cat no yes ? ."
 CHARACTERS = "一只个张的照片图画里有什么在上下红绿蓝黄紫白色大小圆正方三角形十字猫狗人是不吗。"
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PIECES = 300
+PIECES, LENGTH = 300, 40
 
 
 def untrained(
@@ -149,6 +149,13 @@ def _pieces(scratch: Path, **options: Any) -> Path:
     return scratch / "tokenizer.model"
 
 
+def _with_unigrams(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of SigLIP's kind; its pieces are short, and texts have more of them than the preset's."""
+    path = _pieces(scratch, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    text = {**preset.config["text_config"], "max_position_embeddings": LENGTH}
+    return _parts(preset, {"text_config": text}, path, tokenizer={"model_max_length": LENGTH})
+
+
 def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     """Return a vocabulary of tiktoken's kind: single bytes, and pairs up to the number that the preset has."""
     size = preset.make_config().text_config.pad_token_id
@@ -164,30 +171,64 @@ def _with_ranks(preset: Preset, scratch: Path) -> tuple[Any, Any]:
 
 def _with_byte_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     """Return a vocabulary of BART's kind, learned from the captions of scenes."""
+    _byte_pairs("<s>", "<pad>", "</s>", "<unk>").model.save(str(scratch))
+    return _parts(preset, {}, scratch / "vocab.json")
+
+
+def _with_opt_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of OPT's kind; a new line ends what is generated."""
+    engine = _byte_pairs("<s>", "<pad>", "</s>", "<unk>")
+    engine.model.save(str(scratch))
+    text = {**preset.config["text_config"], "eos_token_id": engine.token_to_id("Ċ")}
+    return _parts(preset, {"text_config": text}, scratch / "vocab.json")
+
+
+def _with_neox_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of GPT-NeoX's kind, and the tokens that Flamingo adds."""
+    from tokenizers import decoders
+
+    engine = _byte_pairs("<|endoftext|>")
+    engine.decoder = decoders.ByteLevel()
+    engine.save(str(scratch / "tokenizer.json"))
+    size = engine.get_vocab_size()
+    ids = {"eos_token_id": size, "image_token_id": size + 1, "pad_token_id": size + 2}
+    text = {**preset.config["text_config"], "vocab_size": size + 3}
+    return _parts(preset, {"text_config": text, **ids}, scratch / "tokenizer.json")
+
+
+def _byte_pairs(*special: str) -> Any:
+    """Learn byte pairs from the captions of scenes -> an engine of tokenizers."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, **options)
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=list(special), **options)
     engine.train_from_iterator((f" {scene.caption()}" for scene in all_scenes()), trainer)
-    engine.model.save(str(scratch))
-    return _parts(preset, {}, scratch / "vocab.json")
+    return engine
 
 
 KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
+    "align": _with_pieces_of_words,
     "blip": _with_words,
+    "blip2": _with_opt_pairs,
+    "clip": _with_bytes,
     "coca": _with_bytes,
     "dalle_mini": _with_byte_pairs,
+    "filip": _with_bytes,
+    "flamingo": _with_neox_pairs,
+    "flava": _with_pieces_of_words,
     "imagebind": _with_bytes,
+    "languagebind": _with_bytes,
     "llava": _with_pieces,
     "mammut": _with_bytes,
     "pali": _with_mt5_pieces,
     "paligemma": _with_gemma_pieces,
     "painter": lambda preset, _: _parts(preset, {}),
+    "pg_video_llava": _with_pieces,
     "qwen_vl": _with_ranks,
     "shikra": _with_pieces,
+    "siglip": _with_unigrams,
     "video_chatgpt": _with_pieces,
     "vilbert": _with_pieces_of_words,
     "wukong": _with_characters,

@@ -1,5 +1,6 @@
 """Seeded augmentations of images: each takes an image and a `numpy.random.Generator`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log, sqrt
 
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.media.resizing import crop_or_pad
 
 TRIES = 10
 
@@ -96,3 +98,23 @@ class RandomCropAndFlip:
         image = image.convert("RGB").resize((width, height), Image.Resampling(self.resample))
         image = image.crop((left, top, left + self.size, top + self.size))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+@dataclass(frozen=True)
+class Framed:
+    """An augmentation whose result gets a border, of which a processor that crops the centre of what it resized leaves
+    nothing: it does not crop an image twice.
+
+    Args:
+        change: makes a square of the processor's size.
+        resized: the edge that the processor resizes to.
+    """
+
+    change: Callable[[Image.Image, np.random.Generator], Image.Image]
+    resized: int
+
+    def __post_init__(self) -> None:
+        check_integer("resized", self.resized)
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        return crop_or_pad(self.change(image, random), (self.resized, self.resized), 0)

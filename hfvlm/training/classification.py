@@ -26,13 +26,21 @@ class LabelCollator(ContrastiveCollator):
         label_column: of the labels, names or numbers.
         numbers: of the labels, from 0.
         augment: see `ContrastiveCollator`.
+        labelled: whether every row has a label; else those without the column have none, as where a teacher labels.
     """
 
     def __init__(
-        self, processor: Any, column: str, label_column: str, numbers: Mapping[Any, int], *, augment: Any = None
+        self,
+        processor: Any,
+        column: str,
+        label_column: str,
+        numbers: Mapping[Any, int],
+        *,
+        augment: Any = None,
+        labelled: bool = True,
     ):
         super().__init__(processor, {"image": column}, augment=augment)
-        self.label_column, self.numbers = label_column, dict(numbers)
+        self.label_column, self.numbers, self.labelled = label_column, dict(numbers), labelled
         self.image_processor = getattr(processor, "image_processor", processor)
 
     def read(self, row: Mapping[str, Any], random: np.random.Generator | None) -> dict[str, Any]:
@@ -41,10 +49,13 @@ class LabelCollator(ContrastiveCollator):
         Raises:
             KeyError: the label is none of those of training.
         """
-        label = row[self.label_column]
-        if label not in self.numbers:
-            raise KeyError(f"{self.label_column} {label!r} is no label of the rows that are trained on.")
-        return super().read(row, random) | {"label": self.numbers[label], "training": random is not None}
+        found = super().read(row, random) | {"label": IGNORE, "training": random is not None}
+        if self.labelled or self.label_column in row:
+            label = row[self.label_column]
+            if label not in self.numbers:
+                raise KeyError(f"{self.label_column} {label!r} is no label of the rows that are trained on.")
+            found["label"] = self.numbers[label]
+        return found
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate rows of `Rows`; in evaluations, rows that replace unreadable ones have no label."""
@@ -97,16 +108,45 @@ def labels_of(rows: Any, column: str, source: str) -> tuple[dict[Any, int], list
 def load_classifier(folder: str, names: Sequence[str]) -> Any:
     """Load the image classifier of a model's tower, with a new last layer unless the folder's has as many labels.
 
+    Of a model without a classifier of its own, as LLaVA, it is that of the architecture whose tower it has.
+
     Raises:
-        ValueError: hfvlm has no classifier of this model.
+        ValueError: hfvlm has no classifier of this model or of its tower, or the folder lacks a part of the tower.
     """
     config = AutoConfig.from_pretrained(folder)
-    kinds = architecture_of(config.model_type).models.get(AUTO, ())
-    known = [name for name in kinds if type(config) is find_class(name).config_class]
-    if not known:
-        raise ValueError(f"{folder}: hfvlm has no image classifier of {type(config).__name__}.")
-    own = [name for name in known if name in (config.architectures or ())]
     labels = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     labels["label2id"] = {name: i for i, name in enumerate(names)}
-    kind = find_class((own or known)[0])
-    return kind.from_pretrained(folder, ignore_mismatched_sizes=True, **labels)
+    if own := classifiers_of(config):
+        named = [name for name in own if name in (config.architectures or ())]
+        return find_class((named or own)[0]).from_pretrained(folder, ignore_mismatched_sizes=True, **labels)
+    whole = owner_of_tower(config)
+    if whole is None:
+        raise ValueError(f"{folder}: hfvlm has no image classifier of {type(config).__name__}.")
+    kind = find_class(classifiers_of(whole)[0])
+    whole.id2label, whole.label2id = labels["id2label"], labels["label2id"]
+    model, info = kind.from_pretrained(folder, config=whole, output_loading_info=True)
+    if lacking := sorted(key for key in info["missing_keys"] if not key.startswith("classifier.")):
+        raise ValueError(f"{folder}: its tower lacks {lacking[0]}, which {kind.__name__} has.")
+    return model
+
+
+def classifiers_of(config: Any) -> list[str]:
+    """Return the names of the image classifiers whose configuration is of this kind."""
+    kinds = architecture_of(config.model_type).models.get(AUTO, ())
+    return [name for name in kinds if type(config) is find_class(name).config_class]
+
+
+def owner_of_tower(config: Any) -> Any:
+    """Return a configuration with the same tower of images, of an architecture that has a classifier, if there is
+    one."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    kinds = architecture_of(vision.model_type).models.get(AUTO, ())
+    wholes = [find_class(name).config_class for name in kinds]
+    for whole in wholes:
+        if whole.sub_configs.get("vision_config") is type(vision):
+            # The joint space, which a classifier leaves out, must be one.
+            joint = {"projection_dim": whole().vision_config.projection_dim}
+            return whole(vision_config=vision.to_dict() | joint)
+    return None

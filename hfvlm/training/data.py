@@ -148,7 +148,7 @@ def _image(value: Any, processor: Any) -> Any:
     return read_image(value, upright=getattr(getattr(processor, "image_processor", None), "upright", True))
 
 
-def _images(value: Any, processor: Any) -> Any:
+def read_images(value: Any, processor: Any) -> Any:
     """Read an image, or each of a list."""
     return [_image(each, processor) for each in value] if isinstance(value, list) else _image(value, processor)
 
@@ -261,6 +261,15 @@ class ContrastiveCollator:
         }
 
 
+class PairCollator(ContrastiveCollator):
+    """Collator whose batches name in `pair_ids`, `(B,)`, which rows are about the same image: those with one value in
+    `id_column`."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        inputs = super().__call__(rows)
+        return inputs | ({"pair_ids": inputs["row_ids"]} if "row_ids" in inputs else {})
+
+
 class CaptionCollator(ContrastiveCollator):
     """Collator of images with captions to the inputs of a model that learns to generate these, by its processor's
     `captions`; arguments as above, but `**options` are those of `captions`.
@@ -268,7 +277,7 @@ class CaptionCollator(ContrastiveCollator):
     A row may have a list of images, or a video, where the processor takes these.
     """
 
-    readers = READERS | {"image": _images, "video": lambda value, _: read_video(value)}
+    readers = READERS | {"image": read_images, "video": lambda value, _: read_video(value)}
 
     def columns_of(self, row: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the column of each modality that the row has: of images and videos, in mixtures of both, one."""

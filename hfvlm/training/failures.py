@@ -26,7 +26,7 @@ RANGES: Ranges = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "save_total_limit", "dataloader_prefetch_factor", "eval_accumulation_steps", "mini_batch_size",
-            "lora_rank", "max_length", "image_size", "lora_alpha",
+            "lora_rank", "max_length", "image_size", "lora_alpha", "crop_from",
         ),
         (True, 1, None, True),
     ),

@@ -1,6 +1,6 @@
 """Several data sets as one, of which each has a share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from hfvlm.checks.ranges import check_number
 from hfvlm.media.sources import import_extra
 
-MIXINGS = ("weights", "round_robin")
+MIXINGS = ("weights", "proportional", "round_robin")
 
 
 class Mixture(Dataset[Any]):
@@ -90,6 +90,10 @@ def check_part(name: str, part: Mapping[str, Any], mixing: str, fields: Collecti
         raise ValueError(f"{name}: {part['path']} has a weight, and mixing round_robin takes all alike.")
 
 
-def weights_of(parts: Sequence[Mapping[str, Any]], mixing: str) -> list[float] | None:
-    """Return the weight of each data set, by default 1; None where they take turns."""
-    return None if mixing == "round_robin" else [float(part.get("weight", 1)) for part in parts]
+def weights_of(parts: Sequence[Mapping[str, Any]], mixing: str, rows: Sequence[Sized]) -> list[float] | None:
+    """Return the weight of each data set, by default 1, times its number of rows if shares are in proportion to that;
+    None where they take turns."""
+    if mixing == "round_robin":
+        return None
+    counts = [len(each) if mixing == "proportional" else 1 for each in rows]
+    return [count * float(part.get("weight", 1)) for part, count in zip(parts, counts, strict=True)]

@@ -17,6 +17,7 @@ RUN_FILES = (
     "generation_config.json", "processor_config.json", "*preprocessor_config.json", "tokenizer*", "*tokenizer",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.j*",
     "README.md", "NOTICE", "trainer_state.json", "training_args.bin", "*_results.json", "curve.png",
+    "moved.json",
 )  # fmt: skip
 PROOFS = ("trainer_state.json", "training_args.bin", "checkpoint-*")
 

@@ -4,39 +4,63 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoImageProcessor,
     BitsAndBytesConfig,
     HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
 
-from hfvlm.inference.adapters import adapter_settings, hub_name, model_class, processor_of
+from hfvlm.inference.adapters import adapter_settings, config_of, hub_name, model_class, processor_of
 from hfvlm.inference.adapters import load_model as load_whole
 from hfvlm.logs import shows_progress
 from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
+from hfvlm.registry import find_class
+from hfvlm.training.answering import AnswerCollator, SentenceCollator
 from hfvlm.training.arguments import ContrastiveTrainingArguments
-from hfvlm.training.augmentation import RandomResizedCrop
+from hfvlm.training.augmentation import Framed, RandomCropAndFlip, RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
 from hfvlm.training.classification import ClassificationTrainer, LabelCollator, labels_of, load_classifier
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
-from hfvlm.training.data import CaptionCollator, ContrastiveCollator
+from hfvlm.training.data import CaptionCollator, ContrastiveCollator, PairCollator
+from hfvlm.training.distilling import (
+    DistillationTrainer,
+    DistilledClassificationTrainer,
+    TeacherCollator,
+    labels_of_model,
+    load_teacher,
+)
+from hfvlm.training.distortion import ColourDistortion, SimCLRAugmentation
 from hfvlm.training.failures import check_arguments, check_processes
 from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.mixtures import Mixture, weights_of
+from hfvlm.training.moved import report, sums_of
+from hfvlm.training.optimizers import optimizer_of
 from hfvlm.training.outputs import run_output
 from hfvlm.training.painting import PaintingCollator
-from hfvlm.training.recipe_arguments import ChatDataArguments, DataArguments, LabelDataArguments, ModelArguments
+from hfvlm.training.recipe_arguments import (
+    AnswerDataArguments,
+    ChatDataArguments,
+    DataArguments,
+    LabelDataArguments,
+    ModelArguments,
+    SentenceDataArguments,
+    TeacherArguments,
+    ViewDataArguments,
+)
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
+from hfvlm.training.two_views import TwoViewCollator, TwoViewModel, TwoViewTrainer
 
 logger = logging.getLogger(__name__)
 # In a recipe's `trained_parts`: what the model's authors train.
@@ -90,13 +114,26 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
             f"{arguments.model}: is an adapter; another one begins from a whole model: "
             f"hfvlm merge {arguments.model} -o OUTPUT."
         )
-    kind = model_class(arguments.model)
+    kind = begun_class(arguments)
     options: dict[str, Any] = {"modalities": arguments.modalities} if arguments.modalities else {}
     if arguments.four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     return prepared(load_whole(arguments.model, kind, **options), arguments)
+
+
+def begun_class(arguments: ModelArguments) -> Any:
+    """Return the class that is trained: `model_class`, or the one that the model's files name.
+
+    Raises:
+        ValueError: hfvlm has no such class.
+    """
+    if arguments.model_class is None:
+        return model_class(arguments.model)
+    if (kind := find_class(arguments.model_class)) is None:
+        raise ValueError(f"model_class: {arguments.model_class} is no model of hfvlm.")
+    return kind
 
 
 def prepared(model: Any, arguments: ModelArguments) -> Any:
@@ -143,7 +180,7 @@ def data_options(
     data: DataArguments,
     processor: Any,
     arguments: TrainingArguments,
-    collator: type[ContrastiveCollator] = ContrastiveCollator,
+    collator: Callable[..., ContrastiveCollator] = ContrastiveCollator,
     *,
     needed: Sequence[str] = ("image", "text"),
     modalities: Sequence[str] | None = None,
@@ -161,9 +198,7 @@ def data_options(
         **options: of the collator.
     """
     resize(processor, data.image_size)
-    augment = {}
-    if data.crop_scale is not None:
-        augment["image"] = RandomResizedCrop(processor.image_processor.size["height"], (data.crop_scale, 1.0))
+    augment = crops(data, processor.image_processor)
     known: Any = modalities or getattr(processor, "modalities", ("image", "text"))
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     rows, columns = split_of(data, "train_split", needed, known, seed)
@@ -176,6 +211,18 @@ def data_options(
         "eval_dataset": split_of(data, "eval_split", needed, known, seed)[0] if data.eval_split else None,
         "processing_class": processor,
     }
+
+
+def crops(data: DataArguments, image_processor: Any, *, flip: float = 0.0) -> dict[str, Any]:
+    """Return the augmentation of images that the arguments name, if any."""
+    if data.crop_scale is None and data.crop_from is None:
+        return {}
+    edge, resized = image_processor.size["height"], getattr(image_processor, "resized", None)
+    if data.crop_scale is not None:
+        change: Any = RandomResizedCrop(edge, (data.crop_scale, 1.0), flip=flip)
+    else:
+        change = RandomCropAndFlip(edge, data.crop_from or edge)
+    return {"image": change if resized is None else Framed(change, resized)}
 
 
 def resize(processor: Any, edge: int | None, part: Any = None) -> None:
@@ -223,7 +270,7 @@ def split_of(
     if isinstance(data.dataset, str):
         return loaded[0], found[0]
     views = [partial(by_modality, columns, data.id_column) for columns in found]
-    mixed = Mixture(loaded, weights_of(parts, data.mixing), seed=seed, views=views)
+    mixed = Mixture(loaded, weights_of(parts, data.mixing, loaded), seed=seed, views=views)
     return mixed, {modality: modality for columns in found for modality in columns}
 
 
@@ -255,6 +302,26 @@ def train_contrastive(
     return finish(trainer, arguments, model_arguments)
 
 
+def train_distilled(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    teaching: TeacherArguments,
+    arguments: ContrastiveTrainingArguments,
+) -> dict[str, float]:
+    """Train a dual encoder to compare the rows of large batches as its teacher does."""
+    if teaching.teacher is None:
+        raise ValueError("distillation needs a teacher: the folder of a dual encoder.")
+    options = data_options(data, processor_of(model_arguments.model), arguments)
+    own = options["data_collator"]
+    theirs = ContrastiveCollator(processor_of(teaching.teacher), own.columns, **own.options)
+    teacher = load_teacher(
+        teaching.teacher, None, share=teaching.teacher_share, temperature=teaching.teacher_temperature
+    )
+    options |= {"data_collator": TeacherCollator(own, theirs), "teacher": teacher}
+    trainer = DistillationTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    return finish(trainer, arguments, model_arguments)
+
+
 def train_pairs(
     model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
 ) -> dict[str, float]:
@@ -262,12 +329,14 @@ def train_pairs(
     processor = processor_of(model_arguments.model)
     arguments.remove_unused_columns = False
     hides = hasattr(processor.image_processor, "patch_mask")  # patches, and with them words
-    collator = MaskingCollator if hides else ContrastiveCollator
+    model = load_model(model_arguments, arguments.seed)
+    names_pairs = data.id_column is not None and "pair_ids" in signature(model.forward).parameters
+    collator = MaskingCollator if hides else PairCollator if names_pairs else ContrastiveCollator
     needed = () if data.columns else ("image", "text")  # some models train on either by itself
     options = data_options(data, processor, arguments, collator, needed=needed, all_captions=False)
     if hides:
         options["data_collator"].negatives = options["train_dataset"]
-    trainer = RowTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    trainer = RowTrainer(model, arguments, **options)
     return finish(trainer, arguments, model_arguments)
 
 
@@ -308,7 +377,7 @@ def train_chat(
     else:
         files = data.data or []
         several = [read_examples(part["path"], part.get("pictures", data.pictures)) for part in files]
-        rows = Mixture(several, weights_of(files, data.mixing), seed=arguments.seed)
+        rows = Mixture(several, weights_of(files, data.mixing, several), seed=arguments.seed)
     trainer = ChatTrainer(
         load_model(model_arguments, arguments.seed),
         arguments,
@@ -320,31 +389,109 @@ def train_chat(
 
 
 def train_classification(
-    model_arguments: ModelArguments, data: LabelDataArguments, arguments: TrainingArguments
+    model_arguments: ModelArguments,
+    data: LabelDataArguments,
+    teaching: TeacherArguments,
+    arguments: TrainingArguments,
 ) -> dict[str, float]:
-    """Train a linear layer on a vision tower, or the tower with it, on labelled images."""
-    source = str(data.dataset)
-    processor = processor_of(model_arguments.model)
-    processor = getattr(processor, "image_processor", processor)
+    """Train a linear layer on a vision tower, or the tower with it, on labelled images, or on what a teacher makes of
+    images."""
+    source, processor = str(data.dataset), image_processor_of(model_arguments.model)
     arguments.remove_unused_columns = False
     resize(processor, data.image_size, part=processor)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     rows, columns = split_of(data, "train_split", ("image",), ("image",), seed)
-    numbers, names = labels_of(rows, data.label_column, source)
+    labelled = data.label_column in (rows.features or {})
+    if teaching.teacher is None or teaching.teacher_share < 1 or labelled:
+        numbers, names = labels_of(rows, data.label_column, source)
+    else:
+        names = labels_of_model(config_of(teaching.teacher))
+        numbers = {key: i for i, name in enumerate(names) for key in (i, name)}
     fit_batch(arguments, rows)
-    augment = {}
-    if data.crop_scale is not None:
-        edge = processor.size["height"]
-        augment["image"] = RandomResizedCrop(edge, (data.crop_scale, 1.0), flip=0.5 if data.flip else 0.0)
+    augment = crops(data, processor, flip=0.5 if data.flip else 0.0)
+    where = columns["image"], data.label_column, numbers
+    collator: Any = LabelCollator(processor, *where, augment=augment, labelled=labelled)
+    kind, options = ClassificationTrainer, {}
+    if teaching.teacher is not None:
+        theirs = LabelCollator(image_processor_of(teaching.teacher), *where)
+        share, temperature = teaching.teacher_share, teaching.teacher_temperature
+        options["teacher"] = load_teacher(teaching.teacher, names, share=share, temperature=temperature)
+        kind, collator = DistilledClassificationTrainer, TeacherCollator(collator, theirs)
     set_seed(arguments.seed)  # the last layer begins at random
-    trainer = ClassificationTrainer(
+    trainer = kind(
         prepared(load_classifier(model_arguments.model, names), model_arguments),
         arguments,
-        data_collator=LabelCollator(processor, columns["image"], data.label_column, numbers, augment=augment),
+        data_collator=collator,
         train_dataset=rows,
         eval_dataset=split_of(data, "eval_split", ("image",), ("image",), seed)[0] if data.eval_split else None,
         processing_class=processor,
+        **options,
     )
+    return finish(trainer, arguments, model_arguments)
+
+
+def image_processor_of(folder: str) -> Any:
+    """Return the image processor of a model; a classifier's folder may have no other."""
+    return (
+        AutoImageProcessor.from_pretrained(folder)
+        if adapter_settings(folder) is None
+        else (processor_of(folder).image_processor)
+    )
+
+
+def train_views(
+    model_arguments: ModelArguments, data: ViewDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a vision tower without labels: two views of an image belong together."""
+    processor = image_processor_of(model_arguments.model)
+    arguments.remove_unused_columns = False
+    resize(processor, data.image_size, part=processor)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    rows, columns = split_of(data, "train_split", ("image",), ("image",), seed)
+    fit_batch(arguments, rows)
+    scale = (0.08 if data.crop_scale is None else data.crop_scale, 1.0)
+    colours = ColourDistortion(data.colour_strength)
+    view = SimCLRAugmentation(processor.size["height"], scale, colours, data.blur)
+    set_seed(arguments.seed)  # the head begins at random
+    tower = prepared(load_classifier(model_arguments.model, ["image"]), model_arguments)
+    trainer = TwoViewTrainer(
+        TwoViewModel(tower, data.head_size, data.temperature),
+        arguments,
+        TwoViewCollator(processor, columns["image"], view),
+        train_dataset=rows,
+        eval_dataset=split_of(data, "eval_split", ("image",), ("image",), seed)[0] if data.eval_split else None,
+    )
+    return finish(trainer, arguments, model_arguments)
+
+
+def train_answers(
+    model_arguments: ModelArguments, data: AnswerDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that answers questions about images."""
+    processor = processor_of(model_arguments.model)
+    arguments.remove_unused_columns = False
+    if not hasattr(processor, "answers"):
+        raise ValueError(f"{model_arguments.model}: {type(processor).__name__} has no `answers`; BLIP's has.")
+    collator = partial(AnswerCollator, answer_column=data.answer_column)
+    options = data_options(data, processor, arguments, collator)
+    trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    return finish(trainer, arguments, model_arguments)
+
+
+def train_sentences(
+    model_arguments: ModelArguments, data: SentenceDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that classifies sentences about several images as true or false."""
+    processor = processor_of(model_arguments.model)
+    arguments.remove_unused_columns = False
+    model = load_model(model_arguments, arguments.seed)
+    if not hasattr(model, "images_per_text"):
+        raise ValueError(
+            f"{model_arguments.model}: {type(model).__name__} takes no several images for a sentence; "
+            "model_class HfvlmBLIPForVisualReasoning does."
+        )
+    collator = partial(SentenceCollator, label_column=data.label_column)
+    trainer = ClassificationTrainer(model, arguments, **data_options(data, processor, arguments, collator))
     return finish(trainer, arguments, model_arguments)
 
 
@@ -378,12 +525,16 @@ def train_painting(
 def finish(
     trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments | None = None
 ) -> dict[str, float]:
-    """Train, and save the model (adapters as such) with its processor and card and, where matplotlib is installed, an
-    image of the run, `curve.png`; return the metrics of a last evaluation."""
+    """Train, and save the model (adapters as such) with its processor and card, the names of the parameters that
+    moved, `moved.json`, and, where matplotlib is installed, an image of the run, `curve.png`; return the metrics of a
+    last evaluation."""
     if model_arguments is not None:
         decay: Any = model_arguments.layer_decay
         trainer.whole_rate = model_arguments.whole_rate
+        if model_arguments.optimizer is not None:
+            trainer.optimizer_cls_and_kwargs = optimizer_of(model_arguments.optimizer, arguments)
         trainer.layer_decay = {tower: float(rate) for tower, rate in (decay or {}).items()}
+    before = sums_of(trainer.model)
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     trainer.save_model()
     if trainer.eval_dataset is not None:
@@ -393,6 +544,7 @@ def finish(
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir or ".")
         model: Any = trainer.model
+        report(before, trainer.accelerator.unwrap_model(model), folder)
         base = str(model.config.name_or_path)
         write_card(folder, base_model=hub_name(base), text=f"Fine-tuned from `{Path(base).name}`." if base else "")
         if find_spec("matplotlib"):
@@ -402,9 +554,16 @@ def finish(
 
 TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "contrastive": ((ModelArguments, DataArguments, ContrastiveTrainingArguments), train_contrastive),
+    "distillation": ((ModelArguments, DataArguments, TeacherArguments, ContrastiveTrainingArguments), train_distilled),
     "pairs": ((ModelArguments, DataArguments, TrainingArguments), train_pairs),
     "captions": ((ModelArguments, DataArguments, TrainingArguments), train_captions),
-    "classification": ((ModelArguments, LabelDataArguments, TrainingArguments), train_classification),
+    "answers": ((ModelArguments, AnswerDataArguments, TrainingArguments), train_answers),
+    "sentences": ((ModelArguments, SentenceDataArguments, TrainingArguments), train_sentences),
+    "classification": (
+        (ModelArguments, LabelDataArguments, TeacherArguments, TrainingArguments),
+        train_classification,
+    ),
+    "views": ((ModelArguments, ViewDataArguments, TrainingArguments), train_views),
     "painting": ((ModelArguments, DataArguments, TrainingArguments), train_painting),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }

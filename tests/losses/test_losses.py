@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfvlm.losses import (
+    affinity_loss,
     best_query_loss,
     blocks,
     captioning_loss,
@@ -19,6 +20,7 @@ from hfvlm.losses import (
     late_interaction,
     late_interaction_loss,
     late_interaction_scores,
+    nt_xent_loss,
     sigmoid_loss,
     soft_contrastive_loss,
     token_losses,
@@ -54,6 +56,17 @@ def plain_contrastive(a, b, scale, smoothing=0.0):
 def plain_focal(a, b, scale, bias, gamma=2.0):
     right = (scale * a @ b.t() + bias) * (2 * torch.eye(len(a), dtype=a.dtype) - 1)
     return -((1 - right.sigmoid()) ** gamma * F.logsigmoid(right)).sum() / len(a)
+
+
+def plain_nt_xent(a, b, scale):
+    """The paper's equation 1, pair by pair."""
+    views, count = torch.cat([a, b]), len(a)
+    losses = []
+    for i in range(2 * count):
+        others = [torch.exp(scale * views[i] @ views[k]) for k in range(2 * count) if k != i]
+        assert len(others) == 2 * count - 2 + 1  # the negatives, and the other view
+        losses.append(-torch.log(torch.exp(scale * views[i] @ views[(i + count) % (2 * count)]) / sum(others)))
+    return sum(losses) / (2 * count)
 
 
 def plain_scores(queries, keys, query_mask, key_mask):
@@ -96,6 +109,23 @@ class TestBlockedEqualsPlain:
             lambda *x: plain_focal(*x, gamma=gamma),
             *(*pairs, SCALE, BIAS),
         )
+
+    def test_nt_xent(self, pairs):
+        same_values_and_gradients(nt_xent_loss, plain_nt_xent, *pairs, SCALE)
+
+    def test_affinity(self, pairs):
+        teachers = [F.normalize(torch.randn(6, 5, dtype=torch.float64), dim=-1) for _ in range(2)]
+        wanted = 7 * teachers[0] @ teachers[1].t()
+
+        def plain(a, b, scale):
+            logits = scale * a @ b.t()
+            soft = zip((logits, logits.t()), (wanted, wanted.t()), strict=True)
+            return sum(F.cross_entropy(ours, theirs.softmax(1)) for ours, theirs in soft) / 2
+
+        def ours(a, b, scale):
+            return affinity_loss(a, b, *teachers, scale, torch.tensor(7.0))
+
+        same_values_and_gradients(ours, plain, *pairs, SCALE)
 
     def test_late_interaction(self, tokens):
         masks = [torch.arange(n) < torch.randint(1, n + 1, (6, 1)) for n in (5, 4)]
@@ -203,6 +233,21 @@ def test_perfect_pairs_cost_nothing():
     assert sigmoid_loss(eye, eye, torch.tensor(100.0), torch.tensor(-50.0)) < 1e-6
 
 
+def test_nt_xent_by_hand():
+    """Two images of which both views are equal, at right angles to the other's: of three views, one is right."""
+    eye = torch.eye(2)
+    expected = math.log(math.exp(2) + 2) - 2
+    assert nt_xent_loss(eye, eye, torch.tensor(2.0)).item() == pytest.approx(expected)
+    half = nt_xent_loss(eye.half(), eye.half(), torch.tensor(100.0))
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_has_as_many_rows(pairs):
+    with pytest.raises(ValueError, match="The teacher embedded 3 rows, and the student 6"):
+        affinity_loss(*pairs, *(side[:3] for side in pairs), SCALE, SCALE)
+
+
 def test_one_pair_is_no_choice():
     one = torch.ones(1, 1)
     assert contrastive_loss(one, one, torch.tensor(10.0)).item() == 0
@@ -261,6 +306,10 @@ def test_the_matrix_of_logits_is_never_held():
 
 QUEUE = F.normalize(torch.arange(45, dtype=torch.float64).sin().view(9, 5), dim=-1)
 LOSSES = {
+    "nt-xent": lambda a, b, scale, bias, group: nt_xent_loss(a.mean(1), b.mean(1), scale, group=group),
+    "affinity": lambda a, b, scale, bias, group: affinity_loss(
+        a.mean(1), b.mean(1), b[:, 0, :3], a[:, 1, :3], scale, torch.tensor(3.0), group=group
+    ),
     "contrastive": lambda a, b, scale, bias, group: contrastive_loss(
         a.mean(1), b.mean(1), scale, label_smoothing=0.1, group=group
     ),

@@ -87,9 +87,22 @@ def test_what_is_no_classifier_is_named(clip_folder, images, tmp_path):
         run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", "label_column=kind")
     with pytest.raises(ValueError, match="dataset must be one data set"):
         run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", f"dataset=[{{path: {images}}}]")
-    hfvlm.load_preset("llava/tiny").make_config().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match="hfvlm has no image classifier of HfvlmLLaVAConfig"):
-        load_classifier(str(tmp_path / "llava"), ["a", "b"])
+    hfvlm.load_preset("qwen_vl/tiny").make_config().save_pretrained(tmp_path / "qwen")
+    with pytest.raises(ValueError, match="hfvlm has no image classifier of HfvlmQwenVLConfig"):
+        load_classifier(str(tmp_path / "qwen"), ["a", "b"])
+
+
+def test_a_model_that_chats_lends_its_tower(images, tmp_path):
+    """LLaVA's is CLIP's, and so is the classifier."""
+    from tests.models.llava.tiny import tiny_model
+
+    chat = tiny_model()
+    chat.save_pretrained(tmp_path / "llava")
+    model = load_classifier(str(tmp_path / "llava"), ["red", "blue"])
+    assert type(model) is hfvlm.HfvlmCLIPForImageClassification
+    for name, value in chat.vision_model.state_dict().items():
+        assert torch.equal(value, model.vision_model.state_dict()[name]), name
+    assert model(torch.zeros(1, 3, 28, 28)).logits.shape == (1, 2)
 
 
 def test_a_trained_classifier_goes_on(clip_folder, tmp_path):

@@ -27,6 +27,7 @@ from tests.conftest import SHIPPED
 from tests.models.llava.tiny import converted
 from tests.support.paths import EXAMPLES
 from tests.support.processes import run_script
+from tests.training.test_procedures import BLIP
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +528,8 @@ def test_every_recipe_is_tried():
         "painter-lora",
         "dalle-mini-lora",
     }
-    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
+    procedures = {"clip-pretraining", "align", "filip", "simclr", "simclr-distillation", "clip-distillation", *BLIP}
+    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone, *procedures}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -541,7 +543,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, painting, chat"),
+        ("task: dream", "'dream' is none of contrastive, distillation, pairs"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],
