@@ -526,6 +526,8 @@ def test_every_recipe_is_tried():
         "fine-tune-classifier",
         "painter-lora",
         "dalle-mini-lora",
+        "merlot-reserve-lora",
+        "vilbert-lora",
     }
     assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone}
 
@@ -541,7 +543,7 @@ def test_accelerate_reads_its_configurations(path):
     [
         ("- a list", "a recipe is a list of `field: value`"),
         ("a: [", "not YAML"),
-        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, painting, chat"),
+        ("task: dream", "'dream' is none of contrastive, pairs, captions, classification, painting, choices, regions"),
         ("task: contrastive\nmodel: x\ndataset: y\noutput_dir: z\nlerning_rate: 1", "lerning_rate"),
         ("task: contrastive\ndataset: y\noutput_dir: z", "model"),
     ],
