@@ -151,7 +151,11 @@ def search(  # noqa: PLR0913 (options)
 def evaluate(  # noqa: PLR0913 (options)
     folder: Folder,
     task: Annotated[
-        str, typer.Option(help="zero-shot, retrieval, linear-probe, few-shot, caption, vqa or grounding.")
+        str,
+        typer.Option(
+            help="zero-shot, retrieval, linear-probe, few-shot, caption, vqa, grounding, segmentation, depth or "
+            "restoration."
+        ),
     ],
     data: Annotated[str, typer.Option(help="A folder of media, tars, Parquet, or a Hub id.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for report.json and .html.")] = None,

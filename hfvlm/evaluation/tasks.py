@@ -8,6 +8,7 @@ from hfvlm.evaluation.data import Data
 from hfvlm.evaluation.embedding import few_shot, linear_probe, retrieval, zero_shot
 from hfvlm.evaluation.generating import caption, vqa
 from hfvlm.evaluation.grounding import grounding
+from hfvlm.evaluation.painted import depth, restoration, segmentation
 from hfvlm.evaluation.report import Report
 
 __all__ = ["TASKS", "Data", "evaluate"]
@@ -20,6 +21,9 @@ TASKS: dict[str, Callable[..., Report]] = {
     "caption": caption,
     "vqa": vqa,
     "grounding": grounding,
+    "segmentation": segmentation,
+    "depth": depth,
+    "restoration": restoration,
 }
 
 
