@@ -181,7 +181,7 @@ class TextToImageSubject(EncoderDecoderSubject):
         return torch.full_like(ids[:, :1], self.model.config.decoder_config.bos_token_id)
 
     def padded(self, *, left):
-        return super().padded(left=False)
+        return {name: self.batch[name] for name in ("input_ids", "attention_mask")}
 
     def best(self, scores):
         return scores[:, : self.model.codec.config.num_codes].argmax(-1, keepdim=True)
