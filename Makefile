@@ -71,8 +71,8 @@ hooks: $(VENV)/.dev ## check every commit before it is made
 docs: $(VENV)/.docs ## build the documentation's site into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others)
-	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity
+parity: $(VENV)/.dev ## write docs/parity.md from the golden cases (HFVLM_GOLDENS=folder for others), or some SECTIONS of it
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generators.parity $(SECTIONS)
 
 learn: $(VENV)/.dev ## train a small model of every architecture, two seeds each, and write docs/learning.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m learning

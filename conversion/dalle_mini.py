@@ -15,9 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from hfvlm.checkpoints.conversion import Conversion, Names, Source, part_of
-from hfvlm.checkpoints.key_table import Change, Row, Table, permute, transpose, unstack
+from hfvlm.checkpoints.key_table import Change, Row, Table, transpose, unstack
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion.dvae import codebook_rows
 from hfvlm.conversion.processors import check_vocabulary
+from hfvlm.conversion.vqgan import vqgan_config, vqgan_defaults, vqgan_rows
 from hfvlm.models.dalle_mini.configuration_dalle_mini import (
     HfvlmDALLEMiniConfig,
     HfvlmDALLEMiniDecoderConfig,
@@ -72,28 +74,12 @@ MIN_DALLE_OPTIONS = (
     *("layer_count", "embed_count", "attention_head_count", "text_vocab_count", "text_token_count"),
     *("glu_embed_count", "image_vocab_count", "start_token"),
 )
-VQGAN_OPTIONS = (
-    *("ch", "out_ch", "in_channels", "num_res_blocks", "resolution", "z_channels", "ch_mult", "attn_resolutions"),
-    *(
-        "n_embed",
-        "embed_dim",
-        "resamp_with_conv",
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-    ),
-)
 DVAE_OPTIONS = {
     "encoder": ("group_count", "n_hid", "n_blk_per_group", "input_channels", "vocab_size"),
     "decoder": ("group_count", "n_init", "n_hid", "n_blk_per_group", "output_channels", "vocab_size"),
 }
 
 heads = Change(lambda tensor: tensor.flatten(), lambda tensor: tensor.reshape(1, 1, -1, 1))
-kernel = permute(3, 2, 0, 1)
-# Convolutions of one pixel that are linear layers here, in Flax and in PyTorch.
-flax_pixel = Change(lambda tensor: tensor[0, 0].t(), lambda tensor: tensor.t()[None, None])
-torch_pixel = Change(lambda tensor: tensor[:, :, 0, 0], lambda tensor: tensor[:, :, None, None])
 
 
 # The tables
@@ -224,82 +210,12 @@ def unscaled(source: str, target: str) -> list[Row]:
     return [Row(f"{source}.weight", f"{target}.weight", optional=True), Row(f"{source}.bias", f"{target}.bias")]
 
 
-def vqgan_rows(config: HfvlmDALLEMiniVQGANConfig, keys: Collection[str], prefix: str = "") -> list[Row]:
-    """Return the rows of a VQGAN, of Flax's file, of taming-transformers' or, its decoder alone, of min-dalle's."""
-    flax, bare = any("/" in key for key in keys), "embedding.weight" in keys
-    modules = [("post_quant_conv", "from_codes", "conv"), *half_modules("decoder", "up", config)]
-    if config.has_encoder:
-        modules += [("quant_conv", "to_codes", "conv"), *half_modules("encoder", "down", config)]
-    table = "quantize/embedding/embedding" if flax else f"{'' if bare else 'quantize.'}embedding.weight"
-    rows = [Row(table, f"{prefix}codes.weight")]
-    if not flax:  # perceptual loss and discriminator
-        rows.append(Row("loss.{...}", None, optional=True))
-    for theirs, ours, kind in modules:
-        if flax:
-            source = re.sub(r"/(\d+)", r"_\1", theirs)
-            name, change = ("scale", None) if kind == "norm" else ("kernel", kernel if kind == "conv" else flax_pixel)
-            pairs = ((f"{source}/{name}", "weight", change), (f"{source}/bias", "bias", None))
-        else:
-            source = theirs.replace("/", ".")
-            pairs = (
-                (f"{source}.weight", "weight", torch_pixel if kind == "pixel" else None),
-                (f"{source}.bias", "bias", None),
-            )
-        rows += [Row(key, f"{prefix}{ours}.{name}", change) for key, name, change in pairs]
-    return rows
-
-
-def half_modules(half: str, level: str, config: HfvlmDALLEMiniVQGANConfig) -> Iterator[tuple[str, str, str]]:
-    """Yield each module of a half of a VQGAN: its path there and here, and its kind."""
-    last, down = len(config.channel_ratios) - 1, level == "down"
-    ratios = (1, *config.channel_ratios) if down else (*config.channel_ratios, config.channel_ratios[-1])
-    yield f"{half}/conv_in", f"{half}.stem", "conv"
-    yield f"{half}/norm_out", f"{half}.norm", "norm"
-    yield f"{half}/conv_out", f"{half}.head", "conv"
-    yield from block_modules(f"{half}/mid/block_1", f"{half}.middle.block1")
-    yield from block_modules(f"{half}/mid/block_2", f"{half}.middle.block2")
-    yield from mixing_modules(f"{half}/mid/attn_1", f"{half}.middle.mixing")
-    for i in range(last + 1):
-        there, here = f"{half}/{level}/{i}", f"{half}.levels.{i}"
-        changes = ratios[i] != ratios[i + 1]
-        for j in range(config.blocks_per_level + (not down)):
-            yield from block_modules(f"{there}/block/{j}", f"{here}.blocks.{j}", shortcut=changes and not j)
-            if i in config.attention_levels:
-                yield from mixing_modules(f"{there}/attn/{j}", f"{here}.mixing.{j}")
-        if config.resample_with_conv and i != (last if down else 0):
-            yield f"{there}/{level}sample/conv", f"{here}.resample.conv", "conv"
-
-
-def block_modules(there: str, here: str, *, shortcut: bool = False) -> Iterator[tuple[str, str, str]]:
-    for i in (1, 2):
-        yield f"{there}/norm{i}", f"{here}.norm{i}", "norm"
-        yield f"{there}/conv{i}", f"{here}.conv{i}", "conv"
-    if shortcut:
-        yield f"{there}/nin_shortcut", f"{here}.shortcut", "conv"
-
-
-def mixing_modules(there: str, here: str) -> Iterator[tuple[str, str, str]]:
-    yield f"{there}/norm", f"{here}.norm", "norm"
-    for theirs, ours in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("proj_out", "out_proj")):
-        yield f"{there}/{theirs}", f"{here}.attention.{ours}", "pixel"
-
-
 def dvae_rows(config: HfvlmDALLEMiniDVAEConfig, half: str, source: str = "") -> list[Row]:
     """Return the rows of the dVAE's encoder or decoder."""
-    depth = config.blocks_per_group if half == "encoder" else config.decoder_blocks_per_group
-    first = config.hidden_size if half == "encoder" else config.decoder_input_size
-    changed = first != (config.hidden_size if half == "encoder" else 8 * config.decoder_hidden_size)
-    rows = []
-    for theirs, ours in (("w", "weight"), ("b", "bias")):
-        rows.append(Row(f"{source}blocks.input.{theirs}", f"{half}.stem.{ours}"))
-        rows.append(Row(f"{source}blocks.output.conv.{theirs}", f"{half}.head.{ours}"))
-        for group in range(4):
-            for block in range(depth):
-                there, here = f"{source}blocks.group_{group + 1}.block_{block + 1}", f"{half}.groups.{group}.{block}"
-                rows.append(Row(f"{there}.res_path.conv_{{}}.{theirs}", f"{here}.conv{{}}.{ours}"))
-                if not block and (group or changed):  # where the channels change
-                    rows.append(Row(f"{there}.id_path.{theirs}", f"{here}.shortcut.{ours}"))
-    return rows
+    if half == "encoder":
+        return codebook_rows(config.blocks_per_group, source=source, target="encoder.")
+    changed = config.decoder_input_size != 8 * config.decoder_hidden_size
+    return codebook_rows(config.decoder_blocks_per_group, source=source, target="decoder.", changed=changed)
 
 
 def compose(config: AnyConfig, layout: str, sources: Mapping[str, Source]) -> list[Table]:
@@ -494,66 +410,6 @@ def min_dalle_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int
             eos_token_id=None,
         ),
         guidance_scale=16.0,
-    )
-
-
-def vqgan_defaults(original: Mapping[str, Any]) -> HfvlmDALLEMiniVQGANConfig:
-    """Return a VQGAN's configuration from the original's alone."""
-    check_vqgan(original)
-    ratios = tuple(original.get("ch_mult", (1, 1, 2, 2, 4)))
-    size = original.get("resolution", 256)
-    return HfvlmDALLEMiniVQGANConfig(
-        hidden_size=original.get("ch", 128),
-        channel_ratios=ratios,
-        blocks_per_level=original.get("num_res_blocks", 2),
-        attention_levels=[
-            i for i in range(len(ratios)) if size // 2**i in tuple(original.get("attn_resolutions", (16,)))
-        ],
-        latent_channels=original.get("z_channels", 256),
-        code_size=original.get("embed_dim", 256),
-        num_codes=original.get("n_embed", 16384),
-        image_size=size,
-        num_channels=original.get("in_channels", 3),
-        resample_with_conv=original.get("resamp_with_conv", True),
-    )
-
-
-def check_vqgan(original: Mapping[str, Any]) -> None:
-    check_options("VQGAN's configuration", original, VQGAN_OPTIONS)
-    if original.get("out_ch", 3) != original.get("in_channels", 3):
-        raise UnsupportedOriginalError("VQGAN's configuration: hfvlm's has as many channels out as in.")
-
-
-def vqgan_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> HfvlmDALLEMiniVQGANConfig:
-    check_vqgan({} if "embedding.weight" in shapes else original)
-    flax = "post_quant_conv/kernel" in shapes
-    named = {
-        re.sub(r"_(\d+)(?=/)", r"/\1", key) if flax else key.replace(".", "/"): shape for key, shape in shapes.items()
-    }
-
-    def sides(module: str) -> tuple[int, int]:
-        """Return the channels out and in of a convolution."""
-        shape = named[f"{module}/kernel" if flax else f"{module}/weight"]
-        return (shape[3], shape[2]) if flax else (shape[0], shape[1])
-
-    levels = count_layers((key.replace("/", ".") for key in named), "decoder.up.")
-    widths = [sides(f"decoder/up/{i}/block/0/conv1")[0] for i in range(levels)]
-    encoded = any(key.startswith("encoder/") for key in named)
-    first = sides("encoder/conv_in")[0] if encoded else widths[0]
-    table = next(shape for key, shape in named.items() if key.endswith(("embedding/embedding", "embedding/weight")))
-    return HfvlmDALLEMiniVQGANConfig(
-        num_channels=sides("decoder/conv_out")[0],
-        hidden_size=first,
-        channel_ratios=[width // first for width in widths],
-        blocks_per_level=count_layers((key.replace("/", ".") for key in named), "decoder.up.0.block.") - 1,
-        attention_levels=[i for i in range(levels) if f"decoder/up/{i}/attn/0/norm/bias" in named],
-        latent_channels=sides("decoder/conv_in")[1],
-        code_size=table[1],
-        num_codes=table[0],
-        image_size=original.get("resolution", 256),
-        resample_with_conv=levels < 2 or "decoder/up/1/upsample/conv/bias" in named,
-        group_norm_eps=1e-5 if "embedding.weight" in shapes else 1e-6,
-        has_encoder=encoded,
     )
 
 

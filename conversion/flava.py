@@ -14,12 +14,11 @@ from torch import Tensor
 from hfvlm.checkpoints.conversion import Conversion, Names
 from hfvlm.checkpoints.key_table import Row, flat, scalar
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
+from hfvlm.conversion.dvae import codebook_rows
 from hfvlm.conversion.interop import flava as interop
 from hfvlm.conversion.interop.flava import (
-    OPENAI,
     SAME_SETTINGS,
     AnyConfig,
-    codebook_rows,
     head_of,
     joint_rows,
     patch_rows,
@@ -55,7 +54,7 @@ def keys_for(config: AnyConfig, layout: str = "torchmultimodal", keys: Iterable[
 
 def torchmultimodal_rows(config: AnyConfig) -> list[Row]:
     if isinstance(config, HfvlmFLAVACodebookConfig):
-        return codebook_rows(config, OPENAI)
+        return codebook_rows(config.blocks_per_group)
     head = head_of(config)
     heads: dict[str, list[Row]] = {
         "HfvlmFLAVAModel": joint_rows(""),
@@ -63,7 +62,9 @@ def torchmultimodal_rows(config: AnyConfig) -> list[Row]:
         "HfvlmFLAVAForPreTraining": [
             *joint_rows("model."),
             Row("loss.contrastive_loss.logit_scale", "logit_scale.scale", scalar),
-            *codebook_rows(config.codebook_config, OPENAI, "image_codebook.encoder.", "codebook_model."),
+            *codebook_rows(
+                config.codebook_config.blocks_per_group, source="image_codebook.encoder.", target="codebook_model."
+            ),
             *prediction_rows("loss.mim_loss.cls", "mim_head"),
             *prediction_rows("loss.mlm_loss.cls", "mlm_head"),
             *prediction_rows("loss.mmm_loss.mim.cls", "mmm_image_head"),

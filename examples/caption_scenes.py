@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 import hfvlm
 from hfvlm.conversion.coca import processor_for
 from hfvlm.samples import scenes
+from hfvlm.training import short_run
 
 HELD_OUT = 8
 
@@ -68,21 +69,9 @@ def new_model() -> tuple[Any, Any]:
 
 
 def fit(model: Any, processor: Any, pictures: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    arguments = hfvlm.ContrastiveTrainingArguments(
-        str(options.output / "run"),
-        max_steps=options.steps,
-        per_device_train_batch_size=40,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
+    changes = {"per_device_train_batch_size": 40, "warmup_steps": 0.1, "weight_decay": 0.1, "adam_beta2": 0.98}
+    arguments = short_run(
+        options.output / "run", options.steps, hfvlm.ContrastiveTrainingArguments, seed=options.seed, **changes
     )
     hfvlm.ContrastiveTrainer(model, arguments, train_dataset=pictures, processing_class=processor).train()
 

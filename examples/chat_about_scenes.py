@@ -28,16 +28,15 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import hfvlm
 from hfvlm.conversion.llava import processor_for
 from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
-from hfvlm.training.chat import ChatCollator, ChatTrainer
+from hfvlm.training import ChatCollator, ChatTrainer, short_run
 
 KINDS = list(product(scenes.COLOURS, scenes.SHAPES))
 HELD_OUT = 6
@@ -170,22 +169,7 @@ def fit(
         model.requires_grad_(requires_grad=False)
         for name in parts:
             getattr(model, name).requires_grad_(requires_grad=True)
-    arguments = TrainingArguments(
-        str(options.output / "run"),
-        max_steps=steps,
-        per_device_train_batch_size=32,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.01,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
-    )
+    arguments = short_run(options.output / "run", steps, seed=options.seed)
     ChatTrainer(model, arguments, ChatCollator(processor), train_dataset=examples).train()
 
 

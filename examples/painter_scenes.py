@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops, ImageOps
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 import hfvlm
 from hfvlm.evaluation.painting import psnr
@@ -36,7 +35,7 @@ from hfvlm.models.painter import (
     HfvlmPainterProcessor,
 )
 from hfvlm.samples import scenes
-from hfvlm.training import PaintingCollator, RowTrainer
+from hfvlm.training import PaintingCollator, RowTrainer, short_run
 
 PIXELS, PATCH = 32, 8
 COLOURS, HELD_OUT = 24, 4
@@ -154,23 +153,8 @@ def new_model() -> tuple[HfvlmPainterModel, HfvlmPainterProcessor]:
 
 
 def fit(model: Any, processor: Any, pictures: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    arguments = TrainingArguments(
-        str(options.output / "run"),
-        max_steps=options.steps,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
-    )
+    changes = {"per_device_train_batch_size": 16, "weight_decay": 0.05, "adam_beta2": 0.98, "logging_steps": 100}
+    arguments = short_run(options.output / "run", options.steps, seed=options.seed, **changes)
     collator = PaintingCollator(processor, PATCH, pictures, half=0.5, augment=False)
     RowTrainer(model, arguments, data_collator=collator, train_dataset=pictures).train()
 

@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import hfvlm
 from hfvlm.conversion.video_chatgpt import processor_for
 from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
-from hfvlm.training.chat import ChatCollator, ChatTrainer
+from hfvlm.training import ChatCollator, ChatTrainer, short_run
 
 KINDS = list(product(scenes.COLOURS, scenes.SHAPES))
 HELD_OUT = 6
@@ -115,22 +114,7 @@ def write_vocabulary(folder: Path) -> Path:
 
 def fit(model: Any, processor: Any, examples: list[dict[str, Any]], options: argparse.Namespace) -> None:
     model.vision_model.requires_grad_(requires_grad=False)
-    arguments = TrainingArguments(
-        str(options.output / "run"),
-        max_steps=options.steps,
-        per_device_train_batch_size=32,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.01,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
-    )
+    arguments = short_run(options.output / "run", options.steps, seed=options.seed)
     ChatTrainer(model, arguments, ChatCollator(processor), train_dataset=examples).train()
 
 

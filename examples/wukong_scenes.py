@@ -26,6 +26,7 @@ import hfvlm
 from hfvlm.conversion.wukong import processor_for
 from hfvlm.models.wukong import HfvlmWukongCLIPConfig, HfvlmWukongConfig
 from hfvlm.samples import scenes
+from hfvlm.training import short_run
 
 HELD_OUT, TEXT_LENGTH = 8, 16
 COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "white": "白色"}
@@ -105,21 +106,10 @@ def new_model(kind: str, vocabulary: Path) -> tuple[Any, Any]:
 
 
 def fit(model: Any, processor: Any, pictures: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    arguments = hfvlm.ContrastiveTrainingArguments(
-        str(options.output / "run"),
-        max_steps=options.steps,
-        per_device_train_batch_size=40,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
+    changes = {"per_device_train_batch_size": 40, "learning_rate": 1e-3, "warmup_steps": 0.1}
+    changes |= {"weight_decay": 0.1, "adam_beta2": 0.98}
+    arguments = short_run(
+        options.output / "run", options.steps, hfvlm.ContrastiveTrainingArguments, seed=options.seed, **changes
     )
     hfvlm.ContrastiveTrainer(model, arguments, train_dataset=pictures, processing_class=processor).train()
 

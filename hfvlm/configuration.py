@@ -364,6 +364,12 @@ class VisionConfig(TowerConfig):
         height, width = (size, size) if isinstance(size, int) else size
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def patch_count(self) -> int:
+        """Patches of an image."""
+        rows, columns = self.grid
+        return rows * columns
+
     def validate_patches(self) -> None:
         if min(self.grid) < 1:
             raise ValueError(

@@ -2,8 +2,7 @@
 have in common."""
 
 from collections.abc import Iterable, Mapping
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import FlavaConfig, FlavaImageCodebookConfig
@@ -12,6 +11,7 @@ from hfvlm.checkpoints import conversion
 from hfvlm.checkpoints.conversion import Export
 from hfvlm.checkpoints.key_table import Change, Row, flat, scalar, unbatched
 from hfvlm.checkpoints.originals import UnsupportedOriginalError
+from hfvlm.conversion.dvae import TRANSFORMERS, codebook_rows
 from hfvlm.models.flava.configuration_flava import (
     HfvlmFLAVACodebookConfig,
     HfvlmFLAVAConfig,
@@ -86,38 +86,9 @@ def joint_rows(prefix: str) -> list[Row]:
     ]
 
 
-class CodebookNames(NamedTuple):
-    """Where a block is, its convolutions in it, and their weights and biases."""
-
-    block: str
-    path: str
-    weight: str
-    bias: str
-
-
-OPENAI = CodebookNames("group_{}.block_{}", "res_path", "w", "b")
-TRANSFORMERS = CodebookNames("group_{}.group.block_{}", "res_path.path", "weight", "bias")
-
-
-def codebook_rows(
-    config: HfvlmFLAVACodebookConfig, names: CodebookNames, source: str = "", target: str = ""
-) -> list[Row]:
-    rows = []
-    for theirs, ours in ((names.weight, "weight"), (names.bias, "bias")):
-        rows.append(Row(f"{source}blocks.input.{theirs}", f"{target}stem.{ours}"))
-        rows.append(Row(f"{source}blocks.output.conv.{theirs}", f"{target}head.{ours}"))
-        for group, block in product(range(4), range(config.blocks_per_group)):
-            there = f"{source}blocks.{names.block.format(group + 1, block + 1)}"
-            here = f"{target}groups.{group}.{block}"
-            rows.append(Row(f"{there}.{names.path}.conv_{{}}.{theirs}", f"{here}.conv{{}}.{ours}"))
-            if group and not block:  # where the channels change
-                rows.append(Row(f"{there}.id_path.{theirs}", f"{here}.shortcut.{ours}"))
-    return rows
-
-
 def rows(config: AnyConfig) -> list[Row]:
     if isinstance(config, HfvlmFLAVACodebookConfig):
-        return codebook_rows(config, TRANSFORMERS)
+        return codebook_rows(config.blocks_per_group, TRANSFORMERS)
     head = check_native(config)
     prefix = "" if head == "HfvlmFLAVAModel" else "flava."
     words, ours = f"{prefix}text_model.embeddings", "text_model.embeddings"
@@ -141,7 +112,7 @@ def rows(config: AnyConfig) -> list[Row]:
         return found
     return [
         *found,
-        *codebook_rows(config.codebook_config, TRANSFORMERS, "image_codebook.", "codebook_model."),
+        *codebook_rows(config.codebook_config.blocks_per_group, TRANSFORMERS, "image_codebook.", "codebook_model."),
         *(row for name in ("mim", "mlm", "mmm_image", "mmm_text") for row in native_prediction_rows(f"{name}_head")),
         Row("itm_head.pooler.dense.{}", "itm_head.summary.{}"),
         Row("itm_head.seq_relationship.{}", "itm_head.classifier.{}"),

@@ -1,14 +1,17 @@
 """Write docs/parity.md: what the golden cases and the key lists of released files say of every checkpoint.
 
-HFVLM_GOLDENS=<folder> python -m docs.generators.parity
+HFVLM_GOLDENS=<folder> python -m docs.generators.parity [architecture ...]
+
+With names, their sections alone are written again. Where timm does not load, what was found with it stays.
 """
 
 import datetime
 import importlib
 import platform
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +34,7 @@ from tests.support.golden import Golden, case_folders, key_lists, notes_of, read
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "parity.md"
+NEEDS_TIMM = "needs timm"
 HEAD = """# Parity
 
 <!-- written by make parity -->
@@ -61,6 +65,7 @@ class Account:
         outputs: how many were compared.
         noisy: outputs above 1e-4, where float32 itself is that far off in the original.
         refused: cases that hfvlm refuses or lacks, with the reason.
+        without_timm: cases that need timm, where it does not load.
         originals: repositories with their commits.
     """
 
@@ -69,6 +74,7 @@ class Account:
     outputs: int = 0
     noisy: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    without_timm: list[str] = field(default_factory=list)
     originals: set[str] = field(default_factory=set)
 
     def add(self, golden: Golden) -> None:
@@ -77,7 +83,10 @@ class Account:
         try:
             importlib.import_module(f"tests.originals.{golden.architecture}").compare(golden)
         except (Exception, pytest.skip.Exception) as error:
-            self.refused[name] = reason_of(error)
+            if isinstance(error, pytest.skip.Exception) and "hfvlm[timm]" in str(error):
+                self.without_timm.append(name)
+            else:
+                self.refused[name] = reason_of(error)
             return
         if isinstance(source, dict):
             repository = str(source.get("repository", "")).partition(" (")[0]
@@ -135,7 +144,8 @@ def converted(path: Path) -> KeyList:
             return tried(compose, preset)
 
         with patch.object(common, "tried", recorded):
-            config, tables = compose(path)
+            config, tables, *rest = compose(path)
+        fresh = rest[0] if rest else []
         layout = attempts[-1].source["layout"] if attempts else conversion.layout_of(original)
     else:
         config, layout = conversion.config_from_original(original, tensors), conversion.layout_of(original)
@@ -162,16 +172,20 @@ def lists_of(name: str) -> tuple[list[KeyList], dict[str, str]]:
 
 
 def keys_of(preset: Preset) -> str:
-    """Count a checkpoint's own keys, or name a list that fills the same model from the same layout."""
+    """Count a checkpoint's own keys, in all of its files, or name a list that fills the same model from the same
+    layout."""
     try:
         shapes, layout = shapes_of(preset.make_config()), preset.source.get("layout")
     except TimmMissingError:
-        return "needs timm"
+        return NEEDS_TIMM
     equal = [each for each in lists_of(preset.architecture)[0] if (each.layout, each.shapes) == (layout, shapes)]
-    names = {Path(file).stem.lower() for file in preset.source.get("files", [])} | {preset.name.rpartition("/")[2]}
-    own = [each for each in equal if released_name(each.name) in names]
+    files, leaf = preset.source.get("files", []), preset.name.rpartition("/")[2]
+    places = {leaf, str(preset.source.get("repository", "")).rpartition("/")[2]}
+    names = {Path(file).stem for file in files} | {leaf} | {f"{place}.{file}" for place in places for file in files}
+    known = {name.lower() for name in names}
+    own = {released_name(each.name): each.keys for each in equal if released_name(each.name) in known}
     if own:
-        return f"{own[0].keys} of {own[0].keys}"
+        return f"{sum(own.values())} of {sum(own.values())}"
     return f"as `{equal[0].name}`" if equal else "no list"
 
 
@@ -181,10 +195,23 @@ def released_name(name: str) -> str:
     return re.sub(r"\.(non_lora_trainables|adapter_model|mm_projector)\.bin$", "", name).lower()
 
 
+def earlier(name: str) -> str:
+    """Return an architecture's section as the page has it; empty where it has none."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    found = re.search(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return "" if found is None else f"{found[0].rstrip()}\n"
+
+
 def section(name: str) -> str:
-    account = Account()
+    """Write an architecture's section. Where cases need timm, and it does not load, that of the page stays; likewise
+    the rows of presets that need it."""
+    account, before = Account(), earlier(name)
     for golden in cases(name):
         account.add(golden)
+    if account.without_timm and before:
+        sys.stderr.write(f"{name} stays as it is: timm does not load, {len(account.without_timm)} cases need it.\n")
+        return before
+    known = {line.split(" | ")[0]: line for line in before.splitlines() if line.startswith("| ")}
     presets = [load_preset(each) for each in list_presets(name)]
     presets = [each for each in presets if not each.name.endswith("/tiny")]
     error = number(max(account.models.values(), default=0.0)) if account.models else "none"
@@ -200,7 +227,9 @@ def section(name: str) -> str:
     ]
     for preset in presets:
         notes = " ".join(preset.notes.split()).replace("|", "\\|")
-        lines.append(f"| {preset.name.rpartition('/')[2]} | {keys_of(preset)} | {error} | {processed} | {notes} |")
+        first, keys = f"| {preset.name.rpartition('/')[2]}", keys_of(preset)
+        row = f"{first} | {keys} | {error} | {processed} | {notes} |"
+        lines.append(known.get(first, row) if keys == NEEDS_TIMM else row)
     lines += listed("Outputs for which float32 is too coarse in the original itself:", account.noisy, number)
     lines += listed("Cases at hand that hfvlm refuses or cannot run yet:", account.refused, str)
     lines += listed("Lists of files at hand that hfvlm has no preset for:", lists_of(name)[1], str)
@@ -227,13 +256,24 @@ def versions() -> str:
     )
 
 
-def main() -> None:
+def main(chosen: Iterable[str] = ()) -> None:
+    """Write the page, or the sections of some architectures in it.
+
+    Raises:
+        ValueError: the page has no such section.
+    """
+    chosen, text = list(chosen), PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    if unknown := [name for name in chosen if not earlier(name)]:
+        raise ValueError(f"{PAGE} has no section {', '.join(unknown)}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = {*architectures(), *(preset.partition("/")[0] for preset in list_presets())}
-        text = HEAD + versions() + "\n".join(section(name) for name in sorted(names))
+        if not chosen:
+            text = HEAD + versions() + "\n".join(section(name) for name in sorted(names))
+        for name in chosen:
+            text = text.replace(earlier(name), section(name))
     PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -94,13 +94,18 @@ def confusion(classes: Any, truth: Any, count: int) -> np.ndarray:
 def segmentation_scores(counts: np.ndarray) -> dict[str, float]:
     """Return the mean intersection over union over classes that occur or were found, the mean accuracy over those that
     occur, and the accuracy of pixels, of `confusion`."""
-    right, occur, found = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    return overlap_scores(np.diag(counts), counts.sum(axis=1), counts.sum(axis=0))
+
+
+def overlap_scores(right: np.ndarray, occur: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Return the same of the pixels of each class, `(classes,)` each, that are right, that are of it, and that were
+    found to be of it."""
     union = occur + found - right
     overlap = right[union > 0] / union[union > 0]
     return {
         "mean IoU": float(overlap.mean()) if len(overlap) else 0.0,
         "mean accuracy": float((right[occur > 0] / occur[occur > 0]).mean()) if occur.any() else 0.0,
-        "pixel accuracy": float(right.sum() / max(counts.sum(), 1)),
+        "pixel accuracy": float(right.sum() / max(occur.sum(), 1)),
     }
 
 

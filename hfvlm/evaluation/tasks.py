@@ -11,6 +11,7 @@ from hfvlm.evaluation.embedding import few_shot, linear_probe, retrieval, zero_s
 from hfvlm.evaluation.generating import caption, vqa
 from hfvlm.evaluation.grounding import grounding
 from hfvlm.evaluation.hallucination import hallucination
+from hfvlm.evaluation.painted import depth, restoration, segmentation
 from hfvlm.evaluation.report import Report
 
 __all__ = ["TASKS", "Data", "evaluate"]
@@ -26,6 +27,9 @@ TASKS: dict[str, Callable[..., Report]] = {
     "any-to-any": any_to_any,
     "hallucination": hallucination,
     "clip-score": clip_score,
+    "segmentation": segmentation,
+    "depth": depth,
+    "restoration": restoration,
 }
 # Those that read media by the options of a modality.
 WITH_SOURCE_OPTIONS = ("zero-shot", "retrieval", "linear-probe", "few-shot", "any-to-any")

@@ -259,23 +259,25 @@ class CaptioningModel(HfvlmPreTrainedModel, Generation):
         return decoder.generate(input_ids, context=context, attention_mask=attention_mask, **options)
 
 
-def padded_left(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Move all padding before the texts, where generation needs it, and drop what no row needs."""
+def padded_left(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> tuple[Tensor, Tensor]:
+    """Move all padding before the texts, where generation needs it, and drop what no row needs. Without a token for
+    padding, it keeps its ids."""
     order = attention_mask.argsort(dim=1, stable=True)
     mask = attention_mask.gather(1, order)
     used = mask.any(dim=0)
-    mask = mask[:, used]
-    return input_ids.gather(1, order)[:, used].masked_fill(mask == 0, pad_token_id), mask
+    mask, ids = mask[:, used], input_ids.gather(1, order)[:, used]
+    return ids if pad_token_id is None else ids.masked_fill(mask == 0, pad_token_id), mask
 
 
-def padded_right(ids: Tensor, start: int, end: int | None, pad_token_id: int) -> Tensor:
+def padded_right(ids: Tensor, start: int, end: int | None, pad_token_id: int | None) -> Tensor:
     """Pad ids `(B, N)` after the first end token from `start` on, where transformers' beams put more end tokens if the
-    padding is 0."""
+    padding is 0. Without a token for padding, the end token pads, as in transformers."""
     if end is None:
         return ids
     ends = ids[:, start:] == end
     over = ends.cumsum(dim=1) > ends.long()
-    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(over, pad_token_id)], dim=1)
+    filling = end if pad_token_id is None else pad_token_id
+    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(over, filling)], dim=1)
 
 
 def begin_with(token_id: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -145,9 +145,13 @@ class ImageClassifier(HfvlmPreTrainedModel):
         if config.vision_config is None:
             raise ValueError(f"{type(self).__name__}: the model has no tower of images (vision_config).")
         self.vision_model = AutoModel.from_config(config.vision_config)
-        self.vision_model.projection = nn.Identity()  # the pooled output is used before it enters the joint space
+        self.leave_out()
         self.classifier = nn.Linear(config.vision_config.pooled_size, config.num_labels or 0)
         self.post_init()
+
+    def leave_out(self) -> None:
+        """Take out of the tower what only embeddings need: the pooled output is used before it enters their space."""
+        self.vision_model.projection = nn.Identity()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()

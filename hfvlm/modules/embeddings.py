@@ -66,6 +66,14 @@ class BertEmbedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
+def present(input_ids: Tensor, pad_token_id: int | None, attention_mask: Tensor | None = None) -> Tensor:
+    """Return where ids `(B, N)` are no padding, `(B, N)`: by the mask or, without one, by the id of padding; without
+    both, everywhere."""
+    if attention_mask is not None:
+        return attention_mask.bool()
+    return torch.ones_like(input_ids, dtype=torch.bool) if pad_token_id is None else input_ids.ne(pad_token_id)
+
+
 def text_starts(attention_mask: Tensor) -> Tensor:
     """Find the position of each text's first token: `(B, N)` with 0 for padding -> `(B, 1)`."""
     return attention_mask.long().argmax(dim=1, keepdim=True)

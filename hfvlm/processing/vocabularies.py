@@ -92,6 +92,29 @@ def template(tokenizer: Tokenizer, before: str, after: str) -> processors.PostPr
     )
 
 
+def add_placeholders(engine: Tokenizer, path: str | Path, size: int | None, *placeholders: str) -> None:
+    """Add tokens that stand for media after the rows of an embedding table.
+
+    Args:
+        engine: to which they are added.
+        path: its file, for the message.
+        size: rows of the table; those beyond the vocabulary get names. None for as many as there are pieces.
+        *placeholders: the tokens; a tokenizer.json may have them already.
+
+    Raises:
+        VocabularyError: there are more pieces than rows.
+    """
+    pieces = engine.get_vocab_size()
+    known = pieces - sum(engine.token_to_id(token) is not None for token in placeholders)
+    if size is not None and known > size:
+        raise VocabularyError(
+            f"{path}: its {known} pieces are more than the model's {size} (text_config.vocab_size): this is the "
+            "vocabulary of another model."
+        )
+    names = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), *placeholders)
+    engine.add_special_tokens([AddedToken(token, normalized=False) for token in names])
+
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 OPENAI_TOKENS = {"bos_token": START, "eos_token": END, "unk_token": END}

@@ -9,6 +9,7 @@ from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.painting import PaintingCollator
 from hfvlm.training.row_trainer import RowTrainer
+from hfvlm.training.short_runs import short_run
 from hfvlm.training.trainer import ContrastiveTrainer
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "RowTrainer",
     "cached_backward",
     "near_duplicates",
+    "short_run",
 ]

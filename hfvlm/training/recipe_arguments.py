@@ -190,6 +190,19 @@ class LabelDataArguments(DataArguments):
 
 
 @dataclass
+class RegionDataArguments(DataArguments):
+    """Which texts about regions of images; `columns` are those of `RegionCollator`.
+
+    Args:
+        regions: a folder of npy files, or an lmdb file, of the authors' kind.
+        region_task: name of one of the model's tasks, as "vqa" or "refcoco".
+    """
+
+    regions: str = field(default="regions", metadata={"help": "A folder of npy files, or an lmdb file."})
+    region_task: str = field(default="vqa", metadata={"help": "One of the model's tasks, as vqa or refcoco."})
+
+
+@dataclass
 class ChatDataArguments:
     """Conversations about images.
 

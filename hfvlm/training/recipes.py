@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     BitsAndBytesConfig,
     HfArgumentParser,
@@ -22,11 +23,12 @@ from hfvlm.inference.adapters import load_model as load_whole
 from hfvlm.logs import shows_progress
 from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
-from hfvlm.registry import find_class
+from hfvlm.registry import architecture_of, find_class
 from hfvlm.training.answering import AnswerCollator, SentenceCollator
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import Framed, RandomCropAndFlip, RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
+from hfvlm.training.choices import ChoiceCollator, choice_accuracies
 from hfvlm.training.classification import ClassificationTrainer, LabelCollator, labels_of, load_classifier
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
@@ -53,11 +55,13 @@ from hfvlm.training.recipe_arguments import (
     DataArguments,
     LabelDataArguments,
     ModelArguments,
+    RegionDataArguments,
     SentenceDataArguments,
     TeacherArguments,
     ViewDataArguments,
 )
 from hfvlm.training.recipe_files import checked, read_recipe
+from hfvlm.training.regions import RegionCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 from hfvlm.training.two_views import TwoViewCollator, TwoViewModel, TwoViewTrainer
@@ -102,8 +106,11 @@ def run_recipe(
         return train(*parsed)
 
 
-def load_model(arguments: ModelArguments, seed: int) -> Any:
+def load_model(arguments: ModelArguments, seed: int, head: str | None = None) -> Any:
     """Load a model of the class that its files name; only what is trained requires gradients.
+
+    With a `head`, an Auto class of transformers, it is of one of the architecture's classes with this head, the first
+    unless its files name another; a head that the files lack begins at random.
 
     Raises:
         ValueError: hfvlm has no such class, the model no such part, or an adapter is to be trained on an adapter.
@@ -114,7 +121,7 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
             f"{arguments.model}: is an adapter; another one begins from a whole model: "
             f"hfvlm merge {arguments.model} -o OUTPUT."
         )
-    kind = begun_class(arguments)
+    kind = begun_class(arguments, head)
     options: dict[str, Any] = {"modalities": arguments.modalities} if arguments.modalities else {}
     if arguments.four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -123,17 +130,30 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
     return prepared(load_whole(arguments.model, kind, **options), arguments)
 
 
-def begun_class(arguments: ModelArguments) -> Any:
-    """Return the class that is trained: `model_class`, or the one that the model's files name.
+def begun_class(arguments: ModelArguments, head: str | None) -> Any:
+    """Return the class that is trained: `model_class`, or the one that the model's files name; see `load_model`.
 
     Raises:
         ValueError: hfvlm has no such class.
     """
     if arguments.model_class is None:
-        return model_class(arguments.model)
+        return model_class(arguments.model) if head is None else class_with_head(arguments.model, head)
     if (kind := find_class(arguments.model_class)) is None:
         raise ValueError(f"model_class: {arguments.model_class} is no model of hfvlm.")
     return kind
+
+
+def class_with_head(folder: str, head: str) -> Any:
+    """Return the class with a head of a model's architecture: the one that its files name, or the first.
+
+    Raises:
+        ValueError: the architecture has none.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    known = architecture_of(config.model_type).models.get(head, ())
+    if not known:
+        raise ValueError(f"{folder}: hfvlm's {config.model_type} has no class of {head}.")
+    return find_class(next((name for name in config.architectures or () if name in known), known[0]))
 
 
 def prepared(model: Any, arguments: ModelArguments) -> Any:
@@ -340,7 +360,7 @@ def train_pairs(
     return finish(trainer, arguments, model_arguments)
 
 
-class CaptionTrainer(RowTrainer):
+class LabelTrainer(RowTrainer):
     """Trainer of a model by the loss of its `labels`."""
 
     training_inputs = {}
@@ -358,7 +378,7 @@ def train_captions(
     processor = processor_of(model_arguments.model)
     arguments.remove_unused_columns = False
     options = data_options(data, processor, arguments, CaptionCollator, all_captions=False)
-    trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    trainer = LabelTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments, model_arguments)
 
 
@@ -474,7 +494,7 @@ def train_answers(
         raise ValueError(f"{model_arguments.model}: {type(processor).__name__} has no `answers`; BLIP's has.")
     collator = partial(AnswerCollator, answer_column=data.answer_column)
     options = data_options(data, processor, arguments, collator)
-    trainer = CaptionTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
+    trainer = LabelTrainer(load_model(model_arguments, arguments.seed), arguments, **options)
     return finish(trainer, arguments, model_arguments)
 
 
@@ -495,30 +515,72 @@ def train_sentences(
     return finish(trainer, arguments, model_arguments)
 
 
+def train_choices(
+    model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that chooses among answers to questions about images."""
+    processor = processor_of(model_arguments.model)
+    resize(processor, data.image_size)
+    options = {} if data.max_length is None else {"max_length": data.max_length}
+    collator = ChoiceCollator(processor, data.columns, **options)
+    model = load_model(model_arguments, arguments.seed, "AutoModelForMultipleChoice")
+    splits = named_splits(data, arguments)
+    trainer = LabelTrainer(model, arguments, collator, compute_metrics=choice_accuracies, **splits)
+    return finish_with(processor, trainer, arguments, model_arguments)
+
+
+def train_regions(
+    model_arguments: ModelArguments, data: RegionDataArguments, arguments: TrainingArguments
+) -> dict[str, float]:
+    """Train a model that reads texts and the regions of images on one of its tasks."""
+    processor = processor_of(model_arguments.model)
+    model = load_model(model_arguments, arguments.seed, "AutoModelForVisualQuestionAnswering")
+    classes = {"answer": model.config.num_answers, "gqa": model.config.num_gqa_answers}
+    collator = RegionCollator(processor, data.region_task, data.regions, data.columns, classes)
+    arguments.prediction_loss_only = True  # its outputs are of all tasks and tokens
+    trainer = LabelTrainer(model, arguments, collator, **named_splits(data, arguments))
+    trainer.training_inputs = {"task": data.region_task}
+    return finish_with(processor, trainer, arguments, model_arguments)
+
+
 def train_painting(
     model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
 ) -> dict[str, float]:
     """Train a model that is shown tasks by pairs, on rows with an image, its painted target and the name of a task."""
     processor, model = processor_of(model_arguments.model), load_model(model_arguments, arguments.seed)
-    arguments.remove_unused_columns = False
+    splits = named_splits(data, arguments)
+    scale = 0.3 if data.crop_scale is None else data.crop_scale
+    shown = splits["train_dataset"]
+    collator = PaintingCollator(processor, model.config.patch_size, shown, data.columns, crop_scale=scale)
+    trainer = RowTrainer(model, arguments, collator, **splits)
+    return finish_with(processor, trainer, arguments, model_arguments)
+
+
+def named_splits(data: DataArguments, arguments: TrainingArguments) -> dict[str, Any]:
+    """Load the rows of one data set, whose columns a collator of its own reads.
+
+    Raises:
+        ValueError: there are several.
+    """
     if not isinstance(data.dataset, str):
-        raise ValueError(
-            f"dataset must be one data set to train painting, whose rows name their tasks, not {data.dataset}."
-        )
+        raise ValueError(f"dataset must be one data set, whose columns this task names, not {data.dataset}.")
+    arguments.remove_unused_columns = False
     source = {"path": data.dataset}
     rows = load_split(data, "train_split", source)
     fit_batch(arguments, rows)
-    scale = 0.3 if data.crop_scale is None else data.crop_scale
-    trainer = RowTrainer(
-        model,
-        arguments,
-        PaintingCollator(processor, model.config.patch_size, rows, data.columns, crop_scale=scale),
-        train_dataset=rows,
-        eval_dataset=load_split(data, "eval_split", source) if data.eval_split else None,
-    )
+    return {
+        "train_dataset": rows,
+        "eval_dataset": load_split(data, "eval_split", source) if data.eval_split else None,
+    }
+
+
+def finish_with(
+    processor: Any, trainer: Any, arguments: TrainingArguments, model_arguments: ModelArguments
+) -> dict[str, float]:
+    """Do as `finish`, and save a processor that a trainer does not: transformers looks for a tokenizer in it."""
     metrics = finish(trainer, arguments, model_arguments)
     if trainer.is_world_process_zero():
-        processor.save_pretrained(arguments.output_dir or ".")  # transformers looks for a tokenizer in a trainer's
+        processor.save_pretrained(arguments.output_dir or ".")
     return metrics
 
 
@@ -565,5 +627,7 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     ),
     "views": ((ModelArguments, ViewDataArguments, TrainingArguments), train_views),
     "painting": ((ModelArguments, DataArguments, TrainingArguments), train_painting),
+    "choices": ((ModelArguments, DataArguments, TrainingArguments), train_choices),
+    "regions": ((ModelArguments, RegionDataArguments, TrainingArguments), train_regions),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }

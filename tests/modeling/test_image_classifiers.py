@@ -6,12 +6,12 @@ from transformers import AutoModelForImageClassification
 
 import hfvlm
 from hfvlm.registry import architectures
-from tests.support.suite import ImageClassifierSuite
+from tests.support.suite import ImageClassifierSuite, close
 
 # Chat models have the towers of others.
 CHAT = {"flamingo", "llava", "pali", "paligemma", "pg_video_llava", "qwen_vl", "shikra", "video_chatgpt"}
-# They read no image by itself: regions, videos, pairs; or draw it.
-WITHOUT = CHAT | {"dalle_mini", "merlot_reserve", "painter", "vilbert"}
+# They read no image by itself: regions, or pairs; or draw it.
+WITHOUT = CHAT | {"dalle_mini", "painter", "vilbert"}
 
 
 class OnTiny(ImageClassifierSuite):
@@ -61,6 +61,25 @@ class TestImageBind(OnTiny):
 class TestLanguageBind(OnTiny):
     model_class, whole_class = hfvlm.HfvlmLanguageBindForImageClassification, hfvlm.HfvlmLanguageBindModel
     architecture = "languagebind"
+
+
+class TestMERLOTReserve(OnTiny):
+    model_class = hfvlm.HfvlmMERLOTReserveForImageClassification
+    whole_class = hfvlm.HfvlmMERLOTReserveModel
+    architecture = "merlot_reserve"
+
+    def inputs(self):
+        return {"pixel_values": torch.rand(3, 3, *self.config().vision_config.image_size)}
+
+    def test_towers_alone_equal_those_inside(self, model, batch, tmp_path):
+        """The classifier has neither the projection nor the pooled tokens."""
+        model.save_pretrained(tmp_path)
+        alone, info = type(model.vision_model).from_pretrained(tmp_path, output_loading_info=True)
+        assert all(key.startswith(("encoder.projection.", "pool.")) for key in info.pop("missing_keys"))
+        assert not any(info.values()), info
+        with torch.no_grad():
+            found, expected = (tower.eval()(**batch).pooler_output for tower in (alone, model.vision_model))
+        close(found, expected, 1e-6, "summary")
 
 
 def test_every_architecture_with_images_has_a_classifier():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hfvlm.checkpoints.key_table import grouped
 from hfvlm.configuration import TowerConfig
+from hfvlm.modules.embeddings import present
 from hfvlm.modules.pooling import AttentionPool, end_of_text
 from hfvlm.modules.positions import ALIGNED_CORNERS, BICUBIC, resize_grid, resize_line, sampled_grid, sine_grid
 from hfvlm.modules.transformer import MLP, Attention, PreNormLayer, QuickGELU
@@ -137,3 +138,10 @@ def test_quick_gelu(trained):
 
 def test_an_mlp_uses_it():
     assert isinstance(MLP(TowerConfig(hidden_size=8, num_attention_heads=2, hidden_act="quick_gelu")).act, QuickGELU)
+
+
+def test_what_is_no_padding():
+    ids = torch.tensor([[5, 6, 0], [7, 0, 0]])
+    assert present(ids, 0).tolist() == [[True, True, False], [True, False, False]]
+    assert present(ids, 0, torch.tensor([[0, 1, 1], [1, 1, 1]])).tolist() == [[False, True, True], [True, True, True]]
+    assert present(ids, None).all()

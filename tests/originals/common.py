@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfvlm.checkpoints import CheckpointError
-from hfvlm.checkpoints.key_table import KeyTableError, Table, convert_keys, convert_tables
+from hfvlm.checkpoints.key_table import KeyTableError, convert_keys, convert_tables
 from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig, TimmMissingError, timm_wrapper_config
 from hfvlm.presets import Preset, list_presets, load_preset
 from hfvlm.release.plans import empty_model, fresh_tensors, new_model
@@ -59,11 +59,13 @@ def made_of(fields: dict[str, Any], name: str, text: str) -> Any:
     raise UnknownOptionError(f"a row of texts has {name}; the runner knows {', '.join(fields)}")
 
 
-Compose = Callable[[Preset], tuple[Any, list[Table]]]
+# The configuration, the tables and, where a file leaves some out, the names of parameters that it lacks.
+Composition = tuple[Any, ...]
+Compose = Callable[[Preset], Composition]
 
 
-def fitting(architecture: str, stem: str, compose: Compose) -> tuple[Any, list[Table]]:
-    """The configuration and the tables of a released file: those of its own preset, or of the first that fits.
+def fitting(architecture: str, stem: str, compose: Compose) -> Composition:
+    """The composition of a released file: that of its own preset, or of the first that fits.
 
     Raises:
         AssertionError: no preset fits; it says why the last does not.
@@ -72,20 +74,21 @@ def fitting(architecture: str, stem: str, compose: Compose) -> tuple[Any, list[T
     own = [preset for preset in released if preset.name == f"{architecture}/{stem.lower()}"]
     reason: Exception | None = None
     for preset in own or released:
-        config, tables, reason = tried(compose, preset)
+        found, reason = tried(compose, preset)
         if reason is None:
-            return config, tables
+            return found
     raise AssertionError(f"no preset of {architecture} fits {stem or 'the file'}: {reason}") from reason
 
 
-def tried(compose: Compose, preset: Preset) -> tuple[Any, list[Table], Exception | None]:
+def tried(compose: Compose, preset: Preset) -> tuple[Composition, Exception | None]:
     """What `compose` makes of a preset, and why it does not fit."""
     try:
-        config, tables = compose(preset)
-        convert_tables(tables, empty_model(config).state_dict())
+        config, tables, *fresh = found = compose(preset)
+        own, lacking = empty_model(config).state_dict(), fresh[0] if fresh else []
+        convert_tables(tables, {key: tensor for key, tensor in own.items() if key not in lacking})
     except (AssertionError, KeyTableError, CheckpointError, FileNotFoundError, KeyError) as error:
-        return None, [], error
-    return config, tables, None
+        return (), error
+    return found, None
 
 
 def vocabulary(folder: Path, name: str) -> Path:

@@ -10,27 +10,25 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor, Temperat
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from hfvlm.checkpoints.conversion import Source
-from hfvlm.checkpoints.key_table import KeyTableError, convert_tables, restore_keys
+from hfvlm.checkpoints.key_table import restore_keys
 from hfvlm.conversion.dalle_mini import (
     CONVERSION,
     DVAE_OPTIONS,
     MIN_DALLE_OPTIONS,
     OPTIONS,
-    VQGAN_OPTIONS,
     config_from_original,
     dvae_rows,
     min_dalle_rows,
-    vqgan_rows,
 )
-from hfvlm.modeling.captioning import Context
+from hfvlm.conversion.vqgan import VQGAN_OPTIONS, vqgan_rows
+from hfvlm.modeling.image_codecs import seamless
+from hfvlm.modeling.text_to_image import guided
 from hfvlm.models.dalle_mini import HfvlmDALLEMiniTokenizer
-from hfvlm.models.dalle_mini.modeling_dalle_mini import guided
-from hfvlm.models.dalle_mini.modeling_dalle_mini_vqgan import seamless
 from hfvlm.models.dalle_mini.text_normalization import Words, normalized
-from hfvlm.presets import list_presets, load_preset
+from hfvlm.modules.context import Context
 from hfvlm.release.plans import empty_model
-from tests.originals.common import converted
-from tests.support.golden import Golden, Recorder, read_key_list
+from tests.originals.common import converted, fitting
+from tests.support.golden import Golden, Recorder, read_key_list, stem_of
 
 RUN = ("name", "condition_scale", "top_k", "top_p", "temperature", "min_length", "prng_key", "do_sample")
 MIN_RUN = ("name", "image_count", "temperature", "top_k", "supercondition_factor", "seed")
@@ -375,22 +373,16 @@ def whole_batch(golden: Golden, section: str, clean: str, length: int, words: Wo
 def compose(path: Path):
     """A released file and, without memory, the others that its preset names: the configuration, the tables, and the
     weights of norms that have none in the file. The first preset that fits counts."""
-    keys, reason = read_key_list(path), None
-    for preset in map(load_preset, list_presets("dalle_mini")):
-        if "layout" not in preset.source:
-            continue
-        config = preset.make_config()
-        layout, own = preset.source["layout"], empty_model(config).state_dict()
-        sources = {role: Source(path, part, {}) for role, part in files_of(config, layout, keys, own).items()}
-        try:
-            tables = CONVERSION.tables_for(config, layout, sources)
-            fresh = CONVERSION.fresh_parameters(config, layout, sources["main"].tensors, own)
-            convert_tables(tables, {key: tensor for key, tensor in own.items() if key not in fresh})
-        except KeyTableError as error:
-            reason = f"{preset.name}: {error}"
-            continue
-        return config, tables, fresh
-    raise AssertionError(f"no preset of dalle_mini fits {path.name}; the last, {reason}")
+    keys = read_key_list(path)
+    return fitting("dalle_mini", stem_of(path), lambda preset: composed(path, keys, preset))
+
+
+def composed(path: Path, keys, preset):
+    config = preset.make_config()
+    layout, own = preset.source["layout"], empty_model(config).state_dict()
+    sources = {role: Source(path, part, {}) for role, part in files_of(config, layout, keys, own).items()}
+    tables = CONVERSION.tables_for(config, layout, sources)
+    return config, tables, CONVERSION.fresh_parameters(config, layout, sources["main"].tensors, own)
 
 
 def files_of(config, layout, keys, own):

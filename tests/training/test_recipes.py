@@ -527,6 +527,8 @@ def test_every_recipe_is_tried():
         "fine-tune-classifier",
         "painter-lora",
         "dalle-mini-lora",
+        "merlot-reserve-lora",
+        "vilbert-lora",
     }
     procedures = {"clip-pretraining", "align", "filip", "simclr", "simclr-distillation", "clip-distillation", *BLIP}
     assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone, *procedures}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 
@@ -21,6 +20,7 @@ from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer
+from hfvlm.processing.vocabularies import add_placeholders
 
 
 class HfvlmBLIP2ImageProcessor(HfvlmBLIPImageProcessor):
@@ -66,14 +66,7 @@ class HfvlmBLIP2Tokenizer(HfvlmTokenizer):
         """
         language = LANGUAGES[kind]
         engine, special = language.engine(Path(path))
-        pieces = engine.get_vocab_size()
-        if size is not None and pieces > size:
-            raise ValueError(
-                f"{path}: its {pieces} pieces are more than the model's {size} (text_config.vocab_size): this is the "
-                "vocabulary of another model."
-            )
-        added = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), IMAGE, VIDEO)
-        engine.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+        add_placeholders(engine, path, size, IMAGE, VIDEO)
         return cls(tokenizer_object=engine, **language.tokenizer_defaults | special | kwargs)
 
 

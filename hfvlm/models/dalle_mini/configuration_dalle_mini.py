@@ -98,6 +98,10 @@ class HfvlmDALLEMiniDecoderConfig(HfvlmDALLEMiniTextConfig):
     bos_token_id: int | None = 16384
     eos_token_id: int | None = 16384
 
+    def validate_start(self) -> None:
+        if self.bos_token_id is None:
+            raise ValueError(f"{type(self).__name__}: bos_token_id is None: images need a start token.")
+
 
 @strict
 class HfvlmDALLEMiniVQGANConfig(HfvlmConfig):

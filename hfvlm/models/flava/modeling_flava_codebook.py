@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -17,9 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.flava.configuration_flava import HfvlmFLAVACodebookConfig
 from hfvlm.models.flava.modeling_flava import HfvlmFLAVAPreTrainedModel
-
-# Each group but the first has twice the channels of the one before it, and all but the last halve the image.
-GROUPS = 4
+from hfvlm.modules.dvae import CodebookBlock, encoder_groups, init_by_inputs
 
 
 @dataclass
@@ -37,32 +33,6 @@ class CodebookOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
-    """Make one that retains rows and columns."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-
-
-class CodebookBlock(GradientCheckpointingLayer):
-    """Four convolutions, narrow in their middle, next to a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int, gain: float):
-        super().__init__()
-        narrow = out_channels // 4
-        self.gain = gain
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else convolution(in_channels, out_channels, 1)
-        self.conv1 = convolution(in_channels, narrow, 3)
-        self.conv2 = convolution(narrow, narrow, 3)
-        self.conv3 = convolution(narrow, narrow, 3)
-        self.conv4 = convolution(narrow, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            y = conv(y.relu())
-        return self.shortcut(x) + self.gain * y
-
-
 class HfvlmFLAVACodebookModel(HfvlmFLAVAPreTrainedModel):
     """Encodes images to codes. FLAVA does not train it."""
 
@@ -76,18 +46,12 @@ class HfvlmFLAVACodebookModel(HfvlmFLAVAPreTrainedModel):
     def __init__(self, config: HfvlmFLAVACodebookConfig):
         super().__init__(config)
         depth, gain = config.blocks_per_group, (config.num_groups * config.blocks_per_group) ** -2
-        widths = [config.hidden_size * 2**i for i in range(GROUPS)]
-        self.stem = convolution(config.num_channels, config.hidden_size, 7)
-        self.groups = nn.ModuleList()
-        for before, width in zip([config.hidden_size, *widths], widths, strict=False):
-            blocks = [CodebookBlock(width if i else before, width, gain) for i in range(depth)]
-            self.groups.append(nn.Sequential(*blocks, *([] if width == widths[-1] else [nn.MaxPool2d(2)])))
-        self.head = convolution(widths[-1], config.vocab_size, 1)
+        encoder = encoder_groups(config.num_channels, config.hidden_size, depth, config.vocab_size, gain)
+        self.stem, self.groups, self.head = encoder.stem, encoder.groups, encoder.head
         self.post_init()
 
     def init_own_weights(self, std: float) -> None:
-        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
-            init.normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
+        init_by_inputs(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.stem

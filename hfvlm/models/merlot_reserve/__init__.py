@@ -20,6 +20,7 @@ architecture = Architecture(
             "HfvlmMERLOTReserveVisionModel",
             "HfvlmMERLOTReserveAudioModel",
         ),
+        "AutoModelForImageClassification": ("HfvlmMERLOTReserveForImageClassification",),
         "AutoModelForPreTraining": ("HfvlmMERLOTReserveForPreTraining",),
         "AutoModelForMultipleChoice": (
             "HfvlmMERLOTReserveForMultipleChoice",

@@ -17,7 +17,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.merlot_reserve.configuration_merlot_reserve import HfvlmMERLOTReserveConfig
-from hfvlm.models.merlot_reserve.modeling_merlot_reserve import JointModel, concatenated
+from hfvlm.models.merlot_reserve.modeling_merlot_reserve import JointModel
+from hfvlm.models.merlot_reserve.sequences import concatenated
 from hfvlm.modules.pooling import tokens_at
 
 

@@ -17,13 +17,9 @@ from transformers.utils.output_capturing import capture_outputs
 from hfvlm.losses import candidate_losses
 from hfvlm.losses.processes import all_processes
 from hfvlm.modeling.keywords import Keywords
-from hfvlm.models.merlot_reserve.modeling_merlot_reserve import (
-    HfvlmMERLOTReserveModel,
-    JointInputs,
-    concatenated,
-    present,
-    unit,
-)
+from hfvlm.models.merlot_reserve.modeling_merlot_reserve import HfvlmMERLOTReserveModel, unit
+from hfvlm.models.merlot_reserve.sequences import JointInputs, concatenated
+from hfvlm.modules.embeddings import present
 from hfvlm.modules.similarity import LogitScale
 
 HIGHEST_LOGIT_SCALE = log(100.0)
@@ -244,7 +240,7 @@ class HfvlmMERLOTReserveForPreTraining(HfvlmMERLOTReserveModel):
             ),
             strict=True,
         )
-        usable = present(self.config, span_ids, None).any(dim=-1) & (torch.stack(counts).sum(dim=0) > 0)
+        usable = present(span_ids, self.config.pad_token_id).any(dim=-1) & (torch.stack(counts).sum(dim=0) > 0)
         preference = usable * 1e6 + MULTIMODAL_PREFERENCE * (counts[0] + counts[1])
         if self.training:
             preference = preference - torch.rand_like(preference).log().neg().log()

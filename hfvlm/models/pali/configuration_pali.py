@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, T5Config
 
 from hfvlm.configuration import HfvlmConfig, SubConfig
-from hfvlm.models.paligemma.configuration_paligemma import HfvlmPaliGemmaVisionConfig, count_patches
+from hfvlm.models.paligemma.configuration_paligemma import HfvlmPaliGemmaVisionConfig
 
 
 def vit_e_config() -> HfvlmPaliGemmaVisionConfig:
@@ -70,4 +70,4 @@ class HfvlmPaLIConfig(HfvlmConfig):
 
     def count_tokens(self) -> int:
         """Count the placeholders of an image."""
-        return count_patches(self.vision_config.grid)
+        return self.vision_config.patch_count

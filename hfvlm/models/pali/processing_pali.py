@@ -9,16 +9,14 @@ import torch
 from tokenizers import AddedToken
 from transformers.image_processing_base import BatchFeature
 
-from hfvlm.models.paligemma.configuration_paligemma import count_patches
 from hfvlm.models.paligemma.processing_paligemma import HfvlmPaliGemmaImageProcessor
 from hfvlm.processing.assembly import IGNORE, expand, padded
-from hfvlm.processing.batches import is_empty, texts_of
-from hfvlm.processing.grounding import Grounding, Region
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.grounding import Region
+from hfvlm.processing.image_patches import ImagesFirstProcessor, box_in_pixels
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import whole
 from hfvlm.processing.tokenization import HfvlmTokenizer
-from hfvlm.processing.vocabularies import VocabularyError, sentencepiece
+from hfvlm.processing.vocabularies import add_placeholders, sentencepiece
 
 # mT5's tokens for spans that are left out; the first has the last id.
 SENTINELS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))
@@ -32,9 +30,6 @@ TEMPLATE = (
     "{{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -}}"
     "{%- endif -%}{%- endfor -%}"
 )
-BETWEEN = " ; "
-# The prompt of images without a text.
-CAPTION = "Generate the alt_text in EN at 0: <extra_id_0>"
 BOX = re.compile(r"(?<!\d)(\d{1,4}) (\d{1,4}) (\d{1,4}) (\d{1,4})(?!\d)\s*([^;]*)")
 
 
@@ -66,20 +61,12 @@ class HfvlmPaLITokenizer(HfvlmTokenizer):
         engine = sentencepiece(path)
         if engine.token_to_id(SENTINELS[-1]) is None:
             engine.add_special_tokens([AddedToken(token, normalized=False) for token in SENTINELS])
-        pieces = engine.get_vocab_size()
-        known = pieces - (engine.token_to_id("<image>") is not None)
-        if size is not None and known > size:
-            raise VocabularyError(
-                f"{path}: its {known} pieces are more than the model's {size} (text_config.vocab_size): this is the "
-                "vocabulary of another model."
-            )
-        names = (*(f"<unused_{i}>" for i in range(pieces, size or pieces)), "<image>")
-        engine.add_special_tokens([AddedToken(token, normalized=False) for token in names])
+        add_placeholders(engine, path, size, "<image>")
         special = {"pad_token": engine.id_to_token(0), "eos_token": engine.id_to_token(1)}
         return cls(tokenizer_object=engine, **special | {"unk_token": engine.id_to_token(2)} | kwargs)
 
 
-class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
+class HfvlmPaLIProcessor(ImagesFirstProcessor):
     """Texts about images for the encoder, and answers for the decoder.
 
     A text is `<image>Generate the alt_text in EN at 0: <extra_id_0>`; see `hfvlm.training.mixture` for the paper's
@@ -94,7 +81,8 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
         bins: steps of a coordinate.
     """
 
-    patch_size: Annotated[int, whole(1, 2**10)]
+    caption = "Generate the alt_text in EN at 0: <extra_id_0>"
+    system = "PaLI"
     bins: Annotated[int, whole(2, 9999)]
 
     def __init__(
@@ -109,22 +97,13 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
         self.set_arguments(patch_size=patch_size, bins=bins)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATE, **kwargs)
 
-    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        edge = self.image_processor.size["height"] // self.patch_size
-        return [count_patches((edge, edge))] * len(image_sizes)
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text: a placeholder for each image, the words and </s>.
 
         Raises:
             ValueError: an image comes after words.
         """
-        words = text.removeprefix(self.image_token)
-        images = 0 if words == text else 1
-        while words.startswith(self.image_token):
-            words, images = words.removeprefix(self.image_token), images + 1
-        if self.image_token in words:
-            raise ValueError(f"{text[:200]!r}: images come first in PaLI's texts, {self.image_token} before words.")
+        images, words = self.divided(text)
         ids = self.tokenizer(words, add_special_tokens=add_special_tokens, padding=False)["input_ids"]
         return [*[self.image_token_id] * images, *ids]
 
@@ -148,15 +127,10 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
             ValueError: texts, answers and images do not fit each other, or a row does not fit `max_length`.
         """
         tensors = kwargs.get("return_tensors", "pt")
-        if text is None and not is_empty(images):
-            several = isinstance(self.batched(images), list | tuple)
-            text = [f"{self.image_token}{CAPTION}"] * len(images) if several else f"{self.image_token}{CAPTION}"
-        inputs = super().__call__(images, text, **kwargs)
+        inputs = super().__call__(images, self.asking(images, text), **kwargs)
         if suffix is None:
             return inputs
-        answers = [suffix] if isinstance(suffix, str) else list(texts_of(suffix, "suffix"))
-        if len(answers) != len(inputs["input_ids"]):
-            raise ValueError(f"{len(inputs['input_ids'])} texts, and suffix has {len(answers)}: each has one answer.")
+        answers = self.answers_to(len(inputs["input_ids"]), suffix)
         labels = padded([self.answer_ids(answer) for answer in answers])
         return BatchFeature({**inputs, "labels": labels}, tensor_type=tensors)
 
@@ -193,26 +167,15 @@ class HfvlmPaLIProcessor(ImageTextProcessor, Grounding):
     # Boxes
 
     def regions(self, text: str, size: tuple[int, int]) -> list[Region]:
-        width, height = size
         found: list[Region] = []
         for *numbers, name in BOX.findall(text):
-            top, left, bottom, right = (int(number) / (self.bins - 1) for number in numbers)
-            if max(top, left, bottom, right) <= 1 and bottom > top and right > left:
-                box = [left * width, top * height, right * width, bottom * height]
-                found.append({"label": name.strip() or None, "box_xyxy": box})
+            top, left, bottom, right = shares = [int(number) / (self.bins - 1) for number in numbers]
+            if max(shares) <= 1 and bottom > top and right > left:
+                found.append({"label": name.strip() or None, "box_xyxy": box_in_pixels(shares, size)})
         return found
 
-    def grounding_text(
-        self, label: str | None, boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = None
-    ) -> str:
-        """Format boxes, see `Grounding`; the model's own unit is the image's width and height."""
-        width, height = size or (1, 1)
-        formatted = []
-        for left, top, right, bottom in boxes:
-            shares = (top / height, left / width, bottom / height, right / width)
-            steps = " ".join(str(round(min(max(share, 0), 1) * (self.bins - 1))) for share in shares)
-            formatted.append(f"{steps} {label}" if label else steps)
-        return BETWEEN.join(formatted)
+    def box_text(self, shares: Sequence[float]) -> str:
+        return " ".join(str(round(min(max(share, 0), 1) * (self.bins - 1))) for share in shares)
 
     def locating(self, expression: str) -> str:
         return f"{self.asked(f'detect {expression}')} {SENTINELS[-1]}"

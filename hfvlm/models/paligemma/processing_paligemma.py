@@ -17,22 +17,19 @@ from torch.nn.functional import interpolate
 from transformers.image_processing_base import BatchFeature
 
 from hfvlm.media.images import to_8_bits
-from hfvlm.models.paligemma.configuration_paligemma import count_patches
-from hfvlm.models.paligemma.regions import BETWEEN, PIECES, STEPS, find, format_box, paste_mask
+from hfvlm.models.paligemma.regions import PIECES, STEPS, find, format_box, paste_mask
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.processing.batches import is_empty, texts_of
-from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.batches import texts_of
+from hfvlm.processing.grounding import Region
+from hfvlm.processing.image_patches import ImagesFirstProcessor, box_in_pixels
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
-from hfvlm.processing.settings import Flag, square, whole
+from hfvlm.processing.settings import Flag, square
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.processing.vocabularies import VocabularyError, sentencepiece_engine, template
 
 # Between the prompt and the answer; encoded by itself, so that it never joins the prompt's last piece.
 SEPARATOR = "\n"
-# The prompt of images without a text.
-CAPTION = "caption en"
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] != ['user', 'assistant'][loop.index0] | default('') -%}"
@@ -120,7 +117,7 @@ class HfvlmPaliGemmaTokenizer(HfvlmTokenizer):
         return cls(tokenizer_object=engine, **names | kwargs)
 
 
-class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
+class HfvlmPaliGemmaProcessor(ImagesFirstProcessor):
     """Prompts about images, answers to train on, and the regions in answers.
 
     A text is `<image>caption en`: images come first, as many as there are, then the prompt and a line break, which is
@@ -135,7 +132,8 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
         patch_size: of the vision tower, in pixels.
     """
 
-    patch_size: Annotated[int, whole(1, 2**10)]
+    caption = "caption en"
+    system = "PaliGemma"
 
     def __init__(
         self,
@@ -150,24 +148,13 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
 
     # Texts
 
-    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        edge = self.image_processor.size["height"] // self.patch_size
-        return [count_patches((edge, edge))] * len(image_sizes)
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt: a placeholder for each image, <bos>, the prompt and the line break.
 
         Raises:
             ValueError: an image comes after words.
         """
-        words = text.lstrip() if text.lstrip().startswith(self.image_token) else text
-        images = 0
-        while words.startswith(self.image_token):
-            words, images = words.removeprefix(self.image_token), images + 1
-        if self.image_token in words:
-            raise ValueError(
-                f"{text[:200]!r}: images come first in PaliGemma's texts, {self.image_token} before words."
-            )
+        images, words = self.divided(text)
         begin = [self.tokenizer.bos_token_id] if add_special_tokens else []
         return [
             *[self.image_token_id] * images,
@@ -204,15 +191,11 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
         Raises:
             ValueError: texts and images do not fit each other, or a row does not fit `max_length`.
         """
-        if text is None and not is_empty(images):
-            several = isinstance(self.batched(images), list | tuple)
-            text = [f"{self.image_token}{CAPTION}"] * len(images) if several else f"{self.image_token}{CAPTION}"
+        text = self.asking(images, text)
         if suffix is None:
             return super().__call__(images, text, **kwargs)
-        alone = isinstance(text, str)
-        prompts, answers = ([own] if alone else list(texts_of(own, "text")) for own in (text, suffix))
-        if len(prompts) != len(answers):
-            raise ValueError(f"{len(prompts)} texts, and suffix has {len(answers)}: each text has one answer.")
+        prompts = [text] if isinstance(text, str) else list(texts_of(text))
+        answers = self.answers_to(len(prompts), suffix)
         options, words = self.call_options(kwargs)
         return_tensors = words.pop("return_tensors", "pt")
         allow_urls = options.pop("allow_urls", False)
@@ -240,10 +223,7 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
 
     def example(self, prompt: str, answer: str) -> list[dict[str, Any]]:
         """Make the messages of a prompt with `image_token` and its answer."""
-        words = prompt.lstrip() if prompt.lstrip().startswith(self.image_token) else prompt
-        images = 0
-        while words.startswith(self.image_token):
-            words, images = words.removeprefix(self.image_token), images + 1
+        images, words = self.divided(prompt)
         content: list[dict[str, Any]] = [{"type": "image"}] * images
         question = [*content, {"type": "text", "text": words.removesuffix(SEPARATOR)}]
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -252,27 +232,15 @@ class HfvlmPaliGemmaProcessor(ImageTextProcessor, Grounding):
 
     def regions(self, text: str, size: tuple[int, int]) -> list[Region]:
         """Find regions; those with a mask have its codes as "mask_codes", see `post_process_masks`."""
-        width, height = size
         found: list[Region] = []
         for match in find(text):
-            top, left, bottom, right = (step / STEPS for step in match.box)
-            region: Region = {
-                "label": match.label,
-                "box_xyxy": [left * width, top * height, right * width, bottom * height],
-            }
+            box = box_in_pixels([step / STEPS for step in match.box], size)
+            region: Region = {"label": match.label, "box_xyxy": box}
             found.append(region | ({"mask_codes": list(match.codes)} if match.codes else {}))
         return found
 
-    def grounding_text(
-        self, label: str | None, boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = None
-    ) -> str:
-        """Format boxes, see `Grounding`; the model's own unit is the image's width and height."""
-        width, height = size or (1, 1)
-        formatted = []
-        for left, top, right, bottom in boxes:
-            box = format_box([top / height, left / width, bottom / height, right / width])
-            formatted.append(f"{box} {label}" if label else box)
-        return BETWEEN.join(formatted)
+    def box_text(self, shares: Sequence[float]) -> str:
+        return format_box(shares)
 
     def locating(self, expression: str) -> str:
         """Ask as the authors' README does of the mix models."""

@@ -20,8 +20,6 @@ STEPS, CODES, EDGE = 1023, 16, 64
 LOCATIONS = tuple(f"<loc{i:04d}>" for i in range(STEPS + 1))
 SEGMENTS = tuple(f"<seg{i:03d}>" for i in range(128))
 PIECES = (*LOCATIONS, *SEGMENTS)
-# Between regions of one answer.
-BETWEEN = " ; "
 # Top, left, bottom and right as shares of the image.
 Shares = Sequence[float]
 

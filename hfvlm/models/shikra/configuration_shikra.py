@@ -42,9 +42,4 @@ class HfvlmShikraConfig(ProjectedConfig):
 
     def count_tokens(self) -> int:
         """Count the placeholders of an image."""
-        return count_patches(self.vision_config.grid)
-
-
-def count_patches(grid: tuple[int, int]) -> int:
-    """Count the tokens of an image with a grid of patches, (rows, columns)."""
-    return grid[0] * grid[1]
+        return self.vision_config.patch_count

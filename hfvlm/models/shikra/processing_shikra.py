@@ -14,12 +14,11 @@ from PIL import Image
 from hfvlm.media.images import to_8_bits
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
-from hfvlm.models.shikra.configuration_shikra import count_patches
 from hfvlm.models.shikra.regions import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.image_patches import ImagePatchesProcessor
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import or_none, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
@@ -71,7 +70,7 @@ def brackets_around(value: Any) -> str:
     return value
 
 
-class HfvlmShikraProcessor(ImageTextProcessor, Grounding):
+class HfvlmShikraProcessor(ImagePatchesProcessor, Grounding):
     """Conversations about an image in Shikra's format, and the regions in them.
 
     Args:
@@ -90,7 +89,6 @@ class HfvlmShikraProcessor(ImageTextProcessor, Grounding):
     image_patch: Annotated[str, string]
     image_start: Annotated[str, string]
     image_end: Annotated[str, string]
-    patch_size: Annotated[int, whole(1, 2**10)]
     digits: Annotated[int, whole(0, 15)]
     brackets: Annotated[str, brackets_around]
     num_bins: Annotated[int | None, or_none(whole(2, 2**20))]
@@ -134,10 +132,6 @@ class HfvlmShikraProcessor(ImageTextProcessor, Grounding):
     @property
     def image_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.image_patch)
-
-    def count_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        edge = self.image_processor.size["height"] // self.patch_size
-        return [count_patches((edge, edge))] * len(image_sizes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text, with one `image_token_id` for each image. The authors' tokenizer drops the blanks around

@@ -231,6 +231,13 @@ class HfvlmViLBERTModel(HfvlmViLBERTPreTrainedModel):
     input_modalities = ["image", "text"]
     # What its processor prepares.
     modalities = ("regions", "text")
+    # Losses are means over a batch, and not over its counted tokens.
+    accepts_loss_kwargs = False
+
+    @property
+    def further_towers(self) -> tuple[str, ...]:
+        """What `hfvlm.lora` adapts next to the streams: their attention to each other."""
+        return ("connections",) if len(self.connections) else ()
 
     def __init__(self, config: HfvlmViLBERTConfig):
         super().__init__(config)

@@ -76,6 +76,18 @@ class WithPredictions(HfvlmViLBERTModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head.decoder = value
 
+    def prediction(self, encoded: ViLBERTOutput, region_mask: Tensor | None = None) -> Tensor:
+        """Score the words that each token may be, `(B, N, V)`."""
+        return self.lm_head(encoded.last_hidden_state)
+
+    def region(self, encoded: ViLBERTOutput, region_mask: Tensor | None = None) -> Tensor:
+        """Predict the target of each region, `(B, R, target_size)`."""
+        return self.region_head(encoded.vision_last_hidden_state)
+
+    def alignment(self, encoded: ViLBERTOutput, region_mask: Tensor | None = None) -> Tensor:
+        """Score whether texts and images belong together, `(B, 2)`."""
+        return self.alignment_head(self.head_dropout(encoded.pooler_output))
+
 
 class HfvlmViLBERTForPreTraining(WithPredictions):
     """Learns from images' regions with texts."""
@@ -118,12 +130,11 @@ class HfvlmViLBERTForPreTraining(WithPredictions):
         inputs = (input_ids, region_features, region_locations, attention_mask, region_mask, token_type_ids, task_ids)
         encoded = super().forward(*inputs, **kwargs)
         output = ViLBERTPreTrainingOutput(**encoded)
-        words = encoded.last_hidden_state
+        words = self.prediction(encoded)
         if self.text_model.embeddings.task is not None:
             words = torch.cat([words[:, :1], words[:, 2:]], dim=1)  # no word is predicted of a task
-        output.prediction_logits = self.lm_head(words)
-        output.region_logits = self.region_head(encoded.vision_last_hidden_state)
-        output.alignment_logits = self.alignment_head(self.head_dropout(encoded.pooler_output))
+        output.prediction_logits = words
+        output.region_logits, output.alignment_logits = self.region(encoded), self.alignment(encoded)
         if (region_labels is None) != (region_targets is None):
             raise ValueError("region_labels, which regions are masked, and region_targets go together.")
         unaligned = None if alignment_labels is None else alignment_labels.flatten() != 0

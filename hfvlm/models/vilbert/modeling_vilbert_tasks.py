@@ -156,15 +156,6 @@ class HfvlmViLBERTForVisionLanguageTasks(WithPredictions):
     def token(self, encoded: ViLBERTOutput, _: Tensor | None) -> Tensor:
         return self.token_head(self.head_dropout(encoded.last_hidden_state)).squeeze(-1)
 
-    def prediction(self, encoded: ViLBERTOutput, _: Tensor | None) -> Tensor:
-        return self.lm_head(encoded.last_hidden_state)
-
-    def region(self, encoded: ViLBERTOutput, _: Tensor | None) -> Tensor:
-        return self.region_head(encoded.vision_last_hidden_state)
-
-    def alignment(self, encoded: ViLBERTOutput, _: Tensor | None) -> Tensor:
-        return self.alignment_head(self.head_dropout(encoded.pooler_output))
-
 
 # Fields of the output, each made by the method of that name.
 HEADS = (

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import hfvlm
 from hfvlm.modeling.compat import cache_of
+from hfvlm.modeling.image_codecs import seamless
+from hfvlm.modeling.text_to_image import GuidedContext
 from hfvlm.models.dalle_mini import (
     HfvlmDALLEMiniConfig,
     HfvlmDALLEMiniDecoder,
@@ -17,8 +19,6 @@ from hfvlm.models.dalle_mini import (
     HfvlmDALLEMiniVQGANConfig,
     HfvlmDALLEMiniVQGANModel,
 )
-from hfvlm.models.dalle_mini.modeling_dalle_mini import GuidedContext
-from hfvlm.models.dalle_mini.modeling_dalle_mini_vqgan import seamless
 from hfvlm.modules.context import Context
 from tests.support.suite import ModelSuite, PartSuite, close, relative
 
@@ -87,6 +87,38 @@ class TestSinkhorn:
         for weights in output.attentions:
             assert not weights[0, :, :, 3:].any()
             close(weights[0, :, :, :3].sum(1), torch.ones(2, 3), 1e-5, "over queries")
+
+
+class TestDecoder(PartSuite):
+    model_class, auto_class = HfvlmDALLEMiniDecoder, AutoModelForCausalLM
+    row_inputs = ("input_ids",)
+
+    def config(self):
+        return HfvlmDALLEMiniDecoderConfig(**CODES)
+
+    def inputs(self):
+        codes = torch.tensor([[20, 3, 9, 1, 7, 2], [20, 8, 8, 15, 0, 4], [20, 5, 11, 6, 13, 10]])
+        return {"input_ids": codes, "context": Context(torch.randn(3, 8, 32), MASK)}
+
+    def objective(self, model, batch):
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    def test_rows_of_a_batch_do_not_influence_each_other(self, model, batch):
+        expected, context = model(**batch).logits, batch["context"]
+        for i in range(3):
+            alone = Context(context.tokens[i : i + 1], context.mask[i : i + 1])
+            close(model(batch["input_ids"][i : i + 1], context=alone).logits[0], expected[i], 1e-5, f"row {i}")
+
+    def test_the_future_is_not_seen(self, model, batch):
+        before = model(**batch).logits
+        batch["input_ids"][1, 4] = 12
+        after = model(**batch).logits
+        assert torch.equal(after[1, :4], before[1, :4])
+        assert not torch.equal(after[1, 4:], before[1, 4:])
+
+    def test_it_decodes_of_texts_alone(self, model, batch):
+        with pytest.raises(ValueError, match="decodes images of texts: give `context`"):
+            model(batch["input_ids"])
 
 
 class TestDecoding:
@@ -235,6 +267,38 @@ class TestDALLEMini(ModelSuite):
         adapted = {name for name, p in tuned.named_parameters() if p.requires_grad}
         assert all(".codec." not in name and "lora_" in name for name in adapted)
         assert any(".image_decoder." in name for name in adapted)
+
+
+class TestWithoutPadding:
+    """Of a configuration without a token for padding, and of one without an end."""
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        config = HfvlmDALLEMiniConfig(
+            text_config=TEXT | {"pad_token_id": None}, decoder_config=CODES | {"pad_token_id": None}
+        )
+        return HfvlmDALLEMiniForConditionalGeneration(config).eval()
+
+    @torch.no_grad()
+    def test_all_tokens_of_a_text_are_read(self, model):
+        whole = model(IDS, torch.ones_like(IDS)).logits
+        assert torch.equal(model(IDS).logits, whole)
+        close(model.text_model(IDS).last_hidden_state, model(IDS).text_model_output.last_hidden_state, 0.0, "text")
+        assert relative(model(IDS, MASK).logits, whole) > 1e-4
+
+    def test_the_end_fills_images_up(self, model):
+        noise = torch.zeros(16, 3, 21)
+        noise[0, :, 18], noise[1, 0, 20], noise[1, 1:, 18], noise[2:, :, 20] = 1e6, 1e6, 1e6, 1e6
+        found = model.generate(IDS, noise=noise, top_k=0, guidance_scale=1)
+        assert found.tolist() == [[20, 18, 20, 20], [20, 18, 18, 20], [20, 18, 18, 20]]
+
+    def test_the_empty_text_needs_it(self, model):
+        with pytest.raises(ValueError, match="text_config has no pad_token_id. Set it, give negative_prompt_ids"):
+            model.generate(IDS, guidance_scale=3.0)
+        assert model.generate(IDS, guidance_scale=3.0, negative_prompt_ids=IDS.roll(1, 0), **PLAIN).shape[0] == 3
+        with pytest.raises(StrictDataclassClassValidationError, match="bos_token_id is None: images need a start"):
+            HfvlmDALLEMiniDecoderConfig(**CODES | {"bos_token_id": None})
 
 
 class TestWithoutCodec:

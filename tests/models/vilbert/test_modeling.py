@@ -343,8 +343,16 @@ class TestTasks(PartSuite):
         trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
         assert len(trained) == 2 * 2 * 2 * 2  # streams, layers, queries and values, A and B
         assert all("_model.layers." in name and "lora_" in name for name in trained)
-        with pytest.raises(ValueError, match="a recipe joins text, vision"):
-            hfvlm.lora(model, "connections", quiet=True)
+
+    def test_adapters_of_the_connections(self, model, batch):
+        with pytest.raises(ValueError, match="has no part regions; a recipe joins text, vision, connections"):
+            hfvlm.lora(model, "regions", quiet=True)
+        expected = self.run(model, batch)
+        tuned = hfvlm.lora(model, "connections", r=2, quiet=True)
+        same(self.run(tuned, batch), expected, 1e-6)
+        trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 2 * 2 * 2 * 2  # streams, connections, queries and values, A and B
+        assert all(".connections." in name and "lora_" in name for name in trained)
 
     def test_starts_from_pretraining(self, batch, tmp_path):
         whole = HfvlmViLBERTForPreTraining(config("HfvlmViLBERTForPreTraining")).eval()
