@@ -6,7 +6,7 @@ from PIL import Image
 from hfvlm.media.images import to_8_bits
 
 # The lowest frequencies of an image of EDGE x EDGE pixels that a hash is made of, and the edge of its thumbnail.
-EDGE, FREQUENCIES, THUMBNAIL = 64, 16, 4
+EDGE, FREQUENCIES, THUMBNAIL = 32, 8, 4
 BITS = FREQUENCIES**2
 HASH_BYTES = BITS // 8
 
@@ -21,10 +21,10 @@ COSINES = _cosines()
 
 
 def describe(image: Image.Image) -> bytes:
-    """Describe an image: 256 bits of its lowest frequencies, then a thumbnail of 4 x 4 colours.
+    """Describe an image: 64 bits of its lowest frequencies, then a thumbnail of 4 x 4 colours.
 
-    A bit is whether a coefficient of the discrete cosine transform of the grey image is above their median, as in
-    pHash (https://www.phash.org, Zauner 2010), of 16 x 16 instead of 8 x 8 coefficients.
+    A bit is whether a coefficient of the discrete cosine transform of the grey image is above their median, as in pHash
+    (C. Zauner, Implementation and benchmarking of perceptual image hash functions, 2010).
     """
     colours = to_8_bits(image).convert("RGB")
     grey = np.asarray(colours.convert("L").resize((EDGE, EDGE), Image.Resampling.BOX), np.float32)

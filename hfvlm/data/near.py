@@ -1,6 +1,6 @@
 """Near duplicates by locality-sensitive hashing: each row is compared with those alone that share a band of bits.
 
-A descriptor has a few hundred bits, of which two near duplicates differ in few. A band is a sample of `width` of them;
+A descriptor has 64 bits or more, of which two near duplicates differ in few. A band is a sample of `width` of them;
 `width` grows with the logarithm of the number of rows, so that unlike rows share a band with a chance of at most one
 in as many. There are so many bands that near duplicates at the threshold share one with a chance of RECALL. So the
 comparisons of a row do not grow with the number of rows; and each is exact.
@@ -24,7 +24,7 @@ from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
 
 RECALL = 0.99
-NARROWEST, WIDEST = 12, 48
+NARROWEST, WIDEST = 8, 48
 # Planes that the signs of vectors are taken of.
 PLANES = 512
 TEST_ROWS = 1024
@@ -58,14 +58,14 @@ class Perceptual:
     """Copies that were scaled, compressed or filtered a little; neither cropped nor mirrored ones.
 
     Args:
-        distance: of 256 bits, how many may differ.
+        distance: of 64 bits, how many may differ.
         colour: how much thumbnails may differ on the average, of 255.
 
     Raises:
         ValueError: a number is out of its range.
     """
 
-    distance: int = 24
+    distance: int = 6
     colour: float = 8.0
     bits = BITS
 

@@ -66,7 +66,9 @@ class Nouns(Procedure):
         return self.numbers | {"phrases by": self.about}
 
     def begin(self, store: Store) -> None:
-        self.samples = Samples(store, **self.numbers)
+        self.samples = Samples(
+            store, most=self.numbers["most"], least=self.numbers["least"], seed=self.numbers["seed"]
+        )
 
     def keys(self, shard: Sequence[Row]) -> Iterator[tuple[int, dict[int, str]]]:
         """Yield the phrases of each row, by key."""

@@ -144,13 +144,15 @@ def load_file(path: Path) -> Any:
     """Stream the rows of one file, media still encoded.
 
     Raises:
-        ValueError: its name does not end as one of a file of rows.
+        ValueError: its name does not end as one of a file of rows, or it is empty.
     """
     kind = READERS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: rows are read from {', '.join(READERS)} files and from folders.")
     options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     load = import_extra("datasets", "train", "Reading data sets").load_dataset
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file holds no rows.")
     rows = load(kind, data_files=str(path), split="train", streaming=True, **options)
     return rows if rows.features is None else rows.cast(encoded(rows.features))
 

@@ -44,7 +44,8 @@ class ChatModel:
         check_generation(self.options)
         self.folder = str(folder)
         self.pipeline: Any = pipeline("text-generation", model=self.folder, device=find_device(device), dtype="auto")
-        if not self.pipeline.tokenizer.chat_template:
+        self.tokenizer: Any = self.pipeline.tokenizer
+        if not self.tokenizer.chat_template:
             raise ValueError(f"{folder}: its tokenizer has no chat template: this is no chat model.")
 
     @property
@@ -53,10 +54,10 @@ class ChatModel:
 
     def __call__(self, messages: Sequence[Mapping[str, str]], seed: int) -> tuple[str, bool]:
         torch.manual_seed(seed)
-        given, tokenizer = [dict(each) for each in messages], self.pipeline.tokenizer
-        prompt = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)["input_ids"]
+        given = [dict(each) for each in messages]
+        prompt = self.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)["input_ids"]
         (made,) = self.pipeline(given, return_tensors=True, **self.options)
         ids = made["generated_token_ids"][len(prompt) :]
         ends = self.pipeline.model.generation_config.eos_token_id
         known = set(ends) if isinstance(ends, list) else {ends}
-        return tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(known & set(ids))
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(known & set(ids))

@@ -61,7 +61,7 @@ def noise_descriptors(count, random):
 def changed(descriptor, bits, random):
     """A descriptor of which so many bits are flipped."""
     number = int.from_bytes(descriptor[:HASH_BYTES], "big")
-    for bit in random.permutation(256)[:bits]:
+    for bit in random.permutation(8 * HASH_BYTES)[:bits]:
         number ^= 1 << int(bit)
     return number.to_bytes(HASH_BYTES, "big") + descriptor[HASH_BYTES:]
 
@@ -177,5 +177,5 @@ def test_descriptors_see_colours_and_survive_compression():
 def test_what_cannot_be_is_refused(folder, tests, tmp_path):
     with pytest.raises(ValueError, match="evaluation 'other': there is no test set of that name; there are shapes"):
         dedupe(folder, tmp_path / "out", tests={"shapes": str(tests)}, evaluations={"other": tmp_path})
-    with pytest.raises(ValueError, match="distance must be an integer from 0 to 64"):
+    with pytest.raises(ValueError, match="distance must be an integer from 0 to 16"):
         Perceptual(distance=100)

@@ -75,7 +75,9 @@ def test_it_tries_again_where_an_answer_may_come(server, monkeypatch):
     assert Endpoint(server.url, "m")(MESSAGES, 0) == ("at last", True)
     assert pauses == [7.0, 2.0, 4.0]
     server.answers = [(503, {}, b"busy")]
-    with pytest.raises(EndpointError, match=r"no answer in 3 tries: HTTP 503, busy. Started again, the run continues"):
+    with pytest.raises(
+        EndpointError, match=r"no answer in 3 tries: HTTP 503, busy. The run continues when started again"
+    ):
         Endpoint(server.url, "m", tries=3)(MESSAGES, 0)
     assert len(server.requests) == 7
 

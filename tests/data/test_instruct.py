@@ -26,7 +26,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
     """A chat model of one layer that learned, by 60 steps, to give one answer to everything."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "</s>", "<unk>", "<say>", "\n", *dict.fromkeys(ANSWER.replace("\n", " ").split(" "))]
@@ -34,7 +34,6 @@ def chat_folder(tmp_path_factory):
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
-    engine.decoder = decoders.Metaspace()
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": ["<say>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, chat_template=TEMPLATE, **special)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -95,7 +94,7 @@ def scripted(body):
         return answer("A dog runs after a ball.")
     if "one paragraph" in asked:
         return answer("The caption says there is a circle." if "red" in asked else "There is a coloured shape.")
-    scene = asked.splitlines()[0]
+    scene = asked.splitlines()[0].removeprefix("The notes: ")
     if "several steps" in asked:
         return answer("Well, let me think.")
     return answer(f"Q: What is there?\nA: There is {scene}.\nQ: Is it dark?\nA: Yes, behind it.")
