@@ -32,9 +32,14 @@ MODULES = {
         f"hfvlm.evaluation.{name}"
         for name in ("tasks", "captioning", "answering", "retrieval", "classification", "metrics", "report")
     ),
+    "data": tuple(
+        f"hfvlm.data.{name}"
+        for name in ("filtering", "rules", "dedupe", "near", "balance", "queries", "nouns", "phrases", "instruct")
+        + ("writers", "endpoint", "bootstrapping", "procedure", "reading", "report")
+    ),
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),
-    "samples": ("hfvlm.samples.scenes",),
+    "samples": ("hfvlm.samples.scenes", "hfvlm.samples.noisy_pairs"),
 }
 
 

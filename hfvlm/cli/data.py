@@ -106,7 +106,7 @@ def dedupe(  # noqa: PLR0913 (options)
     threshold: Annotated[
         float, typer.Option(min=0, max=1, callback=finite_number, help="With --model: least cosine of duplicates.")
     ] = 0.95,
-    distance: Annotated[int, typer.Option(min=0, max=16, help="Without: bits of 64 that may differ.")] = 6,
+    distance: Annotated[int, typer.Option(min=0, max=16, help="Without: bits of 64 that may differ.")] = 4,
     colour: Annotated[
         float, typer.Option(min=0, max=255, callback=finite_number, help="Without: how much colours may differ.")
     ] = 8.0,

@@ -23,8 +23,8 @@ COSINES = _cosines()
 def describe(image: Image.Image) -> bytes:
     """Describe an image: 64 bits of its lowest frequencies, then a thumbnail of 4 x 4 colours.
 
-    A bit is whether a coefficient of the discrete cosine transform of the grey image is above their median, as in pHash
-    (C. Zauner, Implementation and benchmarking of perceptual image hash functions, 2010).
+    A bit is whether a coefficient of the discrete cosine transform of the grey image is above their median, as in
+    pHash (C. Zauner, Implementation and benchmarking of perceptual image hash functions, 2010).
     """
     colours = to_8_bits(image).convert("RGB")
     grey = np.asarray(colours.convert("L").resize((EDGE, EDGE), Image.Resampling.BOX), np.float32)

@@ -9,7 +9,7 @@ comparisons of a row do not grow with the number of rows; and each is exact.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import acos, ceil, log, log2, pi
+from math import acos, ceil, log, log2, pi, prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +65,7 @@ class Perceptual:
         ValueError: a number is out of its range.
     """
 
-    distance: int = 6
+    distance: int = 4
     colour: float = 8.0
     bits = BITS
 
@@ -154,15 +154,18 @@ class Hit:
     value: float
 
 
-def bands_for(rows: int, flips: float) -> tuple[int, int]:
+def bands_for(rows: int, bits: int, flips: float) -> tuple[int, int]:
     """Return the width of a band for so many rows, and the number of bands.
 
     Args:
         rows: that are compared.
+        bits: of a descriptor.
         flips: see `Likeness`.
     """
     width = min(max(NARROWEST, ceil(log2(max(2, rows))) + 1), WIDEST)
-    shared = (1 - flips) ** width
+    flipped = ceil(flips * bits)
+    # The chance that none of the bits of a sample is flipped.
+    shared = prod((bits - flipped - i) / (bits - i) for i in range(width))
     return width, 1 if shared >= RECALL else ceil(log(1 - RECALL) / log(1 - shared))
 
 
@@ -195,7 +198,7 @@ class Near:
             return
         with self.store.step("bands", 0):
             rows = self.store.one("SELECT count(*) FROM described")
-            width, bands = bands_for(rows, self.likeness.flips)
+            width, bands = bands_for(rows, self.likeness.bits, self.likeness.flips)
             self.store.put("band width", width)
             self.store.put("bands", bands)
             for group, number, data in self.store.run("SELECT grp, row, data FROM described WHERE grp > 0"):

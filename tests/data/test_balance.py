@@ -36,12 +36,12 @@ def test_a_query_takes_at_most_n_pairs(rows, tmp_path, written):
 
 def test_metaclip_takes_each_pair_with_its_probability(rows, tmp_path, written):
     sizes = []
-    for seed in range(12):
+    for seed in range(6):
         balance(rows, tmp_path / str(seed), most=20, queries=["circle", "square", "cross"], seed=seed)
         sizes.append(counts(written, tmp_path / str(seed))["a red circle"])
     assert counts(written, tmp_path / "0")["one green cross"] == 5
-    assert len(set(sizes)) > 3
-    assert sum(sizes) / 12 == pytest.approx(20, abs=4)  # three standard errors
+    assert len(set(sizes)) > 2
+    assert sum(sizes) / 6 == pytest.approx(20, abs=5.2)  # three standard errors
 
 
 def test_neither_shards_nor_order_change_what_is_drawn(rows, tmp_path, written):
