@@ -127,12 +127,13 @@ class Filter(Procedure):
         media = self.source.media(row)
         try:
             image = read_image(media)
+            hits = self.tests.hits(self.near, describe(image)) if self.tests.sources else []
             texts = store.one("SELECT n FROM images WHERE key = ?", key_of(content_of(media)))
         except MediaError as error:
             return [("unreadable", str(error))]
         found = self.thresholds.of_image(image)
         found += [("many-texts", f"{texts} texts")] if texts else []
-        if self.tests.sources and (hits := self.tests.hits(self.near, describe(image))):
+        if hits:
             found.append(("test-duplicate", f"row {hits[0].row} of {self.tests.names[hits[0].group - 1]}"))
         return found
 

@@ -192,14 +192,9 @@ class Instruct(Procedure):
         ]
         writer = str(self.writer.settings["model"])
         origin = {"row": number, "writer": writer, "prompts": VERSION, "seed": seed, "given": given}
-        about: dict[str, Any] = {
-            "id": f"{self.source.name(number, row)}-{kind.name}",
-            "kind": kind.name,
-            "origin": origin,
-        }
-        return Decision(
-            number, [about | {self.modality: row[self.source.columns[self.modality]], "messages": messages}]
-        )
+        made: dict[str, Any] = {self.modality: row[self.source.columns[self.modality]], "messages": messages}
+        made |= {"id": f"{self.source.name(number, row)}-{kind.name}", "kind": kind.name, "origin": origin}
+        return Decision(number, [made])
 
 
 def records(value: Any) -> list[dict[str, Any]]:

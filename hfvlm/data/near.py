@@ -82,7 +82,7 @@ class Perceptual:
         return self.distance / BITS
 
     def describe(self, media: Sequence[Any]) -> list[bytes | None]:
-        return [None if image is None else describe(image) for image in map(readable, media)]
+        return [described(each) for each in media]
 
     def signs(self, descriptor: bytes) -> np.ndarray:
         return np.unpackbits(np.frombuffer(descriptor, np.uint8, HASH_BYTES)).astype(bool)
@@ -135,6 +135,14 @@ class Embedded:
     def compare(self, one: bytes, other: bytes) -> tuple[bool, float]:
         cosine = float(np.frombuffer(one, np.float32) @ np.frombuffer(other, np.float32))
         return cosine >= self.threshold - 1e-6, cosine
+
+
+def described(media: Any) -> bytes | None:
+    """Describe an image; None for one that cannot be read."""
+    try:
+        return describe(read_image(media))
+    except MediaError:
+        return None
 
 
 def readable(media: Any) -> Any:
