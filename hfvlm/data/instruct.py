@@ -60,7 +60,7 @@ def instruct(
         shard_rows: rows after which what was written is stored.
 
     Raises:
-        ValueError: there is no such kind, column or medium, or see `run_procedure`.
+        ValueError: there is no such kind, column or image, or see `run_procedure`.
         EndpointError: the endpoint does not answer; started again, the run continues.
     """
     check_integer("seed", seed, 0)
@@ -218,7 +218,7 @@ def write_examples(output: Path, modality: str) -> None:
 
 
 def file_of(media: Any, folder: Path, name: str) -> str:
-    """Return the path of a medium, written into `folder` if it is in no file of its own."""
+    """Return the path of media, written into `folder` if it is in no file of its own."""
     path = path_of(media)
     if isinstance(media, str) or (path and Path(path).is_file()):
         return str(path)

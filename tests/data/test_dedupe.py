@@ -100,6 +100,7 @@ def test_copies_at_the_threshold_share_a_band(tmp_path):
     assert found >= 192
 
 
+@pytest.mark.integration
 def test_a_run_that_was_killed_continues(folder, tmp_path, monkeypatch, content):
     expected = dedupe(folder, tmp_path / "whole", shard_rows=40)
     original, calls = Dedupe.decide, []
