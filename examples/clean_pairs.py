@@ -221,8 +221,8 @@ def write_page(page: Path, found: dict[str, list[dict[str, Any]]], options: argp
     _, _, after = rest.partition(END)
     gains = {k: fmean(each["output"]["accuracy"] - each["input"]["accuracy"] for each in v) for k, v in found.items()}
     lines = [
-        f"{options.rows} pairs, {options.steps} steps of {BATCH}, {options.seeds} seeds; accuracy on 480 new images",
-        "of 48 kinds, with the interval of 95 % by bootstrap over images. Mean gains: "
+        f"{options.rows} pairs, {options.steps} steps of {BATCH}; accuracy on 480 new images of 48 kinds, with the",
+        "interval of 95 % by bootstrap over images. Mean gains over the seeds: "
         + ", ".join(f"`{name}` {gain:+.3f}" for name, gain in gains.items())
         + ".",
         "",

@@ -45,7 +45,7 @@ class ChatModel:
         self.folder = str(folder)
         self.pipeline: Any = pipeline("text-generation", model=self.folder, device=find_device(device), dtype="auto")
         self.tokenizer: Any = self.pipeline.tokenizer
-        if not self.tokenizer.chat_template:
+        if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"{folder}: its tokenizer has no chat template: this is no chat model.")
 
     @property
