@@ -4,7 +4,7 @@ For each procedure a set of noisy pairs is generated, with the noise that it is 
 the same steps and batches of the same size learn from the set as it is and from the procedure's output. Both then
 classify new images of all 48 kinds of scenes by their captions; 2 % would be right by chance.
 
-    python examples/clean_pairs.py --output clean-pairs           # all, with two seeds: five minutes on a core
+    python examples/clean_pairs.py --output clean-pairs           # all, with two seeds: some minutes on a core
     python examples/clean_pairs.py --output clean-pairs --only filter --seeds 1
     python examples/clean_pairs.py --output clean-pairs --page docs/data.md
 
@@ -30,7 +30,6 @@ from transformers import AutoModel, set_seed
 import hfvlm
 from hfvlm.conversion.clip import processor_for
 from hfvlm.data.balance import balance
-from hfvlm.data.bootstrapping import bootstrap
 from hfvlm.data.dedupe import dedupe
 from hfvlm.data.filtering import Thresholds, filter_pairs
 from hfvlm.data.nouns import nouns
@@ -69,13 +68,6 @@ def by_phrases(rows: Path, output: Path, options: argparse.Namespace) -> Report:
     return nouns(rows, output, most=options.rows // 200, by="rules", seed=options.seed)
 
 
-def bootstrapped(rows: Path, output: Path, options: argparse.Namespace) -> Report:
-    """One round with models that 960 clean pairs trained, in place of BLIP's, which COCO fine-tuned."""
-    captioner, judge = bootstrapping_models(output.with_name("models"), options)
-    reports = bootstrap(rows, output, captioner, judge, {}, rounds=1, seed=options.seed, batch_size=64)
-    return reports[-1]
-
-
 @dataclass(frozen=True)
 class Trial:
     """A procedure and the noise that it is for."""
@@ -83,8 +75,6 @@ class Trial:
     run: Procedure
     shares: dict[str, float] = field(default_factory=dict)
     skew: float = 0.0
-    # Where the procedure's rows are, within its output.
-    pairs: str = "."
 
 
 JUNK = ("boilerplate", "gibberish", "short", "long", "tiny", "elongated", "damaged")
@@ -93,7 +83,6 @@ TRIALS = {
     "dedupe": Trial(deduplicated, {"duplicate": 0.85}),
     "balance": Trial(balanced, skew=2.0),
     "nouns": Trial(by_phrases, skew=2.0),
-    "capfilt": Trial(bootstrapped, {"wrong": 0.7}, pairs="round-1/pairs"),
 }
 
 
@@ -126,7 +115,7 @@ def trial(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         write_pairs(rows, noisy_pairs(options.rows, chosen.shares, skew=chosen.skew, seed=seed))
     report = chosen.run(rows, folder / "cleaned", options)
     result = {"rows": report.rows, "written": report.written, "report": report.tables(), "seed": seed}
-    for which, data in (("input", rows), ("output", folder / "cleaned" / chosen.pairs)):
+    for which, data in (("input", rows), ("output", folder / "cleaned")):
         right = accuracy(*trained(data, options), seed)
         low, high = interval(lambda drawn, right=right: float(right[drawn].mean()), len(right))
         result[which] = {"accuracy": float(right.mean()), "low": low, "high": high}
@@ -177,29 +166,6 @@ def accuracy(model: Any, processor: Any, seed: int, each: int = 10) -> np.ndarra
     texts = embedder.encode(text=[kind.caption() for kind in kinds])
     images = embedder.encode(image=[kind.render(random) for kind in kinds for _ in range(each)], batch_size=128)
     return (images @ texts.T).argmax(axis=1) == np.repeat(np.arange(len(kinds)), each)
-
-
-def bootstrapping_models(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
-    """Train a captioner and a filter on clean pairs."""
-    from hfvlm.training.recipes import run_recipe
-
-    clean = folder / "clean"
-    if not clean.exists():
-        write_pairs(clean, noisy_pairs(960, seed=1000 + options.seed))
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        "per_device_train_batch_size: 48\nlearning_rate: 2.0e-3\nlr_scheduler_type: cosine\nwarmup_steps: 0.1\n"
-        "save_strategy: 'no'\nreport_to: none\ndisable_tqdm: true\n"
-    )
-    found = []
-    for task, name in (("captions", "ConditionalGeneration"), ("pairs", "ImageTextRetrieval")):
-        start, output = folder / f"new-{name}", folder / name
-        hfvlm.untrained("blip", start, model=f"HfvlmBLIPFor{name}", seed=options.seed, overwrite=True)
-        settings = {"task": task, "model": start, "dataset": clean, "output_dir": output, "seed": options.seed}
-        steps = ["columns.image=image", "columns.text=text", f"max_steps={4 * options.steps}"]
-        run_recipe(recipe, [*(f"{k}={v}" for k, v in settings.items()), *steps], overwrite=True)
-        found.append(output)
-    return found[0], found[1]
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -36,8 +36,8 @@ def test_the_example_runs_and_writes_a_page(example, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["filter", "dedupe", "balance", "nouns"])
+@pytest.mark.parametrize("name", ["filter", "dedupe"])
 def test_models_learn_more_from_the_output(example, tmp_path, name):
-    found = run(example, tmp_path, "--only", name, "--steps", "250", "--seeds", "1")
+    found = run(example, tmp_path, "--only", name, "--seeds", "1")
     result = found[name][0]
     assert result["output"]["accuracy"] > result["input"]["accuracy"] + 0.05
