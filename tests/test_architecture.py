@@ -19,7 +19,7 @@ FLOORS = (
     ("modeling", "processing"),
     ("inference", "models"),
     ("conversion", "evaluation", "serving"),
-    ("release", "training"),
+    ("data", "release", "training"),
     ("auto", "cli"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -46,9 +46,14 @@ MODULES = {
             "prompt_sets",
         )
     ),
+    "data": tuple(
+        f"hfvlm.data.{name}"
+        for name in ("filtering", "rules", "dedupe", "near", "balance", "queries", "nouns", "phrases", "instruct")
+        + ("writers", "endpoint", "bootstrapping", "procedure", "reading", "report")
+    ),
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),
-    "samples": ("hfvlm.samples.scenes", "hfvlm.samples.events"),
+    "samples": ("hfvlm.samples.scenes", "hfvlm.samples.events", "hfvlm.samples.noisy_pairs"),
     "serving": tuple(f"hfvlm.serving.{name}" for name in ("app", "loading", "launch", "openai")),
 }
 

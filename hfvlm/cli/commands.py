@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|serve|capfilt|eval|train|demo|doctor`.
+"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|serve|capfilt|eval|train|data|demo|doctor`.
 
 A command's module is imported with the command line; its libraries, as torch, only when it runs.
 """
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfvlm.cli import catalogue, datasets, evaluation, folders, models, videos
+from hfvlm.cli import catalogue, data, datasets, evaluation, folders, models, videos
 from hfvlm.cli.console import begin, print_text
 from hfvlm.cli.doctor import doctor
 from hfvlm.cli.serving import serve
@@ -48,3 +48,4 @@ app.command()(models.train)
 app.command()(videos.watch)
 app.command()(models.demo)
 app.command()(doctor)
+app.add_typer(data.app, name="data")
