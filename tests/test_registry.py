@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hfvlm
 from hfvlm.registry import architectures
+from tests.support.paths import ROOT
 from tests.support.processes import run_fresh
 
 AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline"
@@ -59,7 +61,11 @@ print(type(AutoModel.from_config(HfvlmSigLIPTextConfig(num_hidden_layers=1))).__
 """
 # What follows an import of transformers' Auto classes, each in a fork of the process that has imported them. The costs
 # are taken three times: what else runs on the machine, and the pages that a fork copies, only add to them.
-AFTERWARDS = {f"costs {i}": COSTS for i in range(3)} | {"everything": f"import peft\n{FOUND}", "taken": TAKEN, "alone": ALONE}
+AFTERWARDS = {f"costs {i}": COSTS for i in range(3)} | {
+    "everything": f"import peft\n{FOUND}",
+    "taken": TAKEN,
+    "alone": ALONE,
+}
 FORKS = """
 import gc, os, sys
 gc.collect()
@@ -169,10 +175,13 @@ def test_a_model_made_from_a_configuration_alone_is_found(afterwards):
 
 
 def test_vllm_finds_the_entry_point():
-    from importlib.metadata import entry_points
+    from importlib.metadata import EntryPoint
 
-    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "hfvlm"]
-    assert entry.load() is hfvlm.register
+    from hfvlm.integrations import serving
+
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    entry = EntryPoint("hfvlm", points["vllm.general_plugins"]["hfvlm"], "vllm.general_plugins")
+    assert entry.load() is serving.register
 
 
 def test_stock_pipeline(clip_folder):

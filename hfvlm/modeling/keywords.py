@@ -37,6 +37,10 @@ class Keywords(TypedDict, total=False):
     seq_idx: Tensor | None
 
 
+# vLLM's attention by layer, which its attention function finds among the keywords of a language model.
+SERVER_KEYWORDS = frozenset({"attention_instances"})
+
+
 class Unlisted(str):
     """A parameter's name in which transformers' Trainer finds no "label"."""
 
