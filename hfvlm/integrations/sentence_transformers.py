@@ -6,7 +6,6 @@ Models with one vector for each source need no adapter: `SentenceTransformer("fo
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Module, Normalize, Transformer
 from torch import Tensor
@@ -15,17 +14,14 @@ METHODS = {name: f"get_{name}_features" for name in ("text", "image")}
 
 
 class Vectors(Module):
-    """Gives every source a list of vectors, and says which of them count: all, where the processor has no mask, as of
-    images; and one, of what has one vector, as BLIP-2's texts."""
+    """Gives every source a list of vectors, one where the model has one, as BLIP-2 of texts; those that are not zero
+    count."""
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         vectors: Tensor = features["token_embeddings"]
         if vectors.ndim == 2:
             features["token_embeddings"] = vectors = vectors.unsqueeze(1)
-        mask = features.get("attention_mask")
-        if mask is None or mask.shape != vectors.shape[:2]:
-            mask = torch.ones(vectors.shape[:2], dtype=torch.long, device=vectors.device)
-        features["attention_mask"] = mask
+        features["attention_mask"] = vectors.any(dim=-1).long()
         return features
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -33,7 +29,8 @@ class Vectors(Module):
 
 
 def multi_vector_encoder(folder: str | Path, **model_kwargs: Any) -> MultiVectorEncoder:
-    """Load FILIP, Wukong or BLIP-2's first stage: a query's score is the mean over its vectors of their best match.
+    """Load FILIP, Wukong or BLIP-2's first stage: a query's score is the mean over its vectors of their best match. In
+    BLIP-2, images are the documents.
 
     Args:
         folder: of hfvlm's, or a Hub id.

@@ -37,8 +37,9 @@ class Keywords(TypedDict, total=False):
     seq_idx: Tensor | None
 
 
-# vLLM's attention by layer, which its attention function finds among the keywords of a language model.
-SERVER_KEYWORDS = frozenset({"attention_instances"})
+# The attention implementations of vLLM and SGLang, and what these find among the keywords of a language model.
+SERVERS = frozenset({"vllm", "sglang"})
+SERVER_KEYWORDS = frozenset({"attention_instances", "forward_batch"})
 
 
 class Unlisted(str):

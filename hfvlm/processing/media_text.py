@@ -79,6 +79,9 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         if tokenizer is not None and mark is not None and mark.content not in tokenizer.get_vocab():
             tokenizer.add_tokens([mark], special_tokens=True)
 
+    # Inputs with a row for each image, whose pixels have several: servers, which ask for replacements, get lists.
+    item_inputs: ClassVar[tuple[str, ...]] = ()
+
     @property
     def stop_strings(self) -> list[str]:
         """Texts that end an answer, next to the end token."""
@@ -245,6 +248,7 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
             found["text_replacement_offsets"] = [
                 self.replacements(own, row.counts) for own, row in zip(given, rows, strict=True)
             ]
+            found.update({name: list(found[name]) for name in self.item_inputs if name in found})
         return found
 
     def replacements(self, text: str, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -588,8 +592,9 @@ class VideoTextProcessor(MediaTextProcessor):
             videos: one video, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
             **kwargs: `return_tensors`, "pt", "np", or None for lists; `max_length`, tokens of the longest row;
                 `truncation` to cut longer rows, never in a video: "pictures" drops those that do not fit, and what
-                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer; and
-                options of the feature extractor.
+                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer;
+                `video_metadata` of each video, as servers give it, on which nothing here depends; and options of the
+                feature extractor.
 
         Raises:
             ValueError: texts and videos do not fit each other, or a row does not fit `max_length`; or images are
@@ -597,4 +602,7 @@ class VideoTextProcessor(MediaTextProcessor):
         """
         if not is_empty(images):
             raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
+        metadata = kwargs.pop("video_metadata", None)
+        if metadata is not None and len(metadata) != len(listed(videos)):
+            raise ValueError(f"video_metadata is of {len(metadata)} videos, and there are {len(listed(videos))}.")
         return self.inputs_for(videos, text, **kwargs)

@@ -59,7 +59,8 @@ def test_the_entry_point_is_a_model(folder, expected):
     from hfvlm.integrations.lmms_eval import manifest
 
     registry = ModelRegistryV2()
-    registry.register_manifests(registry._coerce_payload_to_manifests(manifest))
+    (found,) = registry._coerce_payload_to_manifests(manifest)
+    registry.register_manifest(found)
     kind = registry.get_model_class("hfvlm")
     assert registry.resolve("hfvlm").model_type == "chat"
     model = kind.create_from_arg_string(f"pretrained={folder}", {"batch_size": 1, "device": "cpu"})

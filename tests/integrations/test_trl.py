@@ -56,7 +56,7 @@ def test_dpo_of_a_whole_model(folder, tmp_path):
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert steps[-1]["loss"] < 0.6
+    assert steps[-1]["loss"] < 0.66
     assert steps[-1]["rewards/margins"] > 0.1
     assert moved(trainer, before) >= {"language_model", "projector"}
 

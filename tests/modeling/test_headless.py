@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hfvlm
 from hfvlm.integrations import serving
 from hfvlm.modeling.headless import headless
+from hfvlm.modules.transformer import eager_attention_forward
 from hfvlm.registry import architectures
 
 OTHERS = {"clip", "flamingo", "paligemma"}
@@ -77,15 +79,18 @@ def test_tied_embeddings_need_no_output_layer():
 
 
 @torch.no_grad()
-def test_qwen_takes_positions_of_texts_end_to_end():
-    """A server hands on the position of each token, and its attention; by itself the model counts columns."""
+def test_qwen_takes_positions_of_texts_end_to_end(monkeypatch):
+    """A server hands on the position of each token, for its own attention; by itself the model counts columns."""
     text = whole_model("qwen_vl").config.text_config
-    model = AutoModelForCausalLM.from_config(text).eval().base_model
+    model = AutoModelForCausalLM.from_config(text, attn_implementation="eager").eval().base_model
     ids, plain = torch.tensor([[5, 7, 6, 8]]), {"use_cache": False}
     counted = model(ids, **plain).last_hidden_state
     places = torch.arange(4)[None]
     torch.testing.assert_close(model(ids, position_ids=places + 3, **plain).last_hidden_state, counted)
-    served = {"attention_instances": {0: None}, **plain}
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", eager_attention_forward)
+    model.config._attn_implementation = "vllm"
+    mask = torch.ones(4, 4).tril().log()[None, None]
+    served = {"attention_mask": mask, "attention_instances": {}, **plain}
     torch.testing.assert_close(model(ids, position_ids=places, **served).last_hidden_state, counted)
     two = model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), **served).last_hidden_state
     assert not torch.allclose(two[:, 2:], counted[:, 2:])

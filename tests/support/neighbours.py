@@ -11,19 +11,25 @@ from pathlib import Path
 
 import pytest
 
-# What pip downloads, by the package's name when it is imported. vLLM's wheel is 30 times as large as its sources.
-PACKAGES = {"lmms_eval": ("lmms-eval",), "vllm": ("--no-binary", "vllm", "--no-build-isolation", "vllm")}
+# What pip downloads, by the package's name when it is imported. vLLM's wheel is ten times as large as its sources.
+PACKAGES = {"lmms_eval": ("lmms-eval",), "vllm": ("--no-build-isolation", "--no-binary", "vllm", "vllm")}
+# What vLLM's modules import and hfvlm's tests do not use, without what these need.
+UNUSED = ("xgrammar", "apache-tvm-ffi", "llguidance", "outlines_core", "lark", "uvloop")
 
 
 def download(folder: Path) -> None:
     """Download the newest release of each, and unpack it."""
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", *UNUSED], check=True)
     for name, arguments in PACKAGES.items():
         files = folder / f"{name}-files"
-        subprocess.run(
-            [*pip, "--dest", files, *arguments], check=True, env=os.environ | {"VLLM_TARGET_DEVICE": "empty"}
-        )
+        build = {}
+        if name == "vllm":  # an archive's version must be that of its name
+            listed = subprocess.run([*pip, "index", "versions", name], check=True, capture_output=True, text=True)
+            build = {"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": listed.stdout.split("(")[1].split(")")[0]}
+        command = [*pip, "download", "--quiet", "--no-deps", "--dest", files, *arguments]
+        subprocess.run(command, check=True, env=os.environ | build)
         (archive,) = files.iterdir()
         shutil.unpack_archive(archive, folder / name, "zip" if archive.suffix == ".whl" else None)
         inner = list((folder / name).glob(f"*/{name}"))

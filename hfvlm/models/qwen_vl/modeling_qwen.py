@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
-from hfvlm.modeling.keywords import SERVER_KEYWORDS, Keywords
+from hfvlm.modeling.keywords import SERVER_KEYWORDS, SERVERS, Keywords
 from hfvlm.modeling.language import CausalLanguageModel
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
 from hfvlm.modules.transformer import eager_attention_forward
@@ -128,14 +128,16 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
 
         `position_ids` are ignored: as trained, a position is the column of the row, padding included. Up to
         `config.trained_length` tokens padding changes nothing but the numbers of the padding itself. A server, which
-        has texts end to end in one row and hands down `attention_instances`, has to give them.
+        has texts end to end in one row and an attention of its own, has to give them.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = begin_cache(self, cache, use_cache=use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         mask = causal_mask(self.config, x, attention_mask, cache)
-        served = position_ids is not None and kwargs.get("attention_instances") is not None
-        positions = position_ids.flatten() if served else past + torch.arange(x.shape[1], device=x.device)
+        served = self.config._attn_implementation in SERVERS
+        positions = past + torch.arange(x.shape[1], device=x.device)
+        if served:
+            positions = position_ids.flatten()  # type: ignore[union-attr]
         turn = rotation(self.config, positions, 1 if served else self.stretch(x.shape[1], past, cache))
         query_scale = self.query_scale(positions)
         x = self.dropout(x)
