@@ -56,6 +56,8 @@ FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "text_pair_target": (None,),
     "text_target": (None,),
 }
+# Options of images and videos on which the number of their tokens does not depend.
+UNCOUNTED = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor"})
 OTHER_MEDIA = ("images", "videos", "audio", "audios")
 
 
@@ -495,8 +497,8 @@ class ImageTextProcessor(MediaTextProcessor):
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Count tokens and views of images of these heights and widths in pixels, as vLLM asks a processor to."""
-        if kwargs:
-            raise TypeError(f"{type(self).__name__} counts the tokens of images as they are, without {[*kwargs]}.")
+        if further := sorted(set(kwargs) - UNCOUNTED):
+            raise TypeError(f"{type(self).__name__} counts the tokens of images as they are, without {further}.")
         if image_sizes is None:
             return MultiModalData()
         sizes = [(int(height), int(width)) for height, width in image_sizes]
@@ -556,8 +558,8 @@ class VideoTextProcessor(MediaTextProcessor):
         self, video_sizes: Sequence[tuple[int, int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Count tokens of videos of these numbers of frames, heights and widths, as vLLM asks a processor to."""
-        if kwargs:
-            raise TypeError(f"{type(self).__name__} counts the tokens of videos as they are, without {[*kwargs]}.")
+        if further := sorted(set(kwargs) - UNCOUNTED):
+            raise TypeError(f"{type(self).__name__} counts the tokens of videos as they are, without {further}.")
         if video_sizes is None:
             return MultiModalData()
         counts = [int(frames) for frames, *_ in video_sizes]

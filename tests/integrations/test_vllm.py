@@ -62,7 +62,8 @@ def served(folders):
     from hfvlm.integrations import serving
 
     serving.register()
-    settings = MultiModalConfig()
+    # Off, as of all models of this backend: none of them normalises pixels itself.
+    settings = MultiModalConfig(mm_device_do_normalize=False)
     found = {}
     for name, folder in folders.items():
         whole, own = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)

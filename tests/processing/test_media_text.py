@@ -1,5 +1,6 @@
 """What processors of texts with media give beyond ids and pixels."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,9 +103,13 @@ def test_servers_count_the_tokens_and_views_of_images(llava, tiled):
     assert inputs["mm_token_type_ids"].sum(dim=1).tolist() == found["num_image_tokens"]
     assert inputs["pixel_values"].shape[0] == sum(found["num_image_patches"])
     assert (max(found["num_image_patches"]) > 1) is tiled
+    asked = processor(images=images[:2], text=["<image>"] * 2, return_text_replacement_offsets=True, padding=True)
+    assert [row.tolist() for row in asked.get("image_sizes", [])] == ([[28, 28], [100, 20]] if tiled else [])
+    assert isinstance(asked.get("image_sizes", []), list), "a server divides tensors by their views"
     assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
     with pytest.raises(TypeError, match="without \\['crop'\\]"):
-        processor._get_num_multimodal_tokens(image_sizes=sizes, crop=1)
+        processor._get_num_multimodal_tokens(image_sizes=sizes, do_normalize=False, crop=1)
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes, do_normalize=False) == found
 
 
 @pytest.mark.parametrize("cls", CHATS)
@@ -147,6 +152,16 @@ def test_servers_read_what_each_input_becomes(name):
 
 def sizes(modality):
     return {"image_sizes": [(28, 28)]} if modality == "image" else {"video_sizes": [(1, 28, 28)]}
+
+
+def test_the_metadata_of_videos_are_counted():
+    processor = processor_of(next(cls for cls in CHATS if cls.__name__ == "HfvlmVideoChatGPTProcessor"))
+    video, about = np.zeros((1, 28, 28, 3), np.uint8), {"fps": 1.0, "total_num_frames": 1}
+    text = processor.media_token
+    plain = processor(text=text, videos=[video])
+    assert torch.equal(processor(text=text, videos=[video], video_metadata=[about])["input_ids"], plain["input_ids"])
+    with pytest.raises(ValueError, match="video_metadata is of 2 videos, and there are 1"):
+        processor(text=text, videos=[video], video_metadata=[about, about])
 
 
 def test_instructions_are_part_of_images():
