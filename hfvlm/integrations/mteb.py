@@ -29,5 +29,6 @@ class Encoder(AbsEncoder):
 
     def embed(self, batch: dict[str, Any], batch_size: int) -> np.ndarray:
         """Embed one batch."""
-        columns = {name: list(batch[name]) for name in MODALITIES if name in batch}
-        return sum(self.embedder.encode(**{name: rows}, batch_size=batch_size) for name, rows in columns.items())
+        columns: dict[str, Any] = {name: list(batch[name]) for name in MODALITIES if name in batch}
+        found = [self.embedder.encode(**{name: rows}, batch_size=batch_size) for name, rows in columns.items()]
+        return np.sum(found, axis=0)

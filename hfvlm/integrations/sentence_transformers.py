@@ -17,7 +17,7 @@ class Vectors(Module):
     """Gives every source a list of vectors, one where the model has one, as BLIP-2 of texts; those that are not zero
     count."""
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         vectors: Tensor = features["token_embeddings"]
         if vectors.ndim == 2:
             features["token_embeddings"] = vectors = vectors.unsqueeze(1)

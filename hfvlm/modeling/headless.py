@@ -49,7 +49,8 @@ class Headless:
     ) -> BaseModelOutputWithPast:
         """Run the language model over `(B, N)` ids or `(B, N, D)` embeddings, and media, as the whole model's forward
         takes them -> `last_hidden_state`, `(B, N, D)`, first."""
-        return Backbone(self)(input_ids, inputs_embeds, **kwargs)
+        whole: Any = self
+        return Backbone(whole)(input_ids, inputs_embeds, **kwargs)
 
 
 @cache

@@ -544,7 +544,7 @@ class VideoTextProcessor(MediaTextProcessor):
     @property
     def video_processor(self) -> Any:
         """The part for videos, by the name that servers look for."""
-        return self.video_feature_extractor
+        return self.media_processor
 
     @property
     def video_token_id(self) -> int:
