@@ -114,6 +114,7 @@ $(INTEGRATIONS)/.ready: pyproject.toml constraints.txt
 	grep '^torch==' constraints.txt > $(INTEGRATIONS)/torch.txt
 	$(INTEGRATIONS)/bin/python $(INSTALL) --constraint $(INTEGRATIONS)/torch.txt --upgrade --upgrade-strategy eager --editable '.[integrations]'
 	$(INTEGRATIONS)/bin/python $(INSTALL) --no-deps open_clip_torch==3.3.0
+	rm -rf $(SOURCES)
 	$(INTEGRATIONS)/bin/python -m tests.support.neighbours $(SOURCES)
 	@touch $@
 

@@ -44,11 +44,25 @@ def image(size):
     return Image.fromarray(np.random.default_rng(sum(size)).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
 
 
-@torch.no_grad()
 def served(folders):
-    """What vLLM makes of each folder, in a process of its own: its import changes much of torch."""
+    """What vLLM makes of each folder, or how it fails, in a process of its own: its import changes much of torch."""
     sys.meta_path.append(StandIns())
     sources("vllm")
+
+    from hfvlm.integrations import serving
+
+    serving.register()
+    found = {}
+    for name, folder in folders.items():
+        try:
+            found[name] = outcome(folder)
+        except Exception as error:
+            found[name] = {"raised": repr(error)}
+    return found
+
+
+@torch.no_grad()
+def outcome(folder):
     from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from vllm.config.multimodal import MultiModalConfig
     from vllm.model_executor.models.registry import ModelRegistry
@@ -59,62 +73,56 @@ def served(folders):
     )
     from vllm.multimodal.processing import InputProcessingContext
 
-    from hfvlm.integrations import serving
-
-    serving.register()
     # Off, as of all models of this backend: none of them normalises pixels itself.
     settings = MultiModalConfig(mm_device_do_normalize=False)
-    found = {}
-    for name, folder in folders.items():
-        whole, own = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-        config = SimpleNamespace(
-            model=folder, hf_config=whole.config, dtype=torch.float32, multimodal_config=settings, revision=None,
-            get_multimodal_config=lambda: settings, trust_remote_code=False, encoder_config=None, max_model_len=None,
-            hf_image_processor_config={}, processor_revision=None, model_impl="auto",
-            _get_transformers_backend_cls=lambda: "TransformersMultiModalForCausalLM",
-        )  # fmt: skip
-        backend = ModelRegistry._try_resolve_transformers(whole.config.architectures[0], config)
-        info = MultiModalProcessingInfo(InputProcessingContext(config, AutoTokenizer.from_pretrained(folder)))
-        process = MultiModalProcessor(info, MultiModalDummyInputsBuilder(info))
-        content = [{"type": own.modality}, {"type": own.modality}, {"type": "text", "text": "What is it?"}]
-        text = own.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        media = [image((40, 30)), image((30, 60))]
-        data, group = {"image": media}, {"images": media}
-        if own.modality == "video":
-            media = [np.random.default_rng(i).integers(0, 255, (4 + i, 32, 32, 3), dtype=np.uint8) for i in range(2)]
-            about = [
-                {
-                    "fps": 1,
-                    "total_num_frames": len(each),
-                    "frames_indices": [*range(len(each))],
-                    "do_sample_frames": True,
-                }
-                for each in media
-            ]
-            data, group = {"video": list(zip(media, about, strict=True))}, {"videos": media}
-        expected = own(text=text, **group)
-        made = process(own.encode(text), info.get_data_parser().parse_mm_data(data))
-        inputs = made["mm_kwargs"].get_data()
-        lean = AutoModel.from_config(whole.config).eval()
-        lean.load_state_dict(whole.state_dict(), strict=False)
-        features = getattr(lean, f"get_{own.modality}_features")
-        known = {key: value for key, value in inputs.items() if not key.startswith("num_") or key == "num_frames"}
-        states = lean(
-            inputs_embeds=lean.embed(torch.tensor([made["prompt_token_ids"]]), {own.modality: features(**known)})
-        )
-        logits = whole.get_output_embeddings()(states[0])
-        limits = info.get_mm_max_tokens_per_item(1024, {own.modality: 1})
-        found[name] = {
-            "backend": backend,
-            "ids": made["prompt_token_ids"],
-            "expected": expected["input_ids"][0].tolist(),
-            "places": [int(each.get_num_embeds()) for each in made["mm_placeholders"][own.modality]],
-            "counts": [len(rows) for rows in features(**known).pooler_output],
-            "error": float((logits - whole(**expected).logits).abs().max()),
-            "limits": limits,
-            "plans": (len(lean.tp_plan), len(lean.pp_plan)),
-        }
-    return found
+    whole, own = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    config = SimpleNamespace(
+        model=folder, hf_config=whole.config, dtype=torch.float32, multimodal_config=settings, revision=None,
+        get_multimodal_config=lambda: settings, trust_remote_code=False, encoder_config=None, max_model_len=None,
+        hf_image_processor_config={}, processor_revision=None, model_impl="auto",
+        _get_transformers_backend_cls=lambda: "TransformersMultiModalForCausalLM",
+    )  # fmt: skip
+    backend = ModelRegistry._try_resolve_transformers(whole.config.architectures[0], config)
+    info = MultiModalProcessingInfo(InputProcessingContext(config, AutoTokenizer.from_pretrained(folder)))
+    process = MultiModalProcessor(info, MultiModalDummyInputsBuilder(info))
+    content = [{"type": own.modality}, {"type": own.modality}, {"type": "text", "text": "What is it?"}]
+    text = own.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    media = [image((40, 30)), image((30, 60))]
+    data, group = {"image": media}, {"images": media}
+    if own.modality == "video":
+        media = [np.random.default_rng(i).integers(0, 255, (4 + i, 32, 32, 3), dtype=np.uint8) for i in range(2)]
+        about = [
+            {
+                "fps": 1,
+                "total_num_frames": len(each),
+                "frames_indices": [*range(len(each))],
+                "do_sample_frames": True,
+            }
+            for each in media
+        ]
+        data, group = {"video": list(zip(media, about, strict=True))}, {"videos": media}
+    expected = own(text=text, **group)
+    made = process(text if own.media_mark else own.encode(text), info.get_data_parser().parse_mm_data(data))
+    inputs = made["mm_kwargs"].get_data()
+    lean = AutoModel.from_config(whole.config).eval()
+    lean.load_state_dict(whole.state_dict(), strict=False)
+    features = getattr(lean, f"get_{own.modality}_features")
+    known = {key: value for key, value in inputs.items() if not key.startswith("num_") or key == "num_frames"}
+    states = lean(
+        inputs_embeds=lean.embed(torch.tensor([made["prompt_token_ids"]]), {own.modality: features(**known)})
+    )
+    logits = whole.get_output_embeddings()(states[0])
+    limits = info.get_mm_max_tokens_per_item(1024, {own.modality: 1})
+    return {
+        "backend": backend,
+        "ids": made["prompt_token_ids"],
+        "expected": expected["input_ids"][0].tolist(),
+        "places": [int(each.get_num_embeds()) for each in made["mm_placeholders"][own.modality]],
+        "counts": [len(rows) for rows in features(**known).pooler_output],
+        "error": float((logits - whole(**expected).logits).abs().max()),
+        "limits": limits,
+        "plans": (len(lean.tp_plan), len(lean.pp_plan)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +141,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_is_served(results, name):
     found = results[name]
+    assert "raised" not in found, found
     assert found["backend"] == "TransformersMultiModalForCausalLM"
     assert found["ids"] == found["expected"]
     assert found["places"] == found["counts"]
