@@ -8,6 +8,9 @@ PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 XDIST := --numprocesses 2 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) --quiet
 OLDEST := 5.4.0
+INTEGRATIONS := .venv-integrations
+# Neighbours that bring another torch, or need a GPU, are not installed: their Python sources are read from here.
+SOURCES := $(INTEGRATIONS)/sources
 # What `test-newest` is to install otherwise than its newest release, such as a torch without GPU libraries.
 NEWEST ?=
 
@@ -26,8 +29,8 @@ test: $(VENV)/.dev ## set up, then run all tests
 test-fast: $(VENV)/.dev ## run the tests of a few seconds each
 	$(PYTEST) -m "not slow and not integration"
 
-integrations: $(VENV)/.dev ## run the tests that start a neighbour's cluster or compiler
-	$(PYTEST) -m integration
+integrations: $(INTEGRATIONS)/.ready ## run hfvlm with the newest releases of its neighbours
+	HFVLM_NEIGHBOURS=$(SOURCES) OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest $(XDIST) --quiet -m integration --pythonwarnings default
 
 test-oldest: $(VENV)/.dev ## run all tests on the oldest transformers that pyproject.toml allows
 	$(BIN)/python -m tests.matrix --base $(VENV) --versions $(OLDEST) --all
@@ -91,7 +94,7 @@ release-check: ## build the package, install it in a new environment, and try it
 	cd .venv-release && bin/python -I ../tests/support/smoke.py
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-newest .venv-matrix .venv-release dist site demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-newest .venv-matrix $(INTEGRATIONS) .venv-release dist site demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +109,16 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch==3.3.0
+	@touch $@
+
+# Everything is the newest but torch, for which the packages of constraints.txt are built.
+$(INTEGRATIONS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	grep '^torch==' constraints.txt > $(INTEGRATIONS)/torch.txt
+	$(INTEGRATIONS)/bin/python $(INSTALL) --constraint $(INTEGRATIONS)/torch.txt --upgrade --upgrade-strategy eager --editable '.[integrations]'
+	$(INTEGRATIONS)/bin/python $(INSTALL) --no-deps open_clip_torch==3.3.0
+	rm -rf $(SOURCES)
+	$(INTEGRATIONS)/bin/python -m tests.support.neighbours $(SOURCES)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -26,10 +26,7 @@ TABLES = (
 
 
 def register() -> None:
-    """Register every architecture. `import hfvlm` calls it; calling it again changes nothing.
-
-    Also the entry point of vLLM's plugin mechanism (`vllm.general_plugins`).
-    """
+    """Register every architecture. `import hfvlm` calls it; calling it again changes nothing."""
     if architectures():
         return
     for name in ARCHITECTURES:

@@ -57,6 +57,11 @@ class Architecture:
         return next(iter(self.configs))
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether its modules have been imported."""
+        return bool(self._modules)
+
+    @property
     def names(self) -> list[str]:
         """Every public class, in the order of the fields."""
         models = [name for names in self.models.values() for name in names]

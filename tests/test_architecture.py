@@ -20,7 +20,7 @@ FLOORS = (
     ("inference", "models"),
     ("conversion", "evaluation", "serving"),
     ("data", "release", "training"),
-    ("auto", "cli"),
+    ("auto", "cli", "integrations"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {"__init__", "__main__"}  # `import hfvlm` and `python -m hfvlm` lead everywhere

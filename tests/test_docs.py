@@ -17,41 +17,63 @@ from docs.generators.pages import architecture_page, generated
 from hfvlm.cli.commands import app
 from hfvlm.presets import list_presets
 from hfvlm.registry import architectures
+from tests.support.folders import tiny_folder
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 BESIDE = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
-# <!-- not run: the reason --> before a block leaves it out.
+# <!-- not run: the reason --> before a block leaves it out; <!-- integration: the reason --> to `make integrations`.
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n\n?)?```(?P<kind>python|console)\n(?P<code>.*?)```", re.DOTALL
+    r"(?:<!-- (?P<marker>not run|integration): (?P<reason>[^\n]+?) -->\n\n?)?"
+    r"```(?P<kind>python|console)\n(?P<code>.*?)```",
+    re.DOTALL,
 )
 
 
-def blocks(page):
+def blocks(page, *, integration=False):
     """Of a page's code: what it is, the line that it begins in, why it is not run, and itself."""
     text = page.read_text(encoding="utf-8")
     for found in BLOCK.finditer(text):
         line = text.count("\n", 0, found.start("code")) + 1
-        yield found["kind"], line, found["reason"], found["code"]
+        reason = None if integration and found["marker"] == "integration" else found["reason"]
+        yield found["kind"], line, reason, found["code"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    run_page(page, tmp_path, monkeypatch)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_the_code_of_neighbours_runs(tmp_path, monkeypatch, capsys):
+    for package in ("langchain_core", "llama_index.core", "haystack", "lancedb", "qdrant_client"):
+        pytest.importorskip(package, reason="comes with hfvlm[integrations]")
+    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    tiny_folder("filip", tmp_path / "filip")
+    tiny_folder("llava", tmp_path / "llava")
+    run_page(ROOT / "docs" / "neighbours.md", tmp_path, monkeypatch, integration=True)
+    printed = capsys.readouterr()
+    assert printed.out.count("photos/square.png\n") == 5, printed.out  # one of each neighbour's
+    assert "Traceback" not in printed.err
+
+
+def run_page(page, folder, monkeypatch, *, integration=False):
+    """Run a page's code in a folder."""
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (folder / "examples").symlink_to(ROOT / "examples")
     names = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for kind, line, reason, code in blocks(page):
+        for kind, line, reason, code in blocks(page, integration=integration):
             where = f"{page.name}:{line}"
             if reason is None and kind == "python":
                 exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
             elif reason is None:
                 for command in commands(code):
                     run(command, where)
-    assert "Traceback" not in capsys.readouterr().err
 
 
 def commands(code):
@@ -109,8 +131,10 @@ def test_the_first_code_of_the_readme_prints_a_number(tmp_path, monkeypatch, cap
 
 def test_few_blocks_are_left_out():
     """Each says why: what it needs and this package has not."""
-    left_out = {f"{page.name}:{line}": reason for page in PAGES for _, line, reason, _ in blocks(page) if reason}
-    every = sum(1 for page in PAGES for _ in blocks(page))
+    found = [
+        (f"{page.name}:{line}", reason) for page in PAGES for _, line, reason, _ in blocks(page, integration=True)
+    ]
+    left_out, every = {place: reason for place, reason in found if reason}, len(found)
     assert all(re.match(r"(needs|takes|asks|sets up) ", reason) for reason in left_out.values()), left_out
     assert len(left_out) <= every // 3, left_out
 
@@ -134,8 +158,8 @@ def resolved(parts):
         except AttributeError:
             try:
                 here = importlib.import_module(path)
-            except ImportError:
-                return False
+            except ImportError as error:
+                return not (error.name or "hfvlm").startswith("hfvlm")  # a module of hfvlm for what is not installed
     return True
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hfvlm
 from hfvlm.registry import architectures
+from tests.support.paths import ROOT
 from tests.support.processes import run_fresh
 
 AUTO = "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, pipeline"
@@ -170,10 +172,13 @@ def test_a_model_made_from_a_configuration_alone_is_found(afterwards):
 
 
 def test_vllm_finds_the_entry_point():
-    from importlib.metadata import entry_points
+    from importlib.metadata import EntryPoint
 
-    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "hfvlm"]
-    assert entry.load() is hfvlm.register
+    from hfvlm.integrations import serving
+
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    entry = EntryPoint("hfvlm", points["vllm.general_plugins"]["hfvlm"], "vllm.general_plugins")
+    assert entry.load() is serving.register
 
 
 def test_stock_pipeline(clip_folder):

@@ -101,7 +101,7 @@ class Embedder:
     def size(self) -> int:
         """Length of a vector."""
         config = getattr(self.model, self.model.towers[self.modalities[0]]).config
-        return config.projection_dim or config.hidden_size
+        return getattr(config, "projection_dim", None) or config.hidden_size
 
     def check(self, modalities: Sequence[str]) -> None:
         """Refuse modalities that the model does not embed.

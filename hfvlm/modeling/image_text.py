@@ -161,7 +161,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     @property
     def base_model(self) -> Any:
         """The model without its output layer, from whose hidden states trainers compute a loss."""
-        return _Backbone(self)
+        return Backbone(self)
 
     def merged(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, features: Mapping[str, Features]
@@ -345,7 +345,7 @@ class ProjectedModel(ImageTextModel):
         return [f"vision_model.{name}" for name in self.vision_model.unused(self.config.vision_feature_layer)]
 
 
-class _Backbone:
+class Backbone:
     """The model without its output layer, where transformers needs one; the modules are the model's."""
 
     def __init__(self, model: ImageTextModel):

@@ -37,6 +37,11 @@ class Keywords(TypedDict, total=False):
     seq_idx: Tensor | None
 
 
+# The attention implementations of vLLM and SGLang, and what these find among the keywords of a language model.
+SERVERS = frozenset({"vllm", "sglang"})
+SERVER_KEYWORDS = frozenset({"attention_instances", "forward_batch"})
+
+
 class Unlisted(str):
     """A parameter's name in which transformers' Trainer finds no "label"."""
 

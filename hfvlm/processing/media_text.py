@@ -10,6 +10,7 @@ from operator import eq
 from typing import Any, ClassVar
 
 import numpy as np
+from tokenizers import AddedToken
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import MultiModalData
@@ -35,6 +36,7 @@ TEXT_OPTIONS = frozenset(
         "padding_side",
         "return_mm_token_type_ids",
         "return_tensors",
+        "return_text_replacement_offsets",
         "sanitize_control_tokens",
         "truncation",
         "verbose",
@@ -48,13 +50,14 @@ FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "return_offsets_mapping": (None, False),
     "return_overflowing_tokens": (None, False),
     "return_special_tokens_mask": (None, False),
-    "return_text_replacement_offsets": (None, False),
     "return_token_type_ids": (None, False),
     "stride": (None, 0),
     "text_pair": (None,),
     "text_pair_target": (None,),
     "text_target": (None,),
 }
+# Options of images and videos on which the number of their tokens does not depend.
+UNCOUNTED = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor"})
 OTHER_MEDIA = ("images", "videos", "audio", "audios")
 
 
@@ -66,8 +69,20 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
     """
 
     modality: str  # of the inputs in the texts
+    # `media_token` as a token, where no vocabulary has it: the tokenizer gets it, after its last. Texts are encoded
+    # around it, so that no model sees it; a server, which encodes a text first, finds one token for each input.
+    media_mark: ClassVar[AddedToken | None] = None
     # Options with the values that change nothing.
     fixed_options: ClassVar[Mapping[str, tuple[Any, ...]]] = FIXED_OPTIONS
+
+    def mark_media(self) -> None:
+        """Add `media_mark` to the tokenizer, if it is not there."""
+        tokenizer, mark = getattr(self, "tokenizer", None), self.media_mark
+        if tokenizer is not None and mark is not None and mark.content not in tokenizer.get_vocab():
+            tokenizer.add_tokens([mark], special_tokens=True)
+
+    # Inputs with a row for each image, whose pixels have several: servers, which ask for replacements, get lists.
+    item_inputs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stop_strings(self) -> list[str]:
@@ -229,7 +244,39 @@ class MediaTextProcessor(HfvlmProcessor, ABC):
         rows, data = self.batch(rows, words, self.modality, self.media_token_id)
         if inputs := [each for row in rows for each in row.media]:
             data |= self.prepare(self.modality, inputs, **{"return_tensors": return_tensors} | options)
-        return BatchFeature(data, tensor_type=return_tensors)
+        found = BatchFeature(data, tensor_type=return_tensors)
+        if words.get("return_text_replacement_offsets"):
+            given = [texts] if isinstance(texts, str) else texts
+            found["text_replacement_offsets"] = [
+                self.replacements(own, row.counts) for own, row in zip(given, rows, strict=True)
+            ]
+            found.update({name: list(found[name]) for name in self.item_inputs if name in found})
+        return found
+
+    def replacements(self, text: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+        """Describe what each `media_token` of a text becomes, as transformers' processors and vLLM do.
+
+        Args:
+            text: as it was given.
+            counts: placeholders of each input.
+
+        Returns:
+            For each input its modality as `type`; `text`, the `media_token`, and its first and last character + 1 as
+            `span`; `replacement`, a text of that many placeholders, and its `new_span` in the text with all of them.
+        """
+        found, end, gained = [], 0, 0
+        for count in counts:
+            start = text.index(self.media_token, end)
+            end, new = start + len(self.media_token), self.placeholders(count)
+            place = {"span": (start, end), "new_span": (start + gained, start + gained + len(new))}
+            found.append({"type": self.modality, "text": self.media_token, "replacement": new} | place)
+            gained += len(new) - len(self.media_token)
+        return found
+
+    def placeholders(self, count: int) -> str:
+        """Spell an input of `count` tokens: its placeholders, and the tokens around them."""
+        ids = self.expand(self.encode(self.media_token, add_special_tokens=False), [count])
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids))
 
     def batch(
         self, rows: Sequence[Row], words: Mapping[str, Any], modality: str, token: int
@@ -432,6 +479,7 @@ class ImageTextProcessor(MediaTextProcessor):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.mark_media()
 
     @property
     def image_token_id(self) -> int:
@@ -449,8 +497,8 @@ class ImageTextProcessor(MediaTextProcessor):
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Count tokens and views of images of these heights and widths in pixels, as vLLM asks a processor to."""
-        if kwargs:
-            raise TypeError(f"{type(self).__name__} counts the tokens of images as they are, without {[*kwargs]}.")
+        if further := sorted(set(kwargs) - UNCOUNTED):
+            raise TypeError(f"{type(self).__name__} counts the tokens of images as they are, without {further}.")
         if image_sizes is None:
             return MultiModalData()
         sizes = [(int(height), int(width)) for height, width in image_sizes]
@@ -491,6 +539,12 @@ class VideoTextProcessor(MediaTextProcessor):
         self, video_feature_extractor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
     ):
         super().__init__(video_feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
+        self.mark_media()
+
+    @property
+    def video_processor(self) -> Any:
+        """The part for videos, by the name that servers look for."""
+        return self.media_processor
 
     @property
     def video_token_id(self) -> int:
@@ -499,6 +553,19 @@ class VideoTextProcessor(MediaTextProcessor):
     @abstractmethod
     def count_tokens(self, num_frames: Sequence[int]) -> list[int]:
         """Count the placeholders of videos of which these numbers of frames are taken."""
+
+    def _get_num_multimodal_tokens(
+        self, video_sizes: Sequence[tuple[int, int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Count tokens of videos of these numbers of frames, heights and widths, as vLLM asks a processor to."""
+        if further := sorted(set(kwargs) - UNCOUNTED):
+            raise TypeError(f"{type(self).__name__} counts the tokens of videos as they are, without {further}.")
+        if video_sizes is None:
+            return MultiModalData()
+        counts = [int(frames) for frames, *_ in video_sizes]
+        if self.media_processor.do_sample_frames:
+            counts = [min(count, self.media_processor.num_frames) for count in counts]
+        return MultiModalData(num_video_tokens=self.count_tokens(counts))
 
     def count_each(self, media: Sequence[Any], **options: Any) -> list[int]:
         part = self.media_processor
@@ -527,8 +594,9 @@ class VideoTextProcessor(MediaTextProcessor):
             videos: one video, a list, or a list of lists, one for each text; see `hfvlm.media.read_videos`.
             **kwargs: `return_tensors`, "pt", "np", or None for lists; `max_length`, tokens of the longest row;
                 `truncation` to cut longer rows, never in a video: "pictures" drops those that do not fit, and what
-                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer; and
-                options of the feature extractor.
+                follows them, True refuses; `padding`, `padding_side`, `pad_to_multiple_of` of the tokenizer;
+                `video_metadata` of each video, as servers give it, on which nothing here depends; and options of the
+                feature extractor.
 
         Raises:
             ValueError: texts and videos do not fit each other, or a row does not fit `max_length`; or images are
@@ -536,4 +604,7 @@ class VideoTextProcessor(MediaTextProcessor):
         """
         if not is_empty(images):
             raise ValueError(f"{type(self).__name__} reads videos: give an image as one of a frame, [[image]].")
+        metadata = kwargs.pop("video_metadata", None)
+        if metadata is not None and len(metadata) != len(listed(videos)):
+            raise ValueError(f"video_metadata is of {len(metadata)} videos, and there are {len(listed(videos))}.")
         return self.inputs_for(videos, text, **kwargs)

@@ -1,5 +1,6 @@
 """What processors of texts with media give beyond ids and pixels."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,9 +103,13 @@ def test_servers_count_the_tokens_and_views_of_images(llava, tiled):
     assert inputs["mm_token_type_ids"].sum(dim=1).tolist() == found["num_image_tokens"]
     assert inputs["pixel_values"].shape[0] == sum(found["num_image_patches"])
     assert (max(found["num_image_patches"]) > 1) is tiled
+    asked = processor(images=images[:2], text=["<image>"] * 2, return_text_replacement_offsets=True, padding=True)
+    assert [row.tolist() for row in asked.get("image_sizes", [])] == ([[28, 28], [100, 20]] if tiled else [])
+    assert isinstance(asked.get("image_sizes", []), list), "a server divides tensors by their views"
     assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
     with pytest.raises(TypeError, match="without \\['crop'\\]"):
-        processor._get_num_multimodal_tokens(image_sizes=sizes, crop=1)
+        processor._get_num_multimodal_tokens(image_sizes=sizes, do_normalize=False, crop=1)
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes, do_normalize=False) == found
 
 
 @pytest.mark.parametrize("cls", CHATS)
@@ -115,3 +120,52 @@ def test_the_padding_of_a_tokenizer_is_that_of_whole_rows(cls):
     assert expected["input_ids"].shape == (2, 70)
     assert torch.equal(processor(text=["a b", "a"])["input_ids"], expected["input_ids"])
     assert processor(text="a b", padding=False)["input_ids"].shape[1] < 70
+
+
+# Those that servers run, whose tokens the small vocabulary has.
+EXPANDED = ("LLaVA", "BLIP2", "Shikra", "VideoChatGPT", "PGVideoLLaVA")
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_servers_read_what_each_input_becomes(name):
+    """From the replacements, put in the text's place, the tokenizer alone makes the placeholders' ids."""
+    processor = processor_of(next(cls for cls in CHATS if cls.__name__ == f"Hfvlm{name}Processor"))
+    image, modality = Image.new("RGB", (28, 28)), processor.modality
+    media = {"images": [image] * 2} if modality == "image" else {"videos": [[image], [image]]}
+    text = f"{processor.media_token}a{processor.media_token} b"
+    inputs = processor(text=[text], **media, return_text_replacement_offsets=True)
+    (found,) = inputs.pop("text_replacement_offsets")
+    assert [each["type"] for each in found] == [modality] * 2
+    assert [text[slice(*each["span"])] for each in found] == [processor.media_token] * 2
+    whole = text
+    for each in reversed(found):
+        start, end = each["span"]
+        whole = whole[:start] + each["replacement"] + whole[end:]
+    assert [whole[slice(*each["new_span"])] for each in found] == [each["replacement"] for each in found]
+    ids = processor.tokenizer(found[0]["replacement"], add_special_tokens=False, padding=False)["input_ids"]
+    counts = processor._get_num_multimodal_tokens(**sizes(modality))[f"num_{modality}_tokens"]
+    assert ids.count(processor.media_token_id) == counts[0]
+    expected = processor(text=[text], **media)
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert ",".join(map(str, ids)) in ",".join(map(str, expected["input_ids"][0].tolist()))
+
+
+def sizes(modality):
+    return {"image_sizes": [(28, 28)]} if modality == "image" else {"video_sizes": [(1, 28, 28)]}
+
+
+def test_the_metadata_of_videos_are_counted():
+    processor = processor_of(next(cls for cls in CHATS if cls.__name__ == "HfvlmVideoChatGPTProcessor"))
+    video, about = np.zeros((1, 28, 28, 3), np.uint8), {"fps": 1.0, "total_num_frames": 1}
+    text = processor.media_token
+    plain = processor(text=text, videos=[video])
+    assert torch.equal(processor(text=text, videos=[video], video_metadata=[about])["input_ids"], plain["input_ids"])
+    with pytest.raises(ValueError, match="video_metadata is of 2 videos, and there are 1"):
+        processor(text=text, videos=[video], video_metadata=[about, about])
+
+
+def test_instructions_are_part_of_images():
+    """Which a server would prepare without them."""
+    (cls,) = (cls for cls in CHATS if "InstructBLIP" in cls.__name__)
+    with pytest.raises(ValueError, match="return_text_replacement_offsets must be False"):
+        processor_of(cls)(text="a", return_text_replacement_offsets=True)

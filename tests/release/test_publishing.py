@@ -1,13 +1,9 @@
 """Every way to the Hub, against a small Hub on this machine."""
 
-import base64
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.support.hub import COMMIT, loopback_hub, problems_of
 from tests.support.processes import run_fresh
 
 ROADS = """
@@ -41,79 +37,21 @@ for attempt in (
     except hfvlm.presets.licences.LicenceError:
         print("refused")
 model.push_to_hub("me/accepted", accept_licence=True)
+loaded, again = AutoModel.from_pretrained("me/pushed"), AutoProcessor.from_pretrained("me/pushed")
+weights = AutoModel.from_pretrained(folder).state_dict()
+assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+print("loaded", type(loaded).__name__, type(again).__name__)
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks for to make a repository and to upload small files."""
-
-    made: list[str] = []
-    commits: dict[str, dict[str, bytes]] = {}
-
-    def answer(self, content, status=200, **headers):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        here = f"http://{self.headers['Host']}"
-        if self.path == "/api/repos/create":
-            given = json.loads(body)
-            repo = f"{given.get('organization', 'me')}/{given['name']}"
-            self.made.append(repo)
-            self.answer({"url": f"{here}/{repo}", "id": repo})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
-            self.answer({"files": modes})
-        elif "/commit/" in self.path:
-            repo = "/".join(self.path.split("/")[3:5])
-            lines = [json.loads(line) for line in body.splitlines() if line.strip()]
-            files = {line["value"]["path"]: line["value"] for line in lines if line["key"] == "file"}
-            self.commits.setdefault(repo, {}).update(
-                {path: base64.b64decode(value["content"]) for path, value in files.items()}
-            )
-            self.answer({"commitOid": "1" * 40, "commitUrl": f"{here}/{repo}/commit/{'1' * 40}", "success": True})
-        else:
-            self.answer({"errors": [], "warnings": []})
-
-    def do_GET(self):
-        if "/resolve/" in self.path:
-            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
-        elif self.path.startswith("/api/whoami"):
-            self.answer({"name": "me", "type": "user", "orgs": []})
-        else:
-            repo = "/".join(self.path.split("/")[3:5])
-            self.answer({"id": repo, "modelId": repo, "sha": "0" * 40, "siblings": [], "tags": []})
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
-def hub(clip_folder, tmp_path_factory):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+def pushed(clip_folder, tmp_path_factory):
+    """The Hub, and what the process said that pushed to it."""
     out = tmp_path_factory.mktemp("roads")
-    settings = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
-    result = run_fresh(ROADS, clip_folder, out, check=False, **settings)
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with loopback_hub() as hub:
+        result = run_fresh(ROADS, clip_folder, out, check=False, **hub.settings(out / "home"))
     assert result.returncode == 0, result.stderr[-3000:]
-    return Hub, result.stdout
+    return hub, result.stdout
 
 
 @pytest.mark.parametrize(
@@ -128,8 +66,8 @@ def hub(clip_folder, tmp_path_factory):
         ("me/whole", "hfvlm"),
     ],
 )
-def test_the_cards(hub, repo, library, clip_folder):
-    card = ModelCard(hub[0].commits[repo]["README.md"].decode())
+def test_the_cards(pushed, repo, library, clip_folder):
+    card = ModelCard(pushed[0].files[repo]["README.md"].decode())
     assert card.data.library_name == library
     assert card.data.license == "apache-2.0"
     assert {"hfvlm", "hfvlm_clip"} <= set(card.data.tags)
@@ -153,27 +91,51 @@ def test_the_cards(hub, repo, library, clip_folder):
         ("me/whole", "model.safetensors"),
     ],
 )
-def test_the_weights_arrive(hub, repo, weights):
-    assert len(hub[0].commits[repo][weights]) > 1000
+def test_the_weights_arrive(pushed, repo, weights):
+    assert len(pushed[0].files[repo][weights]) > 1000
 
 
-def test_tags_of_the_call_are_kept(hub):
-    assert "digits" in ModelCard(hub[0].commits["me/model"]["README.md"].decode()).data.tags
+def test_tags_of_the_call_are_kept(pushed):
+    assert "digits" in ModelCard(pushed[0].files["me/model"]["README.md"].decode()).data.tags
 
 
-def test_the_pushed_folder_is_the_converted_one(hub, clip_folder):
-    sent = hub[0].commits["me/pushed"]
+def test_the_pushed_folder_is_the_converted_one(pushed, clip_folder):
+    sent = pushed[0].files["me/pushed"]
     assert set(sent) == {path.name for path in clip_folder.iterdir()}
     for name in ("model.safetensors", "config.json", "conversion.json", "tokenizer.json"):
         assert sent[name] == (clip_folder / name).read_bytes()
-    assert f"/me/pushed/commit/{'1' * 40}" in hub[1]
+    assert f"/me/pushed/commit/{COMMIT}" in pushed[1]
 
 
-def test_a_processor_is_no_model(hub):
-    assert "processor_config.json" in hub[0].commits["me/processor"]
+def test_a_processor_is_no_model(pushed):
+    assert "processor_config.json" in pushed[0].files["me/processor"]
 
 
-def test_a_refused_licence_makes_no_repository(hub):
-    assert hub[1].count("refused") == 3
-    assert "me/refused" not in hub[0].made
-    assert "me/accepted" in hub[0].commits
+def test_a_refused_licence_makes_no_repository(pushed):
+    assert pushed[1].count("refused") == 3
+    assert "me/refused" not in pushed[0].made
+    assert "me/accepted" in pushed[0].files
+
+
+def test_what_was_pushed_is_loaded_by_its_name(pushed):
+    assert "loaded HfvlmCLIPModel HfvlmCLIPProcessor" in pushed[1]
+
+
+def test_the_hub_takes_every_card(pushed):
+    cards = {name: files["README.md"].decode() for name, files in pushed[0].files.items() if "README.md" in files}
+    assert {name: problems for name, card in cards.items() if (problems := problems_of(card))} == {}
+    assert len(cards) > 6
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ("license: [", "no YAML"),
+        ("library_name: 3", "library_name must be a text"),
+        ("base_model: /home/me/model", "base_model: /home/me/model"),
+        ("model-index: [{name: mine}]", "results is missing"),
+        ("model-index: [{name: mine, results: [{task: {}, dataset: {type: x}, metrics: []}]}]", "has no name"),
+    ],
+)
+def test_the_hub_refuses(metadata, problem):
+    assert any(problem in text for text in problems_of(f"---\n{metadata}\n---\n"))

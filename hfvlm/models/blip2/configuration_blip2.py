@@ -8,6 +8,20 @@ from transformers import OPTConfig, PreTrainedConfig
 
 from hfvlm.configuration import HfvlmConfig, SubConfig, TowerConfig, VisionConfig
 
+# How OPT, for which transformers has no plans, is divided: by columns and rows of its layers, and by layers.
+OPT = "language_model.model.decoder"
+OPT_TP_PLAN = {
+    f"{OPT}.layers.*.{name}": "colwise" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1")
+}
+OPT_TP_PLAN |= {f"{OPT}.layers.*.{name}": "rowwise" for name in ("self_attn.out_proj", "fc2")}
+STATES = ["hidden_states"]
+OPT_PP_PLAN = {
+    f"{OPT}.embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    f"{OPT}.embed_positions": (["attention_mask"], STATES),
+    f"{OPT}.layers": ([*STATES, "attention_mask"], STATES),
+    f"{OPT}.final_layer_norm": (STATES, STATES),
+}
+
 
 @strict
 class HfvlmBLIP2VisionConfig(VisionConfig):
@@ -120,6 +134,16 @@ class HfvlmBLIP2Config(HfvlmConfig):
         if (text := self.text_config) is not None:
             self.is_encoder_decoder = text.is_encoder_decoder
             self.tie_word_embeddings = text.tie_word_embeddings and not text.is_encoder_decoder
+
+    @property
+    def base_model_tp_plan(self) -> Any:  # type: ignore[override]
+        """The plan by which servers divide each layer of OPT; other language models have their own."""
+        return OPT_TP_PLAN if getattr(self.text_config, "model_type", None) == "opt" else None
+
+    @property
+    def base_model_pp_plan(self) -> Any:  # type: ignore[override]
+        """Likewise, by which they divide the layers among stages."""
+        return OPT_PP_PLAN if getattr(self.text_config, "model_type", None) == "opt" else None
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """Return that of the decoder: the language model, or in the first stage the Q-Former."""

@@ -278,6 +278,8 @@ class HfvlmInstructBLIPProcessor(HfvlmBLIP2Processor):
         **kwargs: the others as above.
     """
 
+    # Servers prepare images without the texts, which are part of the inputs here.
+    fixed_options = ImageTextProcessor.fixed_options | {"return_text_replacement_offsets": (None, False)}
     qformer_tokenizer: Any
 
     def __init__(

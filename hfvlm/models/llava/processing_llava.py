@@ -188,6 +188,7 @@ class HfvlmLLaVAProcessor(ImageTextProcessor):
 
     # Images of examples for training may come after a question.
     places_images = True
+    item_inputs = ("image_sizes",)
     conversation: Annotated[str, one_of(*CONVERSATIONS)]
     image_start: Annotated[str, string]
     image_end: Annotated[str, string]

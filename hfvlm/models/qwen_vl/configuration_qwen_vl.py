@@ -3,6 +3,7 @@
 from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
 
 from hfvlm.configuration import HfvlmConfig, SubConfig, TextConfig, VisionConfig
 
@@ -73,6 +74,9 @@ class HfvlmQwenVLTextConfig(TextConfig):
     """
 
     model_type = "hfvlm_qwen_vl_text"
+    # As LLaMA's, whose names the layers have.
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan
+    base_model_pp_plan = LlamaConfig.base_model_pp_plan
 
     hidden_size: int = 4096
     intermediate_size: int = 11008

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.compat import begin_cache, causal_mask, with_cache
-from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.keywords import SERVER_KEYWORDS, SERVERS, Keywords
 from hfvlm.modeling.language import CausalLanguageModel
 from hfvlm.models.qwen_vl.configuration_qwen_vl import HfvlmQwenVLTextConfig
 from hfvlm.modules.transformer import eager_attention_forward
@@ -109,6 +109,9 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    def further_keywords(self, method: str) -> Collection[str]:
+        return SERVER_KEYWORDS if method == "forward" else ()
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -124,14 +127,18 @@ class HfvlmQwenVLTextModel(HfvlmQwenVLTextPreTrainedModel):
         """Run `(B, N)` token ids, or `(B, N, D)` embeddings, through all layers and the last norm.
 
         `position_ids` are ignored: as trained, a position is the column of the row, padding included. Up to
-        `config.trained_length` tokens padding changes nothing but the numbers of the padding itself.
+        `config.trained_length` tokens padding changes nothing but the numbers of the padding itself. A server, which
+        has texts end to end in one row and an attention of its own, has to give them.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = begin_cache(self, cache, use_cache=use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         mask = causal_mask(self.config, x, attention_mask, cache)
+        served = self.config._attn_implementation in SERVERS
         positions = past + torch.arange(x.shape[1], device=x.device)
-        turn = rotation(self.config, positions, self.stretch(x.shape[1], past, cache))
+        if served:
+            positions = position_ids.flatten()  # type: ignore[union-attr]
+        turn = rotation(self.config, positions, 1 if served else self.stretch(x.shape[1], past, cache))
         query_scale = self.query_scale(positions)
         x = self.dropout(x)
         for layer in self.layers:

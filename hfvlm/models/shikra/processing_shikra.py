@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
@@ -86,6 +87,8 @@ class HfvlmShikraProcessor(ImagePatchesProcessor, Grounding):
         num_bins: of a model that predicts regions in tokens of their own, how many steps they have.
     """
 
+    # The authors' tokenizer drops the blanks around images.
+    media_mark = AddedToken("<image>", lstrip=True, rstrip=True, normalized=False)
     image_patch: Annotated[str, string]
     image_start: Annotated[str, string]
     image_end: Annotated[str, string]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from torch.nn import functional as F
 
 from hfvlm.media import read_video
@@ -107,6 +108,7 @@ class HfvlmVideoChatGPTProcessor(VideoTextProcessor):
         temporal_tokens: as in the model's configuration.
     """
 
+    media_mark = AddedToken("<video>", normalized=False)
     conversations = CONVERSATIONS
     default_conversation = "video-chatgpt_v1"
     video_patch: Annotated[str, string]

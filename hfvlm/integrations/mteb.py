@@ -1,0 +1,34 @@
+"""mteb (https://github.com/embeddings-benchmark/mteb): every modality that a model embeds, in its tasks.
+
+`mteb.evaluate(Encoder("imagebind"), tasks)`. Rows of several modalities are embedded as the sum of their vectors.
+"""
+
+from typing import Any
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+
+from hfvlm.inference.embedder import Embedder
+
+MODALITIES = ("text", "image", "audio", "video")
+
+
+class Encoder(AbsEncoder):
+    """An `Embedder`, or its folder, as a model of mteb's; `options` are of `Embedder.from_pretrained`."""
+
+    def __init__(self, model: Any, revision: str | None = None, **options: Any):
+        self.embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model, **options)
+        modalities = [name for name in MODALITIES if name in self.embedder.modalities]
+        name = f"hfvlm/{type(self.embedder.model).__name__}"
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision, "modalities": modalities})
+
+    def encode(self, inputs: Any, *, batch_size: int = 32, **_: Any) -> np.ndarray:
+        """Embed batches of columns, `{"image": [...], "text": [...]}` -> `(N, D)`."""
+        return np.concatenate([self.embed(batch, batch_size) for batch in inputs])
+
+    def embed(self, batch: dict[str, Any], batch_size: int) -> np.ndarray:
+        """Embed one batch."""
+        columns: dict[str, Any] = {name: list(batch[name]) for name in MODALITIES if name in batch}
+        found = [self.embedder.encode(**{name: rows}, batch_size=batch_size) for name, rows in columns.items()]
+        return np.sum(found, axis=0)
