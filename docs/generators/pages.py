@@ -27,10 +27,13 @@ OF_ONE_CHECKPOINT = ("Measured", "Where the weights come from", "Licence")
 MODULES = {
     "media": ("hfvlm.media",),
     "losses": ("hfvlm.losses",),
-    "training": ("hfvlm.training", "hfvlm.training.chat"),
+    "training": ("hfvlm.training", "hfvlm.training.chat", "hfvlm.training.rewards"),
     "evaluation": tuple(
         f"hfvlm.evaluation.{name}"
-        for name in ("tasks", "captioning", "answering", "retrieval", "classification", "metrics", "report")
+        for name in (
+            *("tasks", "captioning", "answering", "retrieval", "classification"),
+            *("metrics", "hallucination", "report"),
+        )
     ),
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),

@@ -1,4 +1,4 @@
-"""Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
+"""Objectives on embeddings and scores, independent of any model: each on one process or, with `group=`, on several."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from hfvlm.losses.distillation import distilled_targets, soft_contrastive_loss
 from hfvlm.losses.late_interaction import late_interaction_loss, late_interaction_scores
 from hfvlm.losses.output_layer import output_layer_loss
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
+from hfvlm.losses.preferences import preference_loss
 
 # Losses of pairs by the names that configurations and training arguments have for them.
 PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -33,6 +34,7 @@ __all__ = [
     "late_interaction_loss",
     "late_interaction_scores",
     "output_layer_loss",
+    "preference_loss",
     "sigmoid_loss",
     "soft_contrastive_loss",
     "token_losses",

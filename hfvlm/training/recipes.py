@@ -1,5 +1,6 @@
 """Whole training runs, as a YAML file or a command line describes them."""
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,8 +50,9 @@ def run_recipe(
     """Train as a YAML file defines it; return the run's metrics.
 
     Args:
-        path: of a file with a `task`, one of TASKS, and fields of its arguments. The fields under `on_cpu` hold where
-            there is no accelerator; `auto` leaves `bf16` and `dataloader_num_workers` to the machine.
+        path: of a file with a `task`, one of TASKS or ALIGNMENT, and fields of its arguments. The fields under
+            `on_cpu` hold where there is no accelerator; `auto` leaves `bf16` and `dataloader_num_workers` to the
+            machine.
         changes: "field=value", or "field.key=value" of a mapping, which take precedence over the file.
         overwrite: replace what an earlier run wrote into output_dir.
         resume: resume from output_dir's newest checkpoint.
@@ -61,9 +63,9 @@ def run_recipe(
     """
     recipe = read_recipe(path, changes)
     task = recipe.pop("task", None)
-    if task not in TASKS:
-        raise ValueError(f"{path}: task {task!r} is none of {', '.join(TASKS)}.")
-    kinds, train = TASKS[task]
+    if task not in (*TASKS, *ALIGNMENT):
+        raise ValueError(f"{path}: task {task!r} is none of {', '.join((*TASKS, *ALIGNMENT))}.")
+    kinds, train = find_task(task)
     try:
         parsed = HfArgumentParser(kinds).parse_dict(checked(recipe, kinds))
         check_arguments(parsed[-1])
@@ -78,8 +80,9 @@ def run_recipe(
         return train(*parsed)
 
 
-def load_model(arguments: ModelArguments, seed: int) -> Any:
-    """Load a model of the class that its files name; only what is trained requires gradients.
+def load_model(arguments: ModelArguments, seed: int, kind: Any = None, **options: Any) -> Any:
+    """Load a model of the class that its files name, or of another `kind`, with `options` of `from_pretrained`; only
+    what is trained requires gradients.
 
     Raises:
         ValueError: hfvlm has no such class, the model no such part, or an adapter is to be trained on an adapter.
@@ -90,8 +93,9 @@ def load_model(arguments: ModelArguments, seed: int) -> Any:
             f"{arguments.model}: is an adapter; another one begins from a whole model: "
             f"hfvlm merge {arguments.model} -o OUTPUT."
         )
-    kind = model_class(arguments.model)
-    options: dict[str, Any] = {"modalities": arguments.modalities} if arguments.modalities else {}
+    kind = kind or model_class(arguments.model)
+    if arguments.modalities:
+        options["modalities"] = arguments.modalities
     if arguments.four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -408,3 +412,14 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "painting": ((ModelArguments, DataArguments, TrainingArguments), train_painting),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }
+# Tasks of `hfvlm.training.alignment`, some of whose arguments are TRL's, which takes seconds to import.
+ALIGNMENT = ("reward", "preferences", "rloo")
+
+
+def find_task(name: str) -> tuple[tuple[Any, ...], Callable[..., dict[str, float]]]:
+    """Return the dataclasses that share a task's fields among them, and the function that trains.
+
+    Raises:
+        ImportError: TRL is not installed, and the task needs it.
+    """
+    return TASKS[name] if name in TASKS else importlib.import_module("hfvlm.training.alignment").find_task(name)
