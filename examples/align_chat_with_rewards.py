@@ -16,7 +16,8 @@ there is named (recall).
     python examples/align_chat_with_rewards.py --output silent --rejected added   # pairs that punish objects alone
 
 writes the models `instructed`, `reward`, `dpo` and `rloo`, and `results.json`. The four steps are those of
-`hfvlm train` with the tasks "chat", "reward", "preferences" and "rloo".
+`hfvlm train` with the tasks "chat", "reward", "preferences" and "rloo". A model that is there already is not trained
+again, so that a run that was interrupted goes on, and `--only reward` trains one alone.
 Needs `pip install 'hfvlm[convert,train,trl]'`.
 """
 
@@ -59,24 +60,31 @@ HELD_OUT = 40
 MADE_UP = 0.6
 PROMPT = "What is there?"
 LEARNERS = ["projector", "language_model"]
-LANGUAGE_MODEL = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
-LONGEST = 32
+LANGUAGE_MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}
+LONGEST = 24
+STEPS = ("instructed", "reward", "dpo", "rloo")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs=4, default=(600, 300, 200, 150), help="of chat, reward, DPO, RLOO")
-    parser.add_argument("--scenes", type=int, nargs=3, default=(4000, 2000, 1000), help="captions, pairs, prompts")
-    parser.add_argument("--tests", type=int, default=300, help="images to caption")
+    parser.add_argument("--steps", type=int, nargs=4, default=(400, 120, 60, 50), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--scenes", type=int, nargs=3, default=(2500, 1200, 400), help="captions, pairs, prompts")
+    parser.add_argument("--only", nargs="+", choices=STEPS, help="train these, and measure nothing")
+    parser.add_argument("--tests", type=int, default=200, help="images to caption")
     parser.add_argument("--rejected", nargs="+", choices=REJECTED, default=list(REJECTED), help="what a pair is about")
     parser.add_argument("--beta", type=float, default=0.05, help="price of moving away from the model as it was")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     set_seed(options.seed)
-    data = write_data(options, np.random.RandomState(options.seed))
-    new_model(options.output / "begun", data["captions"])
-    train(options)
+    data = read_data(options.output) or write_data(options, np.random.RandomState(options.seed))
+    if not is_there(options.output / "begun"):
+        new_model(options.output / "begun", data["captions"])
+    for name, step in steps(options).items():
+        if not is_there(options.output / name) and name in (options.only or STEPS):
+            step()
+    if options.only:
+        return {}
     found = judge(options.output, data["tests"], data["test_pairs"])
     (options.output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, values in found.items():
@@ -84,7 +92,17 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     return found
 
 
+def is_there(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
 # What is trained on
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """Read the rows that an earlier run wrote last of all; none, if there was none."""
+    names = ("captions", "tests", "test_pairs") if (folder / "test_pairs.json").exists() else ()
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
 def write_data(options: argparse.Namespace, random: np.random.RandomState) -> dict[str, Any]:
@@ -114,9 +132,9 @@ def write_data(options: argparse.Namespace, random: np.random.RandomState) -> di
 
 
 def compose(random: np.random.RandomState, held_out: set[frozenset[Kind]], *, tested: bool) -> scenes.ObjectScene:
-    """Draw a scene of up to three kinds, two of which are held out if it is for a test, and none otherwise."""
+    """Draw a scene of one kind or two, which are held out if it is for a test."""
     while True:
-        count = random.randint(1, 4)
+        count = random.randint(1, 3)
         objects = tuple(KINDS[i] for i in random.permutation(len(KINDS))[:count])
         places = tuple(map(str, random.permutation(list(scenes.PLACES))[:count]))
         if tested == any(frozenset(pair) in held_out for pair in combinations(objects, 2)):
@@ -202,8 +220,8 @@ def write_vocabulary(captions: Sequence[Any], folder: Path) -> tuple[Path, int]:
     return path, sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train in the four steps, each as `hfvlm train` does it."""
+def steps(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Name what trains in each of the four steps, as `hfvlm train` does it."""
     output, (chat, reward, dpo, rloo) = options.output, options.steps
     pictures = str(output / "images")
     quiet: dict[str, Any] = {
@@ -212,37 +230,38 @@ def train(options: argparse.Namespace) -> None:
         "disable_tqdm": True,
         "logging_steps": 25,
         "seed": options.seed,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    of_trl = {"bf16": False, "gradient_checkpointing": False}
     begun, instructed = (
         ModelArguments(str(output / name), trained_parts=LEARNERS) for name in ("begun", "instructed")
     )
     scored = ModelArguments(instructed.model, trained_parts=[*LEARNERS, "score"])
-    captions, pairs = str(output / "captions.json"), str(output / "pairs.json")
+    captions = str(output / "captions.json")
+    preferences = PreferenceDataArguments(str(output / "pairs.json"), pictures=pictures)
 
-    def at(name: str, steps: int, rate: float, size: int = 32) -> dict[str, Any]:
+    def at(name: str, steps: int, rate: float, size: int = 16) -> dict[str, Any]:
         sizes = {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": size}
         return quiet | sizes | {"output_dir": str(output / name)}
 
-    train_chat(
-        begun, ChatDataArguments(captions, pictures=pictures), TrainingArguments(**at("instructed", chat, 2e-3))
-    )
-    preferences = PreferenceDataArguments(pairs, pictures=pictures)
-    train_reward(scored, preferences, TrainingArguments(**at("reward", reward, 1e-3)))
-    train_preferences(instructed, preferences, DPOConfig(**at("dpo", dpo, 2e-4), beta=0.1))
-    rewarded = RewardArguments(str(output / "prompts.json"), str(output / "reward"), pictures, reward_batch_size=64)
-    settings = RLOOConfig(
-        **at("rloo", rloo, 3e-4, 64),
-        num_generations=8,
-        max_completion_length=LONGEST,
-        beta=options.beta,
-        normalize_advantages=True,
-    )
-    train_rloo(instructed, rewarded, settings)
+    def chatting() -> Any:
+        data = ChatDataArguments(captions, pictures=pictures)
+        return train_chat(begun, data, TrainingArguments(**at("instructed", chat, 2e-3)))
+
+    def rewarding() -> Any:
+        return train_reward(scored, preferences, TrainingArguments(**at("reward", reward, 1e-3)))
+
+    def comparing() -> Any:
+        return train_preferences(instructed, preferences, DPOConfig(**at("dpo", dpo, 2e-4), **of_trl, beta=0.1))
+
+    def reinforcing() -> Any:
+        data = RewardArguments(str(output / "prompts.json"), str(output / "reward"), pictures, reward_batch_size=64)
+        settings = {"num_generations": 8, "max_completion_length": LONGEST, "normalize_advantages": True, **of_trl}
+        return train_rloo(instructed, data, RLOOConfig(**at("rloo", rloo, 3e-4, 32), **settings, beta=options.beta))
+
+    return dict(zip(STEPS, (chatting, rewarding, comparing, reinforcing), strict=True))
 
 
 # Judging

@@ -94,6 +94,15 @@ class TestReward(ModelSuite):
             parameter.data = parameter.data.clone()
         assert torch.equal(self.run(loaded, batch)["logits"], expected["logits"])
 
+    @pytest.mark.integration
+    def test_compiles_as_one_graph(self, shallow, batch):
+        """All but a row of the last layer is traced in `TestLLaVA`."""
+        super().test_compiles_as_one_graph(shallow, batch)
+
+    @pytest.mark.integration
+    def test_exports(self, shallow, batch):
+        super().test_exports(shallow, batch)
+
     def test_the_loss_of_labels_is_the_square_of_the_error(self, model, batch):
         with torch.no_grad():
             output = model(**batch, **self.loss_inputs())
