@@ -82,7 +82,8 @@ def test_a_recipe_trains_a_reward_that_orders_answers_by_the_image(folder, proce
     quick = {"model": folder, "data": tmp_path / "pairs.json", "eval_data": tmp_path / "pairs.json"}
     quick |= {"pictures": tmp_path, "output_dir": tmp_path / "out", "use_cpu": True, "disable_tqdm": True}
     quick |= {"max_steps": 20, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-    quick |= {"learning_rate": 0.01, "gradient_checkpointing": False, "lora_rank": 8, "logging_steps": 5, "dataloader_num_workers": 0}
+    quick |= {"learning_rate": 0.01, "gradient_checkpointing": False, "lora_rank": 8, "logging_steps": 5}
+    quick |= {"dataloader_num_workers": 0}
     changes = [f"{name}={value}" for name, value in quick.items()]
     metrics = run_recipe(EXAMPLES / "recipes" / "llava-reward.yaml", changes)
     assert metrics["eval_accuracy"] == 1

@@ -84,7 +84,7 @@ class TestReward(ModelSuite):
         return {"labels": torch.tensor([1.0, -2.0, 0.5])}
 
     def test_save_and_load_is_bit_equal(self, model, batch, tmp_path):
-        """A product with one column is rounded by where in memory its factors begin, which a file decides otherwise."""
+        """A product with one column is rounded by where in memory its factors begin, which a file decides, too."""
         expected = self.run(model, batch)
         model.save_pretrained(tmp_path)
         loaded, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
