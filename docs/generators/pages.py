@@ -27,29 +27,20 @@ OF_ONE_CHECKPOINT = ("Measured", "Where the weights come from", "Licence")
 MODULES = {
     "media": ("hfvlm.media",),
     "losses": ("hfvlm.losses",),
-    "training": ("hfvlm.training", "hfvlm.training.chat"),
+    "training": ("hfvlm.training", "hfvlm.training.chat", "hfvlm.training.rewards"),
     "evaluation": tuple(
         f"hfvlm.evaluation.{name}"
         for name in (
-            "tasks",
-            "captioning",
-            "answering",
-            "retrieval",
-            "classification",
-            "metrics",
-            "report",
-            "comparison",
-            "several",
-            "robustness",
-            "hallucination",
-            "clip_score",
-            "prompt_sets",
+            *("tasks", "captioning", "answering", "retrieval", "classification", "metrics", "report", "comparison"),
+            *("several", "robustness", "hallucination", "chair", "clip_score", "prompt_sets"),
         )
     ),
     "data": tuple(
         f"hfvlm.data.{name}"
-        for name in ("filtering", "rules", "dedupe", "near", "balance", "queries", "nouns", "phrases", "instruct")
-        + ("writers", "endpoint", "bootstrapping", "procedure", "reading", "report")
+        for name in (
+            *("filtering", "rules", "dedupe", "near", "balance", "queries", "nouns", "phrases", "instruct"),
+            *("writers", "endpoint", "bootstrapping", "procedure", "reading", "report"),
+        )
     ),
     "checkpoints": ("hfvlm.checkpoints", "hfvlm.checkpoints.key_table"),
     "presets": ("hfvlm.presets",),

@@ -1,4 +1,4 @@
-"""`hfvlm list|info|convert|export|merge|verify|chat|draw|card|push|embed|search|serve|capfilt|eval|train|data|demo|doctor`.
+"""`hfvlm` and its commands: `hfvlm --help` lists them.
 
 A command's module is imported with the command line; its libraries, as torch, only when it runs.
 """

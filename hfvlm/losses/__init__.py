@@ -1,4 +1,4 @@
-"""Objectives on embeddings, independent of any model: each on one process or, with `group=`, on several."""
+"""Objectives on embeddings and scores, independent of any model: each on one process or, with `group=`, on several."""
 
 from collections.abc import Callable
 
@@ -13,6 +13,7 @@ from hfvlm.losses.late_interaction import late_interaction_loss, late_interactio
 from hfvlm.losses.nt_xent import nt_xent_loss
 from hfvlm.losses.output_layer import output_layer_loss
 from hfvlm.losses.pairwise import focal_contrastive_loss, sigmoid_loss
+from hfvlm.losses.preferences import preference_loss
 
 # Losses of pairs by the names that configurations and training arguments have for them.
 PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -36,6 +37,7 @@ __all__ = [
     "late_interaction_scores",
     "nt_xent_loss",
     "output_layer_loss",
+    "preference_loss",
     "sigmoid_loss",
     "soft_contrastive_loss",
     "token_losses",

@@ -46,7 +46,7 @@ def loss_in_evaluations(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def other_towers(own: str) -> list[str]:
     """Return patterns of the keys that a tower leaves unused in its composite's file."""
-    return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scales?|classifier|projector|resampler|gates)\."]
+    return [rf"^(?!{own}\.)\w+_model\.", r"^(logit_scales?|classifier|projector|resampler|gates|score)\."]
 
 
 # Attention weights of the layers of a tower, not those of its pooling head.

@@ -8,6 +8,7 @@ from hfvlm.training.duplicates import near_duplicates
 from hfvlm.training.gradient_cache import cached_backward
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.painting import PaintingCollator
+from hfvlm.training.rewards import RewardFunction, RewardTrainer, load_reward
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.short_runs import short_run
 from hfvlm.training.trainer import ContrastiveTrainer
@@ -24,8 +25,11 @@ __all__ = [
     "PreferenceCollator",
     "RandomCropAndFlip",
     "RandomResizedCrop",
+    "RewardFunction",
+    "RewardTrainer",
     "RowTrainer",
     "cached_backward",
+    "load_reward",
     "near_duplicates",
     "short_run",
 ]

@@ -123,7 +123,7 @@ class PreferenceCollator:
         batch = self.collate(
             [
                 dict(example)
-                | {"messages": [*_turns("user", example["prompt"]), *_turns("assistant", example[answer])]}
+                | {"messages": [*turns_of("user", example["prompt"]), *turns_of("assistant", example[answer])]}
                 for answer in ("chosen", "rejected")
                 for example in examples
             ]
@@ -281,5 +281,6 @@ def count_placeholders(messages: Sequence[Message], images: Sequence[Any], modal
     return max(len(images) - _parts(messages, modality), 0)
 
 
-def _turns(role: str, content: Any) -> list[Message]:
+def turns_of(role: str, content: Any) -> list[Message]:
+    """Return the messages of a part of an example: a text is one of that role."""
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)

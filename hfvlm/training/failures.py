@@ -26,20 +26,25 @@ RANGES: Ranges = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "save_total_limit", "dataloader_prefetch_factor", "eval_accumulation_steps", "mini_batch_size",
-            "lora_rank", "max_length", "image_size", "lora_alpha", "crop_from",
+            "lora_rank", "max_length", "image_size", "lora_alpha", "crop_from", "reward_batch_size",
+            "max_completion_length", "num_iterations", "steps_per_generation",
         ),
         (True, 1, None, True),
     ),
     **dict.fromkeys(("seed", "data_seed"), (True, 0, MOST_SEED, True)),
     "dataloader_num_workers": (True, 0, None, True),
+    "num_generations": (True, 2, None, True),
     "max_steps": (True, -1, None, True),
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "neftune_noise_alpha"),
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "beta"),
+            "neftune_noise_alpha",
+        ),
         (False, 0, None, True),
     ),
     **dict.fromkeys(
         ("whole_rate", "adam_epsilon", "num_train_epochs", "logging_steps", "save_steps", "eval_steps",
-        "max_logit_scale"), (False, 0, None, False),
+        "max_logit_scale", "temperature"), (False, 0, None, False),
     ),
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor", "lora_dropout", "patch_dropout"),

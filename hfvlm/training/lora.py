@@ -36,7 +36,8 @@ def lora(
         model: of any architecture of hfvlm.
         recipe: parts joined by "+": the towers that are adapted ("vision", "text", "audio", "language", ...), and
             "projection" and "scale" for the projections and the temperature, which are trained in full. By default all
-            towers; of a model that answers about images, "language+projection".
+            towers; of a model that answers about images, "language+projection". New heads of a model, such as a
+            reward's score, are trained in full with any recipe.
         r: rank of the adapters.
         alpha: numerator of their scale `alpha / r`; by default twice the rank.
         dropout: on the adapters' inputs.
@@ -66,7 +67,7 @@ def lora(
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=target_pattern(model, recipe, layers),
-        modules_to_save=[*(whole_modules(model, recipe) or ()), *named_modules(model, whole)] or None,
+        modules_to_save=whole_names(model, recipe, whole) or None,
         **options,
     )
     tuned = get_peft_model(model, config)
@@ -117,6 +118,12 @@ def named_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     if unknown := sorted(set(names) - known):
         raise ValueError(f"{type(model).__name__} has no module {', '.join(unknown)}.")
     return list(names)
+
+
+def whole_names(model: PreTrainedModel, recipe: str | None, further: Sequence[str]) -> list[str]:
+    """Return the names of the modules that are trained in full: a recipe's, a model's `heads`, and further ones."""
+    names = [*(whole_modules(model, recipe) or ()), *getattr(model, "heads", ()), *named_modules(model, further)]
+    return list(dict.fromkeys(names))
 
 
 def whole_modules(model: PreTrainedModel, recipe: str | None) -> list[str] | None:

@@ -229,3 +229,38 @@ class ChatDataArguments:
     def __post_init__(self) -> None:
         check_values(vars(self))
         check_mixture("data", self.data, self.mixing, ("pictures",))
+
+
+@dataclass
+class PreferenceDataArguments:
+    """Pairs of answers about images, of which one is preferred.
+
+    Args:
+        data: JSON or JSON lines of pairs, as `hfvlm.training.chat.PreferenceCollator` takes them.
+        eval_data: others, of which the loss and the accuracy are measured; None for no evaluation.
+        pictures: the folder that the images' paths begin in.
+    """
+
+    data: str = field(metadata={"help": "JSON or JSON lines of pairs of answers."})
+    eval_data: str | None = field(default=None, metadata={"help": "Other pairs, to evaluate on."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
+
+
+@dataclass
+class RewardArguments:
+    """Prompts about images, and the reward of the answers that a model gives to them.
+
+    Args:
+        data: JSON or JSON lines of `{"prompt": ..., "images": [...]}`, each prompt a text or a list of messages.
+        reward_model: a folder, or an adapter, as the task "reward" writes them.
+        pictures: the folder that the images' paths begin in.
+        reward_batch_size: answers that are scored at once.
+    """
+
+    data: str = field(metadata={"help": "JSON or JSON lines of prompts."})
+    reward_model: str = field(metadata={"help": "A folder that the task `reward` wrote."})
+    pictures: str = field(default=".", metadata={"help": "The folder that the images' paths begin in."})
+    reward_batch_size: int = field(default=16, metadata={"help": "Answers that are scored at once."})
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))

@@ -1,5 +1,6 @@
 """Whole training runs, as a YAML file or a command line describes them."""
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -77,8 +78,9 @@ def run_recipe(
     """Train as a YAML file defines it; return the run's metrics.
 
     Args:
-        path: of a file with a `task`, one of TASKS, and fields of its arguments. The fields under `on_cpu` hold where
-            there is no accelerator; `auto` leaves `bf16` and `dataloader_num_workers` to the machine.
+        path: of a file with a `task`, one of TASKS or ALIGNMENT, and fields of its arguments. The fields under
+            `on_cpu` hold where there is no accelerator; `auto` leaves `bf16` and `dataloader_num_workers` to the
+            machine.
         changes: "field=value", or "field.key=value" of a mapping, which take precedence over the file.
         overwrite: replace what an earlier run wrote into output_dir.
         resume: resume from output_dir's newest checkpoint.
@@ -89,9 +91,9 @@ def run_recipe(
     """
     recipe = read_recipe(path, changes)
     task = recipe.pop("task", None)
-    if task not in TASKS:
-        raise ValueError(f"{path}: task {task!r} is none of {', '.join(TASKS)}.")
-    kinds, train = TASKS[task]
+    if task not in (*TASKS, *ALIGNMENT):
+        raise ValueError(f"{path}: task {task!r} is none of {', '.join((*TASKS, *ALIGNMENT))}.")
+    kinds, train = find_task(task)
     try:
         parsed = HfArgumentParser(kinds).parse_dict(checked(recipe, kinds))
         check_arguments(parsed[-1])
@@ -106,11 +108,9 @@ def run_recipe(
         return train(*parsed)
 
 
-def load_model(arguments: ModelArguments, seed: int, head: str | None = None) -> Any:
-    """Load a model of the class that its files name; only what is trained requires gradients.
-
-    With a `head`, an Auto class of transformers, it is of one of the architecture's classes with this head, the first
-    unless its files name another; a head that the files lack begins at random.
+def load_model(arguments: ModelArguments, seed: int, kind: Any = None, **options: Any) -> Any:
+    """Load a model of the class that its files name, or of another `kind`, with `options` of `from_pretrained`; only
+    what is trained requires gradients.
 
     Raises:
         ValueError: hfvlm has no such class, the model no such part, or an adapter is to be trained on an adapter.
@@ -121,8 +121,11 @@ def load_model(arguments: ModelArguments, seed: int, head: str | None = None) ->
             f"{arguments.model}: is an adapter; another one begins from a whole model: "
             f"hfvlm merge {arguments.model} -o OUTPUT."
         )
-    kind = begun_class(arguments, head)
-    options: dict[str, Any] = {"modalities": arguments.modalities} if arguments.modalities else {}
+    if kind is not None and arguments.model_class is not None:
+        raise ValueError(f"model_class: this task trains {kind.__name__}.")
+    kind = kind or begun_class(arguments)
+    if arguments.modalities:
+        options["modalities"] = arguments.modalities
     if arguments.four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -130,14 +133,14 @@ def load_model(arguments: ModelArguments, seed: int, head: str | None = None) ->
     return prepared(load_whole(arguments.model, kind, **options), arguments)
 
 
-def begun_class(arguments: ModelArguments, head: str | None) -> Any:
-    """Return the class that is trained: `model_class`, or the one that the model's files name; see `load_model`.
+def begun_class(arguments: ModelArguments) -> Any:
+    """Return the class that is trained: `model_class`, or the one that the model's files name.
 
     Raises:
         ValueError: hfvlm has no such class.
     """
     if arguments.model_class is None:
-        return model_class(arguments.model) if head is None else class_with_head(arguments.model, head)
+        return model_class(arguments.model)
     if (kind := find_class(arguments.model_class)) is None:
         raise ValueError(f"model_class: {arguments.model_class} is no model of hfvlm.")
     return kind
@@ -523,7 +526,8 @@ def train_choices(
     resize(processor, data.image_size)
     options = {} if data.max_length is None else {"max_length": data.max_length}
     collator = ChoiceCollator(processor, data.columns, **options)
-    model = load_model(model_arguments, arguments.seed, "AutoModelForMultipleChoice")
+    kind = class_with_head(model_arguments.model, "AutoModelForMultipleChoice")
+    model = load_model(model_arguments, arguments.seed, kind)
     splits = named_splits(data, arguments)
     trainer = LabelTrainer(model, arguments, collator, compute_metrics=choice_accuracies, **splits)
     return finish_with(processor, trainer, arguments, model_arguments)
@@ -534,7 +538,8 @@ def train_regions(
 ) -> dict[str, float]:
     """Train a model that reads texts and the regions of images on one of its tasks."""
     processor = processor_of(model_arguments.model)
-    model = load_model(model_arguments, arguments.seed, "AutoModelForVisualQuestionAnswering")
+    kind = class_with_head(model_arguments.model, "AutoModelForVisualQuestionAnswering")
+    model = load_model(model_arguments, arguments.seed, kind)
     classes = {"answer": model.config.num_answers, "gqa": model.config.num_gqa_answers}
     collator = RegionCollator(processor, data.region_task, data.regions, data.columns, classes)
     arguments.prediction_loss_only = True  # its outputs are of all tasks and tokens
@@ -631,3 +636,14 @@ TASKS: dict[str, tuple[tuple[Any, ...], Callable[..., dict[str, float]]]] = {
     "regions": ((ModelArguments, RegionDataArguments, TrainingArguments), train_regions),
     "chat": ((ModelArguments, ChatDataArguments, TrainingArguments), train_chat),
 }
+# Tasks of `hfvlm.training.alignment`, some of whose arguments are TRL's, which takes seconds to import.
+ALIGNMENT = ("reward", "preferences", "rloo")
+
+
+def find_task(name: str) -> tuple[tuple[Any, ...], Callable[..., dict[str, float]]]:
+    """Return the dataclasses that share a task's fields among them, and the function that trains.
+
+    Raises:
+        ImportError: TRL is not installed, and the task needs it.
+    """
+    return TASKS[name] if name in TASKS else importlib.import_module("hfvlm.training.alignment").find_task(name)

@@ -1,4 +1,4 @@
-"""Fine-tuning with TRL's trainers, as the examples do it."""
+"""Fine-tuning and alignment with TRL's trainers, as the examples and the recipes do it."""
 
 import importlib.util
 import json
@@ -8,10 +8,21 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    HfArgumentParser,
+)
 
+import hfvlm
+from hfvlm.models.llava import HfvlmLLaVAForConditionalGeneration
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.training.chat import ChatCollator, PreferenceCollator
+from hfvlm.training.alignment import prompt_row
+from hfvlm.training.chat import ChatCollator, PreferenceCollator, read_examples
+from hfvlm.training.recipe_files import checked, read_recipe
+from hfvlm.training.recipes import find_task, run_recipe
+from hfvlm.training.rewards import RewardFunction
 from tests.inference.test_chat import image
 from tests.models.llava.tiny import converted
 from tests.support.paths import EXAMPLES
@@ -196,3 +207,114 @@ def test_trl_s_own_trainer_takes_a_folder(folder, tmp_path):
     with torch.no_grad():
         expected = model(**batch, labels=batch["input_ids"].masked_fill(masks == 0, IGNORE)).loss.item()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+# Reinforcement learning
+
+
+@pytest.fixture(scope="module")
+def reward_folder(folder, tmp_path_factory):
+    """A reward that learned nothing."""
+    path = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(path)
+    AutoProcessor.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+def rloo(folder, reward_folder, data, output, **changes):
+    """Changes of the recipe for a run of a step or two."""
+    rows = [
+        {"prompt": "What is it?", "images": ["0.png"]},
+        {"prompt": "<image>\nAnd what, do you think, is it that you see here, on the other one?", "images": ["1.png"]},
+    ]
+    quick = {name: value for name, value in QUICK.items() if name != "per_device_train_batch_size"}
+    quick |= data(rows) | {"model": folder, "reward_model": reward_folder, "output_dir": output}
+    quick |= {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 6, "max_steps": 2}
+    quick |= {"gradient_checkpointing": False, "lora_rank": 4}
+    return [f"{name}={value}" for name, value in (quick | changes).items()]
+
+
+def test_trl_learns_from_rewards(folder, reward_folder, processor, data, tmp_path, monkeypatch):
+    """Prompts of different lengths, each with its image, are the processor's own; their answers are scored."""
+    prompts, scored = [], []
+    generate, score = HfvlmLLaVAForConditionalGeneration.generate, RewardFunction.score
+
+    def generated(model, *args, **kwargs):
+        prompts.append({name: kwargs[name].clone() for name in ("input_ids", "attention_mask", "pixel_values")})
+        return generate(model, *args, **kwargs)
+
+    def watched(reward, examples):
+        scored.append((examples, score(reward, examples)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(HfvlmLLaVAForConditionalGeneration, "generate", generated)
+    monkeypatch.setattr(RewardFunction, "score", watched)
+    changes = rloo(folder, reward_folder, data, tmp_path / "out")
+    run_recipe(EXAMPLES / "recipes" / "llava-rloo.yaml", changes)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "rewards/reward/mean" in entry]
+    assert len(steps) == 2
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[0]["rewards/reward/mean"] == pytest.approx(scored[0][1].mean().item(), rel=1e-4)
+    texts = [prompt_row(row) for row in read_examples(tmp_path / "rows.json", tmp_path)[:2]]
+    whole = [processor.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in texts]
+    wanted = {tuple(processor(images=row["images"], text=text)["input_ids"][0].tolist()): i
+              for i, (row, text) in enumerate(zip(texts, whole, strict=True))}  # fmt: skip
+    pixels = processor.prepare("image", [image(0), image(1)])["pixel_values"]
+    seen = set()
+    for batch in prompts:
+        for ids, mask, own in zip(*batch.values(), strict=True):
+            which = wanted[tuple(ids[mask.bool()].tolist())]
+            assert torch.equal(own, pixels[which])
+            seen.add(which)
+    assert seen == {0, 1}
+    first = ChatCollator(processor)(scored[0][0])
+    assert (first["input_ids"] == processor.image_token_id).sum() == 4 * 4
+    check_adapter(folder, tmp_path / "out", processor)
+
+
+def test_alignment_refuses_what_would_be_swallowed(folder, reward_folder, data, tmp_path):
+    recipe = EXAMPLES / "recipes" / "llava-rloo.yaml"
+
+    def changed(**changes):
+        return rloo(folder, reward_folder, data, tmp_path / "out", **changes)
+
+    with pytest.raises(ValueError, match="layer_decay and whole_rate: TRL's trainers have one learning rate"):
+        run_recipe(recipe, changed(whole_rate=0.5))
+    with pytest.raises(ValueError, match="has no score: train a reward of it first"):
+        run_recipe(recipe, changed(reward_model=folder))
+    with pytest.raises(ValueError, match="there is no field 'num_generation'. Did you mean num_generations"):
+        run_recipe(recipe, changed(num_generation=4))
+    with pytest.raises(ValueError, match="num_generations must be an integer of at least 2, not 1"):
+        run_recipe(recipe, changed(num_generations=1))
+    with pytest.raises(ValueError, match="beta must be a finite number of at least 0, not -1"):
+        run_recipe(recipe, changed(beta=-1))
+    hfvlm.lora(AutoModelForImageTextToText.from_pretrained(folder), quiet=True).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter, and TRL would take its base"):
+        run_recipe(recipe, changed(model=tmp_path / "adapter", lora_recipe="null"))
+
+
+@pytest.mark.parametrize("name", ["llava-dpo", "llava-rloo"])
+def test_recipes_of_alignment_run_on_a_cpu_as_shipped(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    recipe = read_recipe(EXAMPLES / "recipes" / f"{name}.yaml")
+    kinds, _ = find_task(recipe.pop("task"))
+    training = HfArgumentParser(kinds).parse_dict(checked(recipe, kinds))[-1]
+    assert training.device.type == "cpu"
+    assert training.bf16 is False
+    assert training.beta > 0
+
+
+def test_prompts_have_a_part_for_each_image_and_text():
+    image_part, text = {"type": "image"}, {"type": "text", "text": "What?"}
+    assert prompt_row({"prompt": "What?", "images": ["a.png"]})["prompt"] == [
+        {"role": "user", "content": [image_part, text]}
+    ]
+    written = prompt_row({"prompt": "Of <image>: What?", "image": "a.png"})
+    assert written["images"] == ["a.png"]
+    assert [part["type"] for part in written["prompt"][0]["content"]] == ["text", "image", "text"]
+    system = {"role": "system", "content": "Be short."}
+    rows = prompt_row({"prompt": [system, {"role": "user", "content": "What?"}]})
+    assert rows["images"] == []
+    assert rows["prompt"][0]["content"] == [{"type": "text", "text": "Be short."}]

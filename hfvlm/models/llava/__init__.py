@@ -11,6 +11,7 @@ architecture = Architecture(
         "AutoModel": ("HfvlmLLaVAForConditionalGeneration",),
         "AutoModelForImageTextToText": ("HfvlmLLaVAForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmLLaVAForConditionalGeneration",),
+        "AutoModelForSequenceClassification": ("HfvlmLLaVAForSequenceClassification",),
     },
     processor="HfvlmLLaVAProcessor",
     image_processors=("HfvlmLLaVAImageProcessor",),

@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.modeling.image_text import ProjectedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
+from hfvlm.modeling.scoring import TextScorer
 from hfvlm.models.llava.anyres import Size, Tiling, unpadded
 from hfvlm.models.llava.configuration_llava import HfvlmLLaVAConfig
 from hfvlm.modules.projection import Projector
@@ -131,3 +132,7 @@ class HfvlmLLaVAForConditionalGeneration(ProjectedModel):
                 f"by config.grid_pinpoints {self.config.grid_pinpoints}: the processor's must be the same."
             )
         return list(pixel_values.split(counts))
+
+
+class HfvlmLLaVAForSequenceClassification(TextScorer, HfvlmLLaVAForConditionalGeneration):
+    """A reward, or other scores, of answers about images."""

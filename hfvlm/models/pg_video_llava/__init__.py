@@ -11,6 +11,7 @@ architecture = Architecture(
         "AutoModel": ("HfvlmPGVideoLLaVAForConditionalGeneration",),
         "AutoModelForImageTextToText": ("HfvlmPGVideoLLaVAForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmPGVideoLLaVAForConditionalGeneration",),
+        "AutoModelForSequenceClassification": ("HfvlmPGVideoLLaVAForSequenceClassification",),
     },
     processor="HfvlmPGVideoLLaVAProcessor",
     tokenizers=("HfvlmPGVideoLLaVATokenizer",),

@@ -22,6 +22,7 @@ architecture = Architecture(
         "AutoModelForCausalLM": ("HfvlmQwenVLForCausalLM",),
         "AutoModelForImageTextToText": ("HfvlmQwenVLForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmQwenVLForConditionalGeneration",),
+        "AutoModelForSequenceClassification": ("HfvlmQwenVLForSequenceClassification",),
     },
     processor="HfvlmQwenVLProcessor",
     image_processors=("HfvlmQwenVLImageProcessor",),

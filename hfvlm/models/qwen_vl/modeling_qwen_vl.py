@@ -13,6 +13,7 @@ from hfvlm.modeling.base import HfvlmPreTrainedModel, other_towers
 from hfvlm.modeling.image_text import ImageTextModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
+from hfvlm.modeling.scoring import TextScorer
 from hfvlm.modeling.vision import PatchTower
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
@@ -131,3 +132,7 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
     def reusable(self, cache: Any, known: int, length: int) -> int:
         """Count no token for a prompt so long that its rotary frequencies differ from the cache's."""
         return known if self.language_model.model.stretch_of(length) == getattr(cache, "stretch", 1) else 0
+
+
+class HfvlmQwenVLForSequenceClassification(TextScorer, HfvlmQwenVLForConditionalGeneration):
+    """A reward, or other scores, of answers about images."""

@@ -11,6 +11,7 @@ architecture = Architecture(
         "AutoModel": ("HfvlmShikraForConditionalGeneration",),
         "AutoModelForImageTextToText": ("HfvlmShikraForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmShikraForConditionalGeneration",),
+        "AutoModelForSequenceClassification": ("HfvlmShikraForSequenceClassification",),
     },
     processor="HfvlmShikraProcessor",
     image_processors=("HfvlmShikraImageProcessor",),

@@ -9,6 +9,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.modeling.image_text import ProjectedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
+from hfvlm.modeling.scoring import TextScorer
 from hfvlm.models.shikra.configuration_shikra import HfvlmShikraConfig
 
 
@@ -29,3 +30,7 @@ class HfvlmShikraForConditionalGeneration(ProjectedModel):
         """
         vision = self.vision_model(pixel_values, until=self.config.vision_feature_layer, **kwargs)
         return media_features(vision, self.projector(vision.last_hidden_state[:, 1:]))
+
+
+class HfvlmShikraForSequenceClassification(TextScorer, HfvlmShikraForConditionalGeneration):
+    """A reward, or other scores, of answers about images."""

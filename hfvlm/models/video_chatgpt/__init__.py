@@ -11,6 +11,7 @@ architecture = Architecture(
         "AutoModel": ("HfvlmVideoChatGPTForConditionalGeneration",),
         "AutoModelForImageTextToText": ("HfvlmVideoChatGPTForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmVideoChatGPTForConditionalGeneration",),
+        "AutoModelForSequenceClassification": ("HfvlmVideoChatGPTForSequenceClassification",),
     },
     processor="HfvlmVideoChatGPTProcessor",
     tokenizers=("HfvlmVideoChatGPTTokenizer",),

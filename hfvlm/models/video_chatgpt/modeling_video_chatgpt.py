@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from hfvlm.modeling.image_text import ProjectedModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
+from hfvlm.modeling.scoring import TextScorer
 from hfvlm.models.video_chatgpt.configuration_video_chatgpt import HfvlmVideoChatGPTConfig
 from hfvlm.modules.parts import in_parts
 
@@ -42,6 +43,10 @@ class HfvlmVideoChatGPTForConditionalGeneration(ProjectedModel):
         averages = [average(video, self.config.temporal_tokens) for video in patches]
         rows = self.projector(torch.cat(averages)).split([video.shape[0] for video in averages])
         return media_features(vision, rows)
+
+
+class HfvlmVideoChatGPTForSequenceClassification(TextScorer, HfvlmVideoChatGPTForConditionalGeneration):
+    """A reward, or other scores, of answers about videos."""
 
 
 def average(patches: Tensor, temporal_tokens: int) -> Tensor:

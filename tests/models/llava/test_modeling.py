@@ -1,8 +1,12 @@
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-from hfvlm.models.llava import HfvlmLLaVAConfig, HfvlmLLaVAForConditionalGeneration
+from hfvlm.models.llava import (
+    HfvlmLLaVAConfig,
+    HfvlmLLaVAForConditionalGeneration,
+    HfvlmLLaVAForSequenceClassification,
+)
 from tests.support.generation import GenerationSuite
 from tests.support.suite import ModelSuite, close
 
@@ -65,6 +69,45 @@ class TestLLaVA(GenerationSuite, ModelSuite):
         model = HfvlmLLaVAForConditionalGeneration(config)
         assert config.count_tokens() == 5
         assert [len(f) for f in model.get_image_features(batch["pixel_values"]).pooler_output] == [5, 5, 5]
+
+
+class TestReward(ModelSuite):
+    model_class, auto_class = HfvlmLLaVAForSequenceClassification, AutoModelForSequenceClassification
+    lora_layers = TestLLaVA.lora_layers
+    implementations = ("sdpa",)
+    inputs = TestLLaVA.inputs
+
+    def config(self):
+        return HfvlmLLaVAConfig(vision_config=VISION, text_config=TEXT, image_token_id=IMAGE, num_labels=1)
+
+    def loss_inputs(self):
+        return {"labels": torch.tensor([1.0, -2.0, 0.5])}
+
+    def test_save_and_load_is_bit_equal(self, model, batch, tmp_path):
+        """A product with one column is rounded by where in memory its factors begin, which a file decides, too."""
+        expected = self.run(model, batch)
+        model.save_pretrained(tmp_path)
+        loaded, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        close(self.run(loaded.eval(), batch)["logits"], expected["logits"], 1e-6, "logits")
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.clone()
+        assert torch.equal(self.run(loaded, batch)["logits"], expected["logits"])
+
+    @pytest.mark.integration
+    def test_compiles_as_one_graph(self, shallow, batch):
+        """All but a row of the last layer is traced in `TestLLaVA`."""
+        super().test_compiles_as_one_graph(shallow, batch)
+
+    @pytest.mark.integration
+    def test_exports(self, shallow, batch):
+        super().test_exports(shallow, batch)
+
+    def test_the_loss_of_labels_is_the_square_of_the_error(self, model, batch):
+        with torch.no_grad():
+            output = model(**batch, **self.loss_inputs())
+        error = output.logits[:, 0] - self.loss_inputs()["labels"]
+        assert output.loss == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 class TestTiles(GenerationSuite, ModelSuite):
