@@ -9,7 +9,7 @@ from typing import Any
 from hfvlm.checks.messages import listed
 from hfvlm.data.store import Store
 from hfvlm.evaluation.bootstrap import interval
-from hfvlm.evaluation.report import read_report
+from hfvlm.evaluation.comparison import read_report
 from hfvlm.media.sources import import_extra
 from hfvlm.writing import replaced
 

@@ -10,6 +10,7 @@ from hfvlm.data.reading import Source, table_of
 from hfvlm.data.report import DROPPED, REPORT, ROWS, Report, read_report, summary
 from hfvlm.data.store import Store
 from hfvlm.inference.shards import Row, Run
+from hfvlm.inference.stores import ParquetStore
 from hfvlm.logs import shows_progress
 from hfvlm.writing import replaced
 
@@ -99,7 +100,7 @@ def run_procedure(procedure: Procedure, output: str | Path, *, shard_rows: int =
             "hfvlm data runs as one process: rows depend on those before them. Start it without torchrun."
         )
     settings = source.settings | procedure.settings | {"shard_rows": shard_rows}
-    run = Run(output, ROWS, f"{procedure.name}.json", shard_rows, settings, source.pins)
+    run = Run(output, ParquetStore(output, ROWS), f"{procedure.name}.json", shard_rows, settings, source.pins)
     run.check()
     if output.is_dir() and not (output / run.settings_name).exists() and any(output.iterdir()):
         raise ValueError(f"{output}: holds files of something else: choose another output.")
@@ -111,7 +112,7 @@ def run_procedure(procedure: Procedure, output: str | Path, *, shard_rows: int =
         for number, shard in tracked(procedure, DECIDE, store, shard_rows):
             with store.step(DECIDE, number):
                 write_shard(procedure, run, number, list(procedure.decide(shard, store)))
-        if not run.shard(0).exists():
+        if not run.store.path(0).exists():
             raise ValueError(f"{source.location}: the data set holds no rows.")
         report = summary(output, procedure.name, settings, procedure.details(store, output))
     report.write(output)
@@ -159,5 +160,4 @@ def write_shard(procedure: Procedure, run: Run, number: int, decisions: list[Dec
     with replaced(run.output / f"{DROPPED}-{number:05}.parquet") as file:
         parquet.write_table(pyarrow.Table.from_pylist(dropped, pyarrow.schema(list(kinds.items()))), file)
     rows = [row for each in decisions for row in each.rows]
-    with replaced(run.shard(number)) as file:
-        parquet.write_table(table_of(rows, procedure.schema, f"{procedure.source.location}, shard {number}"), file)
+    run.store.write(number, table_of(rows, procedure.schema, f"{procedure.source.location}, shard {number}"))

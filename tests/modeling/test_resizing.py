@@ -72,6 +72,8 @@ def test_a_new_token_is_read_scored_trained_and_saved(suite, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = suite.model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
+    for parameter in loaded.parameters():  # products with one column are rounded by where in memory factors begin
+        parameter.data = parameter.data.clone()
     same(suite.run(loaded.eval(), batch), expected, exact=True)
 
 

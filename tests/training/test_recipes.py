@@ -531,7 +531,8 @@ def test_every_recipe_is_tried():
         "vilbert-lora",
     }
     procedures = {"clip-pretraining", "align", "filip", "simclr", "simclr-distillation", "clip-distillation", *BLIP}
-    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone, *procedures}
+    aligned = {"llava-reward", "llava-dpo", "llava-rloo"}
+    assert names == {*TRAINED, *CHAT, *BLIP2, *QWEN_VL, *alone, *procedures, *aligned}
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
