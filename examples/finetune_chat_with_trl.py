@@ -16,7 +16,8 @@ from transformers import AutoProcessor, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 from hfvlm.training.chat import ChatCollator, length_of, read_examples
-from hfvlm.training.recipes import ModelArguments, finish, load_model
+from hfvlm.training.recipe_models import load_model
+from hfvlm.training.recipes import ModelArguments, finish
 
 
 @dataclass

@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,19 @@ def _quiet_and_few_threads():
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_by_default(_quiet_and_few_threads):
+    """Whatever an earlier test, or a library that it started, has set."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_warning()
+    logging.disable(logging.NOTSET)
+    for name in [each for each in logging.root.manager.loggerDict if each.partition(".")[0] == "hfvlm"]:
+        logging.getLogger(name).disabled = False
+    logging.getLogger("hfvlm").setLevel(logging.NOTSET)
+    logging.getLogger("hfvlm").propagate = True
 
 
 @pytest.hookimpl(wrapper=True)

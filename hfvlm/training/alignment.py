@@ -10,7 +10,8 @@ from hfvlm.inference.adapters import adapter_settings, processor_of
 from hfvlm.media.sources import import_extra
 from hfvlm.training.chat import PreferenceCollator, read_example, read_examples, turns_of
 from hfvlm.training.recipe_arguments import ModelArguments, PreferenceDataArguments, RewardArguments
-from hfvlm.training.recipes import finish, load_model
+from hfvlm.training.recipe_models import load_model
+from hfvlm.training.recipes import finish
 from hfvlm.training.rewards import RewardFunction, RewardTrainer, load_reward, reward_class
 
 # No text contains it.

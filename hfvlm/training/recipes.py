@@ -9,22 +9,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
-    BitsAndBytesConfig,
     HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
 
-from hfvlm.inference.adapters import adapter_settings, config_of, hub_name, model_class, processor_of
-from hfvlm.inference.adapters import load_model as load_whole
-from hfvlm.logs import shows_progress
+from hfvlm.inference.adapters import adapter_settings, config_of, hub_name, processor_of
 from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
-from hfvlm.registry import architecture_of, find_class
 from hfvlm.training.answering import AnswerCollator, SentenceCollator
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import Framed, RandomCropAndFlip, RandomResizedCrop
@@ -43,7 +37,6 @@ from hfvlm.training.distilling import (
 )
 from hfvlm.training.distortion import ColourDistortion, SimCLRAugmentation
 from hfvlm.training.failures import check_arguments, check_processes
-from hfvlm.training.lora import lora
 from hfvlm.training.masking import MaskingCollator
 from hfvlm.training.mixtures import Mixture, weights_of
 from hfvlm.training.moved import report, sums_of
@@ -62,14 +55,13 @@ from hfvlm.training.recipe_arguments import (
     ViewDataArguments,
 )
 from hfvlm.training.recipe_files import checked, read_recipe
+from hfvlm.training.recipe_models import class_with_head, load_model, prepared
 from hfvlm.training.regions import RegionCollator
 from hfvlm.training.row_trainer import RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 from hfvlm.training.two_views import TwoViewCollator, TwoViewModel, TwoViewTrainer
 
 logger = logging.getLogger(__name__)
-# In a recipe's `trained_parts`: what the model's authors train.
-OWN = "own"
 
 
 def run_recipe(
@@ -106,97 +98,6 @@ def run_recipe(
     going_on = bool(arguments.resume_from_checkpoint)
     with run_output(Path(arguments.output_dir or "trainer_output"), overwrite=overwrite, resume=going_on):
         return train(*parsed)
-
-
-def load_model(arguments: ModelArguments, seed: int, kind: Any = None, **options: Any) -> Any:
-    """Load a model of the class that its files name, or of another `kind`, with `options` of `from_pretrained`; only
-    what is trained requires gradients.
-
-    Raises:
-        ValueError: hfvlm has no such class, the model no such part, or an adapter is to be trained on an adapter.
-    """
-    set_seed(seed)  # adapters begin at random
-    if arguments.lora_recipe is not None and adapter_settings(arguments.model) is not None:
-        raise ValueError(
-            f"{arguments.model}: is an adapter; another one begins from a whole model: "
-            f"hfvlm merge {arguments.model} -o OUTPUT."
-        )
-    if kind is not None and arguments.model_class is not None:
-        raise ValueError(f"model_class: this task trains {kind.__name__}.")
-    kind = kind or begun_class(arguments)
-    if arguments.modalities:
-        options["modalities"] = arguments.modalities
-    if arguments.four_bits:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return prepared(load_whole(arguments.model, kind, **options), arguments)
-
-
-def begun_class(arguments: ModelArguments) -> Any:
-    """Return the class that is trained: `model_class`, or the one that the model's files name.
-
-    Raises:
-        ValueError: hfvlm has no such class.
-    """
-    if arguments.model_class is None:
-        return model_class(arguments.model)
-    if (kind := find_class(arguments.model_class)) is None:
-        raise ValueError(f"model_class: {arguments.model_class} is no model of hfvlm.")
-    return kind
-
-
-def class_with_head(folder: str, head: str) -> Any:
-    """Return the class with a head of a model's architecture: the one that its files name, or the first.
-
-    Raises:
-        ValueError: the architecture has none.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    known = architecture_of(config.model_type).models.get(head, ())
-    if not known:
-        raise ValueError(f"{folder}: hfvlm's {config.model_type} has no class of {head}.")
-    return find_class(next((name for name in config.architectures or () if name in known), known[0]))
-
-
-def prepared(model: Any, arguments: ModelArguments) -> Any:
-    """Freeze what is not trained, and add adapters."""
-    if arguments.trained_parts is not None:
-        train_parts(model, arguments.trained_parts)
-    if arguments.lora_recipe is not None:
-        quiet = not shows_progress()
-        options: dict[str, Any] = {
-            "r": arguments.lora_rank,
-            "alpha": arguments.lora_alpha,
-            "dropout": arguments.lora_dropout,
-        }
-        options |= {"layers": arguments.lora_layers, "whole": arguments.lora_whole or ()}
-        model = lora(model, arguments.lora_recipe, quiet=quiet, **options)
-    return model
-
-
-def train_parts(model: Any, names: Sequence[str]) -> None:
-    """Freeze all but these parts of a model; "own" are those that its authors train.
-
-    Raises:
-        ValueError: the model has no such part.
-    """
-    if list(names) == [OWN] and hasattr(model, "freeze_pretrained"):
-        model.freeze_pretrained()
-        return
-    parts = [name for name, _ in model.named_children()]
-    known = [*parts, OWN] if hasattr(model, "freeze_pretrained") else parts
-    if unknown := [name for name in names if name not in parts]:
-        alone = f" {OWN} stands alone." if OWN in unknown and OWN in known else ""
-        has = f"has no {', '.join(unknown)}; it has {', '.join(known)}"
-        raise ValueError(f"trained_parts: {type(model).__name__} {has}.{alone}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(requires_grad=False)
-    for name in names:
-        getattr(model, name).requires_grad_(requires_grad=True)
-    unused = getattr(model, "freeze_unused", None)
-    if unused is not None:
-        unused()
 
 
 def data_options(
