@@ -134,16 +134,8 @@ class HfvlmBLIP2Config(HfvlmConfig):
         if (text := self.text_config) is not None:
             self.is_encoder_decoder = text.is_encoder_decoder
             self.tie_word_embeddings = text.tie_word_embeddings and not text.is_encoder_decoder
-
-    @property
-    def base_model_tp_plan(self) -> Any:  # type: ignore[override]
-        """The plan by which servers divide each layer of OPT; other language models have their own."""
-        return OPT_TP_PLAN if getattr(self.text_config, "model_type", None) == "opt" else None
-
-    @property
-    def base_model_pp_plan(self) -> Any:  # type: ignore[override]
-        """Likewise, by which they divide the layers among stages."""
-        return OPT_PP_PLAN if getattr(self.text_config, "model_type", None) == "opt" else None
+            if text.model_type == "opt":  # other language models have plans of their own
+                self.base_model_tp_plan, self.base_model_pp_plan = OPT_TP_PLAN, OPT_PP_PLAN
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """Return that of the decoder: the language model, or in the first stage the Q-Former."""
