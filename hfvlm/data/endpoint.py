@@ -27,7 +27,7 @@ class EndpointError(OSError):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Refuses redirects, which would carry the key elsewhere."""
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
 
 

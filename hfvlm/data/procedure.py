@@ -1,6 +1,7 @@
 """The run of a procedure: passes that count, then a pass that decides about each row, and a report."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class Decision:
     text: str = ""
 
 
-class Procedure:
+class Procedure(ABC):
     """A procedure over the rows of a source; what it counts is in the store's tables.
 
     Args:
@@ -53,24 +54,24 @@ class Procedure:
         self.source = source
 
     @property
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """All that the output depends on, apart from the source."""
-        raise NotImplementedError
 
     @property
     def schema(self) -> Any:
         """Arrow's schema of the rows that are written."""
         return self.source.schema
 
-    def begin(self, store: Store) -> None:
+    def begin(self, store: Store) -> None:  # noqa: B027 (some count nothing)
         """Create the tables."""
 
-    def ended(self, name: str, store: Store) -> None:
+    def ended(self, name: str, store: Store) -> None:  # noqa: B027 (nor do they here)
         """Complete a pass that went through all rows; it may be called again."""
 
+    @abstractmethod
     def decide(self, shard: Sequence[Row], store: Store) -> Iterator[Decision]:
         """Decide about the rows of a shard."""
-        raise NotImplementedError
 
     def details(self, store: Store, output: Path) -> dict[str, Any]:
         """Return what else the report is to contain: numbers, and tables as lists of dictionaries."""

@@ -185,7 +185,9 @@ def source_of(ray: Any, run: Run) -> Any:
     class Shards(ray.data.Datasource):
         """The shards of a data set that streams."""
 
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[Any]:
             return [ray.data.ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None))]
 
         def estimate_inmemory_data_size(self) -> int | None:

@@ -23,8 +23,11 @@ class Encoder(AbsEncoder):
         name = f"hfvlm/{type(self.embedder.model).__name__}"
         self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision, "modalities": modalities})
 
-    def encode(self, inputs: Any, *, batch_size: int = 32, **_: Any) -> np.ndarray:
-        """Embed batches of columns, `{"image": [...], "text": [...]}` -> `(N, D)`."""
+    def encode(
+        self, inputs: Any, *, task_metadata: Any = None, hf_split: Any = None, hf_subset: Any = None,
+        prompt_type: Any = None, batch_size: int = 32, show_progress_bar: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """Embed batches of columns, `{"image": [...], "text": [...]}` -> `(N, D)`, alike in every task."""
         return np.concatenate([self.embed(batch, batch_size) for batch in inputs])
 
     def embed(self, batch: dict[str, Any], batch_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Optimizers of very large batches, which neither torch nor transformers has."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class _Layerwise(Optimizer):
+class _Layerwise(Optimizer, ABC):
     """Optimizer whose step of each tensor is rescaled to the length of the tensor itself."""
 
     @torch.no_grad()
@@ -24,8 +25,9 @@ class _Layerwise(Optimizer):
                     self.move(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
+    @abstractmethod
     def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Move a parameter by its gradient."""
 
 
 class Lamb(_Layerwise):

@@ -3,6 +3,7 @@
 Source: https://github.com/rowanz/merlot_reserve at d22c50f, mreserve/modeling.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -70,7 +71,7 @@ class HfvlmMERLOTReservePreTrainedModel(HfvlmPreTrainedModel):
             init.normal_(module.attention.out_proj.weight, std=module.attention.out_proj.in_features**-0.5)
 
 
-class ReserveTower(HfvlmMERLOTReservePreTrainedModel):
+class ReserveTower(HfvlmMERLOTReservePreTrainedModel, ABC):
     """Base of the towers: patches with a class token, and groups of them pooled for the joint encoder."""
 
     config: Any
@@ -84,9 +85,9 @@ class ReserveTower(HfvlmMERLOTReservePreTrainedModel):
         self.pool = GroupPool(config)
         self.post_init()
 
+    @abstractmethod
     def make_patches(self, config: Any) -> nn.Module:
         """Make the module that turns inputs into patches."""
-        raise NotImplementedError
 
     def encode(self, patches: Tensor, coordinates: Tensor, groups: Callable[[Tensor], Tensor], **kwargs: Any) -> Any:
         """Encode patches `(B, N, D)` at coordinates `(1, N, A)` -> all tokens, class token first, that token, its
