@@ -25,8 +25,8 @@ from hfvlm.release.onnx import write_tower
 # What is embedded: a model, one of its modalities, and how many at a time.
 CASES = {
     "clip": {"image": (1, 8), "text": (1, 16)},
-    "siglip": {"image": (1, 8)},
-    "imagebind": {"image": (1, 8), "audio": (8,)},
+    "siglip": {"image": (1, 8), "text": (1, 16)},
+    "imagebind": {"image": (1, 8), "text": (1, 16), "audio": (8,)},
 }
 QUICK = {"clip": {"text": (3,)}}
 
@@ -71,7 +71,9 @@ def settings(name: str, size: Size) -> Any:
 
 def batch(model: Any, modality: str, count: int) -> dict[str, Tensor]:
     if modality == "text":
-        return trimmed(tokens(model, count))
+        texts = tokens(model, count)
+        # SigLIP's texts are padded to full length, and padding is attended to.
+        return texts if model.config.model_type == "hfvlm_siglip" else trimmed(texts)
     if modality == "image":
         return {"pixel_values": pixels(model, count)}
     audio = model.config.audio_config

@@ -13,7 +13,8 @@ from hfvlm.inference.vectors import as_array, unit_rows
 from hfvlm.media.sources import import_extra
 from hfvlm.writing import new_folder
 
-BLOCK = 2**24
+# How many cosines are held at a time, and of how many queries: products of more gain nothing.
+BLOCK, TOGETHER = 2**24, 256
 
 
 class Index:
@@ -98,7 +99,7 @@ class Index:
         """Return the cosines and positions of the best vectors, best first; `(N, k)` each."""
         scores = np.empty((len(queries), 0), np.float32)
         positions = np.empty((len(queries), 0), np.int64)
-        step = max(k, BLOCK // max(1, self.size))
+        step = max(k, BLOCK // min(max(1, len(queries)), TOGETHER))
         for start in range(0, len(self), step):
             found, best = self.nearest_in(slice(start, start + step), queries, k)
             scores = np.concatenate([scores, found], axis=1)

@@ -82,8 +82,8 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, spans: tuple[bool, ...]):
         self.weight, self.spans, self.state = packed(weight), spans, state_of(weight)
-        self.step = max(1, weight.numel() // SAMPLES)
-        self.samples = weight.detach().flatten()[:: self.step].clone()
+        self.current = weight.detach().view(-1)[:: max(1, weight.numel() // SAMPLES)]
+        self.samples = self.current.clone()
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
         """Decide whether it computes `x @ weight.T`, faster. `parameter.data` changes values without a new version, by
@@ -95,7 +95,7 @@ class PackedWeight:
         span = bisect_right(PROBED_ROWS, x.numel() // x.shape[-1]) - 1
         if span < 0 or not self.spans[span] or state_of(weight) != self.state:
             return False
-        return torch.equal(weight.detach().flatten()[:: self.step], self.samples)
+        return torch.equal(self.current, self.samples)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
@@ -182,7 +182,8 @@ def packable(model: nn.Module) -> Iterator[nn.Linear]:
         if type(module) is not nn.Linear or id(module) in adapted or type(module.weight) is not nn.Parameter:
             continue
         weight = module.weight
-        if weight.device.type == "cpu" and weight.dtype in TOLERANCES and not weight.is_inference():
+        plain = weight.device.type == "cpu" and weight.is_contiguous() and not weight.is_inference()
+        if plain and weight.dtype in TOLERANCES:
             yield module
 
 

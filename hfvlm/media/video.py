@@ -250,12 +250,12 @@ class FileVideo(Video):
 
     def _decode(self, places: list[int]) -> Iterator[np.ndarray]:
         with self._open(threads=True) as (container, stream):
-            frames = decoded(container.demux(stream), [])
+            frames = with_matrices(decoded(container.demux(stream), []))
             if self.times is None:
                 wanted, last = set(places), places[-1]
-                for i, frame in enumerate(frames):
+                for i, (frame, matrix) in enumerate(frames):
                     if i in wanted:
-                        yield _pixels(frame)
+                        yield _pixels(frame, matrix)
                     if i == last:
                         return
                 return
@@ -264,11 +264,11 @@ class FileVideo(Video):
                 key = self.keys[max(bisect_right(self.keys, time) - 1, 0)] if self.keys else reached
                 if key > reached:
                     container.seek(key, stream=stream)
-                    frames = decoded(container.demux(stream), [])
-                found = next((frame for frame in frames if frame.pts == time), None)
+                    frames = with_matrices(decoded(container.demux(stream), []))
+                found = next((found for found in frames if found[0].pts == time), None)
                 if found is None:
                     return
-                yield _pixels(found)
+                yield _pixels(*found)
                 reached = time
 
 
@@ -385,13 +385,27 @@ class Scan:
         return measured or claimed
 
 
-def _pixels(frame: Any) -> np.ndarray:
+def with_matrices(frames: Iterator[Any]) -> Iterator[tuple[Any, np.ndarray | None]]:
+    """Yield each frame with its display matrix, None if it has none.
+
+    It is read at keyframes, and where the rotation changes: PyAV's side data refer to their frame, which then keeps
+    its memory until Python's collector finds the circle.
+    """
+    matrix, rotation = None, None
+    for frame in frames:
+        if frame.key_frame or frame.rotation != rotation:
+            data = frame.side_data.get("DISPLAYMATRIX")
+            matrix = None if data is None else np.frombuffer(bytes(data), np.int32)
+            rotation = frame.rotation
+        yield frame, matrix
+
+
+def _pixels(frame: Any, matrix: np.ndarray | None) -> np.ndarray:
     """Convert a frame to `(H, W, 3)`, uint8, upright: phones store videos lying or mirrored, with a display matrix."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(f"frames of {frame.width} x {frame.height} are refused")
     pixels = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return pixels if matrix is None else displayed(pixels, np.frombuffer(bytes(matrix), np.int32))
+    return pixels if matrix is None else displayed(pixels, matrix)
 
 
 def displayed(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
