@@ -173,7 +173,8 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
 
     def ids(self, text: str | Sequence[int]) -> list[int]:
         """Encode a text whole; ids stay."""
-        return self.tokenizer.encode(text) if isinstance(text, str) else [int(token) for token in text]
+        # Without the warning that a text is longer than those that are compared.
+        return self.tokenizer.encode(text, verbose=False) if isinstance(text, str) else [int(token) for token in text]
 
     def token(self, name: str) -> int:
         """Return the id of one of the tokens with a meaning of their own, such as "AUDIOSPAN"."""
