@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from hfvlm.inference.adapters import adapter_settings, config_of, hub_name, processor_of
+from hfvlm.inference.adapters import config_of, hub_name, processor_of
 from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
 from hfvlm.training.answering import AnswerCollator, SentenceCollator
@@ -344,12 +344,19 @@ def train_classification(
 
 
 def image_processor_of(folder: str) -> Any:
-    """Return the image processor of a model; a classifier's folder may have no other."""
-    return (
-        AutoImageProcessor.from_pretrained(folder)
-        if adapter_settings(folder) is None
-        else (processor_of(folder).image_processor)
-    )
+    """Return the image processor of a model; a classifier's folder may have no other.
+
+    Raises:
+        ValueError: the model takes no images.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except OSError:  # of an adapter, or of a model of something else
+        processor = processor_of(folder)
+    if (part := getattr(processor, "image_processor", None)) is None:
+        kinds = ", ".join(processor.modalities)
+        raise ValueError(f"{folder}: {type(processor).__name__} prepares {kinds}, and no images.")
+    return part
 
 
 def train_views(
