@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, Mpt
 from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.compositions import with_average_rows
 from hfvlm.checkpoints.conversion import Conversion, Source, always, part_of
-from hfvlm.checkpoints.key_table import Row, Table, split, tied
+from hfvlm.checkpoints.key_table import Change, Row, Table, split, tied
 from hfvlm.checkpoints.originals import UnsupportedOriginalError, check_options, count_layers
 from hfvlm.checkpoints.saving import LazyTensors
 from hfvlm.conversion.blocks import (
@@ -69,6 +69,8 @@ KINDS: dict[str, tuple[str, str, str | None, Any]] = {
 }
 # Prefixes of the language model in a whole checkpoint, and of a layer of it with cross-attention to images.
 LANGUAGE, LAYER = "lang_encoder.", "decoder_layer."
+# An embedding for each image of a text, with an axis for its patches.
+of_all_patches = Change(lambda table: table.squeeze(1), lambda table: table.unsqueeze(1))
 # Layers that are there a second time, under the names that they had while the model was put together.
 REPEATED = [
     Row(f"{LANGUAGE}{name}.{{...}}", None, optional=True) for name in ("gated_cross_attn_layers", "old_decoder_blocks")
@@ -100,6 +102,7 @@ def trained_rows(config: HfvlmFlamingoConfig) -> list[Row]:
     return [
         Row("perceiver.latents", "resampler.latents"),
         Row("perceiver.frame_embs", "resampler.frame_positions", optional=True),
+        Row("perceiver.media_time_embs", "resampler.media_positions", of_all_patches, optional=True),
         Row(f"{latents}.0.norm_media.{{}}", f"{ours}.context_norm.{{}}"),
         Row(f"{latents}.0.norm_latents.{{}}", f"{ours}.attention_norm.{{}}"),
         *attention_rows(f"{latents}.0", f"{ours}.attention"),
@@ -235,6 +238,8 @@ def resampler_config_of(width: int, state_dict: Mapping[str, Tensor]) -> HfvlmFl
         fields["num_latents"] = len(state_dict["perceiver.latents"])
         if "perceiver.frame_embs" in state_dict:
             fields["max_num_frames"] = len(state_dict["perceiver.frame_embs"])
+        if "perceiver.media_time_embs" in state_dict:
+            fields["max_num_media"] = len(state_dict["perceiver.media_time_embs"])
         fields["num_hidden_layers"] = count_layers(state_dict, "perceiver.layers.")
     return HfvlmFlamingoResamplerConfig(**fields)
 

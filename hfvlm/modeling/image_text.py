@@ -129,7 +129,7 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         media = {"pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos}
         rest: dict[str, Any] = dict(kwargs)
         media |= {name: rest.pop(name) for names in self.media_inputs.values() for name in names if name in rest}
-        features = self.encode_media(media, mm_encoder_outputs)
+        features = self.encode_media(self.placed(media, input_ids, inputs_embeds, cache), mm_encoder_outputs)
         labels = rest.get("shift_labels") if labels is None else labels  # without any, language models return no loss
         output = self.read_with(
             partial(scored_late, self.language_model),
@@ -198,6 +198,19 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
         row = table(torch.tensor(token, device=table.weight.device))
         return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
 
+    def placed(
+        self, media: Mapping[str, Any], input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any = None
+    ) -> Mapping[str, Any]:
+        """Add to the media's inputs where media are in their texts, for a model that encodes them by it; here nothing.
+
+        Args:
+            media: inputs by their names.
+            input_ids: `(B, N)`.
+            inputs_embeds: `(B, N, D)` in their place.
+            cache: of the tokens before these.
+        """
+        return media
+
     def encode_media(
         self, media: Mapping[str, Any], given: Mapping[str, Features] | None = None
     ) -> dict[str, Features]:
@@ -264,7 +277,13 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does. Each image is encoded once, for all steps, beams and sequences."""
         names = [name for names in self.media_inputs.values() for name in names]
-        media = {name: kwargs.pop(name) for name in names if name in kwargs}
+        media: Mapping[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if media:
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            # Ids are those of the whole text, media of what follows on the cache.
+            known = 0 if cache is None else int(cache.get_seq_length())
+            ids, embeds = (kwargs.get("input_ids") if inputs is None else inputs), kwargs.get("inputs_embeds")
+            media = self.placed(media, *(None if each is None else each[:, known:] for each in (ids, embeds)), cache)
         if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
             kwargs["mm_encoder_outputs"] = features
         return super().generate(inputs, *args, **kwargs)
@@ -363,7 +382,9 @@ class Backbone:
         rename_cache(owner, kwargs)
         check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
         names = {name for names in self.model.media_inputs.values() for name in names}
-        features = self.model.encode_media({name: kwargs.pop(name, None) for name in names}, mm_encoder_outputs)
+        media = {name: kwargs.pop(name, None) for name in names}
+        media = self.model.placed(media, input_ids, inputs_embeds, kwargs.get("cache"))
+        features = self.model.encode_media(media, mm_encoder_outputs)
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -162,8 +162,22 @@ class ImageClassifier(HfvlmPreTrainedModel):
     ) -> ImageClassifierOutput:
         """`(B, C, H, W)` -> logits `(B, num_labels)` and, for `labels`, the loss that `config.problem_type` names."""
         vision = self.vision_model(pixel_values, **for_pooled(self.vision_model, dict(kwargs)))
-        logits = self.classifier(vision.pooler_output)
+        logits = self.classifier(self.pooled(vision))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=vision.hidden_states, attentions=vision.attentions
         )
+
+    def pooled(self, vision: Any) -> Tensor:
+        """Return what the last layer takes of the tower's output, `(B, pooled_size)`."""
+        return vision.pooler_output
+
+
+class PatchClassifier(ImageClassifier):
+    """A linear layer on the mean of the patches, of a tower that pools none."""
+
+    def leave_out(self) -> None:
+        """Leave the tower as it is: it ends with its patches."""
+
+    def pooled(self, vision: Any) -> Tensor:
+        return vision.last_hidden_state.mean(dim=1)

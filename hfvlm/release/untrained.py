@@ -196,6 +196,17 @@ def _with_neox_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
     return _parts(preset, {"text_config": text, **ids}, scratch / "tokenizer.json")
 
 
+def _with_lower_case_pairs(preset: Preset, scratch: Path) -> tuple[Any, Any]:
+    """Return a vocabulary of MERLOT Reserve's kind, whose first tokens have meanings of their own."""
+    from tokenizers import decoders, normalizers
+
+    names = ("PAD", "START", "END", "MASK", "MASKAUDIO", "AUDIOSPAN", "LTOVPOOL", "UNK")
+    engine = _byte_pairs(*(f"<|{name}|>" for name in names))
+    engine.normalizer, engine.decoder = normalizers.BertNormalizer(lowercase=True), decoders.ByteLevel()
+    engine.save(str(scratch / "lowercase_encoder.json"))
+    return _parts(preset, {"vocab_size": engine.get_vocab_size()}, scratch / "lowercase_encoder.json")
+
+
 def _byte_pairs(*special: str) -> Any:
     """Learn byte pairs from the captions of scenes -> an engine of tokenizers."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -222,6 +233,7 @@ KINDS: dict[str, Callable[[Preset, Path], tuple[Any, Any]]] = {
     "languagebind": _with_bytes,
     "llava": _with_pieces,
     "mammut": _with_bytes,
+    "merlot_reserve": _with_lower_case_pairs,
     "pali": _with_mt5_pieces,
     "paligemma": _with_gemma_pieces,
     "painter": lambda preset, _: _parts(preset, {}),

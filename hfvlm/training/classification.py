@@ -146,7 +146,8 @@ def owner_of_tower(config: Any) -> Any:
     wholes = [find_class(name).config_class for name in kinds]
     for whole in wholes:
         if whole.sub_configs.get("vision_config") is type(vision):
-            # The joint space, which a classifier leaves out, must be one.
-            joint = {"projection_dim": whole().vision_config.projection_dim}
+            # The joint space, which a classifier leaves out, must be one, of towers that have one.
+            own = whole().vision_config
+            joint = {"projection_dim": own.projection_dim} if hasattr(own, "projection_dim") else {}
             return whole(vision_config=vision.to_dict() | joint)
     return None

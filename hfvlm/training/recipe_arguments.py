@@ -196,10 +196,12 @@ class RegionDataArguments(DataArguments):
     Args:
         regions: a folder of npy files, or an lmdb file, of the authors' kind.
         region_task: name of one of the model's tasks, as "vqa" or "refcoco".
+        annotated_regions: likewise a folder or a file, of regions that people drew, of tasks that are about these.
     """
 
     regions: str = field(default="regions", metadata={"help": "A folder of npy files, or an lmdb file."})
     region_task: str = field(default="vqa", metadata={"help": "One of the model's tasks, as vqa or refcoco."})
+    annotated_regions: str | None = field(default=None, metadata={"help": "As regions, of those that people drew."})
 
 
 @dataclass

@@ -16,14 +16,14 @@ from transformers import (
     set_seed,
 )
 
-from hfvlm.inference.adapters import adapter_settings, config_of, hub_name, processor_of
+from hfvlm.inference.adapters import config_of, hub_name, processor_of
 from hfvlm.media.rows import load_rows
 from hfvlm.presets.cards import write_card
 from hfvlm.training.answering import AnswerCollator, SentenceCollator
 from hfvlm.training.arguments import ContrastiveTrainingArguments
 from hfvlm.training.augmentation import Framed, RandomCropAndFlip, RandomResizedCrop
 from hfvlm.training.chat import ChatCollator, ChatTrainer, in_conversation, read_examples
-from hfvlm.training.choices import ChoiceCollator, choice_accuracies
+from hfvlm.training.choices import ChoiceCollator, VideoChoiceCollator, choice_accuracies
 from hfvlm.training.classification import ClassificationTrainer, LabelCollator, labels_of, load_classifier
 from hfvlm.training.columns import training_columns
 from hfvlm.training.curves import draw_curve
@@ -56,8 +56,8 @@ from hfvlm.training.recipe_arguments import (
 )
 from hfvlm.training.recipe_files import checked, read_recipe
 from hfvlm.training.recipe_models import class_with_head, load_model, prepared
-from hfvlm.training.regions import RegionCollator
-from hfvlm.training.row_trainer import RowTrainer
+from hfvlm.training.regions import RegionCollator, RegionTrainer
+from hfvlm.training.row_trainer import LabelTrainer, RowTrainer
 from hfvlm.training.trainer import ContrastiveTrainer
 from hfvlm.training.two_views import TwoViewCollator, TwoViewModel, TwoViewTrainer
 
@@ -264,17 +264,6 @@ def train_pairs(
     return finish(trainer, arguments, model_arguments)
 
 
-class LabelTrainer(RowTrainer):
-    """Trainer of a model by the loss of its `labels`."""
-
-    training_inputs = {}
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        if self.args.label_names is None:
-            self.label_names = ["labels"]
-
-
 def train_captions(
     model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
 ) -> dict[str, float]:
@@ -355,12 +344,19 @@ def train_classification(
 
 
 def image_processor_of(folder: str) -> Any:
-    """Return the image processor of a model; a classifier's folder may have no other."""
-    return (
-        AutoImageProcessor.from_pretrained(folder)
-        if adapter_settings(folder) is None
-        else (processor_of(folder).image_processor)
-    )
+    """Return the image processor of a model; a classifier's folder may have no other.
+
+    Raises:
+        ValueError: the model takes no images.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except OSError:  # of an adapter, or of a model of something else
+        processor = processor_of(folder)
+    if (part := getattr(processor, "image_processor", None)) is None:
+        kinds = ", ".join(processor.modalities)
+        raise ValueError(f"{folder}: {type(processor).__name__} prepares {kinds}, and no images.")
+    return part
 
 
 def train_views(
@@ -422,13 +418,14 @@ def train_sentences(
 def train_choices(
     model_arguments: ModelArguments, data: DataArguments, arguments: TrainingArguments
 ) -> dict[str, float]:
-    """Train a model that chooses among answers to questions about images."""
+    """Train a model that chooses among answers to questions about images or, where the model hears, videos."""
     processor = processor_of(model_arguments.model)
     resize(processor, data.image_size)
-    options = {} if data.max_length is None else {"max_length": data.max_length}
-    collator = ChoiceCollator(processor, data.columns, **options)
-    kind = class_with_head(model_arguments.model, "AutoModelForMultipleChoice")
+    chosen, options = model_arguments.model_class, {} if data.max_length is None else {"max_length": data.max_length}
+    kind = class_with_head(model_arguments.model, "AutoModelForMultipleChoice") if chosen is None else None
     model = load_model(model_arguments, arguments.seed, kind)
+    takes = VideoChoiceCollator if "audio" in model.input_modalities else ChoiceCollator
+    collator = takes(processor, data.columns, **options)
     splits = named_splits(data, arguments)
     trainer = LabelTrainer(model, arguments, collator, compute_metrics=choice_accuracies, **splits)
     return finish_with(processor, trainer, arguments, model_arguments)
@@ -442,10 +439,9 @@ def train_regions(
     kind = class_with_head(model_arguments.model, "AutoModelForVisualQuestionAnswering")
     model = load_model(model_arguments, arguments.seed, kind)
     classes = {"answer": model.config.num_answers, "gqa": model.config.num_gqa_answers}
-    collator = RegionCollator(processor, data.region_task, data.regions, data.columns, classes)
-    arguments.prediction_loss_only = True  # its outputs are of all tasks and tokens
-    trainer = LabelTrainer(model, arguments, collator, **named_splits(data, arguments))
-    trainer.training_inputs = {"task": data.region_task}
+    where = data.regions, data.columns, classes, data.annotated_regions
+    collator = RegionCollator(processor, data.region_task, *where)
+    trainer = RegionTrainer(data.region_task, model, arguments, collator, **named_splits(data, arguments))
     return finish_with(processor, trainer, arguments, model_arguments)
 
 

@@ -194,6 +194,17 @@ class RowTrainer(GuardedTrainer):
         super().log(logs, *args, **kwargs)
 
 
+class LabelTrainer(RowTrainer):
+    """Trainer of a model by the loss of its `labels`."""
+
+    training_inputs = {}
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.args.label_names is None:
+            self.label_names = ["labels"]
+
+
 class _EachEpoch(TrainerCallback):
     """Callback that gives each epoch its own order."""
 

@@ -316,6 +316,8 @@ class ImageClassifierSuite(ModelSuite):
     """What must hold for a linear layer on the vision tower of a dual encoder; subclasses also say `whole_class`."""
 
     whole_class: type[PreTrainedModel]
+    # Of the tower, what the classifier makes its logits of.
+    pooled_output = "pooler_output"
 
     def loss_inputs(self):
         return {"labels": torch.tensor([0, 3, 1])}
@@ -331,7 +333,7 @@ class ImageClassifierSuite(ModelSuite):
         assert all(key.startswith("projection.") for key in info.pop("missing_keys"))
         assert not any(info.values()), info
         with torch.no_grad():
-            found, expected = (tower.eval()(**batch).pooler_output for tower in (alone, model.vision_model))
+            found, expected = (tower.eval()(**batch)[self.pooled_output] for tower in (alone, model.vision_model))
         close(found, expected, 1e-6, "summary")
 
     def test_starts_from_a_dual_encoder(self, batch, tmp_path):
@@ -340,8 +342,8 @@ class ImageClassifierSuite(ModelSuite):
         head, info = self.model_class.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
         assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
         assert not info["unexpected_keys"]
-        summary = whole.vision_model(**batch).pooler_output
-        close(head.vision_model.eval()(**batch).pooler_output, summary, 1e-6, "summary")
+        summary = whole.vision_model(**batch)[self.pooled_output]
+        close(head.vision_model.eval()(**batch)[self.pooled_output], summary, 1e-6, "summary")
 
 
 def shallow(config):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 import hfvlm
 from hfvlm.training.classification import accuracies, load_classifier
@@ -87,9 +87,33 @@ def test_what_is_no_classifier_is_named(clip_folder, images, tmp_path):
         run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", "label_column=kind")
     with pytest.raises(ValueError, match="dataset must be one data set"):
         run("linear-probe", images, clip_folder, f"output_dir={tmp_path}", f"dataset=[{{path: {images}}}]")
-    hfvlm.load_preset("qwen_vl/tiny").make_config().save_pretrained(tmp_path / "qwen")
-    with pytest.raises(ValueError, match="hfvlm has no image classifier of HfvlmQwenVLConfig"):
-        load_classifier(str(tmp_path / "qwen"), ["a", "b"])
+    hfvlm.load_preset("painter/tiny").make_config().save_pretrained(tmp_path / "painter")
+    with pytest.raises(ValueError, match="hfvlm has no image classifier of HfvlmPainterConfig"):
+        load_classifier(str(tmp_path / "painter"), ["a", "b"])
+    watching = hfvlm.untrained("video_chatgpt", tmp_path / "watching")
+    with pytest.raises(ValueError, match="HfvlmVideoChatGPTProcessor prepares video, text, and no images"):
+        run("linear-probe", images, watching, f"output_dir={tmp_path / 'out'}")
+
+
+def test_patches_that_no_tower_pools_are_averaged(images, tmp_path):
+    """PaLI's tower is PaliGemma's, and so is the classifier."""
+    for architecture in ("paligemma", "pali", "qwen_vl"):
+        folder = hfvlm.untrained(architecture, tmp_path / architecture)
+        model = load_classifier(str(folder), ["red", "blue"])
+        kind = "HfvlmQwenVL" if architecture == "qwen_vl" else "HfvlmPaliGemma"
+        assert type(model).__name__ == f"{kind}ForImageClassification"
+        size = model.config.vision_config.image_size
+        pixels = torch.randn(2, 3, size, size)
+        patches = model.vision_model.eval()(pixels).last_hidden_state
+        expected = torch.nn.functional.linear(patches.mean(dim=1), model.classifier.weight, model.classifier.bias)
+        torch.testing.assert_close(model.eval()(pixels).logits, expected)
+        whole = AutoModel.from_pretrained(folder).vision_model.state_dict()
+        assert {n: v.sum() for n, v in model.vision_model.state_dict().items()} == {
+            n: v.sum() for n, v in whole.items()
+        }
+    out = tmp_path / "out"
+    run("fine-tune-classifier", images, tmp_path / "pali", f"output_dir={out}", "crop_scale=null", "layer_decay={}")
+    assert type(load_classifier(str(out), ["red", "blue"])).__name__ == "HfvlmPaliGemmaForImageClassification"
 
 
 def test_a_model_that_chats_lends_its_tower(images, tmp_path):

@@ -21,6 +21,8 @@ class HfvlmFlamingoResamplerConfig(HfvlmConfig):
         num_latents: tokens of an image, whatever its size and the number of its frames.
         max_num_frames: frames whose times have learned embeddings, as in the paper; None for a resampler
             of single images, as all releases have.
+        max_num_media: images of a text whose order has learned embeddings, an option of OpenFlamingo's code that no
+            release has; None for none.
     """
 
     model_type = "hfvlm_flamingo_resampler"
@@ -35,10 +37,12 @@ class HfvlmFlamingoResamplerConfig(HfvlmConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
     max_num_frames: int | None = None
+    max_num_media: int | None = None
 
-    def validate_frames(self) -> None:
-        if self.max_num_frames is not None and self.max_num_frames < 1:
-            raise ValueError(f"max_num_frames {self.max_num_frames} must be None or at least 1.")
+    def validate_positions(self) -> None:
+        for name in ("max_num_frames", "max_num_media"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be None or at least 1.")
 
 
 @strict

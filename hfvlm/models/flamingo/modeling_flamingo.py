@@ -67,7 +67,8 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     """The paper's Perceiver resampler: learned latents gather what the patches of an image show.
 
     Patches have no positions here: CLIP's distinguish them. The frames of a video are that many more patches, to which
-    embeddings of their times are added where there are some (`max_num_frames`); no release has them.
+    embeddings of their times are added where there are some (`max_num_frames`), and to all patches of an image one of
+    its place among those of its text (`max_num_media`); no release has them.
     """
 
     config: HfvlmFlamingoResamplerConfig
@@ -81,16 +82,18 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
         super().__init__(config)
         self.patches = nn.Identity()  # the patches are inputs as they are
         self.latents = nn.Parameter(torch.zeros(config.num_latents, config.hidden_size))
-        frames = config.max_num_frames
+        frames, media = config.max_num_frames, config.max_num_media
         self.frame_positions = None if frames is None else nn.Parameter(torch.zeros(frames, config.hidden_size))
+        self.media_positions = None if media is None else nn.Parameter(torch.zeros(media, config.hidden_size))
         self.layers = Stack(ResamplerLayer(config) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def init_own_weights(self, std: float) -> None:
         init.normal_(self.latents, std=1.0)
-        if self.frame_positions is not None:
-            init.normal_(self.frame_positions, std=1.0)
+        for positions in (self.frame_positions, self.media_positions):
+            if positions is not None:
+                init.normal_(positions, std=1.0)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.patches
@@ -98,19 +101,29 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, patches: Tensor, num_frames: Tensor | None = None, **kwargs: Unpack[Keywords]
+        self,
+        patches: Tensor,
+        num_frames: Tensor | None = None,
+        media_order: Tensor | None = None,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutput:
         """Resample patches to `(B, num_latents, D)`.
 
         Args:
             patches: `(B, N, D)` of images, or `(B, T, N, D)` of the frames of videos.
             num_frames: `(B,)`, how many of the T frames each video has; by default all.
+            media_order: `(B,)`, how many images or videos each has before it in its text, for `max_num_media`.
             **kwargs: of transformers.
+
+        Raises:
+            ValueError: there are embeddings of this order, and none is given, or there are fewer embeddings.
         """
         patches = self.patches(patches.to(self.latents.dtype))
         frames = patches.unsqueeze(1) if patches.ndim == 3 else patches
         if self.frame_positions is not None:
             frames = frames + self.times(frames, num_frames).unsqueeze(-2)
+        if self.media_positions is not None:
+            frames = frames + self.places(media_order, len(frames))[:, None, None]
         x = self.latents.expand(patches.shape[0], -1, -1)
         mask = None if num_frames is None else self.mask_for(frames, num_frames)
         x = self.layers(x, frames.flatten(1, 2), patch_mask=mask, **kwargs)
@@ -129,6 +142,22 @@ class HfvlmFlamingoResampler(HfvlmPreTrainedModel, Bridge):
         below = places.floor().long()
         share = (places - below).unsqueeze(-1).to(table)
         return torch.lerp(table[below], table[(below + 1).clamp(max=last)], share)
+
+    def places(self, media_order: Tensor | None, images: int) -> Tensor:
+        """Embed the places of images among those of their texts, `(B,)` -> `(B, D)`."""
+        table: Any = self.media_positions
+        if media_order is None or len(media_order) != images:
+            raise ValueError(
+                f"The resampler has embeddings of the order of images (max_num_media {len(table)}): media_order, how "
+                f"many images each has before it in its text, is needed for each of {images}, not "
+                f"{'none' if media_order is None else len(media_order)}; the model's forward counts it from the ids."
+            )
+        if not torch.compiler.is_compiling() and media_order.numel() and int(media_order.max()) >= len(table):
+            raise ValueError(
+                f"A text has {int(media_order.max()) + 1} images; the resampler has embeddings for {len(table)} "
+                "(resampler_config.max_num_media)."
+            )
+        return table[media_order.to(table.device)]
 
     def mask_for(self, frames: Tensor, num_frames: Tensor) -> Tensor:
         """Hide the patches of frames `(B, T, N, D)` that a video does not have -> `(B, 1, L, T * N + L)`."""
@@ -244,7 +273,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
     """
 
     config: HfvlmFlamingoConfig
-    media_inputs = {"image": ("pixel_values", "num_frames")}
+    media_inputs = {"image": ("pixel_values", "num_frames", "media_order")}
     # The mask of who attends to what has no form that these take; the towers and the language model may have them.
     _supports_flash_attn = _supports_flex_attn = False
     full_precision_modules = ("vision_model", "resampler", "gates", "lm_head")
@@ -323,7 +352,11 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, num_frames: Tensor | None = None, **kwargs: Unpack[Keywords]
+        self,
+        pixel_values: Tensor,
+        num_frames: Tensor | None = None,
+        media_order: Tensor | None = None,
+        **kwargs: Unpack[Keywords],
     ) -> BaseModelOutputWithPooling:
         """Resample images to an output whose `pooler_output` has one `(num_latents, D)` tensor an image.
 
@@ -331,12 +364,29 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
             pixel_values: `(images, 3, H, W)`, or `(videos, frames, 3, H, W)`. The releases were trained with one
                 frame.
             num_frames: `(videos,)`, how many of the frames each video has; by default all.
+            media_order: `(images,)`, how many images each has before it in its text, for a resampler with
+                `max_num_media`; the forward counts them.
             **kwargs: of transformers, and of the vision tower.
         """
         frames = pixel_values.flatten(0, -4)
         vision = self.vision_model(frames, until=-1, **kwargs)
         patches = vision.last_hidden_state[:, 1:].unflatten(0, (pixel_values.shape[0], -1))
-        return media_features(vision, self.resampler(patches, num_frames, **kwargs).last_hidden_state)
+        latents = self.resampler(patches, num_frames, media_order, **kwargs).last_hidden_state
+        return media_features(vision, latents)
+
+    def placed(
+        self, media: Mapping[str, Any], input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any = None
+    ) -> Mapping[str, Any]:
+        """Count the images before each in its text, those of the cache's texts among them, for a resampler that has
+        embeddings of their order."""
+        wanted = self.resampler.media_positions is not None and media.get("pixel_values") is not None
+        if not wanted or media.get("media_order") is not None or (input_ids is None and inputs_embeds is None):
+            return media
+        placeholders = self.placeholder_mask("image", input_ids, inputs_embeds)
+        order = placeholders.long().cumsum(dim=1) - 1
+        if (known := getattr(cache, "media", None)) is not None:
+            order = order + (known.columns < cached_tokens(cache)).sum(dim=1, keepdim=True)
+        return {**media, "media_order": order[placeholders]}
 
     def count_placeholders(self, rows: Tensor) -> int:
         return self.config.count_tokens()
@@ -352,7 +402,7 @@ class HfvlmFlamingoForConditionalGeneration(ImageTextModel):
             num_frames: likewise.
         """
         placeholders = self.placeholder_mask("image", input_ids, None)
-        media = {"pixel_values": pixel_values, "num_frames": num_frames}
+        media = self.placed({"pixel_values": pixel_values, "num_frames": num_frames}, input_ids, None)
         context = self.context_of(placeholders, self.encode_media(media), None)
         cache: Any = new_cache(self)
         if context is not None:

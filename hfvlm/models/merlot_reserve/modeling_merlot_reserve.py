@@ -4,6 +4,7 @@ Source: https://github.com/rowanz/merlot_reserve at d22c50f, mreserve/modeling.p
 architectures by its pretraining, by the two models that choose answers and by its towers, in files of their own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -24,6 +25,7 @@ from hfvlm.models.merlot_reserve.modeling_merlot_reserve_towers import (
     HfvlmMERLOTReservePreTrainedModel,
     HfvlmMERLOTReserveVisionModel,
 )
+from hfvlm.models.merlot_reserve.segments import ReserveSegment
 from hfvlm.models.merlot_reserve.sequences import JointInputs, arranged, with_audio
 from hfvlm.modules.embeddings import padded_positions, present
 from hfvlm.modules.similarity import LogitScale
@@ -41,6 +43,12 @@ def unit(x: Tensor) -> Tensor:
     """Normalise `(..., D)` to length one, or a little less."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide / (wide.square().sum(dim=-1, keepdim=True) + LENGTH_EPS).sqrt()).to(x.dtype)
+
+
+def sample_segments(processor: Any, samples: Callable[[str], list[Any]]) -> list[tuple[Any, str, Tensor]]:
+    """Return a frame, a text and clips of audio of each sample."""
+    clips = [processor.feature_extractor(each, return_tensors="pt")["input_features"] for each in samples("audio")]
+    return list(zip(samples("image"), samples("text"), clips, strict=True))
 
 
 @dataclass
@@ -142,6 +150,14 @@ class HfvlmMERLOTReserveModel(JointModel):
         self.image_logit_scale = LogitScale(1.0)
         self.audio_logit_scale = LogitScale(1.0)
         self.span_logit_scale = LogitScale(1.0)
+
+    def sample_inputs(self, processor: Any, samples: Callable[[str], list[Any]]) -> dict[str, Tensor]:
+        """Lay out samples of each modality as rows, a segment with a text and one with audio each."""
+        rows = [
+            processor.join([ReserveSegment(frame, text), ReserveSegment(frame, clips=clips)])
+            for frame, text, clips in sample_segments(processor, samples)
+        ]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def encode_spans(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Embed short texts `(B, N)` -> `(B, D)`, not normalised.

@@ -5,6 +5,7 @@ Source: https://github.com/rowanz/merlot_reserve at d22c50f, finetune/vcr/qa_qar
 finetune/tvqa/tvqa_finetune.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -17,7 +18,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.models.merlot_reserve.configuration_merlot_reserve import HfvlmMERLOTReserveConfig
-from hfvlm.models.merlot_reserve.modeling_merlot_reserve import JointModel
+from hfvlm.models.merlot_reserve.modeling_merlot_reserve import JointModel, sample_segments
+from hfvlm.models.merlot_reserve.segments import ReserveSegment
 from hfvlm.models.merlot_reserve.sequences import concatenated
 from hfvlm.modules.pooling import tokens_at
 
@@ -71,6 +73,11 @@ class HfvlmMERLOTReserveForMultipleChoice(ChoiceModel):
     input_modalities = ["image", "text"]
     has_audio = False
 
+    def sample_inputs(self, processor: Any, samples: Callable[[str], list[Any]]) -> dict[str, Tensor]:
+        """Lay out samples of images and texts as questions, to which the texts are the answers."""
+        images, texts = samples("image"), samples("text")
+        return dict(processor.questions(images, texts, [texts] * len(images)))
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -102,6 +109,14 @@ class HfvlmMERLOTReserveForMultipleChoice(ChoiceModel):
 
 class HfvlmMERLOTReserveForVideoMultipleChoice(ChoiceModel):
     """A question about a video and its answers, each in two sequences, with subtitles and with audio: TVQA."""
+
+    def sample_inputs(self, processor: Any, samples: Callable[[str], list[Any]]) -> dict[str, Tensor]:
+        """Lay out samples of each modality as questions about a segment, to which the texts are the answers."""
+        rows = [
+            processor.video_question([ReserveSegment(frame, text, clips)], text, samples("text"), num_segments=1)
+            for frame, text, clips in sample_segments(processor, samples)
+        ]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -3,8 +3,7 @@ finetune/common_dataloader.py)."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,8 +16,23 @@ from hfvlm.checks.ranges import check_number
 from hfvlm.media import MediaError, Recording, read_audio, read_video
 from hfvlm.media.images import to_8_bits
 from hfvlm.media.recordings import resample
-from hfvlm.media.spectrograms import slaney_mel
 from hfvlm.models.merlot_reserve.framing import fitted, turned, without_bars
+from hfvlm.models.merlot_reserve.segments import (
+    CLIPS,
+    RATE,
+    SHIFT,
+    TVQA_RATE,
+    TVQA_SECONDS,
+    TVQA_SEGMENTS,
+    Recorded,
+    ReserveSegment,
+    around,
+    by_peak,
+    centred_in_silence,
+    middles,
+    spectrograms,
+    texts_between,
+)
 from hfvlm.processing.base import MultiEncoderProcessor
 from hfvlm.processing.features import AudioFeatureExtractor
 from hfvlm.processing.images import HfvlmImageProcessor
@@ -28,72 +42,8 @@ from hfvlm.processing.vocabularies import engine_from_json
 
 logger = logging.getLogger(__name__)
 
-# Of the spectrograms: hertz that the filters are made for, samples of a frame and between two, filters' limits, what
-# is added before the logarithm.
-RATE, SIZE, SHIFT, LIMITS, FLOOR = 22_050, 1536, 588, (20.0, 11_025.0), 0.1
-CLIPS = 3
 SEGMENT_SECONDS, LEFT_OUT_SECONDS = 5.0, 1.0
-# Of TVQA, whose spectrograms leave nothing out between clips.
-TVQA_SEGMENTS, TVQA_SECONDS, TVQA_RATE = 7, 14 / 3, 22_620
 JOINT_LENGTH, VCR_LENGTH, TVQA_LENGTH, MOST_SEGMENTS = 160, 144, 256, 8
-
-
-def centred_in_silence(waveform: Tensor, length: int) -> Tensor:
-    """Put silence around `(N,)` samples up to a length, of an odd number one more after them."""
-    missing = max(length - len(waveform), 0)
-    return torch.nn.functional.pad(waveform, (missing // 2, missing - missing // 2))
-
-
-def spectrograms(
-    waveform: Tensor, *, num_frames: int = 60, num_mel_bins: int = 64, gap: int = 2, playback_speed: int = 1
-) -> Tensor:
-    """Compute the three clips of a segment's `(N,)` samples -> `(3, num_frames, num_mel_bins + 1)`.
-
-    Args:
-        waveform: in -1..1, at 22,050 Hz.
-        num_frames: of a clip.
-        num_mel_bins: of the log mel spectrogram; the last channel is the playback speed.
-        gap: frames that are left out before, between and after the clips.
-        playback_speed: times as many samples a frame.
-
-    Raises:
-        MediaError: there are too few samples or too many.
-    """
-    wanted, shift = CLIPS * num_frames + (CLIPS + 1) * gap, SHIFT * playback_speed
-    found = 1 + len(waveform) // shift
-    if found != wanted:
-        raise MediaError(
-            f"{len(waveform)} samples at {RATE} Hz make {found} frames, {wanted} are needed: "
-            f"{(wanted - 1) * shift} to {wanted * shift - 1} samples."
-        )
-    mel = slaney_mel(waveform, RATE, num_mel_bins, SIZE * playback_speed, shift, LIMITS)
-    features = torch.nn.functional.pad((mel + FLOOR).log() - log(FLOOR), (0, 1), value=float(playback_speed))
-    starts = [gap + i * (gap + num_frames) for i in range(CLIPS)]
-    return torch.stack([features[start : start + num_frames] for start in starts])
-
-
-def by_peak(waveform: Tensor) -> Tensor:
-    """Scale `(N,)` samples by the largest, as the original scales 16-bit integers."""
-    return waveform / waveform.abs().max().clamp_min(1 / 32768)
-
-
-@dataclass
-class ReserveSegment:
-    """A piece of a video.
-
-    Args:
-        frame: an image, as `hfvlm.media.read_image` takes it.
-        text: a text or ids that stand for the piece; None for its audio.
-        clips: `(3, num_frames, num_mel_bins + 1)`, its audio.
-        start: in the video, in seconds.
-        end: in seconds.
-    """
-
-    frame: Any
-    text: str | Sequence[int] | None = None
-    clips: Any = None
-    start: float = 0.0
-    end: float = 0.0
 
 
 class HfvlmMERLOTReserveImageProcessor(HfvlmImageProcessor):
@@ -223,7 +173,8 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
 
     def ids(self, text: str | Sequence[int]) -> list[int]:
         """Encode a text whole; ids stay."""
-        return self.tokenizer.encode(text) if isinstance(text, str) else [int(token) for token in text]
+        # Without the warning that a text is longer than those that are compared.
+        return self.tokenizer.encode(text, verbose=False) if isinstance(text, str) else [int(token) for token in text]
 
     def token(self, name: str) -> int:
         """Return the id of one of the tokens with a meaning of their own, such as "AUDIOSPAN"."""
@@ -254,32 +205,84 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
         Raises:
             MediaError: the video cannot be read, has no audio, or is shorter than a segment.
         """
-        check_number("seconds", seconds, 0, 600)
+        check_number("seconds", seconds, 0, 600, open_low=True)
+        check_number("start", start, 0)
         options = self.feature_extractor.settings_for(settings)
-        video = read_video(source, allow_urls=allow_urls)
-        sound = read_audio(source if audio is None else audio, allow_urls=allow_urls)
-        rate = options["sampling_rate"]
-        waveform = by_peak(self.feature_extractor.waveform(sound, rate))
-        last = min(sound.seconds, video.seconds) - LEFT_OUT_SECONDS
+        recorded = self.recorded(source, audio, options, allow_urls=allow_urls)
+        last = recorded.seconds - LEFT_OUT_SECONDS
         number = max(ceil((last - start) / seconds) - 1, 0)
         starts = [start + i * seconds for i in range(number if most is None else min(number, most))]
         if not starts:
-            raise MediaError(f"{video.name}: {last + 1:.1f} s hold no segment of {seconds:g} s from {start:g} s on.")
-        rate_of_frames = len(video) / video.seconds
-        places = [min(ceil((at + seconds / 2) * rate_of_frames - 1e-6), len(video) - 1) for at in starts]
-        frames = video.frames(places)
+            raise MediaError(
+                f"{recorded.video.name}: {last + 1:.1f} s hold no segment of {seconds:g} s from {start:g} s on."
+            )
+        rate = recorded.video.num_frames / recorded.video.seconds
+        frames = recorded.frames([ceil((at + seconds / 2) * rate - 1e-6) for at in starts])
         top, bottom, left, right = without_bars(frames)
-        needed = int(rate * (starts[-1] + seconds))
-        waveform = torch.nn.functional.pad(waveform, (0, max(needed - len(waveform), 0)))
         return [
             ReserveSegment(
                 frame=frame[top:bottom, left:right],
-                clips=self.feature_extractor.clips(waveform[int(rate * at) : int(rate * (at + seconds))], options),
+                clips=self.feature_extractor.clips(recorded.piece(at, at + seconds), options),
                 start=at,
                 end=at + seconds,
             )
             for frame, at in zip(frames, starts, strict=True)
         ]
+
+    def moment(
+        self,
+        source: Any,
+        audio: Any = None,
+        *,
+        span: tuple[float, float] | None = None,
+        subtitles: Sequence[Mapping[str, Any]] = (),
+        num_segments: int = TVQA_SEGMENTS,
+        allow_urls: bool | Collection[str] = False,
+    ) -> tuple[list[ReserveSegment], tuple[float, float]]:
+        """Cut a video around a moment, as TVQA's authors do: segments of 14/3 s, as many before as after it.
+
+        Args:
+            source: a video with audio, as in `segments`.
+            audio: likewise.
+            span: when the moment begins and ends, in seconds; None for the whole video, of which the middle is taken.
+            subtitles: `{"start", "end", "text"}` each, in seconds; a segment has the text of those whose middle it
+                holds.
+            num_segments: at most; there are fewer of a video that is shorter.
+            allow_urls: see `read_video`.
+
+        Returns:
+            The segments, and the moment in shares of the time that they last, as `video_question` takes them.
+
+        Raises:
+            MediaError: the video cannot be read, or has no audio.
+            ValueError: the span ends before it begins, or after the video.
+        """
+        options = self.feature_extractor.settings_for({"gap": 0, "sampling_rate": TVQA_RATE})
+        recorded = self.recorded(source, audio, options, allow_urls=allow_urls)
+        starts, shares = around(span, recorded.video.seconds, num_segments)
+        frames = recorded.frames(
+            [round(middle * recorded.rate_of_frames) for middle in middles(starts, recorded.video)]
+        )
+        texts = texts_between(starts, subtitles)
+        found = [
+            ReserveSegment(
+                frame=frame,
+                text=text,
+                clips=self.feature_extractor.clips(recorded.piece(at, at + TVQA_SECONDS), options),
+                start=at,
+                end=at + TVQA_SECONDS,
+            )
+            for frame, text, at in zip(frames, texts, starts, strict=True)
+        ]
+        return found, shares
+
+    def recorded(
+        self, source: Any, audio: Any, options: Mapping[str, Any], *, allow_urls: bool | Collection[str]
+    ) -> Recorded:
+        """Read a video and its audio, scaled by its peak."""
+        video = read_video(source, allow_urls=allow_urls)
+        sound, rate = read_audio(source if audio is None else audio, allow_urls=allow_urls), options["sampling_rate"]
+        return Recorded(video, by_peak(self.feature_extractor.waveform(sound, rate)), rate, sound.seconds)
 
     def silence(self) -> Tensor:
         """Return the clips of a segment that has no audio, all zeros -> `(3, frames, bins + 1)`."""
@@ -403,13 +406,13 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
     ) -> BatchFeature:
         """Prepare one of TVQA's questions for `HfvlmMERLOTReserveForVideoMultipleChoice`, in a batch of one.
 
-        Its audio has no gaps: `processor.segments(video, seconds=14 / 3, gap=0, sampling_rate=22_620)`.
+        Its audio has no gaps: `segments, localisation = processor.moment(video, span=(61.2, 66.0))`.
 
         Args:
             segments: at most `num_segments`, each with clips of audio and the subtitles as text, or None.
             question: one.
             answers: C.
-            localisation: where in the video the question's moment begins and ends, as shares of 0..1.
+            localisation: where in the segments' time the question's moment begins and ends, as shares of 0..1.
             max_length: tokens that all are padded or cut to.
             num_segments: that the model was trained on; missing ones are black and silent.
             return_tensors: "pt" or "np".
@@ -421,7 +424,8 @@ class HfvlmMERLOTReserveProcessor(MultiEncoderProcessor):
             raise ValueError(f"{len(segments)} segments; a question is about 1 to {num_segments} (num_segments).")
         query = self.ids(question)
         if localisation is not None:
-            first, last = (int(check_number("localisation", share, 0, 1) * 100) for share in localisation)
+            # Of moments that are longer than the segments, the authors write shares beyond 0..1.
+            first, last = (int(check_number("localisation", share, -1000, 1000) * 100) for share in localisation)
             query = [*self.ids(f"{first} to {last}"), self.token("START"), *query]
         subtitles = [[] if segment.text is None else self.ids(segment.text) for segment in segments]
         subtitles += [[] for _ in range(num_segments - len(segments))]

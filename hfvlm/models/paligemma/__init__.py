@@ -17,6 +17,7 @@ architecture = Architecture(
             "HfvlmPaliGemmaVisionModel",
             "HfvlmPaliGemmaMaskModel",
         ),
+        "AutoModelForImageClassification": ("HfvlmPaliGemmaForImageClassification",),
         "AutoModelForImageTextToText": ("HfvlmPaliGemmaForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmPaliGemmaForConditionalGeneration",),
     },

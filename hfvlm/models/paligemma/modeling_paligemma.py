@@ -21,7 +21,7 @@ from hfvlm.modeling.image_text import Features, ImageTextModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.language import is_late, keeps_all, labelled_loss
 from hfvlm.modeling.outputs import media_features
-from hfvlm.modeling.vision import PatchTower
+from hfvlm.modeling.vision import PatchClassifier, PatchTower
 from hfvlm.models.paligemma.configuration_paligemma import HfvlmPaliGemmaConfig, HfvlmPaliGemmaVisionConfig
 from hfvlm.models.siglip.modeling_siglip import HfvlmSigLIPPreTrainedModel
 from hfvlm.modules.language_head import last_tokens
@@ -228,3 +228,10 @@ def smoothed_loss(score: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, 
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     own, all_ = logs.gather(1, labels[:, None]).sum(), logs.sum()
     return -((1 - share) * own + share / (logs.shape[1] - 1) * (all_ - own))
+
+
+class HfvlmPaliGemmaForImageClassification(PatchClassifier):
+    """A linear layer on the mean of the vision tower's patches, which is PaLI's tower, too."""
+
+    config: HfvlmPaliGemmaConfig
+    base_model_prefix = "paligemma"

@@ -20,6 +20,7 @@ architecture = Architecture(
             "HfvlmQwenVLTextModel",
         ),
         "AutoModelForCausalLM": ("HfvlmQwenVLForCausalLM",),
+        "AutoModelForImageClassification": ("HfvlmQwenVLForImageClassification",),
         "AutoModelForImageTextToText": ("HfvlmQwenVLForConditionalGeneration",),
         "AutoModelForMultimodalLM": ("HfvlmQwenVLForConditionalGeneration",),
         "AutoModelForSequenceClassification": ("HfvlmQwenVLForSequenceClassification",),

@@ -14,7 +14,7 @@ from hfvlm.modeling.image_text import ImageTextModel
 from hfvlm.modeling.keywords import Keywords
 from hfvlm.modeling.outputs import media_features
 from hfvlm.modeling.scoring import TextScorer
-from hfvlm.modeling.vision import PatchTower
+from hfvlm.modeling.vision import PatchClassifier, PatchTower
 from hfvlm.models.qwen_vl.configuration_qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLResamplerConfig,
@@ -136,3 +136,10 @@ class HfvlmQwenVLForConditionalGeneration(ImageTextModel):
 
 class HfvlmQwenVLForSequenceClassification(TextScorer, HfvlmQwenVLForConditionalGeneration):
     """A reward, or other scores, of answers about images."""
+
+
+class HfvlmQwenVLForImageClassification(PatchClassifier):
+    """A linear layer on the mean of the vision tower's patches."""
+
+    config: HfvlmQwenVLConfig
+    base_model_prefix = "qwen_vl"

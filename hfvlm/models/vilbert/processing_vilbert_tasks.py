@@ -25,6 +25,8 @@ GUESSWHAT = {"Yes": 0, "No": 1, "N/A": 2}
 CLASSES = {"pair": 2, "entailment": 3}
 # Options of a question, the right one among them, and rounds of history before a question of a dialogue.
 OPTIONS, HISTORY = 4, 3
+# That GuessWhat's regions to point at are padded to.
+CANDIDATES = 204
 # A region below this overlap is none of those that are looked for.
 LEAST_OVERLAP = 0.5
 
@@ -143,7 +145,7 @@ def pointed(
         truth: annotated regions.
         box: of the answer: left, top, right, bottom, in pixels.
         candidates: numbers of annotated regions.
-        most: candidates to pad to, with a region that is none; GuessWhat's are padded to 204, the default there.
+        most: candidates to pad to, with a region that is none; GuessWhat's are padded to `CANDIDATES`.
 
     Raises:
         ValueError: other than 100 detected regions, or a candidate that is none of the annotated.
@@ -301,7 +303,8 @@ def conversed(
     return {**processor.inputs(task, texts, rows), "labels": torch.zeros(len(turns), dtype=torch.long)}
 
 
-def dialog_options(right: int, options: int = 100) -> list[int]:
-    """Draw three wrong options of a question, by `numpy.random` -> their numbers, the right one first."""
-    drawn = [int(each) for each in np.random.permutation(options) if each != right]
+def dialog_options(right: int, options: int = 100, random: Any = np.random) -> list[int]:
+    """Draw three wrong options of a question, by `numpy.random` or a generator of it -> their numbers, the right one
+    first."""
+    drawn = [int(each) for each in random.permutation(options) if each != right]
     return [right, *drawn[: OPTIONS - 1]]

@@ -35,11 +35,15 @@ def without_vision(paths):
 
 @pytest.mark.parametrize("kind", LANGUAGES)
 def test_what_was_trained_between_a_tower_and_a_language_model(kind, tmp_path):
-    model = tiny_model(kind, frames=3 if kind == "gptj" else None)
+    timed = {"frames": 3, "media": 2} if kind == "gptj" else {}
+    model = tiny_model(kind, **timed)
     paths = release(tmp_path, model, kind)
     folder = hfvlm.convert(paths["main"], "flamingo", tmp_path / "out", parts=without_vision(paths))
     loaded = same_weights(folder, model)
     assert loaded.config.to_dict()["cross_attention_interval"] == 2
+    if timed:
+        assert torch.load(paths["main"])["perceiver.media_time_embs"].shape == (2, 1, 32)
+        assert (loaded.config.resampler_config.max_num_frames, loaded.config.resampler_config.max_num_media) == (3, 2)
     processor = AutoProcessor.from_pretrained(folder)
     end, padding = (PIECES + 3, 1) if kind == "opt" else (PIECES, PIECES + 2)
     assert processor.image_token_id == loaded.config.image_token_id == end + 1

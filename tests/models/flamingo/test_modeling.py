@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, OPTConfig, OPTForCausalLM
 
-from hfvlm.modeling.compat import cache_of
+from hfvlm.modeling.compat import cache_of, with_cache
 from hfvlm.models.flamingo import (
     HfvlmFlamingoConfig,
     HfvlmFlamingoForConditionalGeneration,
@@ -230,6 +230,59 @@ def test_frames_have_times(count):
         found = resampler(longer, torch.tensor([count])).last_hidden_state
         close(found, expected, 1e-5, "with frames that are not there")
         assert relative(plain(patches).last_hidden_state, expected) > 1e-3
+
+
+def with_order(count):
+    """A model whose resampler has embeddings of the order of images."""
+    torch.manual_seed(0)
+    config = config_on(NEOX)
+    config.resampler_config.max_num_media = count
+    return opened(HfvlmFlamingoForConditionalGeneration(config))
+
+
+def test_images_have_places_in_their_texts():
+    """As OpenFlamingo's `media_time_embs`: one for all patches of a text's first image, one for its second."""
+    model, patches = with_order(2), torch.randn(3, 2, 6, 32)
+    plain = copy.deepcopy(model.resampler)
+    plain.media_positions = None
+    table = model.resampler.media_positions.detach()
+    with torch.no_grad():
+        expected = plain(patches + table[[1, 0, 1], None, None]).last_hidden_state
+        found = model.resampler(patches, media_order=torch.tensor([1, 0, 1])).last_hidden_state
+    close(found, expected, 1e-6, "places")
+    for order, message in ((None, "not none"), (torch.tensor([0, 1]), "of 3, not 2")):
+        with pytest.raises(ValueError, match=message):
+            model.resampler(patches, media_order=order)
+    with pytest.raises(ValueError, match="A text has 3 images; the resampler has embeddings for 2"):
+        model.resampler(patches, media_order=torch.tensor([0, 1, 2]))
+
+
+def test_the_order_of_images_is_counted_in_each_text():
+    model, pixels = with_order(3), torch.randn(4, 3, 28, 28)
+    rows = [[PADDING, IMAGE, 5, IMAGE, 6, 7], [IMAGE, 3, 4, 5, IMAGE, 8]]
+    ids, mask = torch.tensor(rows), torch.tensor(rows) != PADDING
+    together = logits(model, rows, pixels, attention_mask=mask)
+    orders = [model.get_image_features(pixels, media_order=torch.tensor(order)) for order in ([0, 1, 0, 1], [0] * 4)]
+    with torch.no_grad():
+        given, same = (
+            model(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": o}).logits for o in orders
+        )
+    assert torch.equal(together, given)
+    assert relative(together, same) > 1e-3
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, pixel_values=pixels, attention_mask=mask)[0]
+        close(model.get_output_embeddings()(hidden), together, 1e-6, "without the output layer")
+    new = model.generate(ids, pixel_values=pixels, attention_mask=mask, num_beams=2, **NEW)
+    by_hand = model.generate(ids, mm_encoder_outputs={"image": orders[0]}, attention_mask=mask, num_beams=2, **NEW)
+    assert torch.equal(new, by_hand)
+    whole = logits(model, [rows[1]], pixels[2:])
+    with torch.no_grad():
+        output = model(input_ids=ids[1:, :3], pixel_values=pixels[2:3], use_cache=True)
+        rest = model(input_ids=ids[1:, 3:], pixel_values=pixels[3:], cache=cache_of(output), use_cache=True)
+        output = model(input_ids=ids[1:, :3], pixel_values=pixels[2:3], use_cache=True)
+        continued = model.generate(ids[1:], pixel_values=pixels[3:], **with_cache(cache_of(output)), **NEW)
+    close(rest.logits, whole[:, 3:], 1e-5, "in two parts")
+    assert torch.equal(continued, model.generate(ids[1:], pixel_values=pixels[2:], **NEW))
 
 
 OTHERS = {

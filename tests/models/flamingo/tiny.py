@@ -46,14 +46,16 @@ LANGUAGES = {"gpt_neox": NEOX, "mpt": MPT, "mosaic_gpt": MOSAIC, "llama": LLAMA,
 LANGUAGES |= {"wide_mpt": MPT | {"expansion_ratio": 2}, "wide_mosaic_gpt": MOSAIC | {"mlp_ratio": 3}}
 
 
-def tiny_model(kind: str, frames: int | None = None) -> HfvlmFlamingoForConditionalGeneration:
+def tiny_model(
+    kind: str, frames: int | None = None, media: int | None = None
+) -> HfvlmFlamingoForConditionalGeneration:
     torch.manual_seed(3)
     ids = {"eos_token_id": PIECES, "image_token_id": PIECES + 1, "pad_token_id": PIECES + 2}
     if kind == "opt":  # whose vocabulary has padding
         ids = {"eos_token_id": PIECES + 3, "image_token_id": PIECES + 4, "pad_token_id": 1}
     config = HfvlmFlamingoConfig(
         vision_config=VISION | {"projection_dim": None},
-        resampler_config=RESAMPLER | {"max_num_frames": frames},
+        resampler_config=RESAMPLER | {"max_num_frames": frames, "max_num_media": media},
         text_config=text_config_of(LANGUAGES[kind], PIECES + (5 if kind == "opt" else 3)),
         cross_attention_interval=2,
         **ids,

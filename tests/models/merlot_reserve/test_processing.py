@@ -12,6 +12,7 @@ from hfvlm.models.merlot_reserve import (
 )
 from hfvlm.models.merlot_reserve.framing import fitted_at_random, without_bars
 from hfvlm.models.merlot_reserve.processing_merlot_reserve import ReserveSegment, centred_in_silence, spectrograms
+from hfvlm.models.merlot_reserve.segments import around, texts_between
 from tests.models.merlot_reserve.vocabulary import written_vocabulary
 
 MASK, START, SOUND = 3, 1, 5
@@ -220,6 +221,47 @@ def test_questions_about_videos_have_subtitles_and_audio(processor):
         processor.video_question([ReserveSegment(segments[0].frame)], "who?", ["a", "b"])
     with pytest.raises(ValueError, match=r"a question is about 1 to 1 \(num_segments\)"):
         processor.video_question(segments, "who?", ["a", "b"], num_segments=1)
+
+
+def test_a_moment_is_in_the_middle_of_segments(processor):
+    """As TVQA's authors cut videos: on both sides as long as there is any video, from thirds of a second on."""
+    starts, shares = around((8.0, 10.0), 20.0)
+    assert starts == pytest.approx([-8 / 3, 2, 20 / 3, 34 / 3, 16])
+    assert shares == pytest.approx((32 / 70, 38 / 70))
+    assert around((8.0, 10.0), 20.0, 3)[0] == pytest.approx([2, 20 / 3, 34 / 3])
+    long, shares = around(None, 60.0)
+    assert len(long) == 7
+    assert shares[0] < 0 < 1 < shares[1]  # the video is longer than seven segments
+    for span, message in (((5.0, 4.0), "no time of a video of 20 s"), ((21.0, 22.0), "no time"), ((-1, 2), "span")):
+        with pytest.raises(ValueError, match=message):
+            around(span, 20.0)
+    subtitles = [(1.0, 3.0, "in the\nfirst"), (3.0, 5.1, "second"), (4.0, 6.0, "again"), (40.0, 41.0, "after")]
+    subtitles = [dict(zip(("start", "end", "text"), each, strict=True)) for each in subtitles]
+    assert texts_between([-8 / 3, 2, 20 / 3], subtitles) == ["in the first", "second again", ""]
+    with pytest.raises(ValueError, match="one has no end, text"):
+        texts_between([0.0], [{"start": 1.0}])
+
+
+def test_a_moment_s_segments_have_frames_audio_and_subtitles(processor):
+    (frames, fps), (sound, rate) = video(20)
+    frames[...] = np.arange(len(frames), dtype=np.uint8)[:, None, None, None]  # each frame is its number
+    said = [{"start": 8.0, "end": 9.0, "text": "a dog"}]
+    segments, shares = processor.moment((frames, fps), (sound, rate), span=(8.0, 10.0), subtitles=said)
+    assert [segment.start for segment in segments] == pytest.approx([-8 / 3, 2, 20 / 3, 34 / 3, 16])
+    assert [segment.text for segment in segments] == ["", "", "a dog", "", ""]
+    # The nearest of three frames a second to each middle; the last one is that of 18.33 seconds.
+    assert [int(segment.frame[0, 0, 0]) for segment in segments] == [0, 17, 36, 55, 73]
+    assert segments[0].frame.shape == (40, 48, 3)  # whole, with its bars
+    assert all(segment.clips.shape == (3, 60, 65) for segment in segments)
+    assert (segments[0].clips[0, :40, :64] == 0).all()  # before the video there is silence
+    assert segments[0].clips[2, :, :64].max() > 1
+    assert (segments[4].clips[2, :, :64] == 0).any()  # and after it
+    options = {"gap": 0, "sampling_rate": 22_620}
+    own = processor.segments((frames, fps), (sound, rate), seconds=14 / 3, start=2.0, **options)[0]
+    torch.testing.assert_close(segments[1].clips, own.clips)
+    inputs = processor.video_question(segments, "who is it?", ["the dog", "a cat"], shares, max_length=200)
+    assert inputs["pixel_values"].shape == (1, 7, 3, 32, 48)
+    assert (inputs["segment_ids"][0, 0] == 3).sum() == 2
 
 
 # Texts, and the whole

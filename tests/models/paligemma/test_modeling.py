@@ -1,12 +1,13 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText
 
 from hfvlm.modeling.compat import cache_of
 from hfvlm.models.paligemma import (
     HfvlmPaliGemmaConfig,
     HfvlmPaliGemmaForConditionalGeneration,
+    HfvlmPaliGemmaForImageClassification,
     HfvlmPaliGemmaMaskConfig,
     HfvlmPaliGemmaMaskModel,
     HfvlmPaliGemmaVisionConfig,
@@ -14,7 +15,7 @@ from hfvlm.models.paligemma import (
 )
 from hfvlm.models.paligemma.beams import every_beam_may_end
 from tests.support.generation import NEW, GenerationSuite
-from tests.support.suite import ModelSuite, PartSuite, close, relative, same
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close, relative, same
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
@@ -156,6 +157,18 @@ class TestPaliGemma(GenerationSuite, ModelSuite):
     def test_flash_attention_is_refused(self):
         with pytest.raises((ValueError, ImportError), match="(?i)flash"):
             HfvlmPaliGemmaForConditionalGeneration._from_config(self.config(), attn_implementation="flash_attention_2")
+
+
+class TestImageClassification(ImageClassifierSuite):
+    model_class, auto_class = HfvlmPaliGemmaForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmPaliGemmaForConditionalGeneration
+    pooled_output = "last_hidden_state"
+
+    def config(self):
+        return HfvlmPaliGemmaConfig(vision_config=VISION, text_config=GEMMA, image_token_id=IMAGE, num_labels=4)
+
+    def inputs(self):
+        return {"pixel_values": torch.randn(3, 3, 28, 28)}
 
 
 class TestPaliGemma2:

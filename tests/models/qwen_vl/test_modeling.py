@@ -2,7 +2,14 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import hfvlm
 from hfvlm.conversion.qwen_vl import processor_for
@@ -12,6 +19,7 @@ from hfvlm.models.qwen_vl import (
     HfvlmQwenVLConfig,
     HfvlmQwenVLForCausalLM,
     HfvlmQwenVLForConditionalGeneration,
+    HfvlmQwenVLForImageClassification,
     HfvlmQwenVLResampler,
     HfvlmQwenVLResamplerConfig,
     HfvlmQwenVLTextConfig,
@@ -21,7 +29,7 @@ from hfvlm.models.qwen_vl import (
 )
 from tests.support.generation import GenerationSuite
 from tests.support.paths import OURS
-from tests.support.suite import ModelSuite, PartSuite, close, relative
+from tests.support.suite import ImageClassifierSuite, ModelSuite, PartSuite, close, relative
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 7}
@@ -75,6 +83,20 @@ class TestVision(PartSuite):
 
     def config(self):
         return HfvlmQwenVLVisionConfig(**VISION)
+
+    def inputs(self):
+        return {"pixel_values": torch.randn(3, 3, 28, 28)}
+
+
+class TestImageClassification(ImageClassifierSuite):
+    model_class, auto_class = HfvlmQwenVLForImageClassification, AutoModelForImageClassification
+    whole_class = HfvlmQwenVLForConditionalGeneration
+    pooled_output = "last_hidden_state"
+
+    def config(self):
+        sizes = config()
+        sizes.num_labels = 4
+        return sizes
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
