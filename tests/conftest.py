@@ -1,7 +1,10 @@
 import gc
 import logging
 import os
+import shutil
+import tempfile
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 # Nothing in the tests needs the network; whatever tries it fails at once.
@@ -15,6 +18,12 @@ import hfvlm
 # torch, transformers and what imports them are imported where they are used: the process that hands the tests out to
 # others reads this file too, and they begin when it has.
 
+# To write over a file waits for the disk, up to a tenth of a second: where memory has room for files, they lie there.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= 6 * 2**30:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
+NUMBERS = count()
 SHIPPED = Path(hfvlm.__file__).parent / "samples" / "clip-tiny"
 
 
@@ -30,14 +39,16 @@ def _quiet_and_few_threads():
 @pytest.fixture(autouse=True)
 def _logs_as_by_default(_quiet_and_few_threads):
     """Whatever an earlier test, or a library that it started, has set."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_warning()
-    logging.disable(logging.NOTSET)
-    for name in [each for each in logging.root.manager.loggerDict if each.partition(".")[0] == "hfvlm"]:
-        logging.getLogger(name).disabled = False
-    logging.getLogger("hfvlm").setLevel(logging.NOTSET)
-    logging.getLogger("hfvlm").propagate = True
+    ours, theirs = logging.getLogger("hfvlm"), logging.getLogger("transformers")
+    for logger, level in ((ours, logging.NOTSET), (theirs, logging.WARNING)):
+        if logger.level != level:  # setting it empties the cache of every logger
+            logger.setLevel(level)
+    if logging.root.manager.disable:
+        logging.disable(logging.NOTSET)
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if name.startswith("hfvlm") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+    ours.propagate = True
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,7 +61,17 @@ def pytest_collection():
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)  # a model is thousands of objects, none of which is garbage while it is built
         gc.enable()
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder of a name that no other test has, though pytest uses that of a removed one again: what reads a file may
+    know it by its path."""
+    folder = tmp_path / str(next(NUMBERS))
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -137,4 +158,4 @@ def uncompiled_flex_attention(monkeypatch):
 def _seed():
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` notes the stack for a GPU that is not there

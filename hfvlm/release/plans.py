@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +180,28 @@ def fresh_tensors(
 def _likely(main: Source) -> str:
     """Name the tables that know the keys of a file, for the message about one that does not fit."""
     tables: dict[tuple[str, ...], float] = {}
-    for name in list_presets():
-        preset = load_preset(name)
-        config, layout = preset.make_config(), preset.source.get("layout", "")
-        towers = [type(getattr(config, part)).__name__ for part in config.sub_configs]
-        family = (preset.architecture, layout, *towers)
-        if layout and family not in tables:
+    for family, configs in _families().items():
+        architecture, layout, *_ = family
+        for config in configs:
             with contextlib.suppress(KeyError, ValueError):  # keys that this architecture cannot make rows of
-                tables[family] = fit(
-                    main.tensors, conversion_of(preset.architecture).keys_for(config, layout, main.tensors)
-                )
+                tables[family] = fit(main.tensors, conversion_of(architecture).keys_for(config, layout, main.tensors))
+                break
     best = sorted(tables.items(), key=lambda item: -item[1])[:3]
     known = [f"{family[0]} ({family[1]}) knows {score:.0%}" for family, score in best if score > 0.1]
     return f"Of its {len(main.tensors)} keys, {', '.join(known)}." if known else "No architecture knows its keys."
+
+
+@cache
+def _families() -> dict[tuple[str, ...], list[PreTrainedConfig]]:
+    """Sort the presets' configurations by architecture, layout and the classes of towers, which decide the keys."""
+    families: dict[tuple[str, ...], list[PreTrainedConfig]] = {}
+    for name in list_presets():
+        preset = load_preset(name)
+        if layout := preset.source.get("layout", ""):
+            config = preset.make_config()
+            towers = [type(getattr(config, part)).__name__ for part in config.sub_configs]
+            families.setdefault((preset.architecture, layout, *towers), []).append(config)
+    return families
 
 
 def _native(plan: Plan, main: Source) -> str:

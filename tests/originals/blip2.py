@@ -41,6 +41,7 @@ from hfvlm.processing.assembly import IGNORE
 from hfvlm.release.plans import empty_model
 from tests.originals.common import bert_vocabulary, fitting, made_of
 from tests.support.golden import Golden, UnknownOptionError, companions, read_key_list, stem_of
+from tests.support.shapes import shapes_of
 
 FIRST_STAGE = ("Blip2Qformer", "Blip2ITM")
 
@@ -135,7 +136,7 @@ def compose(path: Path) -> tuple[HfvlmBLIP2Config, list[Table]]:
 
 def composed(path: Path, preset: Preset, *, tower: bool) -> tuple[HfvlmBLIP2Config, list[Table]]:
     config, parts = preset.make_config(), preset.source.get("parts", {})
-    own = empty_model(config).state_dict()
+    own = shapes_of(config)[0]
     given = {stem_of(other).lower(): other for other in companions(path)}
     name = Path(parts.get("vision", "")).stem.lower()
     if tower:

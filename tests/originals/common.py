@@ -16,9 +16,10 @@ from hfvlm.checkpoints import CheckpointError
 from hfvlm.checkpoints.key_table import KeyTableError, convert_keys, convert_tables
 from hfvlm.modeling.timm_trunks import HfvlmTimmTrunkConfig, TimmMissingError, timm_wrapper_config
 from hfvlm.presets import Preset, list_presets, load_preset
-from hfvlm.release.plans import empty_model, fresh_tensors, new_model
+from hfvlm.release.plans import empty_model, fresh_tensors
 from hfvlm.release.sources import conversion_of
 from tests.support.golden import UnknownOptionError
+from tests.support.shapes import shapes_of
 
 
 def converted(
@@ -33,7 +34,7 @@ def converted(
     tensors = {key: tensor.contiguous().clone() for key, tensor in (tensors | fresh).items()}
     model, info = type(empty).from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     assert not any(info.values()), info
-    assert {type(m) for m in model.modules()} == {type(m) for m in new_model(config).modules()}
+    assert {type(m) for m in model.modules()} == {type(m) for m in empty.modules()}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     return model.eval()
 
@@ -84,7 +85,7 @@ def tried(compose: Compose, preset: Preset) -> tuple[Composition, Exception | No
     """What `compose` makes of a preset, and why it does not fit."""
     try:
         config, tables, *fresh = found = compose(preset)
-        own, lacking = empty_model(config).state_dict(), fresh[0] if fresh else []
+        own, lacking = shapes_of(config)[0], fresh[0] if fresh else []
         convert_tables(tables, {key: tensor for key, tensor in own.items() if key not in lacking})
     except (AssertionError, KeyTableError, CheckpointError, FileNotFoundError, KeyError) as error:
         return (), error

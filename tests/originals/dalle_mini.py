@@ -26,9 +26,9 @@ from hfvlm.modeling.text_to_image import guided
 from hfvlm.models.dalle_mini import HfvlmDALLEMiniTokenizer
 from hfvlm.models.dalle_mini.text_normalization import Words, normalized
 from hfvlm.modules.context import Context
-from hfvlm.release.plans import empty_model
 from tests.originals.common import converted, fitting
 from tests.support.golden import Golden, Recorder, read_key_list, stem_of
+from tests.support.shapes import shapes_of
 
 RUN = ("name", "condition_scale", "top_k", "top_p", "temperature", "min_length", "prng_key", "do_sample")
 MIN_RUN = ("name", "image_count", "temperature", "top_k", "supercondition_factor", "seed")
@@ -379,7 +379,7 @@ def compose(path: Path):
 
 def composed(path: Path, keys, preset):
     config = preset.make_config()
-    layout, own = preset.source["layout"], empty_model(config).state_dict()
+    layout, own = preset.source["layout"], shapes_of(config)[0]
     sources = {role: Source(path, part, {}) for role, part in files_of(config, layout, keys, own).items()}
     tables = CONVERSION.tables_for(config, layout, sources)
     return config, tables, CONVERSION.fresh_parameters(config, layout, sources["main"].tensors, own)

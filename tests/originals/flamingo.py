@@ -27,9 +27,9 @@ from hfvlm.models.flamingo import (
     HfvlmFlamingoTokenizer,
 )
 from hfvlm.presets import Preset
-from hfvlm.release.plans import empty_model
 from tests.originals.common import converted, fitting, vocabulary
 from tests.support.golden import Golden, Recorder, read_key_list, stem_of
+from tests.support.shapes import shapes_of
 
 # GPT-NeoX-20B's vocabulary by its name in $HFVLM_VOCABULARIES.
 NEOX = "gpt-neox-20b.tokenizer.json"
@@ -147,7 +147,7 @@ def compose(path: Path) -> tuple[HfvlmFlamingoConfig, list[Table]]:
 
 def composed(path: Path, preset: Preset) -> tuple[HfvlmFlamingoConfig, list[Table]]:
     config = preset.make_config()
-    model = empty_model(config).state_dict()
+    model = shapes_of(config)[0]
     language = {key: t for key, t in model.items() if key.startswith("language_model.")}
     tower = {key: t for key, t in model.items() if key.startswith("vision_model.")}
     base = restore_keys(language, language_rows(config))
