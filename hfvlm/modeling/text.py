@@ -221,7 +221,7 @@ class BidirectionalTextTower(PreNormTextTower):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> TowerOutput:
         """`(B, N)` token ids, padded to full length -> all tokens after the last norm, and the pooled output."""
-        if input_ids.shape[1] < self.config.max_position_embeddings:
+        if not torch.compiler.is_compiling() and input_ids.shape[1] < self.config.max_position_embeddings:
             logger.warning_once(
                 f"{type(self).__name__} got texts of {input_ids.shape[1]} tokens but was trained on texts padded to "
                 f"{self.config.max_position_embeddings}; the embedding will be off. Tokenise with "
