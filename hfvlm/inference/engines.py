@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from hfvlm.media.sources import import_extra
+from hfvlm.modeling.dual_encoder import ContrastiveModel
 from hfvlm.registry import find_class
 
 ONNX_SETTINGS = "onnx.json"
@@ -59,9 +60,9 @@ class ExportedModel(ABC):
             self.sessions[name] = self.load(tower)
         if settings["logit_scale"] is not None:
             self.logit_scale = torch.tensor(settings["logit_scale"])
-        kind = find_class((self.config.architectures or [""])[0])
-        if hasattr(kind, "score"):
-            self.score = kind.score
+        self.kind = find_class((self.config.architectures or [""])[0])
+        if hasattr(self.kind, "score"):
+            self.score = self.kind.score
 
     def eval(self) -> "ExportedModel":
         """Return the model, which is in inference mode always."""
@@ -129,7 +130,8 @@ def load_engine(engine: str, folder: str | Path, modalities: Any = None, **optio
         options: of `Embedder.from_pretrained`; engines run on the CPU in float32 and take no others.
 
     Raises:
-        ValueError: there is no such engine, or an option that it cannot follow.
+        ValueError: there is no such engine, or an option that it cannot follow, or the model's embeddings are not
+            compared with each other.
         FileNotFoundError: the folder has no graphs.
     """
     if engine not in ENGINES:
@@ -138,4 +140,10 @@ def load_engine(engine: str, folder: str | Path, modalities: Any = None, **optio
     for name, value in options.items():
         if value not in fixed.get(name, ()):
             raise ValueError(f'{name}={value!r} is for engine="torch": {engine} runs on the CPU in float32.')
-    return ENGINES[engine](folder, modalities)
+    model = ENGINES[engine](folder, modalities)
+    if model.kind is not None and not issubclass(model.kind, ContrastiveModel):
+        raise ValueError(
+            f"{folder}: {model.kind.__name__} compares its embeddings with those of a joint encoder, not with each "
+            f"other: run its graphs ({ONNX_SETTINGS} lists them) without an Embedder."
+        )
+    return model

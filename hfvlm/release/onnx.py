@@ -22,9 +22,9 @@ from hfvlm.versions import __version__
 from hfvlm.writing import new_folder
 
 TOLERANCE = 1e-4
-# A file of protobuf ends at 2 GiB; weights of larger towers are in a file of their own.
-LARGEST_FILE = 2**31 - 2**27
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Of images that come as patches.
+PATCH_INPUTS = ("pixel_values", "pixel_attention_mask")
 
 
 class Graph(nn.Module):
@@ -35,15 +35,23 @@ class Graph(nn.Module):
         self.model, self.modality, self.names = model, modality, names
 
     def forward(self, *values: Tensor) -> Tensor:
-        return self.model.embeddings(self.modality, **dict(zip(self.names, values, strict=True)))
+        return embedded(self.model, self.modality, dict(zip(self.names, values, strict=True)))
+
+
+def embedded(model: Any, modality: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Embed prepared inputs of one modality -> `(B, D)`, or `(B, N, D)` of tokens."""
+    if isinstance(model, ContrastiveModel):
+        return model.embeddings(modality, **inputs)
+    return getattr(model, f"get_{modality}_features")(**inputs).pooler_output
 
 
 def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Export each tower of a dual encoder, or of a model of many modalities, to ONNX.
 
     `vision_model.onnx` takes `pixel_values` and returns `image_embeds`, `text_model.onnx` takes `input_ids` (and
-    `attention_mask`) and returns `text_embeds`, and so on, in float32, for batches of any size and texts of any
-    length; embeddings are not normalised, as transformers' `get_*_features`. The folder has the processor, too, and
+    `attention_mask`) and returns `text_embeds`, and so on, in float32, for batches of any size, texts of any length
+    and images of any number of patches, where the tower takes patches; embeddings are not normalised, as
+    transformers' `get_*_features`. The folder has the processor, too, and
     `Embedder.from_pretrained(folder, engine="onnxruntime")` takes it.
 
     Each graph is run by ONNX Runtime on other batches than it was made with.
@@ -54,7 +62,8 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
         overwrite: replace an existing output.
 
     Raises:
-        ValueError: the model embeds nothing, or a graph computes something else than the model.
+        ValueError: the model does not embed texts and other inputs alone, or a graph computes something else than
+            the model.
         FileExistsError: there is an output already.
         ImportError: ONNX is not installed.
     """
@@ -62,11 +71,14 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
         import_extra(name, "onnx", "Exporting to ONNX")
     folder = Path(folder)
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    if not isinstance(model, ContrastiveModel):
-        raise ValueError(f"{folder}: towers are exported to ONNX, of which {type(model).__name__} has none alone.")
+    if not hasattr(model, "get_text_features"):
+        raise ValueError(
+            f"{folder}: towers that embed texts, and images or others, are exported to ONNX, each alone; "
+            f"{type(model).__name__} has none of texts."
+        )
     processor: Any = AutoProcessor.from_pretrained(folder)
-    towers: Any = model.towers
-    modalities = [name for name in towers if name in processor.modalities]
+    known = getattr(model, "modalities", processor.modalities)
+    modalities = [name for name in known if name in processor.modalities]
     scale = getattr(model, "logit_scale", None)
     settings: dict[str, Any] = {
         "hfvlm": __version__,
@@ -80,7 +92,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
         model.config.save_pretrained(target)
         processor.save_pretrained(target)
         for modality in modalities:
-            check_graph(OnnxRuntime(target), model, processor, modality)
+            check_graph(OnnxRuntime(target, [modality]), model, processor, modality)
         write_export_card(target, model.config, record_of(folder), Path(output).name, "as ONNX graphs")
     return Path(output)
 
@@ -91,41 +103,45 @@ def write_tower(folder: Path, model: Any, processor: Any, modality: str) -> dict
     inputs = prepared(processor, modality, [0, 1])
     names, values = list(inputs), tuple(inputs.values())
     graph, embeds = Graph(model, modality, names).eval(), f"{modality}_embeds"
-    free = tuple({0: "batch"} | ({1: "length"} if name in TEXT_INPUTS else {}) for name in names)
-    dimensions = {"batch": torch.export.Dim("batch", min=1), "length": torch.export.Dim.DYNAMIC}
-    shapes = tuple({axis: dimensions[name] for axis, name in axes.items()} for axes in free)
     with quiet_exporter():
         program: Any = torch.onnx.export(
-            graph, values, dynamo=True, dynamic_shapes=(shapes,), input_names=names, output_names=[embeds],
-            verbose=False,
+            graph, values, dynamo=True, dynamic_shapes=(free_sizes(names),), input_names=names,
+            output_names=[embeds], verbose=False,
         )  # fmt: skip
-    tower = model.towers[modality]
-    name = tower if next(other for other, own in model.towers.items() if own == tower) == modality else modality
-    path = folder / f"{name.removesuffix('_model')}_model.onnx"
-    size = sum(parameter.nbytes for parameter in getattr(model, tower).parameters())
-    program.save(path, external_data=size > LARGEST_FILE)
+    path = folder / f"{'vision' if modality == 'image' else modality}_model.onnx"
+    program.save(path)  # weights that a file of protobuf cannot hold go into one of their own
     width = graph(*values).shape[-1]
     kept = [each.name for each in program.model.graph.inputs]
     return {"file": path.name, "inputs": kept, "output": embeds, "size": width}
 
 
-def prepared(processor: Any, modality: str, rows: list[int]) -> dict[str, Tensor]:
-    """Prepare examples of a modality, as an `Embedder` does."""
+def free_sizes(names: list[str]) -> tuple[dict[int, Any], ...]:
+    """Return the dimensions of each input that are free: the batch, and the length of texts and of patches."""
+    sequences = TEXT_INPUTS + (PATCH_INPUTS if "pixel_attention_mask" in names else ())
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim.DYNAMIC
+    return tuple({0: batch} | ({1: length} if name in sequences else {}) for name in names)
+
+
+def prepared(processor: Any, modality: str, rows: list[int], **options: Any) -> dict[str, Tensor]:
+    """Prepare examples of a modality, as an `Embedder` does; `options` are of the processor."""
     examples = samples(modality)
-    options = {"padding": True, "truncation": True} if modality == "text" else {}
+    options |= {"padding": True, "truncation": True} if modality == "text" else {}
     return dict(processor.prepare(modality, [examples[row] for row in rows], **options))
 
 
 @torch.no_grad()
 def check_graph(engine: Any, model: Any, processor: Any, modality: str) -> None:
-    """Compare a graph with the model, on batches of other sizes and texts of other lengths.
+    """Compare a graph with the model, on batches of other sizes, and of other numbers of tokens or patches.
 
     Raises:
         ValueError: they differ.
     """
+    options: dict[str, Any] = {}
+    if modality == "image" and (patches := getattr(processor.image_processor, "max_num_patches", None)):
+        options["max_num_patches"] = max(1, patches // 2)
     for rows in ([0], [1], [1, 0, 1]):
-        inputs: Mapping[str, Tensor] = prepared(processor, modality, rows)
-        expected = model.embeddings(modality, **inputs)
+        inputs = prepared(processor, modality, rows, **options)
+        expected = embedded(model, modality, inputs)
         found = engine.embeddings(modality, **inputs)
         difference = float((found - expected).abs().max() / expected.abs().max())
         if found.shape != expected.shape or not difference <= TOLERANCE:

@@ -10,45 +10,40 @@ from transformers import AutoModel
 import hfvlm
 from hfvlm.release.sentence_files import write_sentence_files
 from hfvlm.release.sources import conversion_of
-from hfvlm.release.untrained import KINDS
-from tests.conftest import SHIPPED
-from tests.support.paths import OURS
-
-BYTES = SHIPPED / "bpe_simple_vocab.txt.gz"
-VOCABULARIES = {"clip": BYTES, "filip": BYTES, "languagebind": BYTES}
-VOCABULARIES["siglip"] = OURS / "siglip" / "processor-tokenizer-tiny" / "tiny.model"
+from tests.support.towers import TOWERS, parts_with_tower
 
 
 def tiny_folder(name: str, folder: Path) -> Path:
-    """Write a folder of an architecture's tiny preset; "blip2" is of the first stage, "blip2-opt" of the second."""
-    if name in KINDS:
-        hfvlm.untrained(name, folder)
-        model = AutoModel.from_pretrained(folder)
-    else:
-        torch.manual_seed(0)
+    """Write a folder of an architecture's tiny preset, or of one of `TOWERS`; "blip2" is of the first stage,
+    "blip2-opt" of the second."""
+    if name.partition("-")[0] in ("blip2", "merlot_reserve") or name in TOWERS:
         model, processor = parts_of(name)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+    else:
+        hfvlm.untrained(name, folder)
+        model = AutoModel.from_pretrained(folder)
     write_sentence_files(folder, model)
     return folder
 
 
-def parts_of(name: str) -> tuple:
-    """A model and its processor."""
+def parts_of(name: str) -> tuple[Any, Any]:
+    """Make a model and its processor."""
     if name.startswith("blip2"):
         from tests.models.blip2.test_conversion import BERT, CASES, tiny
 
         kind = name.partition("-")[2]
         model = tiny(kind or None)
-        return model, processor_of("blip2", model.config, {}, CASES / "opt-eva" / "opt_vocab.json" if kind else BERT)
-    preset = hfvlm.load_preset(f"{name}/tiny")
-    if name in VOCABULARIES:
-        config = preset.make_config()
-        return AutoModel.from_config(config), processor_of(name, config, preset.processor, VOCABULARIES[name])
-    with TemporaryDirectory() as scratch:  # of word pieces, as BERT's
-        config, processor = KINDS["vilbert"](preset, Path(scratch))
-    return AutoModel.from_config(config), processor
+        vocabulary = CASES / "opt-eva" / "opt_vocab.json" if kind else BERT
+        return model, conversion_of("blip2").processor_for(model.config, {}, vocabulary)
+    if name != "merlot_reserve":
+        return parts_with_tower(name)
+    from tests.models.merlot_reserve.vocabulary import written_vocabulary
 
-
-def processor_of(name: str, config: Any, settings: dict, vocabulary: Path) -> Any:
-    return conversion_of(name).processor_for(config, settings, vocabulary)
+    preset = hfvlm.load_preset("merlot_reserve/tiny")
+    config = preset.make_config()
+    with TemporaryDirectory() as scratch:
+        vocabulary = written_vocabulary(Path(scratch) / "lowercase_encoder.json", config.vocab_size)
+        processor = conversion_of(name).processor_for(config, preset.processor, vocabulary)
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval(), processor
