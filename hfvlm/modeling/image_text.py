@@ -282,8 +282,9 @@ class ImageTextModel(HfvlmPreTrainedModel, Generation):
             cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
             # Ids are those of the whole text, media of what follows on the cache.
             known = 0 if cache is None else int(cache.get_seq_length())
-            ids, embeds = (kwargs.get("input_ids") if inputs is None else inputs), kwargs.get("inputs_embeds")
-            media = self.placed(media, *(None if each is None else each[:, known:] for each in (ids, embeds)), cache)
+            texts = (kwargs.get("input_ids") if inputs is None else inputs), kwargs.get("inputs_embeds")
+            ids, embeds = (None if each is None else each[:, known:] for each in texts)
+            media = self.placed(media, ids, embeds, cache)
         if features := self.encode_media(media, kwargs.pop("mm_encoder_outputs", None)):
             kwargs["mm_encoder_outputs"] = features
         return super().generate(inputs, *args, **kwargs)
@@ -382,7 +383,7 @@ class Backbone:
         rename_cache(owner, kwargs)
         check_keywords(owner, kwargs, {*known, *Keywords.__optional_keys__, "cache"})
         names = {name for names in self.model.media_inputs.values() for name in names}
-        media = {name: kwargs.pop(name, None) for name in names}
+        media: Mapping[str, Any] = {name: kwargs.pop(name, None) for name in names}
         media = self.model.placed(media, input_ids, inputs_embeds, kwargs.get("cache"))
         features = self.model.encode_media(media, mm_encoder_outputs)
         return self.model.read_with(self.model.language_model.base_model, input_ids, inputs_embeds, features, **kwargs)

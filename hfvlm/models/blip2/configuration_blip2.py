@@ -135,7 +135,7 @@ class HfvlmBLIP2Config(HfvlmConfig):
             self.is_encoder_decoder = text.is_encoder_decoder
             self.tie_word_embeddings = text.tie_word_embeddings and not text.is_encoder_decoder
             if text.model_type == "opt":  # other language models have plans of their own
-                self.base_model_tp_plan, self.base_model_pp_plan = OPT_TP_PLAN, OPT_PP_PLAN
+                vars(self).update(base_model_tp_plan=OPT_TP_PLAN, base_model_pp_plan=OPT_PP_PLAN)
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """Return that of the decoder: the language model, or in the first stage the Q-Former."""
