@@ -74,7 +74,7 @@ def blip(seed: int, effort: float) -> dict[str, Scores]:
     shown, asked, truth = questions(train, random)
     inputs = dict(processor(images=shown, text=asked, padding=True, return_tensors="pt"))
     inputs["labels"] = processor.answers(truth)
-    fit(model, rows_of(inputs, random), steps_of(400, effort), rate=1e-3)
+    fit(model, rows_of(inputs, random), steps_of(1600, effort), rate=1e-3)
     shown, asked, truth = questions(test, random)
     answer = Captioner(model, processor, do_sample=False, max_new_tokens=4)
     return {ANSWERS: Scores(*(equal(answer(images, asked), truth) for images in (shown, grey(shown))))}

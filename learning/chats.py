@@ -1,22 +1,29 @@
 """Models that answer in conversations about images and videos."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
+import hfvlm
 from hfvlm.inference.captioner import Captioner
+from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
 from hfvlm.training.chat import ChatCollator, in_conversation
 from learning.entries import Scores, learns
 from learning.fitting import equal, example, fit, grey, rows_of, steps_of, untrained
 
 KINDS = list(product(scenes.COLOURS, scenes.SHAPES))
-HELD_OUT, TRAIN, TESTS = 6, 1500, 200
+HELD_OUT, TRAIN, TESTS = 6, 5000, 200
 BLIND = "the same model on grey images"
+SHIPPED = str(files("hfvlm.samples") / "clip-tiny" / "clip-tiny.pt")
 # The authors' own would be most of what is read.
 SYSTEM = {"role": "system", "content": "A picture."}
 
@@ -113,7 +120,7 @@ def qwen_vl(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     model, processor = untrained("qwen_vl", seed)
     processor = in_conversation(processor, "pretraining")
-    return {MIXED: ask((model, processor), about_groups, seed, steps_of(500, effort), system=False)}
+    return {MIXED: ask((model, processor), about_groups, seed, steps_of(800, effort), system=False)}
 
 
 def about_regions(kinds: list[tuple[str, str]], random: np.random.RandomState) -> Question:
@@ -144,8 +151,7 @@ def quarter(image: Any, other: Any, place: str) -> Any:
 @learns("shikra", "reads regions of an image as numbers in the text", BLIND)
 def shikra(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
-    model, processor = untrained("shikra", seed)
-    found = ask((model, processor), about_regions, seed, steps_of(500, effort))
+    found = ask(on_clip(*untrained("shikra", seed)), about_regions, seed, steps_of(600, effort))
     return {"colours of the one of four shapes that a box means": found}
 
 
@@ -163,17 +169,29 @@ MOTION = "the way, of four, that a shape moves, of kinds that are held out"
     "video_chatgpt", "answers questions about videos, from means over time and space", "the same model on grey videos"
 )
 def video_chatgpt(seed: int, effort: float) -> dict[str, Scores]:
-    return moving("video_chatgpt", seed, steps_of(350, effort))
+    return moving("video_chatgpt", seed, steps_of(400, effort))
 
 
 @learns("pg_video_llava", "the same, with a deeper projector", "the same model on grey videos")
 def pg_video_llava(seed: int, effort: float) -> dict[str, Scores]:
-    return moving("pg_video_llava", seed, steps_of(350, effort))
+    return moving("pg_video_llava", seed, steps_of(400, effort))
 
 
 def moving(name: str, seed: int, steps: int) -> dict[str, Scores]:
     torch.manual_seed(seed)
-    return {MOTION: ask(untrained(name, seed), about_motion, seed, steps, modality="video")}
+    return {MOTION: ask(on_clip(*untrained(name, seed)), about_motion, seed, steps, modality="video")}
+
+
+def on_clip(model: Any, processor: Any) -> tuple[Any, Any]:
+    """Put the shipped CLIP's vision tower into a model, where it stays as it is, as in the papers."""
+    with TemporaryDirectory() as folder:
+        tower = HfvlmCLIPVisionModel.from_pretrained(hfvlm.convert(SHIPPED, "clip/tiny", Path(folder) / "clip"))
+    config = copy.deepcopy(model.config)
+    config.vision_config = tower.config
+    begun: Any = type(model)(config)
+    begun.vision_model.load_state_dict(tower.state_dict())
+    begun.vision_model.requires_grad_(requires_grad=False)
+    return begun, processor
 
 
 @learns("paligemma", "detects: answers with the pieces of a box", BLIND)
