@@ -15,10 +15,15 @@ MODALITIES = ("text", "image", "audio", "video")
 
 
 class Encoder(AbsEncoder):
-    """An `Embedder`, or its folder, as a model of mteb's; `options` are of `Embedder.from_pretrained`."""
+    """An `Embedder`, or its folder, as a model of mteb's; `options` are of `Embedder.from_pretrained`.
+
+    Raises:
+        ValueError: the model has several vectors for a source.
+    """
 
     def __init__(self, model: Any, revision: str | None = None, **options: Any):
         self.embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model, **options)
+        self.embedder.check_one_vector("mteb")
         modalities = [name for name in MODALITIES if name in self.embedder.modalities]
         name = f"hfvlm/{type(self.embedder.model).__name__}"
         self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision, "modalities": modalities})

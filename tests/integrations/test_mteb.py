@@ -122,6 +122,13 @@ def test_every_modality(name, tmp_path):
     assert len({round(score, 3) for score in found.values()}) > 2
 
 
+def test_several_vectors_are_refused(tmp_path):
+    from hfvlm.integrations.mteb import Encoder
+
+    with pytest.raises(ValueError, match="mteb needs one vector for each source; HfvlmFILIPModel"):
+        Encoder(tiny_folder("filip", tmp_path / "filip"))
+
+
 def test_rows_of_several_modalities_are_added(clip_folder):
     from hfvlm.integrations.mteb import Encoder
 

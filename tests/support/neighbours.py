@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 # What pip downloads, by the package's name when it is imported. vLLM's wheel is ten times as large as its sources.
-PACKAGES = {"lmms_eval": ("lmms-eval",), "vllm": ("--no-build-isolation", "--no-binary", "vllm", "vllm")}
+PACKAGES = {
+    "lmms_eval": ("lmms-eval",),
+    "sglang": ("sglang",),
+    "vllm": ("--no-build-isolation", "--no-binary", "vllm", "vllm"),
+}
 # What vLLM's modules import and hfvlm's tests do not use, without what these need.
 UNUSED = ("xgrammar", "apache-tvm-ffi", "llguidance", "outlines_core", "lark", "uvloop")
 
@@ -37,8 +41,8 @@ def download(folder: Path) -> None:
             shutil.move(inner[0], folder / name / name)
 
 
-def sources(name: str) -> None:
-    """Put a neighbour's sources on the path.
+def sources(name: str) -> Path:
+    """Put a neighbour's sources on the path, and return their folder.
 
     Raises:
         pytest.skip.Exception: they are not there.
@@ -48,6 +52,7 @@ def sources(name: str) -> None:
         pytest.skip(f"the sources of {name} are downloaded by `make integrations`", allow_module_level=True)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+    return folder
 
 
 if __name__ == "__main__":

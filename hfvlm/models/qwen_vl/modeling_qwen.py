@@ -62,7 +62,7 @@ class QwenAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
-        return self.o_proj(out.flatten(2)), weights
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), weights
 
 
 class QwenLayer(GradientCheckpointingLayer):
