@@ -37,11 +37,9 @@ class GenerationSuite:
         return alone | {name: alone[name][:, real] for name in ("input_ids", "attention_mask")}
 
     @from_disk
-    def test_generates_with_offloaded_weights(self, model, batch, tmp_path):
+    def test_generates_with_offloaded_weights(self, model, batch, saved, tmp_path):
         batch, expected = self.one(batch, 0), self.answer(model, self.one(batch, 0))
-        model.save_pretrained(tmp_path / "model")
-        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "weights"}
-        loaded = self.model_class.from_pretrained(tmp_path / "model", **disk)
+        loaded = self.model_class.from_pretrained(saved, device_map={"": "disk"}, offload_folder=tmp_path)
         assert torch.equal(self.answer(loaded, batch), expected)
 
     def test_shifted_labels_give_the_same_loss(self, model, batch):
@@ -100,15 +98,14 @@ class GenerationSuite:
         assert torch.equal(answer, expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
-    def test_split_over_devices(self, model, batch, tmp_path):
+    def test_split_over_devices(self, model, batch, saved, tmp_path):
         """Part of it in memory, the rest on disk: no layer is in two places, and nothing else changes."""
         pytest.importorskip("accelerate", reason="comes with hfvlm[train]")
-        model.save_pretrained(tmp_path / "whole")
         room = sum(p.nbytes for p in model.parameters())
         layers = [name for name, _ in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
         for share in (0.85, 0.95):
             places = {"device_map": "auto", "max_memory": {"cpu": int(room * share)}, "offload_folder": str(tmp_path)}
-            split = type(model).from_pretrained(tmp_path / "whole", **places)
+            split = type(model).from_pretrained(saved, **places)
             assert set(split.hf_device_map.values()) == {"cpu", "disk"}
             assert not any(part.startswith(f"{layer}.") for part in split.hf_device_map for layer in layers)
             with torch.no_grad():

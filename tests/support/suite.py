@@ -1,7 +1,7 @@
 """What must hold for every model. A test of one subclasses `ModelSuite` and gives a tiny configuration and inputs."""
 
 import copy
-import tempfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -49,9 +49,17 @@ class ModelSuite:
         torch.manual_seed(0)
         return cls.model_class(cls().config()).eval()
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def saved(cls, made, tmp_path_factory):
+        """Its folder. Read only."""
+        folder = tmp_path_factory.mktemp("model")
+        copied(made).save_pretrained(folder)
+        return folder
+
     @pytest.fixture
     def model(self, made):
-        return copy.deepcopy(made)
+        return copied(made)
 
     @pytest.fixture
     def shallow(self):
@@ -81,26 +89,23 @@ class ModelSuite:
 
     # Saving, loading, finding
 
-    def test_save_and_load_is_bit_equal(self, model, batch, tmp_path):
+    def test_save_and_load_is_bit_equal(self, model, batch, saved):
         expected = self.run(model, batch)
-        model.save_pretrained(tmp_path)
-        loaded, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
+        loaded, info = self.model_class.from_pretrained(saved, output_loading_info=True)
         assert not any(info.values()), info
         same(self.run(loaded.eval(), batch), expected, exact=True)
 
     @from_disk
-    def test_offloaded_weights_change_nothing(self, model, batch, tmp_path):
+    def test_offloaded_weights_change_nothing(self, model, batch, saved, tmp_path):
         """They are on the disk until a module is called: what reads a parameter otherwise finds none."""
         expected = self.run(model, batch)
-        model.save_pretrained(tmp_path / "model")
-        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "weights"}
-        same(self.run(self.model_class.from_pretrained(tmp_path / "model", **disk), batch), expected, 1e-6)
+        disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path}
+        same(self.run(self.model_class.from_pretrained(saved, **disk), batch), expected, 1e-6)
 
-    def test_auto_class_finds_it(self, model, tmp_path):
+    def test_auto_class_finds_it(self, made, saved):
         assert type(self.auto_class.from_config(self.config())) is self.model_class
-        model.save_pretrained(tmp_path)
-        assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
-        assert type(self.auto_class.from_pretrained(tmp_path)) is self.model_class
+        assert type(AutoConfig.from_pretrained(saved)) is type(made.config)
+        assert type(self.auto_class.from_pretrained(saved)) is self.model_class
 
     def test_config_survives_a_round_trip(self, tmp_path):
         config = self.config()
@@ -117,11 +122,11 @@ class ModelSuite:
         with pytest.raises(Exception, match="initializer_range"):
             type(config)(initializer_range="wide")
 
-    def test_names_that_transformers_reads_exist(self, model):
-        kinds = {type(module).__name__ for module in model.modules()}
-        assert set(model._no_split_modules) & kinds
-        assert model.base_model_prefix
-        assert model.get_input_embeddings() is not None
+    def test_names_that_transformers_reads_exist(self, made):
+        kinds = {type(module).__name__ for module in made.modules()}
+        assert set(made._no_split_modules) & kinds
+        assert made.base_model_prefix
+        assert made.get_input_embeddings() is not None
 
     # Numbers
 
@@ -175,11 +180,11 @@ class ModelSuite:
         fresh = self.model_class(self.config())
         assert {type(module).__name__ for module in set(fresh.modules()) - seen} == set()
 
-    def test_every_weight_is_initialised_from_nothing(self, model):
+    def test_every_weight_is_initialised_from_nothing(self, made):
         """Models are made without memory and then filled; what no rule covers would be garbage."""
         torch.manual_seed(0)
         fresh = self.model_class.from_pretrained(None, config=self.config(), state_dict={})
-        expected = dict(model.named_parameters()) | dict(model.named_buffers())
+        expected = dict(made.named_parameters()) | dict(made.named_buffers())
         for name, value in (*fresh.named_parameters(), *fresh.named_buffers()):
             left, right = value.float(), expected[name].float()
             assert torch.isfinite(left).all(), name
@@ -235,7 +240,7 @@ class ModelSuite:
         assert sum("lora_B" in name for name in grads) >= len(self.lora_layers)
 
     def test_lora_merges_and_reloads(self, model, batch, tmp_path):
-        base = copy.deepcopy(model)
+        base = copied(model)
         tuned = get_peft_model(model, LoraConfig(target_modules=self.lora_layers, init_lora_weights=False)).eval()
         expected = self.run(tuned, batch)
         tuned.save_pretrained(tmp_path)
@@ -295,26 +300,27 @@ class ModelSuite:
                 assert tower.config is getattr(model.config, name), name
                 assert (tower.config._attn_implementation == "eager") == (name == first), name
 
-    def test_towers_alone_equal_those_inside(self, model, batch):
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            for name, inside in model.named_children():
-                if isinstance(inside, HfvlmPreTrainedModel):  # transformers' own look for no names of a composite
-                    alone, info = type(inside).from_pretrained(folder, output_loading_info=True)
-                    assert not any(info.values()), (name, info)
-                    for left, right in zip(alone.state_dict().values(), inside.state_dict().values(), strict=True):
-                        assert torch.equal(left, right), name
+    def test_towers_alone_equal_those_inside(self, made, saved):
+        for name, inside in made.named_children():
+            if isinstance(inside, HfvlmPreTrainedModel):  # transformers' own look for no names of a composite
+                alone, info = type(inside).from_pretrained(saved, output_loading_info=True)
+                assert not any(info.values()), (name, info)
+                for left, right in zip(alone.state_dict().values(), inside.state_dict().values(), strict=True):
+                    assert torch.equal(left, right), name
 
 
 class PartSuite(ModelSuite):
-    """What must hold for a part of a model that is tested as a whole: the graph of the whole holds its graph."""
+    """What must hold for a part of a model that is tested as a whole: the graph of the whole holds its graph. That its
+    adapters are used is seen where they learn; merging them is PEFT's."""
 
-    test_compiles_as_one_graph = test_exports = None
+    test_compiles_as_one_graph = test_exports = test_lora_merges_and_reloads = None
 
 
 class ImageClassifierSuite(ModelSuite):
-    """What must hold for a linear layer on the vision tower of a dual encoder; subclasses also say `whole_class`."""
+    """What must hold for a linear layer on the vision tower of a dual encoder; subclasses also say `whole_class`. The
+    tower is in the graph of the dual encoder; CLIP's is traced with the layer, too."""
 
+    test_compiles_as_one_graph = test_exports = None
     whole_class: type[PreTrainedModel]
     # Of the tower, what the classifier makes its logits of.
     pooled_output = "pooler_output"
@@ -344,6 +350,13 @@ class ImageClassifierSuite(ModelSuite):
         assert not info["unexpected_keys"]
         summary = whole.vision_model(**batch)[self.pooled_output]
         close(head.vision_model.eval()(**batch)[self.pooled_output], summary, 1e-6, "summary")
+
+
+def copied(model):
+    """A deep copy; a module's dozen empty dictionaries are made anew, which take as long as tensors."""
+    kinds = (OrderedDict, dict, set)
+    parts = (value for part in model.modules() for value in vars(part).values() if type(value) in kinds)
+    return copy.deepcopy(model, {id(value): type(value)() for value in parts if not value})
 
 
 def shallow(config):

@@ -228,6 +228,7 @@ class TestModel(ModelSuite):
 
 class TestRetrieval(TestModel):
     model_class, auto_class = HfvlmBLIPForImageTextRetrieval, AutoModel
+    test_compiles_as_one_graph = test_exports = None  # without a loss, it computes what the model above does
 
     def config(self):
         return config("HfvlmBLIPForImageTextRetrieval")

@@ -191,6 +191,7 @@ class TestCLIPWithResNet(TestCLIP):
 class TestImageClassification(ImageClassifierSuite):
     model_class, auto_class = HfvlmCLIPForImageClassification, AutoModelForImageClassification
     whole_class = HfvlmCLIPModel
+    test_compiles_as_one_graph, test_exports = ModelSuite.test_compiles_as_one_graph, ModelSuite.test_exports
 
     def config(self):
         return HfvlmCLIPConfig(vision_config=dict(VISION), text_config=dict(TEXT), num_labels=4)
