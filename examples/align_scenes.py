@@ -126,7 +126,7 @@ def aligned(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, A
     found = judge(folder, data["tests"], data["test_pairs"])
     found |= {"seed": seed, "seconds": spent, "settings": settings}
     done.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+    return json.loads(done.read_text())
 
 
 # What is trained on

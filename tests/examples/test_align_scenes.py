@@ -75,24 +75,8 @@ def test_the_table_goes_between_the_marks(example, tmp_path):
 
 @pytest.mark.integration
 def test_the_example_runs(example, tmp_path):
-    few = [
-        "--seeing",
-        "2",
-        "--steps",
-        "2",
-        "2",
-        "1",
-        "2",
-        "--scenes",
-        "40",
-        "40",
-        "16",
-        "--tests",
-        "6",
-        "--seeds",
-        "0",
-    ]
-    (found,) = example.main(["--output", str(tmp_path), *few])
+    few = ["--output", str(tmp_path), "--seeds", "0", "--seeing", "2", "--scenes", "40", "40", "16", "--tests", "6"]
+    (found,) = example.main([*few, "--steps", "2", "2", "1", "2"])
     assert found == json.loads((tmp_path / "seed-0" / "results.json").read_text())
     assert {"instructed", "rloo", "dpo"} < set(found)
     assert all(len(found[name]["answers"]) == 6 for name in example.ASKED)
