@@ -1,5 +1,7 @@
 """Rendered scenes of coloured shapes, with captions."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -124,13 +126,36 @@ class SceneGroup:
 
     def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
         """Draw an image."""
-        image, edge = _ground(random, pixels)
-        shapes: list[Shape] = []
-        for place in self.places:
-            radius = edge * random.uniform(0.18, 0.23)
-            x, y = (edge * (middle + random.uniform(-0.02, 0.02)) for middle in PLACES[place])
-            shapes.append((self.shape, (x, y), radius, COLOURS[self.colour]))
-        return _drawn(image, shapes)
+        return _in_quarters([(self.colour, self.shape)] * len(self.places), self.places, random, pixels)
+
+
+@dataclass(frozen=True)
+class ObjectScene:
+    """One to four shapes, no two of one colour and shape, each in a quarter of its own."""
+
+    # Colour and shape of what is in each of `places`.
+    objects: tuple[tuple[str, str], ...]
+    places: tuple[str, ...]
+
+    def caption(self) -> str:
+        """Name the shapes, those in the north first, and those in the west before those in the east."""
+        order = sorted(range(len(self.places)), key=lambda i: list(PLACES).index(self.places[i]))
+        return caption_of([self.objects[i] for i in order])
+
+    def render(self, random: np.random.RandomState, pixels: int = 32) -> Image.Image:
+        """Draw an image."""
+        return _in_quarters(self.objects, self.places, random, pixels)
+
+
+def caption_of(objects: Sequence[tuple[str, str]]) -> str:
+    """Name shapes of these colours and names, in their order."""
+    return " and ".join(f"a {colour} {shape}" for colour, shape in objects)
+
+
+def named_objects(text: str) -> list[tuple[str, str]]:
+    """List the colours and names of the shapes that a text names, in its order and as often as it does."""
+    found = re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", text)
+    return [(colour, shape) for colour, shape in found]
 
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -163,6 +188,19 @@ def _ground(random: np.random.RandomState, pixels: int) -> tuple[Image.Image, in
     """Return a dark image to draw on, and the length of its edge."""
     edge = SCALE * pixels
     return Image.new("RGB", (edge, edge), tuple(int(v) for v in random.randint(0, 50, 3))), edge
+
+
+def _in_quarters(
+    objects: Sequence[tuple[str, str]], places: Sequence[str], random: np.random.RandomState, pixels: int
+) -> Image.Image:
+    """Draw an image of coloured shapes in quarters."""
+    image, edge = _ground(random, pixels)
+    shapes: list[Shape] = []
+    for (colour, shape), place in zip(objects, places, strict=True):
+        radius = edge * random.uniform(0.18, 0.23)
+        x, y = (edge * (middle + random.uniform(-0.02, 0.02)) for middle in PLACES[place])
+        shapes.append((shape, (x, y), radius, COLOURS[colour]))
+    return _drawn(image, shapes)
 
 
 def _drawn(image: Image.Image, shapes: list[Shape]) -> Image.Image:
