@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib.resources import files
 from io import BytesIO
@@ -13,12 +13,14 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
 
 from hfvlm.checks.messages import cut, listed, shown
 from hfvlm.inference.pages import drawn
 from hfvlm.inference.templates import SETS
 from hfvlm.media import urls
 from hfvlm.serving import forms
+from hfvlm.serving.conversations import Pieces
 from hfvlm.serving.errors import RequestError
 from hfvlm.serving.guard import Guard
 from hfvlm.serving.served import Served, is_drawn
@@ -128,7 +130,7 @@ def chat(served: Serves, form: Annotated[forms.Question, Form()]) -> StreamingRe
     or {"error": message}."""
     chats = served.needed_chats()
     pieces = chats.answer(form.conversation, form.question, form.media(), form.options())
-    return StreamingResponse(lines(pieces), media_type="application/x-ndjson")
+    return Answer(pieces)
 
 
 @router.get(
@@ -157,10 +159,19 @@ def media(served: Serves, modality: Modality, row: Row) -> FileResponse:
     return FileResponse(path, media_type=kind)
 
 
-def lines(pieces: Iterator[dict[str, str]]) -> Iterator[str]:
-    """Yield the lines of a streamed answer."""
-    for piece in pieces:
-        yield json.dumps(piece) + "\n"
+class Answer(StreamingResponse):
+    """A streamed answer, a line a piece, which ends when its client has left: Starlette leaves that to Python's
+    collector."""
+
+    def __init__(self, pieces: Pieces):
+        super().__init__((json.dumps(piece) + "\n" for piece in pieces), media_type="application/x-ndjson")
+        self.pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.pieces.close()
 
 
 def make_app(served: Served, *, names: Collection[str] = (), upload_bytes: int = MOST_UPLOADED) -> FastAPI:

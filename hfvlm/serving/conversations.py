@@ -42,8 +42,8 @@ class Conversations:
 
     def answer(
         self, name: str | None, question: str, media: Mapping[str, Sequence[bytes]], options: Mapping[str, Any]
-    ) -> Iterator[dict[str, str]]:
-        """Answer in pieces. If the iteration ends early, so does the answer, and the turn is dropped.
+    ) -> "Pieces":
+        """Answer in pieces. If they are closed early, the answer ends, and the turn is dropped.
 
         Args:
             name: of an earlier conversation; None begins one.
@@ -67,7 +67,7 @@ class Conversations:
         pieces.put({"conversation": name})
         stopped = Event()
         Thread(target=self.generate, args=(name, question, read, options, pieces, stopped), daemon=True).start()
-        return received(pieces, stopped)
+        return Pieces(pieces, stopped)
 
     def begin(self, name: str | None) -> str:
         """Take up a conversation, or begin one, for one answer.
@@ -128,10 +128,22 @@ class Conversations:
             pieces.put(None)
 
 
-def received(pieces: "SimpleQueue[dict[str, str] | None]", stopped: Event) -> Iterator[dict[str, str]]:
-    """Yield what is put into a queue up to None; an iteration that ends early sets `stopped`."""
-    try:
-        while (piece := pieces.get()) is not None:
-            yield piece
-    finally:
-        stopped.set()
+class Pieces(Iterator[dict[str, str]]):
+    """What another thread puts into a queue, up to None.
+
+    Args:
+        pieces: the queue.
+        stopped: tells that thread to end.
+    """
+
+    def __init__(self, pieces: "SimpleQueue[dict[str, str] | None]", stopped: Event):
+        self.pieces, self.stopped = pieces, stopped
+
+    def __next__(self) -> dict[str, str]:
+        if self.stopped.is_set() or (piece := self.pieces.get()) is None:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        """End the answer; another thread may be waiting for its next piece."""
+        self.stopped.set()

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from tests.support.processes import run_alone
 
 pytestmark = pytest.mark.integration
 sources("sglang")
+msgspec = pytest.importorskip("msgspec", reason="comes with SGLang")
 
 NAMES = ("llava", "llava_tiles", "blip2-opt", "qwen_vl", "shikra")
 # SGLang's files that run whole, in the order of their imports.

@@ -49,7 +49,7 @@ def hangs_up(server, port):
     """A client that leaves in the middle of an answer ends it."""
     chats = server.config.app.state.served.chats
     chats.model.generation_config.min_new_tokens = 2000  # no end of its own comes first,
-    chats.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # and none by the text's greatest length
+    chats.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))  # and none by the text's greatest length
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         body = b"question=What%3F&max_new_tokens=2000"
         head = f"POST /chat HTTP/1.1\r\nhost: localhost:{port}\r\ncontent-type: application/x-www-form-urlencoded\r\n"

@@ -65,9 +65,10 @@ class TestFlamingo(GenerationSuite, ModelSuite):
     def shallow(self, model):
         return model
 
-    @pytest.fixture
-    def model(self):
-        return tiny(self.text)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def made(cls):
+        return tiny(cls.text)
 
     def config(self):
         return config_on(self.text)
