@@ -195,7 +195,7 @@ def write_page(page: Path, found: dict[str, list[dict[str, Any]]], options: argp
         table(found),
     ]
     for name, results in found.items():
-        report = results[0]["report"].replace("\n## ", "\n").replace("# ", "", 1)
+        report = results[0]["report"].partition("\n## ")[0].replace("# ", "", 1)  # without the table of keys
         lines += ["", f"### The report of {name}", "", "```text", report.rstrip(), "```"]
     page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
 
