@@ -84,7 +84,7 @@ def test_damaged_files_are_refused(tmp_path, tree, reason):
 
 def test_flax_itself_agrees(tmp_path):
     """What the package msgpack packs, which flax uses."""
-    msgpack = pytest.importorskip("msgpack", reason="a package that others need")
+    msgpack = pytest.importorskip("msgpack", reason="`pip install msgpack`, which hfvlm is compared with")
 
     def packed(value):
         inner = msgpack.packb((value.shape, value.dtype.name, value.tobytes()), use_bin_type=True)

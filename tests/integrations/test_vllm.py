@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.folders import tiny_folder
+from tests.support.folders import served_folders
 from tests.support.neighbours import sources
 from tests.support.processes import run_alone
 
@@ -127,15 +127,7 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) / name for name in NAMES}
-    for name, folder in folders.items():
-        if name == "llava_tiles":
-            from tests.models.llava.tiny import GRID, converted
-
-            folders[name] = converted(folder.parent, grid_pinpoints=GRID, patch_merge="spatial_unpad")
-        else:
-            tiny_folder(name, folder)
-    return run_alone(served, {name: str(folder) for name, folder in folders.items()})
+    return run_alone(served, served_folders(NAMES, tmp_path_factory))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """Small folders of architectures that learned nothing, with processors, as `convert` writes them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,21 @@ def tiny_folder(name: str, folder: Path) -> Path:
         model = AutoModel.from_pretrained(folder)
     write_sentence_files(folder, model)
     return folder
+
+
+def served_folders(names: Iterable[str], factory: Any) -> dict[str, str]:
+    """Write the folders that servers load, one of a LLaVA that reads tiles; `factory` is pytest's of folders."""
+    folders = {}
+    for name in names:
+        parent = factory.mktemp(name)
+        if name == "llava_tiles":
+            from tests.models.llava.tiny import GRID, converted
+
+            folder = converted(parent, grid_pinpoints=GRID, patch_merge="spatial_unpad")
+        else:
+            folder = tiny_folder(name, parent / name)
+        folders[name] = str(folder)
+    return folders
 
 
 def parts_of(name: str) -> tuple[Any, Any]:
