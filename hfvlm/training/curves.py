@@ -6,7 +6,7 @@ from typing import Any
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the training loss and, next to it, the recalls of the evaluations, over the steps; PNG.
+    """Plot the training loss and, next to it, any recalls of evaluations over the steps; PNG.
 
     Args:
         history: `trainer.state.log_history`.
@@ -15,17 +15,18 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    names = sorted({name for entry in history for name in entry if "recall@1" in name and not name.endswith("0")})
+    figure = Figure(figsize=(9 if names else 4.5, 3.2))
     FigureCanvasAgg(figure)
-    losses, recalls = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08 if names else 0.16, right=0.98, bottom=0.16, top=0.96)
+    losses, *others = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
     losses.plot(*curve(history, "loss"), color="tab:blue")
     losses.set(xlabel="step", ylabel="training loss")
-    names = sorted({name for entry in history for name in entry if "recall@1" in name and not name.endswith("0")})
-    for name in names:
-        label = name.removeprefix("eval_").replace("_recall@1", "").replace("_", " ")
-        recalls.plot(*curve(history, name), marker=".", label=label)
-    recalls.set(xlabel="step", ylabel="recall@1", ylim=(0, 1.02))
-    if names:
+    for recalls in others:
+        for name in names:
+            label = name.removeprefix("eval_").replace("_recall@1", "").replace("_", " ")
+            recalls.plot(*curve(history, name), marker=".", label=label)
+        recalls.set(xlabel="step", ylabel="recall@1", ylim=(0, 1.02))
         recalls.legend(loc="lower right")
     figure.savefig(path, dpi=100)
 

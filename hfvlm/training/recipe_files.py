@@ -137,9 +137,8 @@ def checked(recipe: Mapping[str, Any], kinds: Iterable[Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown field, a value of another type, or one out of its range; naming the field.
     """
-    hints = {
-        field.name: typing.get_type_hints(kind)[field.name] for kind in kinds for field in dataclasses.fields(kind)
-    }
+    types = {kind: typing.get_type_hints(kind) for kind in kinds}
+    hints = {field.name: known[field.name] for kind, known in types.items() for field in dataclasses.fields(kind)}
     cpu = runs_on_cpu(recipe)
     if cpu and not as_switch(recipe.get("use_cpu", False)) and as_switch(recipe.get("bf16")) is True:
         raise ValueError("bf16 is on, and this machine has no accelerator: write bf16=auto, or use_cpu=true.")

@@ -99,8 +99,10 @@ def test_damaged_vocabularies(tmp_path, fuzz_rounds, kind):
     tally.report()
 
 
+# Half a gigabyte of zeros: members of a gzip file may follow each other.
+ZEROS = gzip.compress(bytes(2**21), mtime=0) * 2**8
 HOSTILE = {
-    "a bomb": ("bpe.txt.gz", gzip.compress(bytes(2**29)), openai_bpe),
+    "a bomb": ("bpe.txt.gz", ZEROS, openai_bpe),
     "many lines": ("bpe.txt.gz", gzip.compress(b"\n" * 2**23), openai_bpe),
     "empty pieces": ("tokenizer.model", b"\x0a\x00" * 2**21, sentencepiece),
     "a long piece": ("tokenizer.model", field(1, field(1, b"a" * 10**6)), sentencepiece),

@@ -14,10 +14,9 @@ from tests.support.folders import parts_of
 from tests.support.suite import shallow
 from tests.support.towers import TOWERS, own_modalities
 
-ARCHITECTURES = (
-    "align", "blip", "blip2", "clip", "coca", "filip", "flava", "imagebind", "languagebind", "mammut",
-    "merlot_reserve", "siglip", "wukong",
-)  # fmt: skip
+# One of each kind of tower. `make integrations` writes all of them as ONNX graphs.
+ARCHITECTURES = ("blip2", "clip", "coca", "imagebind", "siglip", "wukong")
+WITH_TOWERS = ("clip-convnext", "clip-eva02", "siglip-naflex")
 
 
 class Program:
@@ -30,7 +29,7 @@ class Program:
         return self.module(*(inputs[name] for name in self.names))
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *TOWERS])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_TOWERS])
 def test_embeddings_are_exported_with_free_sizes(name):
     """Of every modality, each by its tower alone: what `hfvlm export --to onnx` makes graphs of."""
     whole, processor = parts_of(name)

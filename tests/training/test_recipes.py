@@ -61,13 +61,15 @@ def changes(tmp_path, clip_folder, pictures):
 def test_a_small_model_learns_where_things_are(changes, whole_dataset, tmp_path):
     """On pairs of shapes that it never saw together: before, it has only seen shapes on their own.
 
-    In whole batches, which mini-batches only repeat in less memory.
+    In a quarter of the recipe's steps, and in whole batches, which mini-batches only repeat in less memory.
     """
-    changes += [f"dataset={whole_dataset}", "num_train_epochs=7", "mini_batch_size=256"]
+    sizes = ["per_device_train_batch_size=64", "mini_batch_size=64", "learning_rate=2e-3"]
+    changes += [f"dataset={whole_dataset}", "num_train_epochs=3", *sizes]
     metrics = run_recipe(EXAMPLES / "recipes" / "scenes.yaml", changes)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     recalls = [entry["eval_image_to_text_recall@1"] for entry in history if "eval_loss" in entry]
-    assert recalls[0] < 0.4 < 0.7 < recalls[-1]
+    assert recalls[0] < 0.4
+    assert recalls[-1] > recalls[0] + 0.25
     assert metrics["eval_text_to_image_recall@5"] > 0.8
     assert (tmp_path / "out" / "curve.png").stat().st_size > 5000
     assert (tmp_path / "out" / "processor_config.json").exists()

@@ -89,6 +89,7 @@ class TestFlamingo(GenerationSuite, ModelSuite):
 class TestOnMPT(TestFlamingo):
     """Whose output layer is its table of words."""
 
+    test_compiles_as_one_graph = None  # MPT is transformers'
     # Its attention is its own alone, and cuts its biases by lengths that are not known to a graph.
     test_attention_implementations_of_tower_and_language_model = None
     test_decoding_compiles_as_one_graph = None
@@ -107,6 +108,7 @@ class TestResampler(PartSuite):
 
 
 class TestMPT1B(ModelSuite):
+    test_compiles_as_one_graph = None  # what it adds to the language model is exported
     model_class, auto_class = HfvlmFlamingoMPTForCausalLM, AutoModelForCausalLM
     lora_layers = ["attn.q_proj", "attn.v_proj"]
 
