@@ -15,7 +15,7 @@ IMAGE = [START, *[PATCH] * 4, END]
 
 
 class TestShikra(GenerationSuite, ModelSuite):
-    test_compiles_as_one_graph = None  # its parts are LLaVA's
+    test_compiles_as_one_graph = test_decoding_compiles_as_one_graph = None  # its parts are LLaVA's
     model_class, auto_class = HfvlmShikraForConditionalGeneration, AutoModelForImageTextToText
     # The layers after the one that is read have no part in anything.
     lora_layers = [f"layers.{i}.{part}_proj" for i in (0, 1) for part in ("attention.q", "self_attn.q", "self_attn.v")]

@@ -19,6 +19,7 @@ SIZES = {"vision_config": VISION, "text_config": TEXT, "video_token_id": VIDEO, 
 class FilmSuite(GenerationSuite, ModelSuite):
     model_class, auto_class = HfvlmVideoChatGPTForConditionalGeneration, AutoModelForImageTextToText
     modality, pixels = "video", "pixel_values_videos"
+    test_decoding_compiles_as_one_graph = None  # after the first step it is LLaMA, as LLaVA is
     # The layers after the one that is read have no part in anything.
     lora_layers = [f"layers.{i}.{part}_proj" for i in (0, 1) for part in ("attention.q", "self_attn.q", "self_attn.v")]
 
@@ -87,7 +88,6 @@ class TestPaddedFilms(FilmSuite):
     """With the number of frames of each, as the processor gives them."""
 
     implementations = ("sdpa",)
-    test_decoding_compiles_as_one_graph = None  # without films, it is as above
 
     def inputs(self):
         return super().inputs() | {"num_frames": torch.tensor([3, 2, 1])}
@@ -104,7 +104,6 @@ class TestPGVideoLLaVA(FilmSuite):
     test_compiles_as_one_graph = None  # its parts are in the graphs above
     model_class = HfvlmPGVideoLLaVAForConditionalGeneration
     implementations = ("sdpa",)
-    test_decoding_compiles_as_one_graph = None  # without films, it is as above
 
     def config(self):
         return HfvlmPGVideoLLaVAConfig(**SIZES)
