@@ -43,7 +43,7 @@ def test_the_environment_quiets_it(verbosity, seen):
     assert ("odd" in done.stderr) is seen
 
 
-def test_cut_texts_are_told_in_one_line(clip_folder, caplog):
+def test_cut_texts_are_reported_in_one_line(clip_folder, caplog):
     tokenizer = AutoProcessor.from_pretrained(clip_folder).tokenizer
     tokenizer(["short", *["a large red circle and " * 9] * 24])
     (record,) = caplog.records

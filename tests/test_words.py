@@ -78,6 +78,19 @@ def prose(path):
                 yield node.lineno + i, line
 
 
+def described(path):
+    """(line, text) of a test module's comments and docstrings, and the names of its tests as words."""
+    text = path.read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            line = getattr(node, "lineno", 1)
+            yield line, ast.get_docstring(node) or ""
+            yield line, getattr(node, "name", "").replace("_", " ")
+
+
 def odd(line):
     """The odd words of a line, apart from what is allowed."""
     for phrase in ALLOWED:
@@ -88,6 +101,17 @@ def odd(line):
 @pytest.mark.parametrize("path", list(files(*CLEAN)), ids=lambda path: str(path.relative_to(ROOT)))
 def test_prose_has_the_words_of_the_field(path):
     found = [f"{path.relative_to(ROOT)}:{line}: {words}" for line, text in prose(path) if (words := odd(text))]
+    assert not found, "\n".join([*found, f"The field's words: {ODD}"])
+
+
+@pytest.mark.parametrize("folder", sorted(p for p in (ROOT / "tests").iterdir() if p.is_dir()), ids=lambda p: p.name)
+def test_tests_have_them_in_names_and_docstrings(folder):
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {words}"
+        for path in sorted(folder.rglob("*.py"))
+        for line, text in described(path)
+        if (words := odd(text))
+    ]
     assert not found, "\n".join([*found, f"The field's words: {ODD}"])
 
 

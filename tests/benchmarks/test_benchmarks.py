@@ -54,7 +54,7 @@ def test_a_report(tmp_path):
     assert (tmp_path / "performance.png").is_file()
 
 
-def test_options_are_told_with_what_they_are_off(tmp_path, monkeypatch):
+def test_options_are_reported_with_their_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "machine", lambda device: {"threads": 1})
     near = {"hfvlm": lambda: np.ones(1000), "int8": lambda: np.full(1000, 1.25)}
     items = [Options("speed", near, tolerance=0.5), Options("mean", near, tolerance=0.5, score=lambda x: x.mean() / 2)]

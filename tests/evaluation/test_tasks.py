@@ -25,7 +25,7 @@ CLASSES = ("circle", "square", "triangle", "cross")
 
 @pytest.fixture(scope="module")
 def by_class(tmp_path_factory):
-    """Pictures in folders of their classes."""
+    """Images in folders of their classes."""
     folder = tmp_path_factory.mktemp("classes")
     random = np.random.RandomState(0)
     for split, count in (("train", 2), ("test", 1)):
@@ -37,7 +37,7 @@ def by_class(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """Pictures with two captions, a question and ten answers each."""
+    """Images with two captions, a question and ten answers each."""
     folder = tmp_path_factory.mktemp("captions") / "test"
     folder.mkdir()
     random = np.random.RandomState(0)
@@ -125,17 +125,17 @@ def test_the_pipeline_that_answers_questions(small_blip, captioned):
     folder = small_blip("HfvlmBLIPForQuestionAnswering")
     answer = pipeline("visual-question-answering", model=str(folder), device="cpu")
     images = Data(str(captioned)).rows()["image"]
-    picture = read_image(images[0])
-    found = answer(picture, "what shape?", max_new_tokens=4)
+    image = read_image(images[0])
+    found = answer(image, "what shape?", max_new_tokens=4)
     captioner = hfvlm.Captioner.from_pretrained(folder, device="cpu")
-    assert found == [{"answer": captioner(picture, "what shape?", max_new_tokens=4)}]
-    several = answer([picture, read_image(images[1])], "what shape?", max_new_tokens=4)
+    assert found == [{"answer": captioner(image, "what shape?", max_new_tokens=4)}]
+    several = answer([image, read_image(images[1])], "what shape?", max_new_tokens=4)
     assert several[0] == found
     assert len(several) == 2
-    assert answer({"image": picture, "question": "what shape?"}, max_new_tokens=4) == found
-    assert answer(picture, "what?", answers=["circle", "square"])[0]["answer"] in ("circle", "square")
+    assert answer({"image": image, "question": "what shape?"}, max_new_tokens=4) == found
+    assert answer(image, "what?", answers=["circle", "square"])[0]["answer"] in ("circle", "square")
     with pytest.raises(ValueError, match="3 images and 2 questions are no pairs"):
-        answer([picture] * 3, ["what?"] * 2)
+        answer([image] * 3, ["what?"] * 2)
 
 
 def test_a_report_is_written_and_goes_into_the_card(clip_folder, by_class, tmp_path):
@@ -180,10 +180,10 @@ def test_class_weights_are_kept_by_their_content(clip_folder, tmp_path):
     other = ZeroShotClassifier.from_pretrained(clip_folder, {name: [name] for name in CLASSES}, "imagenet-7")
     assert len(list(tmp_path.glob("*.npy"))) == 2
     np.testing.assert_allclose(other.weights, first.weights, atol=1e-6)
-    picture = scenes.all_scenes()[0].render(np.random.RandomState(0))
-    best = first.predict(picture, top_k=4)
+    image = scenes.all_scenes()[0].render(np.random.RandomState(0))
+    best = first.predict(image, top_k=4)
     assert sum(share for _, share in best) == pytest.approx(1, abs=1e-5)
-    assert first.predict([picture], top_k=1) == [best[:1]]
+    assert first.predict([image], top_k=1) == [best[:1]]
 
 
 def test_templates():
@@ -214,7 +214,7 @@ def test_tasks_that_cannot_be_evaluated_are_refused(task, options, message, clip
 
 @pytest.fixture
 def damaged(by_class, tmp_path):
-    """The folder by classes, with damaged pictures among those that are judged and those that are learnt from."""
+    """The folder by classes, with damaged images among those that are judged and those that are learnt from."""
     folder = tmp_path / "damaged"
     shutil.copytree(by_class, folder)
     for split, count in (("test", 2), ("train", 1)):

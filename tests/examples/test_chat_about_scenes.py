@@ -47,7 +47,7 @@ def test_answers_about_a_scene_match_its_pixels(example):
 
 @pytest.mark.integration  # it trains a model
 def test_the_image_decides_the_answer(example, tmp_path):
-    """A short training tells colours apart, which nothing but the picture tells."""
+    """A short training tells colours apart, which nothing but the image tells."""
     set_seed(0)
     random = np.random.RandomState(0)
     train, test = (

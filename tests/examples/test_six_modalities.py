@@ -1,4 +1,4 @@
-"""The example of a model that is trained with pictures and finds what it never saw together."""
+"""The example of a model that is trained with images and finds what it never saw together."""
 
 import importlib.util
 from importlib.resources import files

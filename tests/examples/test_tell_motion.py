@@ -41,7 +41,7 @@ def test_a_way_back_shows_the_same_frames():
 
 @pytest.mark.integration  # it trains a model
 def test_the_order_of_frames_decides_the_answer(example, tmp_path, monkeypatch):
-    """A short training tells left from right; the same films backwards are answered the other way round."""
+    """A short training tells left from right; the same videos backwards are answered the other way round."""
     monkeypatch.setattr(example, "FRAMES", 4)
     set_seed(0)
     random = np.random.RandomState(0)
@@ -53,9 +53,9 @@ def test_the_order_of_frames_decides_the_answer(example, tmp_path, monkeypatch):
     options = argparse.Namespace(output=tmp_path, seed=0, steps=120)
     example.fit(model, processor, [example.example(scene, random) for scene in train], options)
     model.eval()
-    films = [scene.render(random, 4) for scene in test]
-    forwards = example.answers(model, processor, films, test)
-    backwards = example.answers(model, processor, [film[::-1].copy() for film in films], test)
+    videos = [scene.render(random, 4) for scene in test]
+    forwards = example.answers(model, processor, videos, test)
+    backwards = example.answers(model, processor, [video[::-1].copy() for video in videos], test)
     assert sum(text == scene.direction for text, scene in zip(forwards, test, strict=True)) >= 27
     assert sum(text != scene.direction for text, scene in zip(backwards, test, strict=True)) >= 27
     assert set(backwards) == {"left", "right"}

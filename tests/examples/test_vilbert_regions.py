@@ -43,7 +43,7 @@ def test_questions_have_one_answer(example):
         assert len(answers) == {"colour": 6, "shape": 4, "place": 4, "presence": 2}[kind]
 
 
-def test_a_short_run_learns_what_the_text_does_not_tell(example, tmp_path):
+def test_a_short_run_learns_what_the_text_does_not_say(example, tmp_path):
     """The colour of one region, whose pixels are new."""
     found = {}
     for blind in (False, True):

@@ -32,7 +32,7 @@ KINDS = scenes.all_scenes()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 pictures with captions, of which two are damaged."""
+    """48 images with captions, of which two are damaged."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     with (folder / "metadata.jsonl").open("w") as metadata:
@@ -119,7 +119,7 @@ def test_other_settings_are_refused(embedded, folder, clip_folder, tmp_path):
 
 @pytest.fixture
 def copied(folder, tmp_path):
-    """The first ten pictures, in a folder that a test may change."""
+    """The first ten images, in a folder that a test may change."""
     source = tmp_path / "source"
     source.mkdir()
     for i in range(10):

@@ -19,7 +19,7 @@ def embedder(clip_folder):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def scene_images():
     random = np.random.RandomState(0)
     return [kind.render(random) for kind in scenes.all_scenes()]
 
@@ -29,12 +29,12 @@ def captions():
     return [kind.caption(scenes.TEMPLATES[i % 4]) for i, kind in enumerate(scenes.all_scenes())]
 
 
-def test_vectors_are_the_models_own_whatever_the_batches(embedder, clip_folder, pictures, captions):
+def test_vectors_are_the_models_own_whatever_the_batches(embedder, clip_folder, scene_images, captions):
     model, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
     with torch.no_grad():
-        output = model(**processor(images=pictures, text=captions, return_tensors="pt", padding=True))
+        output = model(**processor(images=scene_images, text=captions, return_tensors="pt", padding=True))
     for batch_size in (1, 7, 100):
-        found = embedder.encode(image=pictures, text=captions, batch_size=batch_size, thermal=None)
+        found = embedder.encode(image=scene_images, text=captions, batch_size=batch_size, thermal=None)
         assert isinstance(found, Embeddings)
         assert found["image"].dtype == np.float32
         np.testing.assert_allclose(found["image"], output.image_embeds, atol=2e-6)
@@ -43,17 +43,17 @@ def test_vectors_are_the_models_own_whatever_the_batches(embedder, clip_folder, 
     assert (best == np.arange(48)).mean() > 0.9
 
 
-def test_columns_of_data_sets_are_lists_of_sources(embedder, pictures, captions):
-    table = Dataset.from_dict({"image": pictures[:5], "text": captions[:5]})
+def test_columns_of_data_sets_are_lists_of_sources(embedder, scene_images, captions):
+    table = Dataset.from_dict({"image": scene_images[:5], "text": captions[:5]})
     found = embedder.encode(image=table["image"], text=table["text"], batch_size=2)
-    for modality, sources in (("image", pictures[:5]), ("text", captions[:5])):
+    for modality, sources in (("image", scene_images[:5]), ("text", captions[:5])):
         np.testing.assert_array_equal(found[modality], embedder.encode(**{modality: sources}, batch_size=2))
 
 
-def test_one_source_is_one_vector(embedder, pictures):
-    one = embedder.encode(image=pictures[0])
+def test_one_source_is_one_vector(embedder, scene_images):
+    one = embedder.encode(image=scene_images[0])
     assert one.shape == (embedder.size,)
-    np.testing.assert_allclose(embedder.encode(image=pictures[:2])[0], one, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode(image=scene_images[:2])[0], one, atol=1e-6)
     assert embedder.encode(image=[], output="torch").shape == (0, embedder.size)
 
 
@@ -65,13 +65,13 @@ def test_outputs_are_torch_or_arrow(embedder, captions, output):
     np.testing.assert_array_equal(rows, expected)
 
 
-def test_sources_that_cannot_be_embedded_are_refused(embedder, clip_folder, pictures):
+def test_sources_that_cannot_be_embedded_are_refused(embedder, clip_folder, scene_images):
     with pytest.raises(MediaError, match=r"image 1: nowhere\.png: no such file"):
-        embedder.encode(image=[pictures[0], "nowhere.png"])
+        embedder.encode(image=[scene_images[0], "nowhere.png"])
     with pytest.raises(ValueError, match="HfvlmCLIPModel embeds image, text, not audio"):
         embedder.encode(audio=["rain.wav"])
     with pytest.raises(TypeError, match="no argument picture"):
-        embedder.encode(picture=pictures)
+        embedder.encode(picture=scene_images)
     with pytest.raises(ValueError, match="Nothing to embed"):
         embedder.encode()
     with pytest.raises(ValueError, match="not depth"):
@@ -80,20 +80,20 @@ def test_sources_that_cannot_be_embedded_are_refused(embedder, clip_folder, pict
         embedder.encode(text="a", output="list")
 
 
-def test_damaged_sources_are_told_apart(embedder, pictures):
-    vectors, errors = embedder.encode_readable("image", [pictures[0], b"nothing", pictures[1], "gone.png"])
-    np.testing.assert_allclose(vectors, embedder.encode(image=pictures[:2]), atol=1e-6)
+def test_damaged_sources_are_distinguished(embedder, scene_images):
+    vectors, errors = embedder.encode_readable("image", [scene_images[0], b"nothing", scene_images[1], "gone.png"])
+    np.testing.assert_allclose(vectors, embedder.encode(image=scene_images[:2]), atol=1e-6)
     assert set(errors) == {1, 3}
     assert "gone.png: no such file" in errors[3]
     assert embedder.encode_readable("image", [b""])[0].shape == (0, embedder.size)
 
 
-def test_many_modalities_from_arrays_and_only_their_towers(imagebind_folder, pictures):
+def test_many_modalities_from_arrays_and_only_their_towers(imagebind_folder, scene_images):
     embedder = Embedder.from_pretrained(imagebind_folder, modalities=["image", "text", "audio", "depth"])
     assert {"thermal", "imu"}.isdisjoint(embedder.model.modalities)
     wave = np.sin(np.arange(16_000) / 10).astype(np.float32)
     found = embedder.encode(
-        image=[pictures[0]], text=["rain"], audio=[wave, wave[:9000]], depth=[np.full((40, 50), 2.0)],
+        image=[scene_images[0]], text=["rain"], audio=[wave, wave[:9000]], depth=[np.full((40, 50), 2.0)],
         options={"audio": {"sampling_rate": 16_000}},
     )  # fmt: skip
     assert found.similarity("audio", "image").shape == (2, 1)
@@ -102,16 +102,16 @@ def test_many_modalities_from_arrays_and_only_their_towers(imagebind_folder, pic
     assert combine(found["image"], found["audio"], weights=(0.5, 0.5)).shape == (2, embedder.size)
 
 
-def test_models_that_compare_tokens(tmp_path, pictures, captions):
+def test_models_that_compare_tokens(tmp_path, scene_images, captions):
     preset = hfvlm.load_preset("filip/tiny")
     config = preset.make_config()
     AutoModel.from_config(config).save_pretrained(tmp_path)
     filip.processor_for(config, preset.processor, SHIPPED / "bpe_simple_vocab.txt.gz").save_pretrained(tmp_path)
     embedder = Embedder.from_pretrained(tmp_path, device="cpu")
-    found = embedder.encode(image=pictures[:4], text=captions[:5], batch_size=2)
+    found = embedder.encode(image=scene_images[:4], text=captions[:5], batch_size=2)
     model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
-        output = model(**processor(images=pictures[:4], text=captions[:5], return_tensors="pt", padding=True))
+        output = model(**processor(images=scene_images[:4], text=captions[:5], return_tensors="pt", padding=True))
     expected = output.logits_per_image / output.logit_scale
     np.testing.assert_allclose(found.similarity("image", "text"), expected, atol=1e-5)
     classes = {"a": ["circle", "round"], "b": ["square"], "c": ["cross"]}
@@ -120,13 +120,13 @@ def test_models_that_compare_tokens(tmp_path, pictures, captions):
         by_template = []
         for template in classifier.templates:
             texts = [template.format(name) for names in classes.values() for name in names]
-            output = model(**processor(images=pictures[:4], text=texts))
+            output = model(**processor(images=scene_images[:4], text=texts))
             scores = output.logits_per_image / output.logit_scale
             scores = torch.cat([scores[:, :2].mean(dim=1, keepdim=True), scores[:, 2:]], dim=1)
             by_template.append(scores.softmax(dim=1))
     expected = torch.stack(by_template).mean(dim=0)
-    np.testing.assert_allclose(np.exp(classifier.scores(pictures[:4])), expected, atol=1e-5)
-    assert [best[0][0] for best in classifier.predict(pictures[:4])] == ["abc"[i] for i in expected.argmax(dim=1)]
+    np.testing.assert_allclose(np.exp(classifier.scores(scene_images[:4])), expected, atol=1e-5)
+    assert [best[0][0] for best in classifier.predict(scene_images[:4])] == ["abc"[i] for i in expected.argmax(dim=1)]
     with pytest.raises(ValueError, match="A probe needs one vector for each source; HfvlmFILIPModel gives one to"):
         embedder.check_one_vector("A probe")
     with pytest.raises(ValueError, match="An index of vectors"):

@@ -17,7 +17,7 @@ EVIL = "<img src=x onerror='document.title=1'>&\"#%?.wav"
 SCRIPT = "</blockquote><script>document.title='run'</script>"
 
 
-def write_sound(path):
+def write_audio(path):
     times = np.arange(8000) / 16000
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -61,7 +61,7 @@ class Elements(HTMLParser):
 def media(tmp_path):
     folder = tmp_path / "media [red]"
     folder.mkdir()
-    write_sound(folder / EVIL)
+    write_audio(folder / EVIL)
     ramp = np.linspace(500, 4000, 160, dtype=np.uint16)[None].repeat(120, 0)
     ramp[:20, :20] = 0
     Image.fromarray(ramp).save(folder / "depth.png")

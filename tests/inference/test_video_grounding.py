@@ -1,4 +1,4 @@
-"""Things in films are found, told apart and followed from frame to frame."""
+"""Things in videos are found, distinguished and followed from frame to frame."""
 
 import sys
 
@@ -26,8 +26,8 @@ COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 def colored(pictures, things):
     """A detector of colours: the box around all pixels of each."""
     found = []
-    for picture in pictures:
-        pixels = np.asarray(picture)
+    for image in pictures:
+        pixels = np.asarray(image)
         every = []
         for thing in things:
             rows, columns = np.nonzero((pixels == COLORS[thing]).all(axis=-1))
@@ -38,13 +38,13 @@ def colored(pictures, things):
     return found
 
 
-def film_of(*frames, size=(60, 80)):
+def video_of(*frames, size=(60, 80)):
     """Frames of squares: {"red": (left, top, edge)}."""
-    film = np.zeros((len(frames), *size, 3), np.uint8)
-    for frame, squares in zip(film, frames, strict=True):
+    video = np.zeros((len(frames), *size, 3), np.uint8)
+    for frame, squares in zip(video, frames, strict=True):
         for name, (left, top, edge) in squares.items():
             frame[top : top + edge, left : left + edge] = COLORS[name]
-    return film
+    return video
 
 
 def walk(count, start=0):
@@ -54,8 +54,8 @@ def walk(count, start=0):
 
 class TestTracks:
     def test_an_object_is_tracked_between_the_sampled_frames(self):
-        film, grounder = film_of(*walk(18)), VideoGrounder(colored, every=5, batch_size=2)
-        tracks = grounder(film, ["red", "blue"], scenes=[range(18)])
+        video, grounder = video_of(*walk(18)), VideoGrounder(colored, every=5, batch_size=2)
+        tracks = grounder(video, ["red", "blue"], scenes=[range(18)])
         assert sorted(track.label for track in tracks) == ["blue", "red"]
         (red,) = (track for track in tracks if track.label == "red")
         assert list(red.found) == [0, 5, 10, 15, 17]
@@ -66,24 +66,24 @@ class TestTracks:
         assert {place["label"] for place in tracks_at(tracks, 3)} == {"red", "blue"}
 
     def test_scenes_are_apart(self):
-        film = film_of(*walk(10), *walk(10))
-        tracks = VideoGrounder(colored)(film, ["red"], scenes=[range(10), range(10, 20)])
+        video = video_of(*walk(10), *walk(10))
+        tracks = VideoGrounder(colored)(video, ["red"], scenes=[range(10), range(10, 20)])
         assert [(track.first, track.last) for track in tracks] == [(0, 9), (10, 19)]
         assert [track.scene for track in tracks] == [range(10), range(10, 20)]
 
     @pytest.mark.parametrize(("gone", "expected"), [(1, 1), (2, 2)])
     def test_an_object_may_be_missed_once(self, gone, expected):
         shown = {"red": (10, 10, 12)}
-        film = film_of(shown, shown, *[{}] * gone, shown, shown)
-        tracks = VideoGrounder(colored, every=1, missed=1)(film, ["red"], scenes=[range(len(film))])
+        video = video_of(shown, shown, *[{}] * gone, shown, shown)
+        tracks = VideoGrounder(colored, every=1, missed=1)(video, ["red"], scenes=[range(len(video))])
         assert len(tracks) == expected
-        assert tracks[-1].last == len(film) - 1
+        assert tracks[-1].last == len(video) - 1
         if expected == 1:
             assert tracks[0].box_at(2) == [10, 10, 22, 22]
 
     def test_an_object_that_leaps_is_another_object(self):
-        film = film_of({"red": (0, 0, 12)}, {"red": (40, 40, 12)})
-        tracks = VideoGrounder(colored, every=1)(film, ["red"], scenes=[range(2)])
+        video = video_of({"red": (0, 0, 12)}, {"red": (40, 40, 12)})
+        tracks = VideoGrounder(colored, every=1)(video, ["red"], scenes=[range(2)])
         assert [track.last for track in tracks] == [0, 1]
 
     def test_two_objects_of_one_name_keep_their_own_tracks(self):
@@ -94,22 +94,22 @@ class TestTracks:
             return [[Detection("dog", 0.9 - 0.1 * j, list(map(float, b))) for j, b in enumerate(x)] for x in boxes]
 
         start = [0]
-        tracks = VideoGrounder(two, every=1)(film_of(*[{}] * 4), ["dog"], scenes=[range(4)])
+        tracks = VideoGrounder(two, every=1)(video_of(*[{}] * 4), ["dog"], scenes=[range(4)])
         assert [track.box_at(3) for track in tracks] == [[3, 0, 13, 10], [7, 0, 17, 10]]
 
     def test_so_many_at_a_time(self):
-        tracks = VideoGrounder(colored, most=1)(film_of(*walk(6)), ["blue", "red"], scenes=[range(6)])
+        tracks = VideoGrounder(colored, most=1)(video_of(*walk(6)), ["blue", "red"], scenes=[range(6)])
         assert [track.label for track in tracks] == ["red"]  # the likelier, here the larger
 
     def test_nothing_to_look_for(self):
-        assert VideoGrounder(None)(film_of({}), []) == []
+        assert VideoGrounder(None)(video_of({}), []) == []
 
     def test_drawn(self):
-        film = film_of(*walk(6))
-        tracks = VideoGrounder(colored)(film, ["red"], scenes=[range(6)])
-        (drawn,) = hfvlm.draw_tracks(film, tracks, frames=[3])
+        video = video_of(*walk(6))
+        tracks = VideoGrounder(colored)(video, ["red"], scenes=[range(6)])
+        (drawn,) = hfvlm.draw_tracks(video, tracks, frames=[3])
         assert drawn.getpixel((3, 16)) == (0xD5, 0x5E, 0x00)
-        assert len(list(draw_tracks(film, tracks))) == 6
+        assert len(list(draw_tracks(video, tracks))) == 6
 
 
 class TestDetections:
@@ -143,41 +143,41 @@ class TestDetections:
                 rows = self.scores(crops)
                 return [[(self.labels[row.argmax()], float(row.max() / row.sum()))] for row in rows]
 
-        picture = Image.fromarray(film_of({"red": (0, 0, 10), "blue": (20, 0, 10)})[0])
+        image = Image.fromarray(video_of({"red": (0, 0, 10), "blue": (20, 0, 10)})[0])
         right, wrong = Detection("red", 1, [0, 0, 10, 10]), Detection("red", 1, [20, 0, 30, 10])
         faint = Detection("red", 1, [0, 0, 40, 40])
-        assert confirmed(picture, [right, wrong, faint], Classifier()) == [right]
-        assert confirmed(picture, [], None) == []
+        assert confirmed(image, [right, wrong, faint], Classifier()) == [right]
+        assert confirmed(image, [], None) == []
 
     def test_what_is_outside_of_the_mask_is_black(self):
-        picture = Image.new("RGB", (20, 10), "white")
+        image = Image.new("RGB", (20, 10), "white")
         mask = np.zeros((10, 20), bool)
         mask[2:5, 3:6] = True
-        part = np.asarray(cut_out(picture, Detection("a", 1, [2.5, 1.2, 7.1, 6.0], mask)))
+        part = np.asarray(cut_out(image, Detection("a", 1, [2.5, 1.2, 7.1, 6.0], mask)))
         assert part.shape == (5, 6, 3)
         assert part.sum() == 9 * 3 * 255
-        assert cut_out(picture, Detection("a", 1, [20, 10, 20, 10])).size == (1, 1)
+        assert cut_out(image, Detection("a", 1, [20, 10, 20, 10])).size == (1, 1)
 
 
 class TestScenes:
     def test_cuts(self):
         random = np.random.RandomState(0)
         scenes = [np.full((48, 64, 3), color) for color in ((220, 220, 30), (30, 30, 120), (30, 220, 30))]
-        film = np.concatenate([np.repeat(scene[None], 20, axis=0) for scene in scenes])
-        film = np.clip(film + random.randint(-4, 5, film.shape), 0, 255).astype(np.uint8)
-        assert find_scenes((film, 10.0)) == [range(20), range(20, 40), range(40, 60)]
-        assert find_scenes(film[:20]) == [range(20)]
+        video = np.concatenate([np.repeat(scene[None], 20, axis=0) for scene in scenes])
+        video = np.clip(video + random.randint(-4, 5, video.shape), 0, 255).astype(np.uint8)
+        assert find_scenes((video, 10.0)) == [range(20), range(20, 40), range(40, 60)]
+        assert find_scenes(video[:20]) == [range(20)]
 
     def test_the_whole_way(self):
-        film = np.concatenate([film_of(*walk(20)), 255 - film_of(*[{}] * 20)])
-        film[20:, 5:15, 5:15] = COLORS["blue"]
-        tracks = VideoGrounder(colored)((film, 10.0), ["red", "blue"])
+        video = np.concatenate([video_of(*walk(20)), 255 - video_of(*[{}] * 20)])
+        video[20:, 5:15, 5:15] = COLORS["blue"]
+        tracks = VideoGrounder(colored)((video, 10.0), ["red", "blue"])
         assert [(t.label, t.first, t.last) for t in tracks] == [("red", 0, 19), ("blue", 0, 19), ("blue", 20, 39)]
 
     def test_without_pyscenedetect(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "scenedetect", None)
         with pytest.raises(ImportError, match=r"pip install 'hfvlm\[scenes\]'"):
-            find_scenes(film_of({}))
+            find_scenes(video_of({}))
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +231,8 @@ class TestModels:
 
     def test_from_folders_to_tracks(self, models, clip_folder):
         grounder = VideoGrounder.from_pretrained(models / "detector", segmenter=models / "segmenter", threshold=0.0)
-        film = film_of(*walk(6))
-        tracks = grounder(film, ["Brown dog", "ball"], scenes=[range(6)])
+        video = video_of(*walk(6))
+        tracks = grounder(video, ["Brown dog", "ball"], scenes=[range(6)])
         assert tracks
         for track in tracks:
             assert track.label in ("Brown dog", "ball")
@@ -243,32 +243,32 @@ class TestModels:
                 assert found.mask.shape == (60, 80)
                 assert found.mask.dtype == bool
         asked = VideoGrounder.from_pretrained(models / "detector", embedder=clip_folder, threshold=0.0)
-        assert isinstance(asked(film, ["dog", "ball"], scenes=[range(6)]), list)
+        assert isinstance(asked(video, ["dog", "ball"], scenes=[range(6)]), list)
         assert (
-            VideoGrounder.from_pretrained(models / "detector", threshold=1.0)(film, ["dog"], scenes=[range(6)]) == []
+            VideoGrounder.from_pretrained(models / "detector", threshold=1.0)(video, ["dog"], scenes=[range(6)]) == []
         )
 
     def test_a_batch_equals_its_images(self, models):
         detector = VideoGrounder.from_pretrained(models / "detector", threshold=0.0).detector
-        pictures = [Image.fromarray(frame) for frame in film_of(*walk(2))]
+        pictures = [Image.fromarray(frame) for frame in video_of(*walk(2))]
         together = detector(pictures, ["dog", "ball"])
-        for picture, found in zip(pictures, together, strict=True):
-            (alone,) = detector([picture], ["dog", "ball"])
+        for image, found in zip(pictures, together, strict=True):
+            (alone,) = detector([image], ["dog", "ball"])
             assert [each.label for each in alone] == [each.label for each in found]
             for left, right in zip(alone, found, strict=True):
                 assert left.box_xyxy == pytest.approx(right.box_xyxy, abs=1e-3)
 
     def test_the_best_of_sams_masks(self, models):
         segmenter = BoxSegmenter.from_pretrained(models / "segmenter")
-        picture, boxes = Image.fromarray(film_of(*walk(1))[0]), [[0.0, 0.0, 40.0, 30.0], [20.0, 10.0, 80.0, 60.0]]
-        inputs = segmenter.processor(images=picture, input_boxes=[boxes], return_tensors="pt")
+        image, boxes = Image.fromarray(video_of(*walk(1))[0]), [[0.0, 0.0, 40.0, 30.0], [20.0, 10.0, 80.0, 60.0]]
+        inputs = segmenter.processor(images=image, input_boxes=[boxes], return_tensors="pt")
         with torch.no_grad():
             output = segmenter.model(pixel_values=inputs["pixel_values"], input_boxes=inputs["input_boxes"])
         (masks,) = segmenter.processor.post_process_masks(
             output.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
         )
         best = output.iou_scores[0].argmax(dim=-1)
-        for i, mask in enumerate(segmenter(picture, boxes)):
+        for i, mask in enumerate(segmenter(image, boxes)):
             assert np.array_equal(mask, masks[i, best[i]].numpy())
 
 

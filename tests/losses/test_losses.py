@@ -161,7 +161,7 @@ def test_the_best_query_by_the_plain_formula(tokens, pairs, pair_ids):
         ours(tokens[0], pairs[0][:3], SCALE)
 
 
-def test_top_k_keeps_the_tokens_that_resemble_the_partner(tokens):
+def test_top_k_keeps_the_tokens_that_resemble_the_positive(tokens):
     a, b = tokens
     whole = late_interaction_loss(a, b, SCALE)
     assert torch.equal(late_interaction_loss(a, b, SCALE, top_k=4), late_interaction_loss(a, b, SCALE, top_k=4))

@@ -335,7 +335,7 @@ class Generated:
         self.defaults = self.INSTRUCT if instructed else self.DEFAULTS
 
     def inputs(self, texts: list[str]) -> dict[str, Tensor]:
-        """Prompts as the original cuts them, with the case's pictures."""
+        """Prompts as the original cuts them, with the case's images."""
         blank = [Image.new("RGB", (8, 8))] * len(texts)
         options = {}
         if self.kind == "opt":

@@ -202,7 +202,7 @@ def model_outputs(golden: Golden) -> None:
             }
             output = model(**batch, labels=inputs.get("labels"))
             values = {name: seen[path] for name, path in paths.items()} | resampled
-        # The original drops what is seen before any picture inside its attention, and hfvlm after it.
+        # The original drops what is seen before any image inside its attention, and hfvlm after it.
         last_place = (batch["input_ids"] == config.image_token_id).cumsum(dim=1) > 0
         values["xattn_first_attn"] = values["xattn_first_attn"] * last_place.unsqueeze(-1)
         values |= {

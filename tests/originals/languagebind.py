@@ -124,8 +124,8 @@ def original(golden: Golden) -> dict:
     return {"modality": golden.case["modality"], "config": {"vision_config": golden.section("config")}}
 
 
-def picture(golden: Golden, name: str) -> None:
-    """Images, depth maps and thermal pictures, which to the original are images."""
+def image_input(golden: Golden, name: str) -> None:
+    """Images, depth maps and thermal images, which to the original are images."""
     facts, read = golden.case["files"][name], metres if golden.case["modality"] == "depth" else pixels
     if "raises" in facts:
         return
@@ -136,7 +136,7 @@ def picture(golden: Golden, name: str) -> None:
         golden.compare(f"{prefix}.mean_std", mean_and_std(values[0].flatten(1)))
 
 
-def film(golden: Golden, name: str) -> None:
+def video_input(golden: Golden, name: str) -> None:
     path, facts, frames = golden.folder / name, golden.case["files"][name], golden.inputs[f"{name}.frames"]
     stored = read_video(path)
     assert (len(stored), stored.fps) == (facts["frames"], facts["fps"])
@@ -150,7 +150,7 @@ def film(golden: Golden, name: str) -> None:
         golden.compare(f"{name}.decord.corner", values[0, :, :, :6, :6])
 
 
-def sound(golden: Golden, name: str) -> None:
+def audio_input(golden: Golden, name: str) -> None:
     path, facts, config = golden.folder / name, golden.case["files"][name], golden.section("config")
     names = {"num_mel_bins": "num_mel_bins", "target_length": "num_frames"}
     sizes = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -173,7 +173,13 @@ def sound(golden: Golden, name: str) -> None:
         golden.compare(f"{name}.corner", values[0, :, ::9, ::37])
 
 
-MEDIA = {"image": picture, "depth": picture, "thermal": picture, "video": film, "audio": sound}
+MEDIA = {
+    "image": image_input,
+    "depth": image_input,
+    "thermal": image_input,
+    "video": video_input,
+    "audio": audio_input,
+}
 
 
 def mean_and_std(rows: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def prompts(golden: Golden) -> None:
             for role, said in golden.case["turns"][turns]:
                 asks = said is None
                 if not asks:
-                    # With example turns the original forgets the picture, which is not in its first message then.
+                    # With example turns the original forgets the image, which is not in its first message then.
                     shown = template["preset_messages"] == 0
                     messages.append({"role": ("user", "assistant")[int(role)], "content": content(said, shown)})
             assert (
@@ -321,8 +321,8 @@ def features_of(golden: Golden, model: HfvlmLLaVAForConditionalGeneration) -> li
 
 
 def rows_of(golden: Golden, model: HfvlmLLaVAForConditionalGeneration, features: list[Tensor]) -> list[tuple]:
-    """Each sample's ids, labels and features as the original makes them: what is masked is dropped, every picture has
-    its tokens' places, and what is too long is cut. A text alone consumes a picture that it does not show."""
+    """Each sample's ids, labels and features as the original makes them: what is masked is dropped, every image has
+    its tokens' places, and what is too long is cut. A text alone consumes an image that it does not show."""
     inputs, token = golden.inputs, model.config.image_token_id
     longest = golden.section("config").get("tokenizer_model_max_length")
     remaining, rows = iter(features), []

@@ -309,8 +309,8 @@ def mask_of(config: Any, model: Any, tokens: Tensor, suffix: Tensor, real: Tenso
 # Processor
 
 
-def picture(height: int, width: int) -> np.ndarray:
-    """The picture that the cases are made of."""
+def case_image(height: int, width: int) -> np.ndarray:
+    """The image that the cases are made of."""
     y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
     waves = 40 * np.sin(x / 9 + c) + 40 * np.cos(y / 7)
     return np.mod(np.round(7 * y + 5 * x * (c + 1) + (x * y) // (11 + c) + waves), 256).astype(np.uint8)
@@ -319,7 +319,7 @@ def picture(height: int, width: int) -> np.ndarray:
 def pixels(golden: Golden) -> None:
     options = golden.section("arguments")
     for i, shape in enumerate(options["pictures [h, w]"]):
-        image = picture(*shape)
+        image = case_image(*shape)
         for size, antialias in options["resizes [size, antialias]"]:
             names = {f"{i}.{TRANSFERS}({size}, antialias={antialias})|value_range(-1, 1)": True}
             names |= {f"{i}.{NOTEBOOK}({size})": False} if antialias else {}

@@ -21,7 +21,7 @@ from hfvlm.release.plans import empty_model
 from tests.support.golden import Golden, Recorder, UnknownOptionError, notes_of, parts_of, present, read_key_list
 
 PLACE = HfvlmQwenVLProcessor.image_token
-# The original has the path of a picture where hfvlm has the place of one that is given beside the text.
+# The original has the path of an image where hfvlm has the place of one that is given beside the text.
 PATH = re.compile(r"<img>[^<]*</img>")
 
 
@@ -86,7 +86,7 @@ def unrolled(stored) -> list[int]:
 
 
 def pathless(ids: list[int], processor: HfvlmQwenVLProcessor) -> list[int]:
-    """Ids as the original stores them, a picture's path among its placeholders, with placeholders alone."""
+    """Ids as the original stores them, an image's path among its placeholders, with placeholders alone."""
     start, end = processor.token_id("<img>"), processor.token_id("</img>")
     inside, result = False, []
     for i in ids:

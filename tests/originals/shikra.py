@@ -79,7 +79,7 @@ def processor_of(golden: Golden, marks: tuple[str, str]) -> HfvlmShikraProcessor
 
 
 def messages_of(processor: HfvlmShikraProcessor, dialog: dict) -> list[dict]:
-    """As users say it: the picture with the first message, places in its pixels."""
+    """As users say it: the image with the first message, places in its pixels."""
     messages, size = [], dialog["size"]
     for i, turn in enumerate(dialog["messages"]):
         text = turn["message"]
@@ -233,7 +233,7 @@ def model_outputs(golden: Golden) -> None:
 
 
 def greedy(golden: Golden, model: HfvlmShikraForConditionalGeneration, i: int) -> Tensor:
-    """The new ids after row i, with the pictures that are its own."""
+    """The new ids after row i, with the images that are its own."""
     inputs, counts = golden.inputs, golden.case.get("images_per_sample") or [1] * len(golden.inputs["input_ids"])
     first = sum(counts[:i])
     ids = inputs["input_ids"][i : i + 1, golden.mask()[i].bool()]

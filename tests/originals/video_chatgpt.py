@@ -266,7 +266,7 @@ def model_outputs(golden: Golden, module=conversion, processor_class=HfvlmVideoC
         real = None
         if name.startswith(("llm", "logits", "inputs_embeds")):
             real = stored(golden, name, mask).expand_as(value).clone()
-            if name == "logits":  # the original draws the added tokens' outputs anew each time
+            if name == "logits":  # the original draws the added tokens' outputs again each time
                 real[..., known:] = False
         golden.compare(name, value, real)
 

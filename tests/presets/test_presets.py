@@ -1,4 +1,4 @@
-"""Every preset file is sound, and says what it claims."""
+"""Every preset file is valid, and its claims hold."""
 
 import json
 from importlib.resources import files

@@ -362,7 +362,7 @@ def test_an_averaged_model(released, tmp_path):
     assert torch.equal(read_checkpoint(released).tensors["visual.proj"], tensors["visual.proj"])
 
 
-def test_a_folder_of_hfvlm_is_said_to_be_one(clip_folder, tmp_path):
+def test_a_folder_of_hfvlm_is_recognised(clip_folder, tmp_path):
     for source in (clip_folder, clip_folder / "model.safetensors"):
         for preset in ("clip", "clip/tiny", "siglip"):
             with pytest.raises(
@@ -371,7 +371,7 @@ def test_a_folder_of_hfvlm_is_said_to_be_one(clip_folder, tmp_path):
                 hfvlm.convert(source, preset, tmp_path / "out")
 
 
-def test_a_folder_of_transformers_is_said_to_be_one(clip_folder, tmp_path):
+def test_a_folder_of_transformers_is_recognised(clip_folder, tmp_path):
     native = hfvlm.export(clip_folder, tmp_path / "native")
     with pytest.raises(
         KeyTableError, match=r"in transformers' own format \(clip in config.json\).*--preset clip"
@@ -381,7 +381,7 @@ def test_a_folder_of_transformers_is_said_to_be_one(clip_folder, tmp_path):
     hfvlm.convert(native, "clip", tmp_path / "out", vocabulary="none")
 
 
-def test_a_missing_source_is_said_to_be_missing(released, tmp_path):
+def test_a_missing_source_is_named(released, tmp_path):
     for preset in ("clip/tiny", "clip", "llava/llava-v1.5-7b-lora"):
         with pytest.raises(FileNotFoundError, match="clip-tny.pt: no such file or folder. Did you mean clip-tiny.pt?"):
             hfvlm.convert(released.with_name("clip-tny.pt"), preset, tmp_path / "out")

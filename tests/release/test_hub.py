@@ -462,14 +462,14 @@ def align(folder):
     return folder
 
 
-def told(card):
+def reported(card):
     return card.data.base_model == "kakaobrain/align-base" and "coyo-align-b7-base, states Apache-2.0" in card.text
 
 
 def test_cards_after_merging_keep_base_model_and_note(align, tmp_path):
     tuned, saved = adapter(align, tmp_path)
     card = ModelCard.load(saved / "README.md")
-    assert told(card)
+    assert reported(card)
     assert (card.data.library_name, card.data.license) == ("peft", hfvlm.load_preset("align/align-base").licence["id"])
     assert {"hfvlm", "lora"} <= set(card.data.tags)
     assert "More Information Needed" not in card.text
@@ -477,7 +477,7 @@ def test_cards_after_merging_keep_base_model_and_note(align, tmp_path):
     tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
     hub.write_card(tmp_path / "merged")
     card = ModelCard.load(tmp_path / "merged" / "README.md")
-    assert told(card)
+    assert reported(card)
     assert card.data.library_name == "hfvlm"
     assert "trained or merged since" in card.text
 
@@ -491,7 +491,7 @@ def test_the_trainer_s_card(align, tmp_path):
         trainer.save_model()
         trainer.create_model_card(model_name="tuned")
         card = ModelCard.load(out / "README.md")
-        assert told(card), card
+        assert reported(card), card
         assert card.data.library_name == ("peft" if number else "hfvlm")
         assert card.data.license
         assert "hfvlm" in card.data.tags
@@ -507,7 +507,7 @@ def test_the_licence_travels_with_a_fine_tuned_model(folder, tmp_path):
 
 def test_an_exported_folder_says_whose_weights_it_has(align, tmp_path):
     card = ModelCard.load(hfvlm.export(align, tmp_path / "exported") / "README.md")
-    assert told(card)
+    assert reported(card)
     assert (card.data.library_name, card.data.license) == ("transformers", "apache-2.0")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
     assert "# exported\n" in card.text

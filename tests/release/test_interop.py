@@ -172,13 +172,13 @@ def test_towers_of_other_classes_are_not_exported(kind):
 @pytest.mark.parametrize("size", [(640, 480), (500, 375), (500, 333), (224, 224), (100, 100), (224, 448)])
 def test_pixels_equal_the_native_pil_backend(size):
     """At even margins; at odd ones the native processor crops one pixel off the original (see the goldens)."""
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     for native, ours in (
         (CLIPImageProcessorPil(), HfvlmCLIPImageProcessor()),
         (SiglipImageProcessorPil(), HfvlmSigLIPImageProcessor()),
         (Siglip2ImageProcessorPil(), HfvlmSigLIPNaFlexImageProcessor()),
     ):
-        left, right = native(picture, return_tensors="pt"), ours(picture, return_tensors="pt")
+        left, right = native(image, return_tensors="pt"), ours(image, return_tensors="pt")
         for key in left:
             close(right[key].float(), left[key].float(), 1e-5, f"{type(ours).__name__} {key}")
 

@@ -46,7 +46,7 @@ print("loaded", type(loaded).__name__, type(again).__name__)
 
 @pytest.fixture(scope="module")
 def pushed(clip_folder, tmp_path_factory):
-    """The Hub, and what the process said that pushed to it."""
+    """The Hub, and the output of the process that pushed to it."""
     out = tmp_path_factory.mktemp("roads")
     with loopback_hub() as hub:
         result = run_fresh(ROADS, clip_folder, out, check=False, **hub.settings(out / "home"))

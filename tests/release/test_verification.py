@@ -191,7 +191,7 @@ def test_damages_are_caught(folder, damage):
 
 
 @pytest.mark.parametrize("damage", ["heads", "patch size", "fewer layers", "size", "class", "an added token moved"])
-def test_what_cannot_be_run_any_more_is_told_without_a_traceback(folder, damage):
+def test_what_cannot_be_run_any_more_is_reported_without_a_traceback(folder, damage):
     DAMAGES[damage](folder)
     failed = [check.name for check in hfvlm.verify(folder) if not check.passed]
     assert {SETTINGS_NAME, FILES_NAME} & set(failed)
@@ -321,7 +321,7 @@ def test_what_is_saved_again_is_still_the_same(llava_folder, tmp_path):
     assert [check for check in record_checks(folder) if check.verdict != "yes"] == []
 
 
-def test_what_was_not_converted_is_said_to_be_unchecked(folder, tmp_path):
+def test_what_was_not_converted_is_reported_as_unchecked(folder, tmp_path):
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     checks = {check.name: check for check in hfvlm.verify(tmp_path / "saved")}

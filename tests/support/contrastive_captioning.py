@@ -1,4 +1,4 @@
-"""What holds for every model that matches pictures with texts and writes about them."""
+"""What holds for every model that matches images with texts and writes about them."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ MASK = (IDS != PAD).long()
 LEFT = torch.tensor([[PAD, PAD, START, 7, 8, END], [START, 9, 10, 11, 12, END]])
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def random_images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
 class VisionSuite(PartSuite):
     def inputs(self):
-        return {"pixel_values": pictures()}
+        return {"pixel_values": random_images()}
 
     def test_any_size_with_interpolated_positions(self, model, batch):
         same_size = model(**batch, interpolate_pos_encoding=True).embeds
@@ -43,7 +43,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
     limit: int
 
     def inputs(self):
-        return {"input_ids": IDS, "pixel_values": pictures(), "attention_mask": MASK}
+        return {"input_ids": IDS, "pixel_values": random_images(), "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"return_loss": True}
@@ -91,7 +91,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
 
     @pytest.mark.parametrize("beams", [1, 3])
     def test_a_batch_generates_what_its_rows_generate(self, model, beams):
-        images = pictures()
+        images = random_images()
         batches = [{"input_ids": ids, "attention_mask": (ids != PAD).long()} for ids in (IDS, LEFT)]
         written = [self.write(model, images, batch, num_beams=beams) for batch in batches]
         alone = [
@@ -101,7 +101,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
         assert written[0] == written[1] == alone
 
     def test_another_image_gives_another_text(self, model):
-        images, prompt = pictures(), {"input_ids": IDS, "attention_mask": MASK}
+        images, prompt = random_images(), {"input_ids": IDS, "attention_mask": MASK}
         assert self.write(model, images, prompt) != self.write(model, -images, prompt)
 
     def test_the_image_is_encoded_once(self, model):
@@ -114,12 +114,12 @@ class ContrastiveCaptionerSuite(ModelSuite):
         model.vision_model.register_forward_hook(count("vision"))
         for layer in model.text_model.grounding_layers:
             layer.attention.k_proj.register_forward_hook(count("keys"))
-        ids = model.generate(pictures(), num_beams=4, num_return_sequences=2, max_new_tokens=4)
+        ids = model.generate(random_images(), num_beams=4, num_return_sequences=2, max_new_tokens=4)
         assert len(ids) == 4
         assert counts == {"vision": 1, "keys": len(model.text_model.grounding_layers)}
 
     def test_greedy_equals_steps_by_hand(self, model):
-        images = pictures(1)
+        images = random_images(1)
         written = model.generate(images, max_new_tokens=5, eos_token_id=None)
         context, ids = model.read(images), torch.tensor([[START]])
         for _ in range(5):
@@ -127,7 +127,7 @@ class ContrastiveCaptionerSuite(ModelSuite):
         assert torch.equal(written, ids)
 
     def test_beams_equal_a_plain_search(self, model):
-        images = pictures(1)
+        images = random_images(1)
         written = model.generate(images, num_beams=3, max_length=5, length_penalty=1.0)
         context, beams, finished = model.read(images), [(0.0, [START])], []
         for _ in range(4):
@@ -142,19 +142,21 @@ class ContrastiveCaptionerSuite(ModelSuite):
         assert written[0].tolist() == max(finished)[1]
 
     def test_a_static_cache_generates_the_same(self, model):
-        images, prompt = pictures(), {"input_ids": LEFT, "attention_mask": (LEFT != PAD).long()}
+        images, prompt = random_images(), {"input_ids": LEFT, "attention_mask": (LEFT != PAD).long()}
         assert self.write(model, images, prompt, cache_implementation="static") == self.write(model, images, prompt)
 
     def test_sampling_is_seeded(self, model):
         runs = []
         for _ in range(2):
             torch.manual_seed(3)
-            runs.append(model.generate(pictures(1) * 0 + 1, do_sample=True, num_return_sequences=3, max_new_tokens=4))
+            runs.append(
+                model.generate(random_images(1) * 0 + 1, do_sample=True, num_return_sequences=3, max_new_tokens=4)
+            )
         assert torch.equal(*runs)
         assert len(runs[0]) == 3
 
     def test_no_text_is_longer_than_there_are_positions(self, model):
-        ids = model.generate(pictures(1), max_new_tokens=256, eos_token_id=None)
+        ids = model.generate(random_images(1), max_new_tokens=256, eos_token_id=None)
         assert ids.shape == (1, self.limit)
         with pytest.raises(ValueError, match=f"positions for {self.limit}"):
             model.get_text_features(torch.ones(1, self.limit + 1, dtype=torch.long))

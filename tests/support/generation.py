@@ -11,7 +11,7 @@ NEW = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
 
 
 class GenerationSuite:
-    """For tests that subclass `ModelSuite` after it; the batch has one picture a row and no padding on the right."""
+    """For tests that subclass `ModelSuite` after it; the batch has one image a row and no padding on the right."""
 
     encoder = "vision_model"
     modality, pixels = "image", "pixel_values"
@@ -157,7 +157,7 @@ class GenerationSuite:
         assert torch.equal(together, torch.cat(alone))
 
     def test_a_row_without_an_image_changes_no_other_row(self, model, batch):
-        """A row may have no picture; the others keep theirs."""
+        """A row may have no image; the others keep theirs."""
         mixed = dict(batch) | {"input_ids": batch["input_ids"].clone()}
         ids = mixed["input_ids"]
         ids[1] = ids[1].masked_fill(ids[1] == getattr(model.config, f"{self.modality}_token_id"), 3)

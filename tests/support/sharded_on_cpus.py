@@ -1,6 +1,6 @@
 """Run a script under accelerate's FSDP2 on CPUs: `python -m tests.support.sharded_on_cpus SCRIPT ARGUMENTS`.
 
-accelerate shards where it finds GPUs. Here it is told that it has found some, that their device is the CPU and their
+accelerate shards where it finds GPUs. Here it believes that it has found some, that their device is the CPU and their
 backend gloo; what shards, gathers, saves and loads is its own code, and PyTorch's.
 """
 

@@ -30,7 +30,7 @@ class ModelSuite:
     records = ("hidden_states", "attentions")
     lora_layers = LORA
     implementations = ("sdpa", "flex_attention")
-    row_inputs: tuple[str, ...] | None = None  # inputs with a row an example; all, unless said otherwise
+    row_inputs: tuple[str, ...] | None = None  # inputs with a row an example; all by default
 
     def config(self):
         raise NotImplementedError
@@ -353,7 +353,7 @@ class ImageClassifierSuite(ModelSuite):
 
 
 def copied(model):
-    """A deep copy; a module's dozen empty dictionaries are made anew, which take as long as tensors."""
+    """A deep copy; a module's dozen empty dictionaries are made again, which take as long as tensors."""
     kinds = (OrderedDict, dict, set)
     parts = (value for part in model.modules() for value in vars(part).values() if type(value) in kinds)
     return copy.deepcopy(model, {id(value): type(value)() for value in parts if not value})

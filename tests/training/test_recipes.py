@@ -38,7 +38,7 @@ def whole_dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(whole_dataset, tmp_path_factory):
+def few_images(whole_dataset, tmp_path_factory):
     """As much of the data set as a run of two steps reads."""
     folder = tmp_path_factory.mktemp("few")
     for split, count in (("train", 40), ("test", 10)):
@@ -52,9 +52,9 @@ def pictures(whole_dataset, tmp_path_factory):
 
 
 @pytest.fixture
-def changes(tmp_path, clip_folder, pictures):
+def changes(tmp_path, clip_folder, few_images):
     """What a run of a few steps on this machine needs."""
-    names = {"model": clip_folder, "dataset": pictures, "output_dir": tmp_path / "out", "use_cpu": True}
+    names = {"model": clip_folder, "dataset": few_images, "output_dir": tmp_path / "out", "use_cpu": True}
     return [f"{name}={value}" for name, value in names.items()] + ["disable_tqdm=True"]
 
 
@@ -75,7 +75,7 @@ def test_a_small_model_learns_where_things_are(changes, whole_dataset, tmp_path)
     assert (tmp_path / "out" / "processor_config.json").exists()
 
 
-def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_folder, pictures):
+def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_folder, few_images):
     options = {
         "per_device_train_batch_size": 32,
         "mini_batch_size": 16,
@@ -89,7 +89,7 @@ def test_the_command_and_the_script_are_the_same_run(changes, tmp_path, clip_fol
     recipe.write_text(yaml.safe_dump(options | {"task": "contrastive", "model": "?", "dataset": "?"}))
     result = CliRunner().invoke(app, ["train", str(recipe), *changes])
     assert result.exit_code == 0, result.output
-    options |= {"model": clip_folder, "dataset": pictures, "output_dir": tmp_path / "script", "use_cpu": True}
+    options |= {"model": clip_folder, "dataset": few_images, "output_dir": tmp_path / "script", "use_cpu": True}
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
     run_script(EXAMPLES / "train_contrastive.py", *given)
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("out", "script")]
@@ -226,11 +226,11 @@ def llava_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory, pictures):
+def conversations(tmp_path_factory, few_images):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     path = tmp_path_factory.mktemp("conversations") / "conversations.json"
     path.write_text(json.dumps([{"conversations": turns, "image": "00001.png"}] * 8))
-    return [f"data={path}", f"pictures={pictures / 'train'}"]
+    return [f"data={path}", f"pictures={few_images / 'train'}"]
 
 
 QUICK = ["bf16=False", "max_steps=2", "per_device_train_batch_size=2", "use_cpu=True", "disable_tqdm=True"]
@@ -276,9 +276,9 @@ def test_adapters_over_four_bits(llava_folder, conversations, tmp_path):
     assert all(value.any() for key, value in adapter.items() if "lora_B" in key)
 
 
-def test_pretraining_by_all_losses_of_a_model(small_blip, pictures, tmp_path):
+def test_pretraining_by_all_losses_of_a_model(small_blip, few_images, tmp_path):
     folder = small_blip("HfvlmBLIPForPreTraining")
-    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    changes = [*QUICK[:-1], f"model={folder}", f"dataset={few_images}", f"output_dir={tmp_path / 'out'}"]
     changes += ["learning_rate=0.001", "eval_split=test", "per_device_eval_batch_size=50"]
     metrics = run_recipe(EXAMPLES / "recipes" / "blip-pretraining.yaml", changes)
     assert metrics["train_loss"] > 0
@@ -299,9 +299,9 @@ FLAVA = {
 
 
 @pytest.mark.parametrize("columns", FLAVA)
-def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_path):
+def test_pretraining_on_whatever_there_is(columns, flava_folder, few_images, tmp_path):
     """The losses of a batch train what they read; no loss reads the towers' summaries, and the codebook stays."""
-    changes = [*QUICK[:-1], f"model={flava_folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    changes = [*QUICK[:-1], f"model={flava_folder}", f"dataset={few_images}", f"output_dir={tmp_path / 'out'}"]
     changes += ["learning_rate=0.001", "eval_split=test", "per_device_eval_batch_size=50", f"columns={columns}"]
     changes += ["per_device_train_batch_size=16"]
     metrics = run_recipe(EXAMPLES / "recipes" / "flava-pretraining.yaml", changes)
@@ -319,12 +319,12 @@ def test_pretraining_on_whatever_there_is(columns, flava_folder, pictures, tmp_p
     assert moved == wanted
 
 
-def test_adapters_of_a_model_that_draws(pictures, tmp_path):
+def test_adapters_of_a_model_that_draws(few_images, tmp_path):
     folder = hfvlm.untrained("dalle_mini", tmp_path / "model")
     changes = [
         *QUICK[:-1],
         f"model={folder}",
-        f"dataset={pictures}",
+        f"dataset={few_images}",
         f"output_dir={tmp_path / 'out'}",
         "eval_split=test",
     ]
@@ -358,9 +358,9 @@ BLIP2 = {
 
 
 @pytest.mark.parametrize("name", BLIP2)
-def test_the_two_stages_of_blip2(name, blip2_folders, pictures, tmp_path):
+def test_the_two_stages_of_blip2(name, blip2_folders, few_images, tmp_path):
     folder = blip2_folders[name]
-    changes = [*QUICK[:-1], f"model={folder}", f"dataset={pictures}", f"output_dir={tmp_path / 'out'}"]
+    changes = [*QUICK[:-1], f"model={folder}", f"dataset={few_images}", f"output_dir={tmp_path / 'out'}"]
     metrics = run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", [*changes, "learning_rate=0.01"])
     assert metrics["train_loss"] > 0
     before, after = (AutoModel.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out"))
@@ -380,7 +380,7 @@ QWEN_VL = {
 
 
 @pytest.mark.parametrize("name", QWEN_VL)
-def test_the_three_stages_of_qwen_vl(name, pictures, tmp_path, monkeypatch):
+def test_the_three_stages_of_qwen_vl(name, few_images, tmp_path, monkeypatch):
     from tests.models.qwen_vl.test_conversion import VOCABULARY
 
     preset = hfvlm.load_preset("qwen_vl/tiny")
@@ -402,7 +402,7 @@ def test_the_three_stages_of_qwen_vl(name, pictures, tmp_path, monkeypatch):
         return forward(model, **inputs)
 
     monkeypatch.setattr(hfvlm.HfvlmQwenVLForConditionalGeneration, "forward", watched)
-    changes = [*QUICK[:-1], f"model={folder}", f"data={json.dumps(data)}", f"pictures={pictures / 'train'}"]
+    changes = [*QUICK[:-1], f"model={folder}", f"data={json.dumps(data)}", f"pictures={few_images / 'train'}"]
     changes += [f"output_dir={tmp_path / 'out'}", f"image_size={edge}", "learning_rate=0.01"]
     assert run_recipe(EXAMPLES / "recipes" / f"{name}.yaml", changes)["train_loss"] > 0
     assert seen["pixel_values"].shape[-2:] == (edge, edge)
@@ -425,7 +425,7 @@ def test_the_three_stages_of_qwen_vl(name, pictures, tmp_path, monkeypatch):
     assert still <= {"projector.position"}, still
 
 
-def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
+def test_flamingo_on_a_mixture_of_pages_images_and_videos(few_images, tmp_path):
     from tests.models.flamingo.tiny import PIECES, tiny_model, vocabulary
 
     folder = tmp_path / "model"
@@ -434,7 +434,7 @@ def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
     tokenizer = hfvlm.HfvlmFlamingoTokenizer.from_vocabulary(vocabulary(tmp_path / "words"))
     images = hfvlm.HfvlmFlamingoImageProcessor(size=28)
     hfvlm.HfvlmFlamingoProcessor(images, tokenizer, num_frames=3).save_pretrained(folder)
-    paths = [str(path) for path in sorted((pictures / "train").glob("*.png"))[:6]]
+    paths = [str(path) for path in sorted((few_images / "train").glob("*.png"))[:6]]
     rows = {
         "pages": {"images": paths[:2], "text": "All. <image> A cat. <image> A dog."},
         "photos": {"image": paths[2], "caption": "a bird"},
@@ -467,8 +467,8 @@ def test_flamingo_on_a_mixture_of_pages_images_and_videos(pictures, tmp_path):
 
 
 def test_conversations_of_several_files_are_mixed(llava_folder, conversations, tmp_path):
-    path, pictures = (part.partition("=")[2] for part in conversations)
-    files = f"[{{path: {path}, weight: 2}}, {{path: {path}, pictures: {pictures}}}]"
+    path, folder = (part.partition("=")[2] for part in conversations)
+    files = f"[{{path: {path}, weight: 2}}, {{path: {path}, pictures: {folder}}}]"
     changes = [*QUICK, f"data={files}", conversations[1], f"model={llava_folder}", f"output_dir={tmp_path / 'out'}"]
     assert run_recipe(EXAMPLES / "recipes" / "llava-stage1.yaml", changes)["train_loss"] > 0
 

@@ -47,7 +47,7 @@ def processor(folder):
 
 @pytest.fixture
 def data(tmp_path):
-    """The same question about two pictures: whoever does not look is wrong about one of them."""
+    """The same question about two images: whoever does not look is wrong about one of them."""
 
     def write(rows):
         for i in range(2):
@@ -72,7 +72,7 @@ def run(name, settings):
 
 
 def losses(model, processor, pictures, answers=ANSWERS):
-    """Of each image the loss of each answer, (pictures, answers)."""
+    """Of each image the loss of each answer, (images, answers)."""
     rows = [[dict(conversation(answer), images=[seen]) for answer in answers] for seen in pictures]
     with torch.no_grad():
         return torch.stack(

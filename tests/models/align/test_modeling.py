@@ -276,23 +276,23 @@ def test_pixels_are_those_of_transformers_with_antialias():
         do_normalize=False,
         include_top=False,
     )
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (375, 500, 3), dtype=np.uint8))
-    expected = native(picture, return_tensors="pt")["pixel_values"].float()
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (375, 500, 3), dtype=np.uint8))
+    expected = native(image, return_tensors="pt")["pixel_values"].float()
     close(
-        HfvlmALIGNImageProcessor(antialias=True)(picture, return_tensors="pt")["pixel_values"],
+        HfvlmALIGNImageProcessor(antialias=True)(image, return_tensors="pt")["pixel_values"],
         expected,
         1e-5,
         "pixels",
     )
-    exact = HfvlmALIGNImageProcessor()(picture, return_tensors="pt")["pixel_values"]
+    exact = HfvlmALIGNImageProcessor()(image, return_tensors="pt")["pixel_values"]
     assert (exact - expected).abs().max() > 0.1
 
 
 def test_settings_of_the_image_processor():
     processor = HfvlmALIGNImageProcessor(size=20, resized=24)
-    picture = Image.new("RGB", (50, 30), "white")
-    assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 20)
-    as_it_is = processor(picture, do_resize=False, return_tensors="pt")["pixel_values"]
+    image = Image.new("RGB", (50, 30), "white")
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 20)
+    as_it_is = processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
     assert as_it_is.shape == (1, 3, 30, 50)
     assert (as_it_is == 1).all()
     with pytest.raises(ValueError, match="no shorter than size"):
@@ -432,7 +432,7 @@ def test_a_tensorflow_checkpoint_to_a_pipeline(tensorflow_folder):
     assert sum(entry["score"] for entry in answer) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_example_ranks_pictures(tensorflow_folder, tmp_path, monkeypatch, capsys):
+def test_the_example_ranks_images(tensorflow_folder, tmp_path, monkeypatch, capsys):
     pictures = []
     for colour in ("red", "green", "blue"):
         pictures.append(tmp_path / f"{colour}.png")

@@ -65,7 +65,7 @@ def config(head: str = "HfvlmBLIPModel", joint: int | None = 16, **fields) -> Hf
     )
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def random_images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 24, 24)
 
 
@@ -76,7 +76,7 @@ class TestVision(PartSuite):
         return HfvlmBLIPVisionConfig(**VISION)
 
     def inputs(self):
-        return {"pixel_values": pictures()}
+        return {"pixel_values": random_images()}
 
     def test_any_size_with_interpolated_positions(self, model, batch):
         close(
@@ -187,7 +187,7 @@ class TestModel(ModelSuite):
     implementations = ("sdpa",)
 
     def inputs(self):
-        return {"input_ids": IDS, "pixel_values": pictures(), "attention_mask": MASK}
+        return {"input_ids": IDS, "pixel_values": random_images(), "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"return_loss": True}
@@ -196,7 +196,7 @@ class TestModel(ModelSuite):
         both = model.get_multimodal_features(**batch).pooler_output
         return super().objective(model, batch) + both.square().mean()
 
-    def test_texts_are_read_with_their_pictures(self, model, batch):
+    def test_texts_are_read_with_their_images(self, model, batch):
         both = model.get_multimodal_features(**batch).pooler_output
         changed = model.get_multimodal_features(**batch | {"pixel_values": batch["pixel_values"].flip(0)})
         assert (both - changed.pooler_output).abs().max() > 1e-2
@@ -242,10 +242,10 @@ class TestRetrieval(TestModel):
         close(output.contrastive_loss, model.contrast(output), 1e-6, "from the output's fields")
         assert output.matching_logits.shape == (6, 2)
         with pytest.raises(ValueError, match="at least two pairs"):
-            model(IDS[:1], pictures(1), MASK[:1], return_loss=True)
+            model(IDS[:1], random_images(1), MASK[:1], return_loss=True)
 
     def test_reranking_is_a_match_plus_a_cosine(self, model, batch):
-        images, ids, mask = pictures(3), torch.cat([IDS, LEFT]), torch.cat([MASK, (LEFT != 0).long()])
+        images, ids, mask = random_images(3), torch.cat([IDS, LEFT]), torch.cat([MASK, (LEFT != 0).long()])
         scores = model.rerank(images, ids, mask, top_k=4)
         output = model(ids, images, mask)
         cosines = output.image_embeds @ output.text_embeds.t()
@@ -276,7 +276,7 @@ class Generating:
 
     @pytest.mark.parametrize("beams", [1, 3])
     def test_a_batch_generates_what_its_rows_generate(self, model, beams):
-        images = pictures()
+        images = random_images()
         written = [self.generate(model, images, batch, num_beams=beams) for batch in self.batches()]
         alone = [
             self.generate(model, images[i : i + 1], {"input_ids": IDS[i : i + 1, : MASK[i].sum()]}, num_beams=beams)[0]
@@ -285,7 +285,7 @@ class Generating:
         assert written[0] == written[1] == alone
 
     def test_another_image_gives_another_text(self, model):
-        images, batch = pictures(), self.batches()[0]
+        images, batch = random_images(), self.batches()[0]
         assert self.generate(model, images, batch) != self.generate(model, -images, batch)
 
     def test_the_image_is_encoded_once(self, model):
@@ -299,12 +299,12 @@ class Generating:
         for layer in model.text_decoder.layers:
             layer.cross_attention.k_proj.register_forward_hook(count("keys"))
         options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 4}
-        ids = model.generate(pictures(), **self.batches()[0], **options)
+        ids = model.generate(random_images(), **self.batches()[0], **options)
         assert len(ids) == 4
         assert counts == {"vision": 1, "keys": 2}
 
     def test_sampling_is_seeded(self, model):
-        images, batch = pictures(1), {"input_ids": IDS[1:]}
+        images, batch = random_images(1), {"input_ids": IDS[1:]}
         options = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3, "max_new_tokens": 4}
         runs = []
         for _ in range(2):
@@ -314,7 +314,7 @@ class Generating:
         assert len(runs[0]) == 3
 
     def test_greedy_equals_steps_by_hand(self, model):
-        images, batch = pictures(1), {"input_ids": IDS[1:]}
+        images, batch = random_images(1), {"input_ids": IDS[1:]}
         written = model.generate(images, **batch, max_new_tokens=5)
         context, ids = self.reference(model, images, batch["input_ids"])
         for _ in range(5):
@@ -325,7 +325,7 @@ class Generating:
 
     def test_beams_equal_a_plain_search(self, model):
         """Scores are log probabilities over the length of the whole text, without its [SEP]."""
-        images, batch = pictures(1), {"input_ids": IDS[1:]}
+        images, batch = random_images(1), {"input_ids": IDS[1:]}
         context, start = self.reference(model, images, batch["input_ids"])
         written = model.generate(images, **batch, num_beams=3, max_length=start.shape[1] + 4)
         beams, finished = [(0.0, start[0].tolist())], []
@@ -350,7 +350,7 @@ class TestCaptioning(Generating, ModelSuite):
         return config("HfvlmBLIPForConditionalGeneration", None)
 
     def inputs(self):
-        return {"pixel_values": pictures(), "input_ids": IDS, "attention_mask": MASK}
+        return {"pixel_values": random_images(), "input_ids": IDS, "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"labels": IDS.masked_fill(MASK == 0, -100)}
@@ -361,12 +361,12 @@ class TestCaptioning(Generating, ModelSuite):
         return model.read(images), ids
 
     def test_without_a_prompt_it_starts_from_nothing(self, model):
-        ids = model.generate(pictures(), max_new_tokens=3)
+        ids = model.generate(random_images(), max_new_tokens=3)
         assert ids.shape[0] == 2
         assert (ids[:, 0] == 48).all()
 
-    def test_several_prompts_for_one_picture(self, model):
-        image = pictures(1)
+    def test_several_prompts_for_one_image(self, model):
+        image = random_images(1)
         together = self.generate(model, image, self.batches()[0])
         assert together == self.generate(model, image.expand(2, -1, -1, -1), self.batches()[0])
 
@@ -404,7 +404,7 @@ class TestQuestionAnswering(Generating, ModelSuite):
         return config("HfvlmBLIPForQuestionAnswering", None)
 
     def inputs(self):
-        return {"pixel_values": pictures(), "input_ids": IDS, "attention_mask": MASK}
+        return {"pixel_values": random_images(), "input_ids": IDS, "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"labels": self.answers[:2]}
@@ -453,7 +453,7 @@ class TestVisualReasoning(ModelSuite):
         output = model(**batch, output_hidden_states=True, output_attentions=True)
         assert (len(output.hidden_states), len(output.attentions)) == (9, 8)
 
-    def test_the_order_of_the_pictures_matters(self, model, batch):
+    def test_the_order_of_the_images_matters(self, model, batch):
         other = model(**batch | {"pixel_values": batch["pixel_values"].flip(1)}).logits
         assert (model(**batch).logits - other).abs().max() > 1e-3
 
@@ -490,7 +490,7 @@ class TestVisualReasoning(ModelSuite):
 
     @pytest.mark.parametrize("case", ["pretrain-base", "itm-base", "retrieval-base", "features-base"])
     def test_converts_from_the_file_of_a_model_of_single_images(self, case, tmp_path):
-        """As the authors' loader reads it; what such a file lacks begins anew, the same way each time."""
+        """As the authors' loader reads it; what such a file lacks is initialised, the same way each time."""
         golden = Golden(OURS / "blip" / case)
         torch.save({"model": golden.state_dict}, tmp_path / "model.pth")
         original = {"class": "models.blip_nlvr.BLIP_NLVR", "sep_token_id": 3, "arguments": golden.case["arguments"]}
@@ -598,7 +598,7 @@ class TestRetrievalTraining(Momentum, TestRetrieval):
         output = model(**batch, return_loss=True)
         close(output.loss, output.contrastive_loss + output.matching_loss, 1e-6, "sum")
 
-    def test_pairs_about_one_picture_belong_together(self, model, batch):
+    def test_pairs_about_one_image_belong_together(self, model, batch):
         ids = torch.tensor([7, 7])
         model.train()
         assert not (model.right_columns(None, 2, 8)[:, 2:]).any()
@@ -642,7 +642,7 @@ class TestPreTraining(Momentum, TestRetrieval):
     def test_its_captioner_writes_what_it_would(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         captioner = HfvlmBLIPForConditionalGeneration.from_pretrained(tmp_path).eval()
-        images = pictures()
+        images = random_images()
         context = Context(model.vision_model(images).last_hidden_state)
         ids = torch.full((2, 1), 48)
         close(captioner(images, ids).logits, model.eval().text_decoder(ids, None, context).logits, 1e-6, "scores")
@@ -650,7 +650,7 @@ class TestPreTraining(Momentum, TestRetrieval):
 
 def pairs_of(rank: int) -> dict:
     torch.manual_seed(10 + rank)
-    return {"input_ids": IDS + rank * (IDS > 3), "pixel_values": pictures(), "attention_mask": MASK}
+    return {"input_ids": IDS + rank * (IDS > 3), "pixel_values": random_images(), "attention_mask": MASK}
 
 
 def train_step(rank: int) -> dict:
@@ -679,7 +679,7 @@ def test_processes_share_negatives_and_the_queue():
         close(found["queue"][:4], torch.cat([first["embeds"], second["embeds"]]), 1e-5, "queue")
         assert found["ids"].tolist() == [0, 5, 1, 5, -100, -100]
         assert torch.isfinite(found["gradient"]).all()
-    # The pair of the other process that is about the same picture is no negative.
+    # The pair of the other process that is about the same image is no negative.
     assert (first["weights"][0] == 0).tolist() == [[True, False, False, False], [False, True, False, True]]
 
 

@@ -152,7 +152,7 @@ def test_a_release_is_put_together(kind, tmp_path):
     batch = theirs(images=pictures, text=["a photo", "what is this big dog"], padding=True, return_tensors="pt")
     assert torch.equal(batch["pixel_values"], inputs["pixel_values"])
     for prefix in {name.removesuffix("input_ids") for name in inputs if name.endswith("input_ids")}:
-        for i in range(2):  # transformers pads between pictures and texts, and what the Q-Former reads on the left
+        for i in range(2):  # transformers pads between images and texts, and what the Q-Former reads on the left
             left, right = (
                 part[f"{prefix}input_ids"][i][part[f"{prefix}attention_mask"][i].bool()] for part in (batch, inputs)
             )
@@ -206,7 +206,7 @@ def test_a_tower_of_clip_loses_what_follows_on_its_last_layer_but_one():
     assert found.qformer_config.context_size == 24
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_what_is_missing_is_named(tmp_path):
     folder = released(tiny("opt"), tmp_path / "release", "opt")
     arguments = {"preset": "blip2", "output": tmp_path / "ours", "vocabulary": "none"}
     base = json.loads((folder / "base" / "config.json").read_text())
@@ -319,7 +319,7 @@ def test_folders_go_both_ways(kind, tmp_path):
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_what_is_text_of_each_picture():
+def test_what_is_text_of_each_image():
     processor = HfvlmInstructBLIPProcessor.__new__(HfvlmInstructBLIPProcessor)
     said = {
         "<image>one": ["one"],
@@ -332,7 +332,7 @@ def test_what_is_text_of_each_picture():
 
 
 def test_instructions_in_conversations(tmp_path):
-    """The Q-Former reads the question that comes with a picture, in training as in answering."""
+    """The Q-Former reads the question that comes with an image, in training as in answering."""
     vocabulary = GOLDENS / "llava" / "processor-tokenizer" / "tokenizer.model"
     processor = module.processor_for(tiny("llama", reads=True).config, {}, vocabulary, BERT)
     picture = Image.new("RGB", (28, 28))
@@ -345,7 +345,7 @@ def test_instructions_in_conversations(tmp_path):
     assert trained == processor.tokenizer("a dog</s>")["input_ids"][1:]
 
 
-def test_films(tmp_path):
+def test_videos(tmp_path):
     model = tiny("t5", reads=True)
     folder = released(model, tmp_path / "release", "t5")
     vocabularies(folder, "t5")
@@ -353,10 +353,10 @@ def test_films(tmp_path):
     films = [[Image.new("RGB", (40, 30), (i * 60, j * 90, 5)) for i in range(3)] for j in range(2)]
     inputs = processor(videos=films, text=["what is this", "how many dogs are in the photo"])
     assert inputs["pixel_values_videos"].shape == (2, 3, 3, 28, 28)
-    frames = processor.image_processor([frame for film in films for frame in film], return_tensors="pt")
+    frames = processor.image_processor([frame for video in films for frame in video], return_tensors="pt")
     assert torch.equal(inputs["pixel_values_videos"].flatten(0, 1), frames["pixel_values"])
     assert (inputs["input_ids"] == model.config.video_token_id).sum(dim=1).tolist() == [9, 9]
-    asked = processor(images=[film[0] for film in films], text=["what is this", "how many dogs are in the photo"])
+    asked = processor(images=[video[0] for video in films], text=["what is this", "how many dogs are in the photo"])
     assert torch.equal(inputs["qformer_input_ids"], asked["qformer_input_ids"])
     assert len(processor.batch_decode(model.generate(**inputs, max_new_tokens=3), new_tokens_only=inputs)) == 2
     with pytest.raises(ValueError, match="equally many frames: 2 texts, \\[3, 2\\] frames"):

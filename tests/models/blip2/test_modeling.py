@@ -41,7 +41,7 @@ OPT |= {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_pro
 OPT |= {"bos_token_id": 2, "eos_token_id": 5}
 LLAMA = {"model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
-PICTURE, FILM = 60, 61
+IMAGE, VIDEO = 60, 61
 
 
 class TestVisionModel(ModelSuite):
@@ -55,7 +55,7 @@ class TestVisionModel(ModelSuite):
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
 
-    def test_other_picture_sizes(self, model):
+    def test_other_image_sizes(self, model):
         pictures = torch.randn(1, 3, 42, 28)
         with pytest.raises(ValueError, match="image_size 28"):
             model(pictures)
@@ -70,7 +70,7 @@ class TestCLIPVisionModel(TestVisionModel):
 
 
 class TestQFormer(PartSuite):
-    """Pictures and texts together."""
+    """Images and texts together."""
 
     model_class, auto_class = HfvlmBLIP2QFormerModel, AutoModel
     records = ("hidden_states", "attentions")
@@ -84,24 +84,24 @@ class TestQFormer(PartSuite):
 
     def test_padding_on_either_side_changes_nothing(self, model, batch):
         text = {"input_ids": batch["input_ids"][1:2, :3], "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-        picture = batch["image_tokens"][1:2]
+        image = batch["image_tokens"][1:2]
         right = {name: batch[name][1:2] for name in text}
         left = {name: right[name].roll(2, dims=1) for name in text}
         with torch.no_grad():
-            for tokens in (None, picture):
+            for tokens in (None, image):
                 expected = model(tokens, **text).pooler_output
                 close(model(tokens, **right).pooler_output, expected, 1e-5, "right")
                 close(model(tokens, **left).pooler_output, expected, 1e-5, "left")
 
-    def test_several_texts_about_one_picture(self, model, batch):
+    def test_several_texts_about_one_image(self, model, batch):
         with torch.no_grad():
             text = {name: batch[name] for name in ("input_ids", "attention_mask")}
             together = model(batch["image_tokens"][:1], **text).pooler_output
             copied = model(batch["image_tokens"][:1].expand(3, -1, -1), **text).pooler_output
         close(together, copied, 1e-6, "shared")
 
-    def test_queries_alone_look_at_the_picture(self, model, batch):
-        """Of a single layer: words hear of the picture through queries, in the next layer."""
+    def test_queries_alone_look_at_the_image(self, model, batch):
+        """Of a single layer: words hear of the image through queries, in the next layer."""
         model.layers = model.layers[:1]
         with torch.no_grad():
             one = model(**batch).last_hidden_state
@@ -168,7 +168,7 @@ class Stage1(ModelSuite):
         assert torch.equal(output.logits_per_text, output.logits_per_image.t())
         close(model.score(output.text_embeds, output.image_embeds), cosines.max(-1).values.t(), 1e-5, "score")
 
-    def test_pairs_about_one_picture_share_the_target(self, model, batch):
+    def test_pairs_about_one_image_share_the_target(self, model, batch):
         with torch.no_grad():
             output = model(**batch)
             alone = model.contrast(output)
@@ -219,7 +219,7 @@ class TestPreTraining(Stage1):
                 cache, steps = cache_of(output), [*steps, output.logits]
         close(torch.cat(steps, dim=1), whole, 1e-5, "steps")
 
-    def test_captions_are_those_of_their_pictures(self, model, batch):
+    def test_captions_are_those_of_their_images(self, model, batch):
         options = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
         calls = []
         model.vision_model.register_forward_hook(lambda *_: calls.append(1))
@@ -228,7 +228,7 @@ class TestPreTraining(Stage1):
             together = model.generate(batch["pixel_values"], **options, **more)
             assert len(calls) == 1
             assert together[:, 0].tolist() == [39] * 3
-            alone = [model.generate(picture[None], **options, **more) for picture in batch["pixel_values"]]
+            alone = [model.generate(image[None], **options, **more) for image in batch["pixel_values"]]
             assert torch.equal(together, torch.cat(alone))
         with torch.no_grad():
             expected = [39]
@@ -305,12 +305,12 @@ class Stage2:
             vision_config=VISION,
             qformer_config=self.qformer,
             text_config=self.text,
-            image_token_id=PICTURE,
-            video_token_id=FILM,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
         )
 
     def inputs(self):
-        queries = [PICTURE] * 3
+        queries = [IMAGE] * 3
         ids = torch.tensor([[*queries, 2, 7, 8, 9], [*queries, 2, 9, 8, 7], [*queries, 2, 4, 6, 4]])
         return {
             "input_ids": ids,
@@ -320,7 +320,7 @@ class Stage2:
 
     def loss_inputs(self):
         ids = self.inputs()["input_ids"]
-        return {"labels": ids.masked_fill(ids == PICTURE, -100)}
+        return {"labels": ids.masked_fill(ids == IMAGE, -100)}
 
     def test_stage_1_is_what_it_begins_with(self, model, tmp_path):
         config = self.config()
@@ -361,7 +361,7 @@ class TestBLIP2(Stage2, GenerationSuite, ModelSuite):
         assert torch.equal(seen.pooler_output, model.projector(seen.qformer_outputs.last_hidden_state))
         assert len(seen.qformer_outputs.hidden_states) == 3
 
-    def test_a_film_has_frames(self, model, batch):
+    def test_a_video_has_frames(self, model, batch):
         with pytest.raises(ValueError, match=r"shape \(3, 3, 28, 28\).*\(videos, frames, channels"):
             model.get_video_features(batch["pixel_values"])
 
@@ -390,20 +390,20 @@ class TestInstructBLIP(Stage2, GenerationSuite, ModelSuite):
         with pytest.raises(ValueError, match="takes qformer_input_ids, which are missing"):
             model(**{name: batch[name] for name in ("input_ids", "pixel_values")})
 
-    def test_films_are_their_frames(self, model, batch):
+    def test_videos_are_their_frames(self, model, batch):
         asked = {name: batch[name][:2] for name in ("qformer_input_ids", "qformer_attention_mask")}
-        films = torch.randn(2, 3, 3, 28, 28)
+        videos = torch.randn(2, 3, 3, 28, 28)
         with torch.no_grad():
-            features = model.get_video_features(films, **asked).pooler_output
-            frames = [model.get_image_features(films[:, i], **asked).pooler_output for i in range(3)]
+            features = model.get_video_features(videos, **asked).pooler_output
+            frames = [model.get_image_features(videos[:, i], **asked).pooler_output for i in range(3)]
             close(features, torch.cat(frames, dim=1), 1e-6, "frames")
-            ids = torch.tensor([[FILM] * 9 + [2, 7, 8], [FILM] * 9 + [2, 9, 8]])
-            one = model(input_ids=ids, pixel_values_videos=films, **asked).logits
-            other = model(input_ids=ids, pixel_values_videos=films.flip(1), **asked).logits
+            ids = torch.tensor([[VIDEO] * 9 + [2, 7, 8], [VIDEO] * 9 + [2, 9, 8]])
+            one = model(input_ids=ids, pixel_values_videos=videos, **asked).logits
+            other = model(input_ids=ids, pixel_values_videos=videos.flip(1), **asked).logits
             model.config.return_dict = False
-            assert isinstance(model.get_video_features(films, **asked), tuple)
+            assert isinstance(model.get_video_features(videos, **asked), tuple)
         assert relative(one[:, -1], other[:, -1]) > 1e-5
-        assert model.generate(input_ids=ids, pixel_values_videos=films, **asked, max_new_tokens=2).shape[1] <= 14
+        assert model.generate(input_ids=ids, pixel_values_videos=videos, **asked, max_new_tokens=2).shape[1] <= 14
 
 
 class TestT5(Seq2SeqSuite, Stage2, ModelSuite):
@@ -417,7 +417,7 @@ class TestT5(Seq2SeqSuite, Stage2, ModelSuite):
     def inputs(self):
         return super().inputs() | self.decoder_inputs()
 
-    def test_each_picture_and_text_is_encoded_once(self, model, batch):
+    def test_each_image_and_text_is_encoded_once(self, model, batch):
         calls = []
         model.vision_model.register_forward_hook(lambda *_: calls.append("picture"))
         model.language_model.encoder.register_forward_hook(lambda *_: calls.append("text"))

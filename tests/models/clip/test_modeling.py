@@ -155,10 +155,10 @@ class TestCLIP(ModelSuite):
         model.save_pretrained(tmp_path)
         again = HfvlmCLIPModel.from_pretrained(tmp_path)
         assert again.config.vision_config.grid == (2, 4)
-        pictures, ids = torch.randn(2, 3, 28, 56), IDS[:2]
+        images, ids = torch.randn(2, 3, 28, 56), IDS[:2]
         same(
-            self.run(again, {"input_ids": ids, "pixel_values": pictures}),
-            self.run(model.eval(), {"input_ids": ids, "pixel_values": pictures}),
+            self.run(again, {"input_ids": ids, "pixel_values": images}),
+            self.run(model.eval(), {"input_ids": ids, "pixel_values": images}),
             1e-6,
         )
         with pytest.raises(ValueError, match="positions for 6"):
@@ -181,7 +181,7 @@ class TestCLIPWithResNet(TestCLIP):
         return {"input_ids": IDS, "pixel_values": torch.randn(3, 3, 64, 64)}
 
     def test_resized_positions_are_used(self, model):
-        """Texts may become longer; pictures of another size need nothing for good."""
+        """Texts may become longer; images of another size need nothing for good."""
         model.resize_positions(context_length=6)
         assert model(IDS[:2], torch.randn(2, 3, 64, 64)).logits_per_image.shape == (2, 2)
         with pytest.raises(ValueError, match="ResNet.*interpolate_pos_encoding=True"):

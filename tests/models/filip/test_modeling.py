@@ -193,11 +193,11 @@ def test_recipes():
 # Processor
 
 
-def test_pictures_are_cut_from_the_middle():
-    picture = Image.new("RGB", (90, 45), "white")
-    picture.paste("black", (31, 0, 59, 45))  # 28 columns, and as many in the middle of the short edge are kept
+def test_images_are_cut_from_the_middle():
+    image = Image.new("RGB", (90, 45), "white")
+    image.paste("black", (31, 0, 59, 45))  # 28 columns, and as many in the middle of the short edge are kept
     processor = HfvlmFILIPImageProcessor(size=28, resized=45, image_mean=[0] * 3, image_std=[1] * 3)
-    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 28, 28)
     assert (pixels == 0).all()
     with pytest.raises(ValueError, match="no shorter than size"):
@@ -261,9 +261,9 @@ def test_a_checkpoint_to_a_pipeline(folder):
     assert processor.image_processor.resized == 36
     classify = pipeline("zero-shot-image-classification", model=str(folder))
     labels = ["a small blue circle", "red square!"]
-    picture = Image.new("RGB", (40, 50), "blue")
-    answer = {entry["label"]: entry["score"] for entry in classify(picture, labels, hypothesis_template="{}")}
-    inputs = processor(images=picture, text=labels)
+    image = Image.new("RGB", (40, 50), "blue")
+    answer = {entry["label"]: entry["score"] for entry in classify(image, labels, hypothesis_template="{}")}
+    inputs = processor(images=image, text=labels)
     expected = AutoModel.from_pretrained(folder)(**inputs).logits_per_image.softmax(dim=-1)[0]
     assert [answer[label] for label in labels] == pytest.approx(expected.tolist(), abs=1e-5)
 

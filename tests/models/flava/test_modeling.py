@@ -57,7 +57,7 @@ def config(head: str = "HfvlmFLAVAModel", **fields) -> HfvlmFLAVAConfig:
     )
 
 
-def pictures() -> torch.Tensor:
+def random_images() -> torch.Tensor:
     return torch.randn(3, 3, 24, 24)
 
 
@@ -68,7 +68,7 @@ class TestVision(PartSuite):
         return HfvlmFLAVAVisionConfig(**VISION)
 
     def inputs(self):
-        return {"pixel_values": pictures(), "bool_masked_pos": HIDDEN_PATCHES}
+        return {"pixel_values": random_images(), "bool_masked_pos": HIDDEN_PATCHES}
 
     def test_hidden_patches_are_not_seen(self, model, batch):
         changed = batch["pixel_values"].clone()
@@ -88,7 +88,7 @@ class TestVision(PartSuite):
             model(**batch)
 
     def test_any_size_with_interpolated_positions(self, model):
-        same = pictures()
+        same = random_images()
         close(model(same, interpolate_pos_encoding=True).embeds, model(same).embeds, 0.0, "same size")
         larger = torch.randn(1, 3, 40, 16)
         assert model(larger, interpolate_pos_encoding=True).last_hidden_state.shape == (1, 11, 32)
@@ -168,7 +168,7 @@ class TestModel(ModelSuite):
         return config()
 
     def inputs(self):
-        return {"input_ids": IDS, "pixel_values": pictures(), "attention_mask": MASK}
+        return {"input_ids": IDS, "pixel_values": random_images(), "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"return_loss": True}
@@ -184,13 +184,13 @@ class TestModel(ModelSuite):
             + (model.vision_model(batch["pixel_values"], HIDDEN_PATCHES).embeds.square().mean())
         )
 
-    def test_texts_are_read_with_their_pictures(self, model, batch):
+    def test_texts_are_read_with_their_images(self, model, batch):
         both = model.get_multimodal_features(**batch)
         assert both.last_hidden_state.shape == (3, 1 + 10 + 6, 32)
         changed = model.get_multimodal_features(**batch | {"pixel_values": batch["pixel_values"].flip(0)})
         assert (both.pooler_output - changed.pooler_output).abs().max() > 1e-2
 
-    def test_padding_is_read_with_pictures(self, model, batch):
+    def test_padding_is_read_with_images(self, model, batch):
         """As in the original: a text's padding is a part of what the multimodal encoder was trained on."""
         short = {"input_ids": IDS[:1, :4], "pixel_values": batch["pixel_values"][:1]}
         long = short | {"input_ids": IDS[:1]}
@@ -234,7 +234,7 @@ class TestClassification(ModelSuite):
         return config("HfvlmFLAVAForClassification", num_labels=4, classifier_dropout=0.0)
 
     def inputs(self):
-        return {"input_ids": IDS, "pixel_values": pictures(), "attention_mask": MASK}
+        return {"input_ids": IDS, "pixel_values": random_images(), "attention_mask": MASK}
 
     def loss_inputs(self):
         return {"labels": torch.tensor([0, 3, 1])}
@@ -279,7 +279,7 @@ class TestClassification(ModelSuite):
         states = model(input_ids=IDS, output_hidden_states=True).hidden_states
         assert [state.shape for state in states] == [(3, 6, 32)] * 3
 
-    def test_pictures_alone_have_their_auto_class(self, model, tmp_path):
+    def test_images_alone_have_their_auto_class(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is HfvlmFLAVAForClassification
 
@@ -371,10 +371,10 @@ class TestPreTraining(TestModel):
         with pytest.raises(ValueError, match="16 codes an image, for 9 patches"):
             model.codes(torch.rand(3, 3, 32, 32), HIDDEN_PATCHES)
 
-    def test_where_nothing_is_to_be_told_the_loss_is_zero(self, model):
+    def test_where_nothing_is_to_be_predicted_the_loss_is_zero(self, model):
         assert model(input_ids_masked=IDS, mlm_labels=torch.full_like(IDS, -100)).loss == 0
         assert model(input_ids_masked=IDS).mlm_logits.shape == (3, 6, 50)
-        assert model(pixel_values=pictures()).mim_logits.shape == (3, 9, 30)
+        assert model(pixel_values=random_images()).mim_logits.shape == (3, 9, 30)
 
     def test_the_codebook_stays(self, model):
         assert not any(p.requires_grad for p in model.codebook_model.parameters())
@@ -429,7 +429,7 @@ def test_pairs_are_compared_over_processes():
 def test_contrastive_batches_in_parts(kind):
     """As ContrastiveTrainer computes batches that are larger than memory."""
     model = kind(config(kind.__name__))
-    batch = {"input_ids": IDS, "pixel_values": pictures(), "attention_mask": MASK}
+    batch = {"input_ids": IDS, "pixel_values": random_images(), "attention_mask": MASK}
     model.contrast(model(**batch)).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

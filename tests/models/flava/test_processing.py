@@ -189,7 +189,7 @@ def test_a_batch_of_pairs(processor):
     assert told.any()
     pieces = (ids == 8) & (ids.roll(-1, 1) == 9)  # "cat", "##s"
     assert torch.equal(told[pieces], told.roll(-1, 1)[pieces])
-    # One text in ten is another row's; of three kinds, a stranger of the same kind is not taken.
+    # One text in ten is another row's; of three kinds, a negative of the same kind is not taken.
     strangers = batch["itm_labels"] == 0
     assert 1 <= strangers.sum() <= 16
     colours = torch.tensor([11, 12, 13])[torch.arange(64) % 3]

@@ -190,23 +190,23 @@ class TestImageBind(MultiEncoderSuite):
             model.logit_scales["text"].scale.fill_(9.0)
         assert model.scale("text").item() == 100.0
 
-    def test_films_are_averaged_over_clips(self, model):
+    def test_videos_are_averaged_over_clips(self, model):
         clips = torch.randn(2, 3, 3, 2, 24, 24)
         each = torch.stack([model.get_video_features(clip).pooler_output for clip in clips.unbind(dim=1)])
         close(model.get_video_features(clips).pooler_output, each.mean(dim=0), 1e-5, "films")
 
     def test_without_images_every_pair_is_compared(self, model, batch):
-        sounds, films = batch["input_features"], torch.randn(3, 3, 2, 24, 24)
+        sounds, videos = batch["input_features"], torch.randn(3, 3, 2, 24, 24)
         pair = model(input_features=sounds, depth_values=batch["depth_values"], return_loss=True)
         close(pair.loss, info_nce(pair.audio_embeds, pair.depth_embeds, 20.0), 1e-5, "audio and depth")
         smoothed = {"label_smoothing": 0.1}
         expected = info_nce(pair.audio_embeds, pair.depth_embeds, 20.0, **smoothed)
         close(model.contrast(pair, partial(contrastive_loss, **smoothed)), expected, 1e-5, "another loss")
         with pytest.raises(ValueError, match="two modalities"):
-            model(pixel_values=batch["pixel_values"], pixel_values_videos=films, return_loss=True)
+            model(pixel_values=batch["pixel_values"], pixel_values_videos=videos, return_loss=True)
 
     def test_the_trainer_takes_any_pair(self, model, tmp_path):
-        """Sounds with depth maps, without an image in sight."""
+        """Audio with depth maps, without an image."""
         rows = [{"input_features": torch.randn(1, 20, 26), "depth_values": torch.randn(1, 24, 24)} for _ in range(8)]
         before, after = self.learn(model, rows, tmp_path, frozen_towers=["vision", "text", "thermal", "imu"])
         assert after < before / 2

@@ -25,13 +25,13 @@ from tests.support.suite import PartSuite, close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"projection_dim": 16}
-PICTURE = SIZES | {"image_size": 24, "patch_size": 8}
-VIDEO = PICTURE | {"num_frames": 3}
+IMAGE = SIZES | {"image_size": 24, "patch_size": 8}
+VIDEO = IMAGE | {"num_frames": 3}
 AUDIO = SIZES | {"image_size": [16, 40], "patch_size": 8}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 6, "bos_token_id": 48, "eos_token_id": 49}
 TEXT |= {"pad_token_id": 49}
 TOWERS = {
-    "vision": PICTURE, "video": VIDEO, "text": TEXT, "audio": AUDIO, "depth": PICTURE, "thermal": PICTURE,
+    "vision": IMAGE, "video": VIDEO, "text": TEXT, "audio": AUDIO, "depth": IMAGE, "thermal": IMAGE,
 }  # fmt: skip
 IDS = torch.tensor([[48, 7, 49, 49, 49, 49], [48, 3, 9, 2, 4, 49], [48, 5, 6, 49, 49, 49]])
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -41,7 +41,7 @@ class TestVision(PartSuite):
     model_class, auto_class = HfvlmLanguageBindVisionModel, AutoModel
 
     def config(self):
-        return HfvlmLanguageBindVisionConfig(**PICTURE)
+        return HfvlmLanguageBindVisionConfig(**IMAGE)
 
     def inputs(self):
         return {"pixel_values": torch.randn(3, 3, 24, 24)}
@@ -51,7 +51,7 @@ class TestDepth(PartSuite):
     model_class, auto_class = HfvlmLanguageBindDepthModel, AutoModel
 
     def config(self):
-        return HfvlmLanguageBindDepthConfig(**PICTURE)
+        return HfvlmLanguageBindDepthConfig(**IMAGE)
 
     def inputs(self):
         return {"depth_values": torch.randn(3, 3, 24, 24)}
@@ -65,7 +65,7 @@ class TestThermal(PartSuite):
     model_class, auto_class = HfvlmLanguageBindThermalModel, AutoModel
 
     def config(self):
-        return HfvlmLanguageBindThermalConfig(**PICTURE)
+        return HfvlmLanguageBindThermalConfig(**IMAGE)
 
     def inputs(self):
         return {"thermal_values": torch.randn(3, 3, 24, 24)}
@@ -80,9 +80,9 @@ class TestAudio(PartSuite):
     def inputs(self):
         return {"input_features": torch.randn(3, 3, 16, 40)}
 
-    def test_it_begins_with_the_positions_of_pictures(self, model):
+    def test_it_begins_with_the_positions_of_images(self, model):
         before = model.position.clone()
-        model.take_positions(HfvlmLanguageBindVisionModel(HfvlmLanguageBindVisionConfig(**PICTURE)).position)
+        model.take_positions(HfvlmLanguageBindVisionModel(HfvlmLanguageBindVisionConfig(**IMAGE)).position)
         assert model.position.shape == before.shape == (1 + 2 * 5, 32)
         assert not torch.equal(model.position, before)
         assert model.position.requires_grad
@@ -121,8 +121,8 @@ class TestVideo(PartSuite):
                 layer.temporal_position.zero_()
         close(model(film.flip(2)).embeds, model(film).embeds, 1e-5, "without positions in time")
 
-    def test_without_time_it_is_a_mean_over_pictures(self, model, batch):
-        picture = HfvlmCLIPVisionModel(HfvlmCLIPVisionConfig(**PICTURE, hidden_act="gelu")).eval()
+    def test_without_time_it_is_a_mean_over_images(self, model, batch):
+        picture = HfvlmCLIPVisionModel(HfvlmCLIPVisionConfig(**IMAGE, hidden_act="gelu")).eval()
         own = {k: v for k, v in model.state_dict().items() if "temporal" not in k}
         picture.load_state_dict(own | {"class_token": own["class_token"][0]})
         with torch.no_grad():
@@ -162,7 +162,7 @@ class TestVideo(PartSuite):
         with pytest.raises(StrictDataclassClassValidationError, match="must be 1 or num_frames, 3"):
             HfvlmLanguageBindVideoConfig(**VIDEO, num_class_tokens=2)
 
-    def test_films_have_the_models_length_and_any_size(self, model):
+    def test_videos_have_the_models_length_and_any_size(self, model):
         with pytest.raises(ValueError, match="have 4 frames, the tower takes num_frames 3"):
             model(torch.randn(1, 3, 4, 24, 24))
         with pytest.raises(ValueError, match="image_size 24"):
@@ -170,7 +170,7 @@ class TestVideo(PartSuite):
         wide = model(torch.randn(1, 3, 3, 32, 24), interpolate_pos_encoding=True)
         assert wide.last_hidden_state.shape == (1, 3, 13, 32)
 
-    def test_a_film_of_one_frame_has_no_time(self):
+    def test_a_video_of_one_frame_has_no_time(self):
         model = HfvlmLanguageBindVideoModel(HfvlmLanguageBindVideoConfig(**VIDEO | {"num_frames": 1})).eval()
         film = torch.randn(2, 3, 1, 24, 24)
         before = model(film).embeds
@@ -178,7 +178,7 @@ class TestVideo(PartSuite):
             model.layers[0].temporal_position += 1
         close(model(film).embeds, before, 0.0, "positions in time")
 
-    def test_frames_of_a_film_lose_the_same_patches_in_training(self):
+    def test_frames_of_a_video_lose_the_same_patches_in_training(self):
         model = HfvlmLanguageBindVideoModel(HfvlmLanguageBindVideoConfig(**VIDEO, patch_dropout=0.5)).train()
         kept = []
         model.patch_dropout.register_forward_hook(lambda module, args, out: kept.append((args[0], out)))
@@ -213,7 +213,7 @@ class TestLanguageBind(MultiEncoderSuite):
         assert model.scale("text").item() == 1
         assert model.scale("depth").item() == pytest.approx(1 / 0.07, rel=1e-4)
 
-    def test_the_trainer_binds_films_to_texts(self, model, tmp_path):
+    def test_the_trainer_binds_videos_to_texts(self, model, tmp_path):
         """As the authors train: the texts' tower stays as it is, and patches are left out."""
         rows = [
             {"pixel_values_videos": torch.randn(3, 3, 24, 24), "input_ids": torch.tensor([48, i + 1, 49])}
@@ -227,7 +227,7 @@ class TestLanguageBind(MultiEncoderSuite):
         assert torch.equal(model.text_model.embeddings.token.weight, text)
 
     def test_lora_across_time_alone(self, model):
-        """As the authors' adapter on films."""
+        """As the authors' adapter on videos."""
         layers = [rf"temporal_attention\.{part}_proj" for part in ("q", "k", "v", "out")]
         tuned = hfvlm.lora(model, "video+scale", layers=layers, r=4, alpha=4, quiet=True)
         trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
@@ -237,7 +237,7 @@ class TestLanguageBind(MultiEncoderSuite):
 
 def test_towers_begin_from_clip():
     torch.manual_seed(0)
-    clip = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=PICTURE, text_config=TEXT)).eval()
+    clip = HfvlmCLIPModel(HfvlmCLIPConfig(vision_config=IMAGE, text_config=TEXT)).eval()
     towers = {"video": {"num_frames": 2}, "audio": {"image_size": [16, 40]}}
     model = HfvlmLanguageBindModel.from_clip(clip, ["depth", "video", "audio"], **towers).eval()
     assert set(model.modalities) == {"text", "depth", "video", "audio"}

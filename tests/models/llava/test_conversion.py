@@ -125,7 +125,7 @@ def test_a_projector_alone(model, parts, vision, base, tmp_path):
     same_weights(again, model)
 
 
-def test_a_projector_with_tokens_around_pictures(model, parts, vision, base, tmp_path):
+def test_a_projector_with_tokens_around_images(model, parts, vision, base, tmp_path):
     """The last two rows of the embedding that was trained beside it are theirs."""
     embedding = torch.randn(482, 32)
     trained = parts["projector"] | {"model.embed_tokens.weight": embedding}
@@ -205,7 +205,7 @@ def test_options_that_hfvlm_lacks_are_refused(model):
             config_from_original(settings | change, {})
 
 
-def test_a_stranger_is_named(model, parts, vision, tmp_path):
+def test_an_unknown_key_is_named(model, parts, vision, tmp_path):
     strange = parts["base"] | parts["projector"] | {"model.stranger": torch.zeros(1)}
     source = write(tmp_path / "release", "pytorch_model.bin", strange, original_config(model))
     with pytest.raises(KeyTableError, match="1 keys of the file without a row: model.stranger"):
@@ -224,7 +224,7 @@ def native(model):
 
 
 def native_inputs(model, sizes):
-    """The same pictures for both: transformers pads the views of a picture, and knows pictures by their sizes."""
+    """The same images for both: transformers pads the views of an image, and knows images by their sizes."""
     torch.manual_seed(5)
     config = model.config
     counts = [config.count_tokens(size) for size in sizes]
@@ -282,11 +282,11 @@ def test_exported_processor_makes_the_same_inputs(changes, tmp_path):
         if "Unrecognized image processor" not in str(error):
             raise
         pytest.skip("transformers 5.4 cannot load its own LlavaNextProcessor without torchvision")
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (28, 84, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (28, 84, 3), dtype=np.uint8))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     prompt = ours.apply_chat_template(messages, add_generation_prompt=True)
     assert theirs.apply_chat_template(messages, add_generation_prompt=True) == prompt
-    expected, actual = ours(images=picture, text=prompt), theirs(images=picture, text=prompt, return_tensors="pt")
+    expected, actual = ours(images=image, text=prompt), theirs(images=image, text=prompt, return_tensors="pt")
     assert (actual["input_ids"] == 480).sum() == (expected["input_ids"] == 480).sum()
     pixels = actual["pixel_values"].flatten(0, 1) if changes else actual["pixel_values"]
     assert pixels.shape == expected["pixel_values"].shape

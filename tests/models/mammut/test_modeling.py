@@ -101,7 +101,7 @@ class TestContrastivePass(PartSuite):
         assert (shorter - output.embeds[:1]).abs().max() > 1e-3
         assert torch.equal(model(IDS, MASK).embeds, output.embeds)
 
-    def test_the_picture_is_not_looked_at(self, model):
+    def test_the_image_is_not_looked_at(self, model):
         for layer in model.grounding_layers:
             layer.forward = None
         model(IDS)

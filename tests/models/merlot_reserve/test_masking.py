@@ -38,7 +38,7 @@ def masked(masking, seed=0):
 
 
 def test_every_mask_stands_for_its_own_text(masking):
-    """What was said is in the sequence or in a masked text, and nowhere else."""
+    """Each subtitle is in the sequence or in a masked text, and nowhere else."""
     for seed in range(20):
         said, found = masked(masking, seed)
         spans = found["span_ids"]

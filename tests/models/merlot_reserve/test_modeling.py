@@ -44,7 +44,7 @@ def frames(rows: int = 2, segments: int = 2) -> torch.Tensor:
     return torch.rand(rows, segments, 3, 16, 24)
 
 
-def sounds(rows: int = 2, clips: int = 6) -> torch.Tensor:
+def audio_clips(rows: int = 2, clips: int = 6) -> torch.Tensor:
     return torch.randn(rows, clips, 12, 9)
 
 
@@ -82,7 +82,7 @@ class TestAudio(PartSuite):
         return HfvlmMERLOTReserveAudioConfig(**AUDIO)
 
     def inputs(self):
-        return {"input_features": sounds()[0, :2]}
+        return {"input_features": audio_clips()[0, :2]}
 
     def test_clips_of_another_size_are_refused(self, model):
         with pytest.raises(ValueError, match=r"\(1, 14, 9\).*num_frames 12, num_channels 9"):
@@ -96,7 +96,7 @@ class TestModel(ModelSuite):
         return config()
 
     def inputs(self):
-        media = {"pixel_values": frames(), "input_features": sounds()}
+        media = {"pixel_values": frames(), "input_features": audio_clips()}
         return {"input_ids": IDS, **media, "segment_ids": SEGMENTS, "audio_ids": CLIPS}
 
     def objective(self, model, batch):
@@ -162,7 +162,7 @@ class TestModel(ModelSuite):
 
     def test_audio_comes_in_order_by_default(self, model):
         ids = torch.tensor([[10, *[SOUND] * 6, 11]])
-        clips = sounds(1, 3)
+        clips = audio_clips(1, 3)
         expected = model(ids, input_features=clips, audio_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 0]])).embeds
         close(model(ids, input_features=clips).embeds, expected, 1e-6, "in order")
 
@@ -220,7 +220,7 @@ class TestPreTraining(ModelSuite):
         # The second video's words are others.
         rows = {"text_to_audio": to_audio, "audio_to_text": to_text, "matching": matching, "texts": texts}
         rows = {name: torch.stack([row, shifted(row)]) for name, row in rows.items()}
-        media = {"pixel_values": frames(2, 4), "input_features": sounds(2, 12)}
+        media = {"pixel_values": frames(2, 4), "input_features": audio_clips(2, 12)}
         return media | rows | {"span_ids": torch.cat([spans, spans.where(spans == PAD, spans + 3)])}
 
     def objective(self, model, batch):
@@ -336,7 +336,7 @@ class TestVideoMultipleChoice(TestMultipleChoice):
             "input_ids": ids,
             "pixel_values": frames(),
             "audio_input_ids": audio,
-            "input_features": sounds(),
+            "input_features": audio_clips(),
             "segment_ids": places,
             "audio_segment_ids": torch.tensor([0] * 3 + [1] * 6 + [2] * 6).expand(2, 3, -1),
         }

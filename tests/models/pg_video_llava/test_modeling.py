@@ -166,7 +166,7 @@ def test_transcripts_by_pipelines_of_transformers():
     def whole(sound, return_timestamps):
         return {"chunks": [{"timestamp": (0.5, None), "text": " hello"}]}
 
-    # Among three sounds speech is one, and weights that know nothing let nothing drown it.
+    # Of three classes speech is one, and weights that know nothing let nothing drown it.
     assert transcribe((wave, 16_000), whole, tagger) == "hello"
 
 

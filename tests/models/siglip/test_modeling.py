@@ -26,7 +26,7 @@ IDS = torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(0))
 
 
 def patches():
-    """Three pictures of 2 x 5, 2 x 3 and 3 x 3 patches, padded to ten."""
+    """Three images of 2 x 5, 2 x 3 and 3 x 3 patches, padded to ten."""
     shapes = torch.tensor([[2, 5], [2, 3], [3, 3]])
     mask = (torch.arange(10) < shapes.prod(dim=1, keepdim=True)).long()
     return {"pixel_values": torch.randn(3, 10, 48), "pixel_attention_mask": mask, "spatial_shapes": shapes}

@@ -16,7 +16,7 @@ VIDEO, START, END = 57, 58, 59
 SIZES = {"vision_config": VISION, "text_config": TEXT, "video_token_id": VIDEO, "temporal_tokens": 5}
 
 
-class FilmSuite(GenerationSuite, ModelSuite):
+class VideoSuite(GenerationSuite, ModelSuite):
     model_class, auto_class = HfvlmVideoChatGPTForConditionalGeneration, AutoModelForImageTextToText
     modality, pixels = "video", "pixel_values_videos"
     test_decoding_compiles_as_one_graph = None  # after the first step it is LLaMA, as LLaVA is
@@ -41,7 +41,7 @@ class FilmSuite(GenerationSuite, ModelSuite):
         return {"labels": ids.masked_fill(ids >= VIDEO, -100)}
 
 
-class TestVideoChatGPT(FilmSuite):
+class TestVideoChatGPT(VideoSuite):
     def test_the_order_of_frames_changes_the_output(self, model, batch):
         with torch.no_grad():
             before = model(**batch).logits
@@ -84,7 +84,7 @@ class TestVideoChatGPT(FilmSuite):
         assert not any(p.requires_grad for p in model.vision_model.layers[2].parameters())
 
 
-class TestPaddedFilms(FilmSuite):
+class TestPaddedVideos(VideoSuite):
     """With the number of frames of each, as the processor gives them."""
 
     implementations = ("sdpa",)
@@ -100,7 +100,7 @@ class TestPaddedFilms(FilmSuite):
         super().test_exports(shallow, batch | {"num_frames": (3, 2, 1)})
 
 
-class TestPGVideoLLaVA(FilmSuite):
+class TestPGVideoLLaVA(VideoSuite):
     test_compiles_as_one_graph = None  # its parts are in the graphs above
     model_class = HfvlmPGVideoLLaVAForConditionalGeneration
     implementations = ("sdpa",)

@@ -37,7 +37,7 @@ def test_texts_are_as_long_as_the_model_was_trained_on(tokenizer, tmp_path):
         ("[SEP].", "[UNK] [UNK] [UNK] ."),
         ("[sep]", "[UNK] [UNK] [UNK]"),
         ("[MASK] [PAD]", "[UNK] [UNK] [UNK] [UNK] [UNK] [UNK]"),
-        # A character without width is dropped before words are told apart.
+        # A character without width is dropped before words are separated.
         ("[SEP]\u200b cat", "[SEP] cat"),
         ("[SEP]\u200bcat", "[UNK] [UNK] [UNK] cat"),
         # So is one that Unicode has not assigned, of which tokenizers' engine makes a letter.
