@@ -9,6 +9,18 @@ from hfvlm.registry import find_class
 
 ADAPTER = "adapter_config.json"
 PROCESSOR = "processor_config.json"
+# What the models of an Auto class of transformers do, and some that do.
+DOES = {
+    "AutoModelForImageTextToText": "generates text from images or videos, as BLIP and LLaVA do",
+    "AutoModelForImageToImage": "paints images from images, as Painter does",
+    "AutoModelForSpeechSeq2Seq": "transcribes speech, as Whisper does",
+    "AutoModelForCTC": "recognises letters, as wav2vec 2.0 with CTC does",
+    "AutoModelForAudioClassification": "classifies audio",
+    "AutoModelForZeroShotImageClassification": "classifies images by texts, as CLIP does",
+    "AutoModelForCausalLM": "continues texts, as language models do",
+    "AutoModelForZeroShotObjectDetection": "detects what texts name, as GroundingDINO does",
+    "AutoModelForMaskGeneration": "segments what is in a box, as SAM does",
+}
 
 
 def adapter_settings(folder: str | Path) -> dict[str, Any] | None:
@@ -78,6 +90,25 @@ def processor_of(folder: str | Path, **options: Any) -> Any:
     return AutoProcessor.from_pretrained(base_of(folder, settings), **options)
 
 
+def check_does(folder: str | Path, auto: Any, config: Any = None) -> None:
+    """Refuse a model that an Auto class of transformers does not load.
+
+    Args:
+        folder: a model's or an adapter's, or a Hub id.
+        auto: one of `DOES`; every model passes another.
+        config: the model's; by default the folder's.
+
+    Raises:
+        ValueError: it is another model; the message says what was wanted.
+    """
+    if auto.__name__ not in DOES:
+        return
+    config = config_of(folder) if config is None else config
+    if type(config) not in auto._model_mapping:
+        wanted = DOES[auto.__name__]
+        raise ValueError(f"{folder}: its config.json is of {config.model_type!r}, no model that {wanted}.")
+
+
 def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None = None, **options: Any) -> Any:
     """Load a model; an adapter is merged into its base.
 
@@ -88,12 +119,14 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         **options: of `from_pretrained`.
 
     Raises:
-        ValueError: the adapter's base is not there, or it does not fit.
+        ValueError: the model does something else, or the adapter's base is not there, or it does not fit.
         ImportError: PEFT is not installed.
     """
     from transformers import AutoModel
 
     auto = auto or AutoModel
+    if base is None and not options.get("trust_remote_code"):
+        check_does(folder, auto, options.get("config"))
     settings = adapter_settings(folder)
     if settings is None:
         return auto.from_pretrained(folder, **options)
