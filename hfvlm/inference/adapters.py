@@ -1,6 +1,7 @@
 """Models by their folder, whether it holds all weights or only an adapter of PEFT's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,26 @@ def check_does(folder: str | Path, auto: Any, config: Any = None) -> None:
         raise ValueError(f"{folder}: its config.json is of {config.model_type!r}, no model that {wanted}.")
 
 
+def check_whole(folder: str | Path, model: Any, problems: Mapping[str, Any]) -> None:
+    """Refuse a model of which weights were not in the folder: they would be random numbers.
+
+    Args:
+        folder: it was loaded from.
+        model: as loaded.
+        problems: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ValueError: weights are missing; the message says what the folder holds.
+    """
+    if not (missing := sorted(problems["missing_keys"])):
+        return
+    held = (config_of(folder).architectures or ["another model"])[0]
+    raise ValueError(
+        f"{folder}: holds {held}, not {type(model).__name__}: it lacks {len(missing)} of its weights, the first is "
+        f"{missing[0]}."
+    )
+
+
 def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None = None, **options: Any) -> Any:
     """Load a model; an adapter is merged into its base.
 
@@ -119,7 +140,8 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         **options: of `from_pretrained`.
 
     Raises:
-        ValueError: the model does something else, or the adapter's base is not there, or it does not fit.
+        ValueError: the model does something else, weights of it are missing, or the adapter's base is not there, or it
+            does not fit.
         ImportError: PEFT is not installed.
     """
     from transformers import AutoModel
@@ -128,11 +150,14 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
     if base is None and not options.get("trust_remote_code"):
         check_does(folder, auto, options.get("config"))
     settings = adapter_settings(folder)
+    info = options.pop("output_loading_info", False)
     if settings is None:
-        return auto.from_pretrained(folder, **options)
+        model, problems = auto.from_pretrained(folder, output_loading_info=True, **options)
+        if not info:
+            check_whole(folder, model, problems)
+        return (model, problems) if info else model
     peft = import_extra("peft", "train", "Adapters")
     base = base or base_of(folder, settings)
-    info = options.pop("output_loading_info", False)
     loaded = auto.from_pretrained(base, output_loading_info=True, **options)
     model, problems = loaded if isinstance(loaded, tuple) else (loaded, {})
     try:

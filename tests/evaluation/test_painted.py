@@ -108,9 +108,7 @@ def test_what_cannot_be_is_refused(folder, drawn, clip_folder):
     with pytest.raises(ValueError, match="has no column for target"):
         evaluate("depth", folder, Data(str(drawn / "depth-rows"), columns={"target": "nothing"}))
     colours = Data(str(drawn / "restoration-rows"))
-    with pytest.raises(
-        ValueError, match="Row 0 of train, .*: an image of one channel is needed, not RGB"
-    ):
+    with pytest.raises(ValueError, match="Row 0 of train, .*: an image of one channel is needed, not RGB"):
         evaluate("depth", folder, colours)
     with pytest.raises(ValueError, match="hfvlm_clip"):
         evaluate("depth", clip_folder, data)
