@@ -110,6 +110,19 @@ def check_does(folder: str | Path, auto: Any, config: Any = None) -> None:
         raise ValueError(f"{folder}: its config.json is of {config.model_type!r}, no model that {wanted}.")
 
 
+def check_holds(folder: str | Path, model: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse an adapter with whole parts that the model has not, as a classifier: PEFT would leave them out.
+
+    Raises:
+        ValueError: there is such a part.
+    """
+    known = [name for name, _ in model.named_modules()]
+    for part in settings.get("modules_to_save") or ():
+        if not any(name == part or name.endswith(f".{part}") for name in known):
+            name = type(model).__name__
+            raise ValueError(f"{folder}: this adapter does not fit {name}: it holds {part}, which {name} has not.")
+
+
 def check_whole(folder: str | Path, model: Any, problems: Mapping[str, Any]) -> None:
     """Refuse a model of which weights were not in the folder: they would be random numbers.
 
@@ -160,6 +173,7 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
     base = base or base_of(folder, settings)
     loaded = auto.from_pretrained(base, output_loading_info=True, **options)
     model, problems = loaded if isinstance(loaded, tuple) else (loaded, {})
+    check_holds(folder, model, settings)
     try:
         merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, KeyError) as error:
