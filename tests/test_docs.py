@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import pytest
+import typer
 
 import hfvlm
 from docs.generators import open_clip
@@ -189,6 +190,42 @@ PLACE = re.compile(r"`((?:hfvlm|tests|conversion|examples|model_cards|modeling_c
 def test_files_that_are_named_are_there(page):
     named = PLACE.findall(page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+WRITTEN = sorted(
+    path
+    for folder in ("examples", "hfvlm", "conversion", "model_cards", "docs")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".md", ".py", ".yaml")
+)
+
+
+def test_commands_in_prose_have_the_options_that_are_written():
+    """`hfvlm command ... --option` on pages and cards, in recipes, docstrings and messages."""
+    commands = {tuple(name): command for name, command in every_command(typer.main.get_command(app))}
+    wrong = []
+    for path in [ROOT / "README.md", *BESIDE, *WRITTEN]:
+        text = re.sub(r"\\\n\s*(?:# )?", " ", path.read_text(encoding="utf-8"))
+        for found in re.finditer(r"(?<![\w/.-])hfvlm ((?:data )?[a-z]+)(?![\w.])([^\n`]*)", text):
+            command = commands.get(tuple(found[1].split()))
+            options = re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"\$\([^)]*\)", "", found[2]))
+            known = {"--help"} | {name for option in getattr(command, "params", ()) for name in option.opts}
+            wrong += [f"{path.name}: {found[0]}: {name}" for name in options if command and name not in known]
+        for found in re.finditer(r"`hfvlm ((?:data )?[a-z]+) ((?:[A-Z]\w+ ?)+)`", text):  # `hfvlm command FILE ...`
+            command = commands.get(tuple(found[1].split()))
+            takes = [option for option in getattr(command, "params", ()) if option.param_type_name == "argument"]
+            if command and len(found[2].split()) > len(takes) and all(option.nargs == 1 for option in takes):
+                wrong.append(f"{path.name}: {found[0]}: {len(takes)} arguments")
+    assert wrong == []
+
+
+def every_command(group, names=()):
+    """The commands of a group and of those in it, with their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, (*names, name))
+        else:
+            yield (*names, name), command
 
 
 def test_links_between_generated_pages_lead_somewhere():

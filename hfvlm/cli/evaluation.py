@@ -50,8 +50,8 @@ def evaluate(  # noqa: PLR0913 (options)
     task: Annotated[
         str | None,
         typer.Option(
-            help="zero-shot, retrieval, linear-probe, few-shot, caption, vqa, grounding, any-to-any, hallucination, "
-            "clip-score, segmentation, depth or restoration."
+            help="zero-shot, retrieval, linear-probe, few-shot, classification, caption, vqa, grounding, any-to-any, "
+            "hallucination, clip-score, segmentation, depth or restoration."
         ),
     ] = None,
     data: Annotated[

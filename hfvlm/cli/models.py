@@ -7,9 +7,10 @@ import typer
 
 from hfvlm.cli.console import is_quiet, logs_to_stderr, print_json, print_piece, print_text, status
 from hfvlm.cli.options import Columns, Device, Folder, Json, Quiet, checked_device, finite_number, pairs
+from hfvlm.cli.outputs import check_place
 
 
-def chat(
+def chat(  # noqa: PLR0913 (options)
     folder: Folder,
     image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video, for models of videos; may be repeated.")] = None,
@@ -19,6 +20,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option(min=0, callback=finite_number, help="Above 0, answers are drawn.")
     ] = 0.0,
+    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model about images or videos.
@@ -29,7 +31,7 @@ def chat(
 
     drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with status(f"loading {folder}"):
-        talk = Chat.from_pretrained(folder, system=system, dtype="auto")
+        talk = Chat.from_pretrained(folder, system=system, device=checked_device(device), dtype="auto")
     given = {"/image": list(image or ()), "/video": list(video or ())}
     shown = {command: list(paths) for command, paths in given.items()}
     for text in [ask] if ask is not None else iter(ask_user, None):
@@ -72,7 +74,9 @@ def draw(  # noqa: PLR0913 (the command's options)
     ] = 1.0,
     judge: Annotated[
         Path | None,
-        typer.Option(help="A folder of CLIP or another dual encoder, which puts the best first.", exists=True),
+        typer.Option(
+            help="A folder of CLIP or another dual encoder, which puts the best first.", exists=True, file_okay=False
+        ),
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="With --judge: only the best.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = None,
@@ -82,22 +86,25 @@ def draw(  # noqa: PLR0913 (the command's options)
     quiet: Quiet = False,
 ) -> None:
     """Draw images of a text, and write them as a grid."""
-    from PIL import Image
-
     from hfvlm.inference.text_to_image import ImageGenerator, image_grid
+    from hfvlm.media.images import image_format
+    from hfvlm.writing import replaced
 
-    if output.exists() and not overwrite:
+    if output.is_file() and not overwrite:
         raise typer.BadParameter(f"{output} is there: --overwrite replaces it.", param_hint="--output")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise typer.BadParameter(f"{output}: no ending of an image's file, as .png.", param_hint="--output")
+    check_place(output)
+    kind = image_format(output)
     if keep is not None and judge is None:
         raise typer.BadParameter("the best are known to a judge alone: give --judge.", param_hint="--keep")
+    if keep is not None and keep > count:
+        raise typer.BadParameter(f"{keep} of {count} images are no choice: give fewer.", param_hint="--keep")
     with status(f"loading {model}"):
         draws = ImageGenerator.from_pretrained(model, judge=judge, device=checked_device(device), dtype="auto")
     given = {} if guidance is None else {"guidance_scale": guidance}
     with status(f"drawing {count} images"):
         images = draws(text, count, batch_size=batch_size, seed=seed, top_k=top_k, temperature=temperature, **given)
-    image_grid(images[:keep]).save(output)
+    with replaced(output) as file:
+        image_grid(images[:keep]).save(file, kind)
     print_text(str(output))
 
 

@@ -96,13 +96,30 @@ def check_card(folder: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path}: hfvlm did not write it: move it away, or replace it with --overwrite.")
 
 
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        FileExistsError: it is a folder.
+        FileNotFoundError: the folder that it would lie in is not there.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path}: is a folder: choose a file as output.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}: make it first.")
+
+
 def check_page(path: Path | None, *, overwrite: bool) -> None:
     """Refuse to replace a page that hfvlm did not write.
 
     Raises:
         FileExistsError: it is something else.
+        FileNotFoundError: the folder that it would lie in is not there.
     """
-    if path is None or overwrite or not path.exists():
+    if path is None:
+        return
+    check_place(path)
+    if overwrite or not path.exists():
         return
     with path.open("rb") as file:
         if GENERATOR.encode() not in file.read(4096):
@@ -114,10 +131,18 @@ def check_image(path: Path | None, *, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: it is something else.
+        FileNotFoundError: the folder that it would lie in is not there.
+        ValueError: no image can be written by its ending.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if path is None or overwrite or not path.exists():
+    from hfvlm.media.images import image_format
+
+    if path is None:
+        return
+    check_place(path)
+    image_format(path)
+    if overwrite or not path.exists():
         return
     try:
         with Image.open(path) as image:
@@ -149,7 +174,8 @@ def report_folder(output: Path | None, *, overwrite: bool) -> Iterator[Path | No
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: is a file: choose another output.")
     overwrite = overwrite or "hfvlm" in read_json(output / JSON_NAME)
-    check_page(output / PAGE_NAME, overwrite=overwrite)
+    if output.exists():
+        check_page(output / PAGE_NAME, overwrite=overwrite)
     if (output / JSON_NAME).exists() and not overwrite:
         raise foreign_file(output / JSON_NAME)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ class Data:
         """
         column = self.column_name(rows, name)
         if column is None:
-            raise ValueError(f"{self.dataset}: has no column for {name}; name one of {', '.join(rows.column_names)}.")
+            known, wanted = ", ".join(rows.column_names), f"columns={{{name!r}: ...}} (--column {name}=...)"
+            raise ValueError(f"{self.dataset}: has no column for {name}; name one of {known}, as {wanted}.")
         return rows[column]
 
     def about(self, rows: Any, names: Sequence[str], model: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The evaluation of models that find what a text names: boxes against those that people drew."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from hfvlm.evaluation.generating import generate_each
 from hfvlm.evaluation.report import MOST_MISTAKES, Mistake, Report, Result
 from hfvlm.inference.captioner import Captioner
 from hfvlm.media.images import read_image
-from hfvlm.media.rows import path_of
-from hfvlm.processing.grounding import Grounding, intersection_over_union
+from hfvlm.media.rows import UNREADABLE, path_of
+from hfvlm.processing.grounding import Grounding, annotated_box, intersection_over_union
 
 # A box is right from this overlap on, as RefCOCO counts (https://arxiv.org/abs/1608.00272).
 RIGHT = 0.5
@@ -35,7 +34,7 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     rows = data.rows()
     images = data.column(rows, "image")
     texts, errors = read_texts(data.column(rows, "text"))
-    boxes, wrong = read_boxes(data.column(rows, "box"))
+    boxes, sizes, wrong = read_boxes(data.column(rows, "box"), images)
     errors |= wrong
     generate = dict(generate or {"max_new_tokens": 64})
     captioner = Captioner.from_pretrained(folder, **options)
@@ -50,7 +49,6 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     answers, unread = generate_each(captioner, [images[row] for row, _ in asked], prompts, {}, generate)
     errors |= {asked[i][0]: error for i, error in unread.items()}
     numbers = [asked[i][0] for i in answers]
-    sizes = {row: read_image(images[row]).size for row in set(numbers)}
     found = [processor.answered_box(answer, sizes[asked[i][0]]) for i, answer in answers.items()]
     pairs = zip(found, numbers, strict=True)
     scores = np.array([0.0 if box is None else intersection_over_union(box, boxes[row]) for box, row in pairs])
@@ -67,18 +65,21 @@ def grounding(folder: str, data: Data, *, generate: Mapping[str, Any] | None = N
     return report
 
 
-def read_boxes(values: Sequence[Any]) -> tuple[dict[int, Box], dict[int, str]]:
-    """Return, by row number, the boxes of a column, and what is wrong with the rows without one."""
-    found, errors = dict[int, Box](), dict[int, str]()
-    for row, value in enumerate(values):
-        if is_box(value):
-            found[row] = [float(number) for number in value]
-        else:
-            errors[row] = f"box: left, top, right and bottom in pixels are needed, right and below, not {value!r}."
-    return found, errors
+def read_boxes(
+    values: Sequence[Any], images: Sequence[Any]
+) -> tuple[dict[int, Box], dict[int, tuple[int, int]], dict[int, str]]:
+    """Return, by row number, the boxes of a column, their images' widths and heights, and what is wrong with the rows
+    without a box.
 
-
-def is_box(value: Any) -> bool:
-    numbers = value if isinstance(value, list | tuple) else ()
-    real = all(isinstance(n, int | float) and not isinstance(n, bool) and isfinite(n) for n in numbers)
-    return len(numbers) == 4 and real and numbers[0] < numbers[2] and numbers[1] < numbers[3]
+    Args:
+        values: of the column.
+        images: of the rows, in which the boxes are.
+    """
+    found, sizes, errors = dict[int, Box](), dict[int, tuple[int, int]](), dict[int, str]()
+    for row, (value, image) in enumerate(zip(values, images, strict=True)):
+        try:
+            size = read_image(image).size
+            found[row], sizes[row] = annotated_box(value, size), size
+        except UNREADABLE as error:
+            errors[row] = str(error)
+    return found, sizes, errors

@@ -13,7 +13,7 @@ from PIL import Image
 from hfvlm.checks.ranges import check_integer
 from hfvlm.evaluation.bootstrap import interval
 from hfvlm.evaluation.data import Data, check_any
-from hfvlm.evaluation.painting import confusion, depth_errors, overlap_scores, psnr, ssim
+from hfvlm.evaluation.painting import FARTHEST, NEAREST, WINDOW, confusion, depth_errors, overlap_scores, psnr, ssim
 from hfvlm.evaluation.report import MOST_MISTAKES, Mistake, Report, Result
 from hfvlm.inference.painter import Painter
 from hfvlm.media.images import read_image
@@ -76,7 +76,7 @@ def depth(folder: str, data: Data, *, shown: int = 0, **options: Any) -> Report:
     Raises:
         ValueError: the model paints nothing, or no row can be read.
     """
-    run = Run(folder, data, "depth", shown, one_channel, {}, options)
+    run = Run(folder, data, "depth", shown, millimetres, {}, options)
     errors = [depth_errors(found / MILLIMETRES, truth / MILLIMETRES) for found, truth in run.results()]
     report = run.report("depth", {"unit": "metres"})
     for metric in errors[0]:
@@ -100,7 +100,7 @@ def restoration(folder: str, data: Data, *, painting: str = "denoise", shown: in
     """
     if painting not in RESTORATIONS:
         raise ValueError(f"painting {painting!r} is none of {', '.join(RESTORATIONS)}.")
-    run = Run(folder, data, painting, shown, lambda image: np.asarray(image.convert("RGB")), {}, options)
+    run = Run(folder, data, painting, shown, whole_image, {}, options)
     decibels, similar = [], []
     for found, truth in run.results():
         decibels.append(min(psnr(found, truth), HIGHEST_PSNR))
@@ -122,6 +122,31 @@ def one_channel(image: Image.Image) -> np.ndarray:
     if values.ndim != 2:
         raise ValueError(f"target: an image of one channel is needed, not {image.mode}.")
     return values.astype(np.int64)
+
+
+def millimetres(image: Image.Image) -> np.ndarray:
+    """Return the depths of an image, `(H, W)`, int64.
+
+    Raises:
+        ValueError: it has several channels or 8 bits, or none of its depths counts.
+    """
+    depths = one_channel(image)
+    if image.mode in ("1", "L", "P"):
+        raise ValueError(f"target: depths are millimetres in 16 bits, and the image has 8 ({image.mode}).")
+    if not ((depths > NEAREST * MILLIMETRES) & (depths < FARTHEST * MILLIMETRES)).any():
+        raise ValueError(f"target: no depth is between {NEAREST:g} and {FARTHEST:g} metres.")
+    return depths
+
+
+def whole_image(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image, `(H, W, 3)`, uint8.
+
+    Raises:
+        ValueError: it is smaller than a window of the structural similarity.
+    """
+    if min(image.size) < WINDOW:
+        raise ValueError(f"target: {WINDOW} pixels in each direction are needed, not {image.width} x {image.height}.")
+    return np.asarray(image.convert("RGB"))
 
 
 @dataclass
@@ -165,14 +190,17 @@ class Run:
         """Return the pair that shows the task.
 
         Raises:
-            ValueError: the split has no such row.
+            ValueError: the split has no such row, or its target shows nothing.
         """
         whole = replace(self.data, limit=None)
         rows = whole.rows(self.data.train_split)
         check_integer("shown", self.shown, 0, len(rows) - 1)
         row = rows[self.shown]
         columns = [whole.column_name(rows, name) for name in ("image", "target")]
-        image, truth = self.read(*(row[column] for column in columns if column is not None))
+        try:
+            image, truth = self.read(*(row[column] for column in columns if column is not None))
+        except UNREADABLE as error:
+            raise ValueError(f"Row {self.shown} of {self.data.train_split}, which shows the task: {error}") from error
         if self.task in RESTORATIONS:
             return image, Image.fromarray(truth)
         return self.painter.prompt(image, truth, self.task, **self.painting)

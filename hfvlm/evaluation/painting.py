@@ -9,6 +9,8 @@ from hfvlm.checks.ranges import check_number
 
 # Of the structural similarity (Wang et al., 2004): of the means and the deviations, as shares of the range.
 K1, K2 = 0.01, 0.03
+# Pixels of its windows, and of those that a Gaussian weighs.
+WINDOW, WIDE_WINDOW = 7, 11
 # Depths in metres that count, as for NYU v2.
 NEAREST, FARTHEST = 1e-3, 10.0
 
@@ -52,7 +54,7 @@ def ssim(image: Any, truth: Any, *, highest: float = 255.0, gaussian: bool = Fal
     """
     check_number("highest", highest, 0, open_low=True)
     left, right = same_shapes(image, truth)
-    width = 11 if gaussian else 7
+    width = WIDE_WINDOW if gaussian else WINDOW
     if left.ndim not in (2, 3) or min(left.shape[:2]) < width:
         raise ValueError(f"Images are (H, W) or (H, W, C) of at least {width} pixels, not {left.shape}.")
     if left.ndim == 3:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfvlm.evaluation.any_to_any import any_to_any
+from hfvlm.evaluation.classifiers import classification
 from hfvlm.evaluation.clip_score import clip_score
 from hfvlm.evaluation.data import Data
 from hfvlm.evaluation.embedding import few_shot, linear_probe, retrieval, zero_shot
@@ -21,6 +22,7 @@ TASKS: dict[str, Callable[..., Report]] = {
     "retrieval": retrieval,
     "linear-probe": linear_probe,
     "few-shot": few_shot,
+    "classification": classification,
     "caption": caption,
     "vqa": vqa,
     "grounding": grounding,

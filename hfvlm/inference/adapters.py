@@ -1,6 +1,7 @@
 """Models by their folder, whether it holds all weights or only an adapter of PEFT's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,18 @@ from hfvlm.registry import find_class
 
 ADAPTER = "adapter_config.json"
 PROCESSOR = "processor_config.json"
+# What the models of an Auto class of transformers do, and some that do.
+DOES = {
+    "AutoModelForImageTextToText": "generates text from images or videos, as BLIP and LLaVA do",
+    "AutoModelForImageToImage": "paints images from images, as Painter does",
+    "AutoModelForSpeechSeq2Seq": "transcribes speech, as Whisper does",
+    "AutoModelForCTC": "recognises letters, as wav2vec 2.0 with CTC does",
+    "AutoModelForAudioClassification": "classifies audio",
+    "AutoModelForZeroShotImageClassification": "classifies images by texts, as CLIP does",
+    "AutoModelForCausalLM": "continues texts, as language models do",
+    "AutoModelForZeroShotObjectDetection": "detects what texts name, as GroundingDINO does",
+    "AutoModelForMaskGeneration": "segments what is in a box, as SAM does",
+}
 
 
 def adapter_settings(folder: str | Path) -> dict[str, Any] | None:
@@ -78,6 +91,58 @@ def processor_of(folder: str | Path, **options: Any) -> Any:
     return AutoProcessor.from_pretrained(base_of(folder, settings), **options)
 
 
+def check_does(folder: str | Path, auto: Any, config: Any = None) -> None:
+    """Refuse a model that an Auto class of transformers does not load.
+
+    Args:
+        folder: a model's or an adapter's, or a Hub id.
+        auto: one of `DOES`; every model passes another.
+        config: the model's; by default the folder's.
+
+    Raises:
+        ValueError: it is another model; the message says what was wanted.
+    """
+    if auto.__name__ not in DOES:
+        return
+    config = config_of(folder) if config is None else config
+    if type(config) not in auto._model_mapping:
+        wanted = DOES[auto.__name__]
+        raise ValueError(f"{folder}: its config.json is of {config.model_type!r}, no model that {wanted}.")
+
+
+def check_holds(folder: str | Path, model: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse an adapter with whole parts that the model has not, as a classifier: PEFT would leave them out.
+
+    Raises:
+        ValueError: there is such a part.
+    """
+    known = [name for name, _ in model.named_modules()]
+    for part in settings.get("modules_to_save") or ():
+        if not any(name == part or name.endswith(f".{part}") for name in known):
+            name = type(model).__name__
+            raise ValueError(f"{folder}: this adapter does not fit {name}: it holds {part}, which {name} has not.")
+
+
+def check_whole(folder: str | Path, model: Any, problems: Mapping[str, Any]) -> None:
+    """Refuse a model of which weights were not in the folder: they would be random numbers.
+
+    Args:
+        folder: it was loaded from.
+        model: as loaded.
+        problems: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ValueError: weights are missing; the message says what the folder holds.
+    """
+    if not (missing := sorted(problems["missing_keys"])):
+        return
+    held = (config_of(folder).architectures or ["another model"])[0]
+    raise ValueError(
+        f"{folder}: holds {held}, not {type(model).__name__}: it lacks {len(missing)} of its weights, the first is "
+        f"{missing[0]}."
+    )
+
+
 def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None = None, **options: Any) -> Any:
     """Load a model; an adapter is merged into its base.
 
@@ -88,20 +153,27 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         **options: of `from_pretrained`.
 
     Raises:
-        ValueError: the adapter's base is not there, or it does not fit.
+        ValueError: the model does something else, weights of it are missing, or the adapter's base is not there, or it
+            does not fit.
         ImportError: PEFT is not installed.
     """
     from transformers import AutoModel
 
     auto = auto or AutoModel
+    if base is None and not options.get("trust_remote_code"):
+        check_does(folder, auto, options.get("config"))
     settings = adapter_settings(folder)
+    info = options.pop("output_loading_info", False)
     if settings is None:
-        return auto.from_pretrained(folder, **options)
+        model, problems = auto.from_pretrained(folder, output_loading_info=True, **options)
+        if not info:
+            check_whole(folder, model, problems)
+        return (model, problems) if info else model
     peft = import_extra("peft", "train", "Adapters")
     base = base or base_of(folder, settings)
-    info = options.pop("output_loading_info", False)
     loaded = auto.from_pretrained(base, output_loading_info=True, **options)
     model, problems = loaded if isinstance(loaded, tuple) else (loaded, {})
+    check_holds(folder, model, settings)
     try:
         merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, KeyError) as error:

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from hfvlm.checks.ranges import check_generation
 from hfvlm.inference.adapters import load_model, processor_of
+from hfvlm.inference.placement import find_device
 from hfvlm.modeling.compat import new_cache, with_cache
 from hfvlm.modeling.image_text import Features
 from hfvlm.modeling.streaming import Stream, until
@@ -40,11 +41,28 @@ class Chat:
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, system: str | None = None, **kwargs: Any) -> "Chat":
-        """Load a folder, an adapter's too; `kwargs` are of the model's `from_pretrained`: `dtype`, `device_map`,
-        `quantization_config`."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        system: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "Chat":
+        """Load a folder, an adapter's too.
+
+        Args:
+            folder: a local folder or a Hub id.
+            system: the first message, in place of the checkpoint's own.
+            device: "auto" is a GPU where there is one; None leaves the model where `kwargs` put it.
+            **kwargs: of the model's `from_pretrained`: `dtype`, `device_map`, `quantization_config`.
+
+        Raises:
+            ValueError: the model generates no text, or there is no such device.
+        """
+        place = None if device is None else find_device(device)
         model = load_model(folder, AutoModelForImageTextToText, **kwargs).eval()
-        return cls(model, processor_of(folder), system=system)
+        return cls(model if place is None else model.to(place), processor_of(folder), system=system)
 
     def reset(self) -> None:
         """Begin a new conversation.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from hfvlm.checks.ranges import check_number
+from hfvlm.inference.adapters import load_model
 from hfvlm.inference.placement import find_device
 from hfvlm.inference.zero_shot import ZeroShotClassifier
 from hfvlm.processing.grounding import intersection_over_union
@@ -85,7 +86,7 @@ class TextDetector:
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, threshold: float = 0.5, device: str = "cpu") -> "TextDetector":
         """Load a folder of a model and its processor."""
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(find_device(device))
+        model = load_model(folder, AutoModelForZeroShotObjectDetection).to(find_device(device))
         return cls(model, AutoProcessor.from_pretrained(folder), threshold=threshold)
 
     @torch.no_grad()
@@ -134,7 +135,7 @@ class BoxSegmenter:
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "BoxSegmenter":
         """Load a folder of a model and its processor."""
-        model = AutoModelForMaskGeneration.from_pretrained(folder).to(find_device(device))
+        model = load_model(folder, AutoModelForMaskGeneration).to(find_device(device))
         return cls(model, AutoProcessor.from_pretrained(folder))
 
     @torch.no_grad()

@@ -49,9 +49,14 @@ class Embedder:
     Args:
         model: with `modalities` and `get_<modality>_features`; it is put in inference mode, on its device.
         processor: the model's.
+
+    Raises:
+        ValueError: the model embeds nothing.
     """
 
     def __init__(self, model: Any, processor: Any):
+        if not hasattr(model, "modalities"):
+            raise ValueError(f"{type(model).__name__} embeds nothing; CLIP, SigLIP, ImageBind and others of hfvlm do.")
         self.model, self.processor = model.eval(), processor
         self.modalities = tuple(name for name in model.modalities if name in processor.modalities)
         self.optimization: Optimization | None = None

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from hfvlm.inference.search import weighed
 from hfvlm.media.depth import one_channel
 from hfvlm.media.errors import MediaError
-from hfvlm.media.images import read_image, to_8_bits
+from hfvlm.media.images import image_format, read_image, to_8_bits
 from hfvlm.writing import replaced
 
 THUMBNAIL = 224
@@ -148,9 +148,7 @@ def draw_grid(hits: Hits, paths: Mapping[str, str], output: Path, *, modality: s
     Raises:
         ValueError: the file's name does not end as an image's.
     """
-    kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{output}: {output.suffix or 'no ending'} is no kind of image; end it in .png.")
+    kind = image_format(output)
     rows = -(-len(hits) // COLUMNS)
     cell = THUMBNAIL + 24
     grid = Image.new("RGB", (COLUMNS * cell, max(1, rows) * cell), "white")

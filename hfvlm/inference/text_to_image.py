@@ -27,14 +27,13 @@ class ImageGenerator:
         **options: of `generate`, for every call.
 
     Raises:
-        TypeError: the model draws no images.
-        ValueError: an option is out of its range.
+        ValueError: the model draws no images, or an option is out of its range.
     """
 
     def __init__(self, model: Any, processor: Any, judge: Embedder | None = None, **options: Any):
         check_options(options)
         if not callable(getattr(model, "draw", None)):
-            raise TypeError(f"{type(model).__name__} draws no images of texts.")
+            raise ValueError(f"{type(model).__name__} draws no images of texts; DALL-E mini does.")
         self.model, self.processor, self.judge, self.options = model.eval(), processor, judge, options
 
     @classmethod

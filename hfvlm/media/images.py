@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -100,6 +101,20 @@ def read_image(
     if bits is not None:
         image = _widened(image, bits, name)
     return turned(image) if upright else image
+
+
+def image_format(path: Path) -> str:
+    """Return the format of a new image's file, as "PNG", by the end of its name.
+
+    Raises:
+        ValueError: no image can be written by it.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(
+            f"{path}: {path.suffix or 'no ending'} is no kind of image that can be written; end it in .png."
+        )
+    return str(kind)
 
 
 def decoded_by(read: Callable[[], Any], name: str) -> Any:

@@ -41,9 +41,10 @@ def load_rows(dataset: str, subset: str | None = None, *, split: str, streaming:
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: there is no such split.
+        FileNotFoundError: there is no such data set, here or on the Hub.
+        ValueError: there is no such split, or a file is damaged.
     """
-    load_dataset = import_extra("datasets", "train", "Reading data sets").load_dataset
+    datasets = import_extra("datasets", "train", "Reading data sets")
     folder = media_folder(dataset)
     if folder is not None:
         if unknown := folder.unknown():
@@ -51,6 +52,20 @@ def load_rows(dataset: str, subset: str | None = None, *, split: str, streaming:
             logger.warning("%s: files of no known kind are passed over: %s.", dataset, counts)
         rows = folder.dataset(split)
         return rows.to_iterable_dataset() if streaming else rows
+    # `datasets` takes some relative names, as "text" and "json", for readers of its own.
+    place = str(Path(dataset).absolute()) if Path(dataset).exists() else dataset
+    try:
+        return read_by_datasets(datasets.load_dataset, place, subset, split, streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{dataset}: {error.__cause__ or error}") from error
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        if Path(dataset).exists():
+            raise
+        raise FileNotFoundError(f"{dataset}: no folder or file here, and not found on the Hub: {error}") from error
+
+
+def read_by_datasets(load_dataset: Any, dataset: str, subset: str | None, split: str, *, streaming: bool) -> Any:
+    """Load a data set by `datasets.load_dataset`, with its media still encoded."""
     stream = load_dataset(dataset, subset, split=split, streaming=True)
     if stream.features is None:
         return stream if streaming else load_dataset(dataset, subset, split=split)

@@ -164,7 +164,7 @@ class TextToImageModel(HfvlmPreTrainedModel, Generation):
         if self.codec is None:
             raise ValueError(
                 "This model has no VQGAN (codec_config is None), so it knows images by their codes alone: convert it "
-                "with one (--codec), or decode what `generate` returns with a VQGAN of your own."
+                "with one (--part codec=FILE), or decode what `generate` returns with a VQGAN of your own."
             )
         return self.codec
 

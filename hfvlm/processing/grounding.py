@@ -2,9 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
 from typing import Any
 
+from hfvlm.checks.messages import shown
+
 Region = dict[str, Any]
+# Pixels by which an annotated box may end beyond its image, as some that people drew do.
+SLACK = 1
+NO_BOX = "box: left, top, right and bottom in pixels are needed, right and below, not {}."
 
 
 def intersection_over_union(left: Sequence[float], right: Sequence[float]) -> float:
@@ -13,6 +20,35 @@ def intersection_over_union(left: Sequence[float], right: Sequence[float]) -> fl
     shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     union = (c - a) * (d - b) + (g - e) * (h - f) - shared
     return shared / union if union > 0 else 0.0
+
+
+def ordered_box(value: Any) -> list[float]:
+    """Return a box, left, top, right and bottom.
+
+    Raises:
+        ValueError: it is not four finite numbers, or right or bottom comes before left or top.
+    """
+    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else getattr(value, "tolist", list)()
+    box = [float(n) for n in numbers if isinstance(n, Real) and not isinstance(n, bool) and isfinite(n)]
+    if len(numbers) != 4 or len(box) != 4 or box[0] > box[2] or box[1] > box[3]:
+        raise ValueError(NO_BOX.format(shown(value)))
+    return box
+
+
+def annotated_box(value: Any, size: tuple[int, int]) -> list[float]:
+    """Return the box of a thing in an image of `size`, its width and height in pixels.
+
+    Raises:
+        ValueError: it is no box with an area, in shares of the image, or beyond it.
+    """
+    box, (width, height) = ordered_box(value), size
+    if box[0] == box[2] or box[1] == box[3]:
+        raise ValueError(NO_BOX.format(shown(value)))
+    if max(box) <= 1:
+        raise ValueError(f"box: pixels are needed, not shares of the image: {shown(value)}.")
+    if min(box) < -SLACK or box[2] > width + SLACK or box[3] > height + SLACK:
+        raise ValueError(f"box: {shown(value)} is not within the image of {width} x {height} pixels.")
+    return box
 
 
 class Grounding(ABC):
@@ -30,7 +66,11 @@ class Grounding(ABC):
 
         Args:
             label: name of the object; None for regions without one.
-            boxes: in pixels of an image of `size`, its width and height; without it, in the model's own unit.
+            boxes: in pixels of an image of `size`, its width and height; without it, in the model's own unit. What is
+                outside moves to the edge.
+
+        Raises:
+            ValueError: a box is none.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from hfvlm.processing.batches import is_empty, texts_of
-from hfvlm.processing.grounding import Grounding
+from hfvlm.processing.grounding import Grounding, ordered_box
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.settings import whole
 
@@ -82,7 +82,7 @@ class ImagesFirstProcessor(ImagePatchesProcessor, Grounding):
         width, height = size or (1, 1)
         formatted = (
             self.box_text([top / height, left / width, bottom / height, right / width])
-            for left, top, right, bottom in boxes
+            for left, top, right, bottom in map(ordered_box, boxes)
         )
         return BETWEEN.join(f"{box} {label}" if label else box for box in formatted)
 

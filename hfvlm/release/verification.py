@@ -20,7 +20,7 @@ from hfvlm.release.records import Check, record_checks
 __all__ = ["Check", "VerificationError", "sample_inputs", "samples", "verify"]
 
 TOLERANCE = 1e-5
-TEXTS = ("a photo of a cat", "two dogs on a beach at night, seen from far away")
+TEXTS = ("a photo of a cat", "two dogs on a beach")
 
 
 class VerificationError(ValueError):

@@ -6,13 +6,16 @@ the paper describes the tasks, and no code of it was released.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 import numpy as np
 
 from hfvlm.checks.messages import shown
-from hfvlm.checks.ranges import check_number
+from hfvlm.checks.ranges import check_integer, check_number
+from hfvlm.media.errors import MediaError
 from hfvlm.media.images import read_image
+from hfvlm.processing.grounding import annotated_box
 
 # mT5's sentinel, where the answer belongs.
 GAP = "<extra_id_0>"
@@ -103,7 +106,8 @@ class MixtureCollator:
     - "object_aware": "objects", names; and "absent", names of what is not there.
     - "detection": "objects", each a "label" and a "box", left, top, right and bottom in pixels.
 
-    What is drawn for a row depends on the seed and on how many rows there were before.
+    A field that is None is missing, as data sets have it of other tasks' fields. What is drawn for a row depends on
+    the seed and on how many rows there were before.
 
     Args:
         processor: PaLI's.
@@ -113,7 +117,8 @@ class MixtureCollator:
         seed: of spans, splits, questions and orders.
 
     Raises:
-        ValueError: a prompt for a task that there is not.
+        ValueError: a prompt for a task that there is not, or with a field that its rows have not; a number is out of
+            its range.
     """
 
     def __init__(
@@ -129,6 +134,10 @@ class MixtureCollator:
             raise ValueError(f"prompts: no task is called {', '.join(unknown)}; there are {', '.join(PROMPTS)}.")
         self.processor, self.prompts = processor, {**PROMPTS, **(prompts or {})}
         self.corruption, self.max_length = corruption or Corruption(), max_length
+        check_integer("max_length", max_length, 2)
+        check_integer("seed", seed, 0)
+        for task, prompt in self.prompts.items():
+            check_prompt(task, prompt)
         check_number("corruption.share", self.corruption.share, 0, 1)
         check_number("corruption.length", self.corruption.length, 1, 1000)
         self.random = np.random.default_rng(seed)
@@ -144,6 +153,7 @@ class MixtureCollator:
 
     def example(self, row: Row, name: str = "row") -> tuple[Any, list[int], list[int]]:
         """Make the image (or None), the encoder's ids and the decoder's labels of a row."""
+        row = {field: value for field, value in row.items() if value is not None}
         task = row.get("task")
         if task == "span_corruption":
             return None, *self.corrupted(row, name)
@@ -152,51 +162,103 @@ class MixtureCollator:
             known = ", ".join(("span_corruption", *TASKS))
             raise ValueError(f"{name}: task must be one of {known}, not {shown(task)}.")
         try:
-            fields, answer = make(row, self.random, self.processor)
             image = read_image(row["image"])
+            fields, answer = make(row, self.random, self.processor)
+            fields = {"language": text_in(row, "language") if "language" in row else "EN"} | fields
         except KeyError as error:
             raise ValueError(f"{name}: a row of the task {task!r} needs {shown(error.args[0])}.") from error
-        prompt = self.prompts[str(task)].format(**{"language": row.get("language", "EN")} | fields)
+        except MediaError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        prompt = self.prompts[str(task)].format(**fields)
         return image, self.processor.encode(f"{self.processor.image_token}{prompt}"), self.processor.answer_ids(answer)
 
     def corrupted(self, row: Row, name: str) -> tuple[list[int], list[int]]:
         tokenizer = self.processor.tokenizer
-        if not isinstance(row.get("text"), str):
+        if "text" not in row:
             raise ValueError(f"{name}: a row of the task 'span_corruption' needs 'text'.")
-        ids = tokenizer(row["text"], add_special_tokens=False, padding=False)["input_ids"][: self.max_length]
+        try:
+            text = text_in(row, "text")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        ids = tokenizer(text, add_special_tokens=False, padding=False)["input_ids"][: self.max_length]
         try:
             return self.corruption(ids, self.processor.sentinels, tokenizer.eos_token_id, self.random)
         except ValueError as error:
             raise ValueError(f"{name}: {error}.") from error
 
 
+def check_prompt(task: str, prompt: str) -> None:
+    """Refuse a prompt with fields that are not its task's, or without a place for the answer.
+
+    Raises:
+        ValueError: it is such a prompt.
+    """
+    known = {"language"} | {name for _, name, _, _ in Formatter().parse(PROMPTS[task]) if name}
+    try:
+        named = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"prompts[{task!r}]: {error}: write {{{{ for a brace.") from error
+    if unknown := sorted(named - known):
+        raise ValueError(f"prompts[{task!r}]: no field {shown(unknown[0])}; there are {', '.join(sorted(known))}.")
+    if GAP not in prompt:
+        raise ValueError(f"prompts[{task!r}]: has no {GAP}, where the answer belongs.")
+
+
+def text_in(row: Row, field: str) -> str:
+    """Return a text of a row or of an object in it.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it is something else, or empty.
+    """
+    if not isinstance(row[field], str) or not row[field].strip():
+        raise ValueError(f"{field!r} is a text, not {shown(row[field])}.")
+    return row[field]
+
+
+def list_in(row: Row, field: str, kind: type) -> list[Any]:
+    """Return a list of a row, of texts or of objects.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it is something else, or has something else in it.
+    """
+    values = row[field]
+    if not isinstance(values, list | tuple) or not all(isinstance(value, kind) for value in values):
+        what = "texts" if kind is str else "objects, each a label and a box"
+        raise ValueError(f"{field!r} is a list of {what}, not {shown(values)}.")
+    return list(values)
+
+
 def _split(row: Row, random: np.random.Generator, processor: Any) -> Pair:
     """A beginning of the caption, and its rest; the position counts letters."""
-    words = row["text"].split(" ")
+    words = text_in(row, "text").split(" ")
     cut = int(random.integers(0, len(words)))
     begin = " ".join(words[:cut])
     return {"begin": begin, "position": len(begin)}, " ".join(words[cut:])
 
 
 def _caption(row: Row, random: np.random.Generator, processor: Any) -> Pair:
-    return {}, row["text"]
+    return {}, text_in(row, "text")
 
 
 def _read(row: Row, random: np.random.Generator, processor: Any) -> Pair:
-    return {}, " ".join(row["texts"])
+    return {}, " ".join(list_in(row, "texts", str))
 
 
 def _answer(row: Row, random: np.random.Generator, processor: Any) -> Pair:
-    return {"question": row["question"]}, row["answer"]
+    return {"question": text_in(row, "question")}, text_in(row, "answer")
 
 
 def _ask(row: Row, random: np.random.Generator, processor: Any) -> Pair:
-    return {"answer": row["answer"]}, row["question"]
+    return {"answer": text_in(row, "answer")}, text_in(row, "question")
 
 
 def _objects(row: Row, random: np.random.Generator, processor: Any) -> Pair:
     """One of three kinds of questions; those about single objects are as often about one that is absent."""
-    present, absent = list(row["objects"]), list(row.get("absent", ()))
+    present, absent = list_in(row, "objects", str), list_in({"absent": (), **row}, "absent", str)
     kind = int(random.integers(0, 3)) if present and absent else 0
     if kind == 0:
         return {"question": LISTING}, ", ".join(present) or "none"
@@ -213,8 +275,10 @@ def _objects(row: Row, random: np.random.Generator, processor: Any) -> Pair:
 def _detect(row: Row, random: np.random.Generator, processor: Any) -> Pair:
     """All boxes in an order by chance, as Pix2Seq (https://arxiv.org/abs/2109.10852)."""
     size = read_image(row["image"]).size
-    objects = [row["objects"][int(i)] for i in random.permutation(len(row["objects"]))]
-    return {}, " ; ".join(processor.grounding_text(each["label"], [each["box"]], size) for each in objects)
+    objects = list_in(row, "objects", Mapping)  # type: ignore[type-abstract]
+    found = [(text_in(each, "label"), annotated_box(each["box"], size)) for each in objects]
+    order = [found[int(i)] for i in random.permutation(len(found))]
+    return {}, " ; ".join(processor.grounding_text(label, [box], size) for label, box in order)
 
 
 TASKS: Mapping[str, Callable[[Row, np.random.Generator, Any], Pair]] = {
@@ -237,10 +301,15 @@ def mixed(sources: Mapping[str, Sequence[Row]], weights: Mapping[str, float], *,
         seed: of what is drawn.
 
     Raises:
-        ValueError: sources and weights have other names, or a weight is negative.
+        ValueError: sources and weights have other names, a weight is negative or no number, or a source that is drawn
+            from has no rows.
     """
-    if set(sources) != set(weights) or min(weights.values(), default=0) < 0 or not sum(weights.values()):
+    for name, weight in weights.items():
+        check_number(f"weights[{name!r}]", weight, 0)
+    if set(sources) != set(weights) or not sum(weights.values()):
         raise ValueError(f"weights {dict(weights)}: each of {', '.join(sources)} has one, none below 0, not all 0.")
+    if empty := [name for name, rows in sources.items() if weights[name] and not len(rows)]:
+        raise ValueError(f"sources: {', '.join(empty)}: no rows.")
     random = np.random.default_rng(seed)
     names = list(sources)
     shares = np.array([weights[name] for name in names], dtype=float)

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoProcessor
 
 import hfvlm
+from hfvlm.evaluation.grounding import read_boxes
 from hfvlm.evaluation.tasks import Data, evaluate
 from hfvlm.inference.captioner import Captioner
 from hfvlm.processing.grounding import intersection_over_union
@@ -18,6 +20,18 @@ BOXES = [
     ([0, 0, 20, 20], [0, 0, 20, 8]),
     ([8, 8, 24, 24], None),
 ]
+
+
+@pytest.fixture(scope="module")
+def untrained_folder(tmp_path_factory):
+    """A model's folder, written once."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda name: root / name if (root / name).exists() else hfvlm.untrained(name, root / name)
+
+
+@pytest.fixture(scope="module")
+def untrained_processor(untrained_folder):
+    return lambda name: AutoProcessor.from_pretrained(untrained_folder(name))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +78,8 @@ def test_overlap(left, right, expected):
         ("pali", "<image>detect a small red circle <extra_id_0>"),
     ],
 )
-def test_answers_are_compared_with_boxes(architecture, prompt, drawn, tmp_path, monkeypatch):
-    folder = hfvlm.untrained(architecture, tmp_path / "model")
+def test_answers_are_compared_with_boxes(architecture, prompt, drawn, untrained_folder, monkeypatch):
+    folder = untrained_folder(architecture)
     prompts = []
 
     def answer(captioner, images, texts, **options):
@@ -94,15 +108,52 @@ def test_answers_are_compared_with_boxes(architecture, prompt, drawn, tmp_path, 
     assert report.mistakes[0].text == f"{scenes.all_scenes()[3].caption()}: nothing"
 
 
+def test_boxes_that_no_image_has_are_left_out(tmp_path):
+    """Shares of the image and boxes of another size would count as never found."""
+    image = scenes.all_scenes()[0].render()  # of 32 x 32 pixels
+    kinds = {
+        "not shares of the image": [[0, 0, 1, 1], [0.1, 0.2, 0.5, 0.6]],
+        "not within the image of 32 x 32 pixels": [[4, 4, 34, 8], [4, 4, 8, 34], [-2, 4, 8, 8]],
+        "left, top, right and bottom": ["1,2,3,4", [8, 8, 4, 12], None],
+    }
+    values = [value for own in kinds.values() for value in own]
+    found, sizes, errors = read_boxes(
+        [[0, 0, 32.5, 32], *values, [1, 1, 2, 2]], [image] * 9 + [str(tmp_path / "no.png")]
+    )
+    assert (found, sizes) == ({0: [0, 0, 32.5, 32]}, {0: (32, 32)})
+    for row, message in enumerate([kind for kind, own in kinds.items() for _ in own], 1):
+        assert message in errors[row]
+    assert "no.png" in errors[9]
+
+
+@pytest.mark.parametrize("architecture", ["qwen_vl", "shikra", "paligemma", "pali"])
+def test_boxes_that_are_none_are_not_formatted(architecture, untrained_processor):
+    processor = untrained_processor(architecture)
+    for box in ([1, 2, 3], [9, 1, 3, 4], [float("nan"), 1, 3, 4], None, "1234"):
+        if architecture != "shikra" or box is not None:
+            with pytest.raises(ValueError, match="left, top, right and bottom"):
+                processor.grounding_text("dog", [box], (32, 32))
+
+
+def test_data_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        Data("nowhere").rows()
+    (tmp_path / "text" / "test").mkdir(parents=True)  # also the name of one of the readers of `datasets`
+    (tmp_path / "text" / "test" / "rows.jsonl").write_text('{"box": [1, 2}\n')
+    with pytest.raises(ValueError, match="text: .*JSON"):
+        Data("text").rows()
+
+
 def path_number(image):
     from hfvlm.media.rows import path_of
 
     return path_of(image).rpartition("/")[2].removesuffix(".png")
 
 
-def test_a_model_that_learned_nothing_finds_nothing(drawn, tmp_path):
+def test_a_model_that_learned_nothing_finds_nothing(drawn, untrained_folder):
     """The whole way, from images to a report."""
-    folder = hfvlm.untrained("qwen_vl", tmp_path / "model")
+    folder = untrained_folder("qwen_vl")
     report = evaluate("grounding", folder, Data(str(drawn)), generate={"max_new_tokens": 3}, device="cpu")
     assert [result.value for result in report.results] == [0, 0, 0]
     assert report.rows == len(report.mistakes) == 5

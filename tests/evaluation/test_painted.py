@@ -108,10 +108,33 @@ def test_what_cannot_be_is_refused(folder, drawn, clip_folder):
     with pytest.raises(ValueError, match="has no column for target"):
         evaluate("depth", folder, Data(str(drawn / "depth-rows"), columns={"target": "nothing"}))
     colours = Data(str(drawn / "restoration-rows"))
-    with pytest.raises(ValueError, match="one channel is needed, not RGB"):
+    with pytest.raises(ValueError, match="Row 0 of train, .*: an image of one channel is needed, not RGB"):
         evaluate("depth", folder, colours)
-    with pytest.raises(ValueError, match="HfvlmCLIP"):
+    with pytest.raises(ValueError, match="hfvlm_clip"):
         evaluate("depth", clip_folder, data)
+
+
+def test_targets_that_no_metric_is_defined_on_are_left_out(folder, tmp_path):
+    """A map without a depth, of 8 bits, or of too few pixels ends no evaluation."""
+    pixels = np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3)
+    depths = pixels[..., 0].astype(np.uint16) * 30
+    data = {
+        "depth": ([depths, depths, depths * 0, depths.astype(np.uint8)], ["no depth is between", "has 8 (L)"]),
+        "restoration": ([pixels, pixels, pixels[:5, :9]], ["7 pixels in each direction are needed, not 9 x 5"]),
+    }
+    for task, (targets, messages) in data.items():
+        place = tmp_path / f"{task}-rows" / "test"
+        place.mkdir(parents=True)
+        rows = []
+        for i, target in enumerate(targets):
+            Image.fromarray(pixels[: target.shape[0], : target.shape[1]]).save(place / f"{i}.png")
+            Image.fromarray(target).save(tmp_path / f"{task}{i}.png")
+            rows.append({"file_name": f"{i}.png", "target": str(tmp_path / f"{task}{i}.png")})
+        (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        report = evaluate(task, folder, Data(str(place.parent), train_split="test"), device="cpu")
+        assert report.rows == 2
+        for error, message in zip(report.errors.values(), messages, strict=True):
+            assert message in error
 
 
 def test_the_command(folder, drawn, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
@@ -191,3 +192,16 @@ def test_chat_captioner_and_pipelines_of_ours(tmp_path):
         assert type(loaded).__name__ == type(model).__name__
         with torch.no_grad():
             assert torch.allclose(loaded(**inputs).logits, wanted, atol=1e-4)
+
+
+def test_a_part_that_the_base_has_not_is_not_left_out(clip_folder, tmp_path):
+    """As a classifier's last layer, which was trained in full beside an adapter."""
+    model = hfvlm.HfvlmCLIPForImageClassification.from_pretrained(clip_folder, num_labels=3)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    message = "does not fit HfvlmCLIPModel: it holds classifier, which HfvlmCLIPModel has not"
+    with pytest.raises(ValueError, match=message):
+        hfvlm.Embedder.from_pretrained(tmp_path / "adapter")
+    result = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "merged")])
+    assert message in str(result.exception)
+    assert not (tmp_path / "merged").exists()

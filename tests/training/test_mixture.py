@@ -107,7 +107,7 @@ class TestCorruption:
         assert not chosen[:, 0].any()
 
     def test_what_cannot_be_corrupted_is_named(self, processor):
-        with pytest.raises(ValueError, match="row 0: a text of 0 tokens"):
+        with pytest.raises(ValueError, match="row 0: 'text' is a text, not ''"):
             MixtureCollator(processor)([{"task": "span_corruption", "text": ""}])
         with pytest.raises(ValueError, match=r"corruption\.share"):
             MixtureCollator(processor, corruption=Corruption(share=1.5))
@@ -136,6 +136,41 @@ def test_what_is_missing_is_named(processor):
     assert set(PROMPTS) == set(TASKS)
 
 
+@pytest.mark.parametrize(
+    ("task", "field", "value", "message"),
+    [
+        ("captioning", "text", None, "needs 'text'"),
+        ("captioning", "text", 3, "'text' is a text, not 3"),
+        ("split_captioning", "text", " ", "'text' is a text, not ' '"),
+        ("ocr", "texts", "hello", "'texts' is a list of texts, not 'hello'"),
+        ("vqa", "question", 7, "'question' is a text"),
+        ("object_aware", "objects", "dog", "'objects' is a list of texts, not 'dog'"),
+        ("detection", "objects", ["dog"], "'objects' is a list of objects, each a label and a box"),
+        ("detection", "objects", [{"label": "cat", "box": [8, 4, 4, 20]}], "right and below, not"),
+        ("detection", "objects", [{"label": "cat", "box": [8, 4, 40, 90]}], "not within the image of 80 x 40 pixels"),
+        ("span_corruption", "text", ["a", "b"], "'text' is a text"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(processor, task, field, value, message):
+    """Letters of a text would be its words, and None a question."""
+    with pytest.raises(ValueError, match=f"row 0: .*{message}"):
+        MixtureCollator(processor)([{"task": task, **ROWS[task], field: value}])
+
+
+def test_fields_that_other_tasks_rows_have_may_be_none(processor):
+    row = {"task": "captioning", **ROWS["captioning"]}
+    assert texts(processor, {**row, "language": None, "texts": None, "absent": None}) == texts(processor, row)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a {box} <extra_id_0>", "no field 'box'; there are"), ("{question}", "has no <extra_id_0>")],
+)
+def test_prompts_that_lack_or_want_something_are_refused(processor, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureCollator(processor, {"vqa": prompt})
+
+
 def test_sources_are_drawn_by_their_weights():
     sources = {task: [row] for task, row in ROWS.items() if task in ("vqa", "vqg", "ocr")}
     drawn = [row["task"] for row in islice(mixed(sources, {"vqa": 3, "vqg": 1, "ocr": 0}), 400)]
@@ -143,3 +178,8 @@ def test_sources_are_drawn_by_their_weights():
     assert 250 < drawn.count("vqa") < 350
     with pytest.raises(ValueError, match="each of vqa, vqg, ocr has one|each of"):
         next(mixed(sources, {"vqa": 1}))
+    for weights in ({"vqa": -1}, {"vqa": float("nan")}, {"vqa": "1"}):
+        with pytest.raises(ValueError, match=r"weights\['vqa'\] must be a finite number"):
+            next(mixed({"vqa": sources["vqa"]}, weights))
+    with pytest.raises(ValueError, match="sources: ocr: no rows"):
+        next(mixed({"ocr": []}, {"ocr": 1}))

@@ -13,7 +13,7 @@ import torch
 
 from hfvlm.checks.ranges import check_number
 from hfvlm.media.sources import import_extra
-from hfvlm.models.pg_video_llava.transcripts import RATE
+from hfvlm.models.pg_video_llava.transcripts import RATE, SHORTEST
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,7 @@ def align_words(wave: np.ndarray, segment: Mapping[str, Any], model: Any, proces
         ids, owner = [*ids, *letters], [*owner, *[i] * len(letters)]
     if not ids:
         return []
-    inputs = processor(part, sampling_rate=RATE, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        scores = model(**inputs).logits[0].float().log_softmax(dim=-1).cpu().numpy()
+    scores = letter_scores(part, model, processor)
     frames = aligned(scores, ids, blank)
     if frames is None:
         logger.warning("Not aligned: %.1f s of audio are too short for %r.", len(part) / RATE, segment["text"][:60])
@@ -138,6 +136,15 @@ def align_words(wave: np.ndarray, segment: Mapping[str, Any], model: Any, proces
     return found
 
 
+def letter_scores(part: np.ndarray, model: Any, processor: Any) -> np.ndarray:
+    """Compute the log-probabilities `(T, V)` of letters, of no frames where `part` is shorter than one."""
+    if len(part) < SHORTEST:
+        return np.empty((0, model.config.vocab_size))
+    inputs = processor(part, sampling_rate=RATE, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        return model(**inputs).logits[0].float().log_softmax(dim=-1).cpu().numpy()
+
+
 def letters_of(word: str, vocabulary: Mapping[str, int]) -> list[int]:
     """Spell a word in the letters that a model knows: as it is, in upper or in lower case, whichever has most."""
     cases = (word, word.upper(), word.lower())
@@ -147,6 +154,8 @@ def letters_of(word: str, vocabulary: Mapping[str, int]) -> list[int]:
 def aligned(scores: np.ndarray, ids: Sequence[int], blank: int) -> list[tuple[int, int]] | None:
     """Find the likeliest way through `(T, V)` log-probabilities that spells `ids` (N,), with blanks between them: of
     each id its first frame and the one after its last. None where there are too few frames."""
+    if not len(scores):
+        return None
     states = np.full(2 * len(ids) + 1, blank)
     states[1::2] = ids
     # From one letter to the next without a blank, unless they are the same.

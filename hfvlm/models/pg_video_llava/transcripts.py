@@ -14,7 +14,7 @@ from hfvlm.media import read_audio
 from hfvlm.media.recordings import resample
 
 RATE = 16_000
-# Samples of the tagger's window, 25 milliseconds. Whisper predicts segments of no length, too.
+# Samples of the window of taggers and aligners, 25 milliseconds. Whisper predicts segments of no length, too.
 SHORTEST = 400
 # How much likelier music may be than speech, in logarithms, and among how many of a segment's tags speech must be.
 LOUDER, AMONG = 1.1, 3
@@ -72,6 +72,8 @@ def recognized(
         for chunk in recognizer({"raw": part, "sampling_rate": RATE}, return_timestamps=True)["chunks"]:
             start, end = chunk["timestamp"]  # the last may have no end
             start, end = first + (start or 0.0), last if end is None else min(first + end, last)
+            if start >= last:  # Whisper's window is 30 seconds long, and it hears words in the silence after the end
+                continue
             segments.append({"text": chunk["text"].strip(), "start": start, "end": max(start, end)})
     return segments
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from hfvlm.media.images import to_8_bits
 from hfvlm.processing.assembly import IGNORE
-from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.grounding import Grounding, Region, ordered_box
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FixedSizeImageProcessor
 from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
@@ -221,7 +221,7 @@ class HfvlmQwenVLProcessor(ImageTextProcessor, Grounding):
         width, height = (SCALE, SCALE) if size is None else size
         corners = (
             [min(int(value * SCALE / side), SCALE - 1) for value, side in zip(box, (width, height) * 2, strict=True)]
-            for box in boxes
+            for box in map(ordered_box, boxes)
         )
         name = f"<ref>{label}</ref>" if label else ""
         return name + "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in corners)

@@ -17,7 +17,7 @@ from hfvlm.models.llava.conversations import CONVERSATIONS as LLAVA
 from hfvlm.models.llava.processing_llava import pad_to_square
 from hfvlm.models.shikra.regions import Bins, Coordinates, Decimals, Square
 from hfvlm.processing.conversations import Conversation, Encoder
-from hfvlm.processing.grounding import Grounding, Region
+from hfvlm.processing.grounding import Grounding, Region, ordered_box
 from hfvlm.processing.image_patches import ImagePatchesProcessor
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, HfvlmImageProcessor
 from hfvlm.processing.protection import Protected
@@ -176,7 +176,8 @@ class HfvlmShikraProcessor(ImagePatchesProcessor, Grounding):
     ) -> str:
         """Format boxes, see `Grounding`; the model's own unit is the side of the square around the image. Points, `[x,
         y]`, may replace boxes."""
-        regions = boxes if size is None else [Square(*size).share(box) for box in boxes]
+        known = [box if len(box) == 2 else ordered_box(box) for box in boxes]
+        regions = known if size is None else [Square(*size).share(box) for box in known]
         return f"{label} {self.notation.format(regions)}" if label else self.notation.format(regions)
 
     def refer(
@@ -204,9 +205,9 @@ class HfvlmShikraProcessor(ImagePatchesProcessor, Grounding):
             points_seq: likewise.
 
         Raises:
-            ValueError: the text has not as many marks as there are regions.
+            ValueError: the text has not as many marks as there are regions, or a box is none.
         """
-        square = Square(*size)
+        square, boxes = Square(*size), [ordered_box(box) for box in boxes]
         for kind, known, chosen in (("boxes", boxes, boxes_seq), ("points", points, points_seq)):
             groups = [[i] for i in range(len(known))] if chosen is None else chosen
             first, *rest = text.split(MARKS[kind])

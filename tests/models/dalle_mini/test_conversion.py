@@ -228,7 +228,7 @@ def test_images_of_texts(folder, model):
         draws([])
     with pytest.raises(ValueError, match="guidance_scale"):
         draws("a", guidance_scale=-1)
-    with pytest.raises(TypeError, match="draws no images"):
+    with pytest.raises(ValueError, match="draws no images"):
         ImageGenerator(model.codec, processor)
 
 
@@ -253,7 +253,16 @@ def test_the_command_writes_a_grid(folder, tmp_path):
     with Image.open(out) as grid:
         assert grid.size == (16, 16)
     for more in ([], ["--overwrite", "--keep", "1"], ["--overwrite", "-o", str(tmp_path / "grid.made_up")]):
-        assert CliRunner().invoke(app, [*arguments, *more]).exit_code == 2
+        assert CliRunner().invoke(app, [*arguments, *more]).exit_code != 0
+    (tmp_path / "folder.png").mkdir()
+    for name, message in (
+        ("folder.png", "is a folder"),
+        ("none/grid.png", "there is no folder"),
+        ("grid.psd", "no kind of image that can be written"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, "--overwrite", "-o", str(tmp_path / name)])
+        assert message in str(result.exception), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "grid.png"]
 
 
 def test_texts_keep_their_tokenizer(folder, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -58,6 +59,13 @@ def test_parts_are_recognized_one_by_one():
     assert lengths == [16_000, 16_000]
     times = [(segment["text"], segment["start"], segment["end"]) for segment in found]
     assert times == [("a", 1.0, 1.5), ("b", 1.5, 2.0), ("a", 3.0, 3.5), ("b", 3.5, 4.0)]
+
+
+def test_words_heard_after_the_end_are_left_out():
+    """Whisper's window is 30 seconds long, however short the audio."""
+    late = [{"timestamp": times, "text": " a"} for times in ((0.5, 29.0), (27.0, 27.5), (1.0, None))]
+    found = recognized(np.zeros(16_000, np.float32), lambda audio, return_timestamps: {"chunks": late})
+    assert [(segment["start"], segment["end"]) for segment in found] == [(0.5, 1.0)]
 
 
 def scores_of(frames):
@@ -121,6 +129,7 @@ def test_words_are_spoken_one_after_the_other(aligner):
     assert times[-1] <= 2.5
     assert (words[2]["start"], words[2]["end"]) == (words[1]["end"], words[3]["start"])  # a number has no letters
     assert align_words(wave, {"text": "12", "start": 0.0, "end": 1.0}, model, processor) == []
+    assert align_words(wave, {"text": "no time", "start": 1.0, "end": 1.0}, model, processor) == []
     assert align_words(wave, {"text": "too long for so little", "start": 0.0, "end": 0.1}, model, processor) == []
     assert letters_of("Ab", {"a": 3, "b": 4}) == [3, 4]
 
@@ -156,6 +165,12 @@ def clip(tmp_path_factory):
     return path
 
 
+def model_of(folder, kind):
+    """A folder that says of which kind its model is, and has no more."""
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    return str(folder)
+
+
 def watch(*given):
     return CliRunner().invoke(app, ["watch", *map(str, given)])
 
@@ -164,7 +179,8 @@ def test_the_chain_is_one_command(folder, clip, aligner, tmp_path, monkeypatch):
     """With recognisers that know what to say, and a real aligner and model; each step has its own field."""
     made = []
 
-    def pipeline(task, model):
+    def pipeline(task, model, device):
+        assert device == "cpu"
         made.append((task, model))
         if task == "automatic-speech-recognition":
             texts = [{"timestamp": (0.0, 1.0), "text": " a dog"}, {"timestamp": (1.0, 2.0), "text": " la la"}]
@@ -184,8 +200,11 @@ def test_the_chain_is_one_command(folder, clip, aligner, tmp_path, monkeypatch):
     assert plain.exit_code == 0, plain.output
     assert set(json.loads(plain.stdout)) == {"question", "answer"}
     assert made == []
-    steps = ["--recognizer", "whisper", "--audio-tagger", "ears", "--aligner", aligner]
-    steps += ["--frame-tagger", "clip", "--tags", tmp_path / "tags.txt"]
+    whisper, ears, eyes = (
+        model_of(tmp_path / kind, kind) for kind in ("whisper", "audio-spectrogram-transformer", "clip")
+    )
+    steps = ["--recognizer", whisper, "--audio-tagger", ears, "--aligner", aligner]
+    steps += ["--frame-tagger", eyes, "--tags", tmp_path / "tags.txt", "--device", "cpu"]
     result = watch(folder, clip, "What?", *steps, "--json", "--max-new-tokens", 4)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -193,12 +212,37 @@ def test_the_chain_is_one_command(folder, clip, aligner, tmp_path, monkeypatch):
     assert [word["text"] for word in found["transcript"][0]["words"]] == ["a", "dog"]
     assert found["tags"] == ["dog"]
     assert set(found) == {"question", "transcript", "tags", "answer"}
-    assert [model for _, model in made] == ["whisper", "ears", "clip"]
-    text = watch(folder, clip, "What?", *steps[:2], "--max-new-tokens", 4)
-    assert "transcript: " in text.stdout
+    assert [model for _, model in made] == [whisper, ears, eyes]
+    text = watch(folder, clip, "What?", *steps[:2], *steps[4:6], "--max-new-tokens", 4, "--device", "cpu")
+    word = found["transcript"][0]["words"][1]
+    assert "transcript: 0.00-1.00 s: a dog\n    " in text.stdout
+    assert f"\n    {word['start']:.2f}-{word['end']:.2f} s: dog\n" in text.stdout
 
 
-def test_what_an_answer_names_is_followed(folder, clip, monkeypatch):
+def test_models_of_another_kind_are_refused_before_anything_is_computed(folder, clip, aligner, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfvlm.cli.videos.listen", None)
+    monkeypatch.setattr("hfvlm.cli.videos.answer", None)
+    (tmp_path / "tags.txt").write_text("\n \n")
+    clip_model, steps = model_of(tmp_path / "c", "clip"), ["--recognizer", model_of(tmp_path / "w", "whisper")]
+    named = ["--detector", model_of(tmp_path / "dino", "grounding-dino")]
+    for given, message in (
+        (["--recognizer", aligner], "is of 'wav2vec2', no model that transcribes speech"),
+        ([*steps, "--aligner", clip_model], "is of 'clip', no model that recognises letters"),
+        ([*steps, "--audio-tagger", clip_model], "no model that classifies audio"),
+        (["--namer", clip_model], "no model that continues texts"),
+        (["--detector", clip_model], "no model that detects what texts name"),
+        ([*named, "--segmenter", clip_model], "no model that segments"),
+        ([*named, "--embedder", folder], "embeds nothing"),
+        (["--frame-tagger", clip_model, "--tags", clip], "no text in UTF-8"),
+        (["--frame-tagger", clip_model, "--tags", tmp_path / "tags.txt"], "has no tags"),
+    ):
+        result = watch(folder, clip, *given)
+        assert result.exit_code == 2, (given, result.output)
+        assert given[-2] in result.output or "--tags" in result.output
+        assert message in result.output, result.output
+
+
+def test_what_an_answer_names_is_followed(folder, clip, tmp_path, monkeypatch):
     from hfvlm.inference.detection import Detection
     from hfvlm.inference.video_grounding import Track, VideoGrounder
 
@@ -211,13 +255,18 @@ def test_what_an_answer_names_is_followed(folder, clip, monkeypatch):
 
     monkeypatch.setattr(VideoGrounder, "from_pretrained", lambda *args, **options: Grounder())
     monkeypatch.setattr("hfvlm.cli.videos.answer", lambda *args: ("A brown dog runs.", None))
-    monkeypatch.setattr("hfvlm.cli.videos.language_model", lambda folder: lambda text: "brown dog - dog")
-    result = watch(folder, clip, "--namer", "words", "--detector", "boxes", "--json")
+    monkeypatch.setattr("hfvlm.cli.videos.language_model", lambda *args: lambda text: "brown dog - dog")
+    words, boxes = model_of(tmp_path / "words", "gpt2"), model_of(tmp_path / "boxes", "grounding-dino")
+    steps = ["--namer", words, "--detector", boxes]
+    result = watch(folder, clip, *steps, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["entities"] == [{"start": 2, "end": 11, "tag": "dog"}]
     assert found["tracks"] == [{"label": "dog", "boxes": {"2": [1.0, 2.0, 3.0, 4.0]}}]
     assert asked == [["dog"]]
+    text = watch(folder, clip, *steps).stdout
+    assert "entities: dog, characters 2 to 11 of the answer\n" in text
+    assert "tracks: dog\n    frame 2: 1.0, 2.0, 3.0, 4.0\n" in text
 
 
 @pytest.mark.parametrize(
@@ -232,7 +281,7 @@ def test_steps_need_those_before_them(folder, clip, options, message):
 
 def test_models_without_transcripts_say_so(clip, tmp_path, monkeypatch):
     other = hfvlm.untrained("video_chatgpt", tmp_path / "model")
-    monkeypatch.setattr("hfvlm.cli.videos.listen", lambda *args, **options: [{"text": "a", "start": 0, "end": 1}])
-    result = watch(other, clip, "--recognizer", "x")
+    monkeypatch.setattr("hfvlm.cli.videos.listen", None)
+    result = watch(other, clip, "--recognizer", model_of(tmp_path / "whisper", "whisper"))
     assert result.exit_code == 2
     assert "takes no transcripts" in result.output
