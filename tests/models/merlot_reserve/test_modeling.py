@@ -177,6 +177,16 @@ class TestModel(ModelSuite):
         with pytest.raises(ValueError, match=r"Texts of 5 tokens; the span encoder takes 4 \(max_span_length\)"):
             model.get_text_features(torch.ones(1, 5).long())
 
+    def test_short_texts_are_projections_of_their_class_tokens(self, model):
+        ids = torch.tensor([[20, 21, PAD], [22, 23, 24]])
+        output = model.get_text_features(ids)
+        assert output.last_hidden_state.shape == (2, 4, 64)
+        close(model.span.projection(output.last_hidden_state[:, 0]), output.pooler_output, 0.0, "class tokens")
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(ValueError, match=f"{name}: .* records nothing"):
+                model.get_text_features(ids, **{name: True})
+        close(model.get_text_features(ids, output_attentions=False).pooler_output, output.pooler_output, 0.0, "False")
+
     def test_frames_of_another_grid(self, model, batch):
         larger = model(IDS, torch.rand(2, 2, 3, 24, 24), segment_ids=SEGMENTS)
         assert larger.last_hidden_state.shape == (2, 10 + 2 * 9, 64)
