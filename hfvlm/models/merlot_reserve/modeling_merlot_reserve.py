@@ -143,6 +143,7 @@ class HfvlmMERLOTReserveModel(JointModel):
     model."""
 
     further_towers = ("joint", "span")
+    _keep_in_fp32_modules_strict = ["image_logit_scale", "audio_logit_scale", "span_logit_scale"]
 
     def build_heads(self, config: HfvlmMERLOTReserveConfig) -> None:
         self.span = ClassTokenEncoder(config, config.num_span_layers)

@@ -320,6 +320,13 @@ class TestMultipleChoice(ModelSuite):
         one = model(batch["input_ids"][:, 1], batch["pixel_values"])
         close(one.logits, logits.logits[:, 1], 1e-5, "second question")
 
+    def test_temperatures_stay_exact_where_there_are_any(self, model):
+        whole = HfvlmMERLOTReserveModel._from_config(config(), dtype=torch.bfloat16)
+        for name in ("image", "audio", "span"):
+            assert getattr(whole, f"{name}_logit_scale").scale.dtype == torch.float32
+        assert whole.head.weight.dtype == torch.bfloat16
+        assert not any(part._keep_in_fp32_modules_strict for part in (model, model.vision_model))
+
     def test_starts_from_the_pretrained_model(self, tmp_path):
         HfvlmMERLOTReserveModel(config()).save_pretrained(tmp_path)
         head, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
