@@ -42,7 +42,7 @@ test-newest: ## run all tests on the newest release of everything; warnings are 
 	.venv-newest/bin/python $(INSTALL) --no-deps open_clip_torch==3.3.0
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(XDIST) --quiet --pythonwarnings default
 
-test-matrix: $(VENV)/.dev ## run generation, contracts and goldens on five versions of transformers
+test-matrix: $(VENV)/.dev ## run generation, contracts, goldens and models on five versions of transformers
 	$(BIN)/python -m tests.matrix --base $(VENV)
 
 bench: $(VENV)/.dev ## measure everything next to transformers, and write it into docs/performance.md

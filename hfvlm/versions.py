@@ -46,7 +46,7 @@ def warn_if_untested() -> None:
     if installed is not None and not is_tested(installed):
         warnings.warn(
             f"hfvlm was tested with {RANGE}, and not with {installed}, which is installed: outputs may be wrong. Run "
-            f"`hfvlm doctor`, which tests every architecture, or pip install '{RANGE}'.",
+            f"`hfvlm doctor`, which tests every architecture that generates, or pip install '{RANGE}'.",
             UntestedVersionWarning,
             stacklevel=3,
         )

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hfvlm.versions import TESTED, numbers
 from tests.support.paths import ROOT
 
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -65,22 +66,24 @@ def run(python: Path, arguments: Iterable[str]) -> tuple[int, str]:
     return process.wait(), counts
 
 
-def write(results: dict[str, dict[str, str]]) -> None:
-    """Put the results' table into the documentation, in the place of the last one."""
-    found = {version: [counts.get(part, "not run") for part in PARTS] for version, counts in results.items()}
-    rows = [f"| {version} | {' | '.join(counts)} |" for version, counts in found.items()]
-    table = [f"| transformers | {' | '.join(PARTS)} |", f"|{' --- |' * (len(PARTS) + 1)}", *rows]
-    today = datetime.now(UTC).date().isoformat()
-    block = f"{MARK.format('begin')}\nLast run on {today}, Python {sys.version.split()[0]}.\n\n" + "\n".join(table)
-    text = TABLE.read_text()
-    begin, end = (re.escape(MARK.format(word)) for word in ("begin", "end"))
-    text = re.sub(f"{begin}.*?(?={end})", lambda _: f"{block}\n", text, flags=re.DOTALL)
-    TABLE.write_text(text)
+def write(results: dict[str, dict[str, str]], page: Path = TABLE) -> None:
+    """Put a row for each version that was run into the documentation's table; other tested versions keep theirs."""
+    begin, end = (MARK.format(word) for word in ("begin", "end"))
+    before, rest = page.read_text().split(begin)
+    old, after = rest.split(end)
+    rows = {
+        version: row for row, version in re.findall(r"^(\| (\d[\w.]*) \|.*)$", old, re.MULTILINE) if version in TESTED
+    }
+    run_on = f"{datetime.now(UTC).date().isoformat()}, Python {sys.version.split()[0]}"
+    for version, counts in results.items():
+        cells = (version, run_on, *(counts.get(part, "not run") for part in PARTS))
+        rows[version] = f"| {' | '.join(cells)} |"
+    head = f"| transformers | run on | {' | '.join(PARTS)} |", f"|{' --- |' * (len(PARTS) + 2)}"
+    table = "\n".join([*head, *(rows[version] for version in sorted(rows, key=numbers))])
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def main() -> None:
-    from hfvlm.versions import TESTED
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=ROOT / ".venv", help="the environment whose packages are shared")
     parser.add_argument("--versions", nargs="+", default=TESTED)

@@ -11,6 +11,16 @@ from hfvlm.modeling.image_text import Backbone, ImageTextModel
 from hfvlm.modeling.keywords import SERVER_KEYWORDS, Keywords
 
 
+def replace_output_layer(model: Any, instead: nn.Module | None) -> None:
+    """Take a language model's output layer out, with what is tied to it and the rules for it in parallel plans."""
+    gone = {name for name, module in model.named_children() if module is model.get_output_embeddings()}
+    model.set_output_embeddings(instead)
+    model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+    for plan in ("_tp_plan", "_pp_plan"):
+        rules = getattr(model, plan) or {}
+        setattr(model, plan, {name: rule for name, rule in rules.items() if name not in gone})
+
+
 class Headless:
     """Makes an `ImageTextModel` end with the language model's last norm. Parameters keep their names; the output layer
     has none."""
@@ -19,13 +29,7 @@ class Headless:
 
     def post_init(self) -> None:
         """Take the output layer out before tied weights and parallel plans are gathered."""
-        inner = self.language_model
-        gone = {name for name, module in inner.named_children() if module is inner.get_output_embeddings()}
-        inner.set_output_embeddings(nn.Identity())
-        inner._tied_weights_keys, inner.all_tied_weights_keys = None, {}
-        for plan in ("_tp_plan", "_pp_plan"):
-            rules = getattr(inner, plan) or {}
-            setattr(inner, plan, {name: rule for name, rule in rules.items() if name not in gone})
+        replace_output_layer(self.language_model, nn.Identity())
         super().post_init()  # type: ignore[misc]
 
     @property

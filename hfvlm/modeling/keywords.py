@@ -24,7 +24,7 @@ class Keywords(TypedDict, total=False):
     """
 
     return_dict: bool | None
-    output_hidden_states: bool | None
+    output_hidden_states: bool | int | list[int] | None
     output_attentions: bool | None
     output_cross_attentions: bool | None
     output_router_logits: bool | None

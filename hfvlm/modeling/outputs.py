@@ -1,7 +1,7 @@
 """Outputs of towers and models."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,25 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
+
+
+def select_states(
+    states: Sequence[Tensor], *, wanted: bool | int | Sequence[int] | None
+) -> tuple[Tensor | None, ...] | None:
+    """Return the hidden states that `output_hidden_states` asks for, as transformers records those of layers.
+
+    Args:
+        states: the input of the first layer, then the output of each.
+        wanted: all for True, none for False and None; or indices into `states`, which may count from the end: None is
+            in the place of others.
+    """
+    if not wanted:
+        return None
+    if wanted is True:
+        return tuple(states)
+    count = len(states)
+    kept = {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
+    return tuple(state if i in kept else None for i, state in enumerate(states))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from hfvlm.modeling.headless import replace_output_layer
 from hfvlm.modeling.image_text import Features, ImageTextModel
 from hfvlm.modeling.keywords import Keywords
 
@@ -26,9 +27,7 @@ class TextScorer(ImageTextModel):
 
     def post_init(self) -> None:
         """Finish as `ImageTextModel`, with `score` in place of the output layer, to which nothing is tied then."""
-        self.language_model.set_output_embeddings(None)
-        self.language_model._tied_weights_keys = None
-        self.language_model.all_tied_weights_keys = {}
+        replace_output_layer(self.language_model, None)
         self.score = nn.Linear(self.config.text_config.hidden_size, self.config.num_labels or 0, bias=False)
         super().post_init()
 

@@ -37,6 +37,9 @@ def test_the_range_equals_pyprojects():
     assert all(is_tested(version) and needed["transformers"].specifier.contains(version) for version in TESTED)
     assert f"transformers=={TESTED[-1]}\n" in (ROOT / "constraints.txt").read_text()
     assert f"OLDEST := {TESTED[0]}\n" in (ROOT / "Makefile").read_text()
+    newest = ".".join(TESTED[-1].split(".")[:2])
+    for page in ("README.md", "docs/compatibility.md"):
+        assert f"transformers {versions.OLDEST} to {newest}" in (ROOT / page).read_text(), page
 
 
 def test_every_direct_dependency_is_pinned():

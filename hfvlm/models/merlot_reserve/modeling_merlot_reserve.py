@@ -143,6 +143,7 @@ class HfvlmMERLOTReserveModel(JointModel):
     model."""
 
     further_towers = ("joint", "span")
+    _keep_in_fp32_modules_strict = ["image_logit_scale", "audio_logit_scale", "span_logit_scale"]
 
     def build_heads(self, config: HfvlmMERLOTReserveConfig) -> None:
         self.span = ClassTokenEncoder(config, config.num_span_layers)
@@ -160,7 +161,11 @@ class HfvlmMERLOTReserveModel(JointModel):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def encode_spans(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Embed short texts `(B, N)` -> `(B, D)`, not normalised.
+        """Embed short texts `(B, N)` -> `(B, D)`, not normalised."""
+        return self.span.projection(self.span_tokens(input_ids, attention_mask, **kwargs)[:, 0])
+
+    def span_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Encode short texts `(B, N)` -> `(B, 1 + N, D)`, a class token first.
 
         Raises:
             ValueError: they are longer than `max_span_length`.
@@ -177,15 +182,24 @@ class HfvlmMERLOTReserveModel(JointModel):
         places, valid = padded_positions(valid), F.pad(valid, (1, 0), value=True).long()
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=like, attention_mask=valid)
         coordinates = (1 + places).unsqueeze(-1) / SPAN_UNIT
-        return self.span.projection(self.span(x, coordinates, mask, **kwargs)[:, 0])
+        return self.span(x, coordinates, mask, **kwargs)
 
     @can_return_tuple
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[Keywords]
     ) -> BaseModelOutputWithPooling:
-        """Short texts `(B, N)` -> an output whose `pooler_output`, `(B, D)`, are their embeddings, not normalised."""
-        embeds: Any = self.encode_spans(input_ids, attention_mask)
-        return BaseModelOutputWithPooling(pooler_output=embeds)
+        """Short texts `(B, N)` -> an output whose `pooler_output`, `(B, D)`, are their embeddings, not normalised, and
+        whose `last_hidden_state`, `(B, 1 + N, D)`, begins with the class token that they are projections of.
+
+        Raises:
+            ValueError: hidden states or attention weights are asked for, which the joint encoder alone records.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}: the encoder of short texts records nothing; the model's forward does.")
+        tokens: Any = self.span_tokens(input_ids, attention_mask, **kwargs)
+        embeds: Any = self.span.projection(tokens[:, 0])
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=embeds)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Unpack[Keywords]) -> BaseModelOutputWithPooling:

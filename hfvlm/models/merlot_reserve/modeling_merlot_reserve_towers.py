@@ -56,7 +56,6 @@ class HfvlmMERLOTReservePreTrainedModel(HfvlmPreTrainedModel):
         "hidden_states": PreNormLayer,
         "attentions": OutputRecorder(RotaryAttention, index=1, layer_name="layers"),
     }
-    _keep_in_fp32_modules_strict = ["image_logit_scale", "audio_logit_scale", "span_logit_scale"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

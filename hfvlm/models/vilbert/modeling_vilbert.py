@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hfvlm.modeling.base import LAYER_ATTENTIONS, HfvlmPreTrainedModel
 from hfvlm.modeling.keywords import Keywords
+from hfvlm.modeling.outputs import select_states
 from hfvlm.models.vilbert.configuration_vilbert import (
     HfvlmViLBERTConfig,
     HfvlmViLBERTTextConfig,
@@ -292,7 +293,7 @@ class HfvlmViLBERTModel(HfvlmViLBERTPreTrainedModel):
         self, text: Tensor, text_mask: Tensor | None, regions: Tensor, region_mask: Tensor | None, **kwargs: Any
     ) -> ViLBERTOutput:
         """Run both streams over their embeddings: before each connection, the layers that come before it."""
-        wanted = {name: bool(kwargs.pop(f"output_{name}", False)) for name in ("hidden_states", "attentions")}
+        wanted = {name: kwargs.pop(f"output_{name}", None) for name in ("hidden_states", "attentions")}
         records: Any = [([], []), ([], [])] if any(wanted.values()) else [None, None]
         weights = []
         words, image = self.text_model, self.vision_model
@@ -320,13 +321,17 @@ class HfvlmViLBERTModel(HfvlmViLBERTPreTrainedModel):
 
 
 def recorded(
-    last: Tensor, record: tuple[Sequence[Tensor], Sequence[Tensor]] | None, *, hidden_states: bool, attentions: bool
+    last: Tensor,
+    record: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    *,
+    hidden_states: bool | int | Sequence[int] | None,
+    attentions: bool | None,
 ) -> BaseModelOutput | None:
     """Return what a stream's layers computed, where it is wanted."""
     if record is None:
         return None
     return BaseModelOutput(
         last_hidden_state=last,
-        hidden_states=(*record[0], last) if hidden_states else None,
+        hidden_states=select_states((*record[0], last), wanted=hidden_states),
         attentions=tuple(record[1]) if attentions else None,
     )

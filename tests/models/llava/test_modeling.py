@@ -103,6 +103,11 @@ class TestReward(ModelSuite):
     def test_exports(self, shallow, batch):
         super().test_exports(shallow, batch)
 
+    def test_parallel_plans_have_no_rule_for_an_output_layer(self, model):
+        whole = HfvlmLLaVAForConditionalGeneration(self.config())
+        assert set(whole.tp_plan) - set(model.tp_plan) == {"language_model.lm_head"}
+        assert not any(name.endswith("lm_head") for name in (*model.tp_plan, *model.pp_plan))
+
     def test_the_loss_of_labels_is_the_square_of_the_error(self, model, batch):
         with torch.no_grad():
             output = model(**batch, **self.loss_inputs())

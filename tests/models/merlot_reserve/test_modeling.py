@@ -177,6 +177,16 @@ class TestModel(ModelSuite):
         with pytest.raises(ValueError, match=r"Texts of 5 tokens; the span encoder takes 4 \(max_span_length\)"):
             model.get_text_features(torch.ones(1, 5).long())
 
+    def test_short_texts_are_projections_of_their_class_tokens(self, model):
+        ids = torch.tensor([[20, 21, PAD], [22, 23, 24]])
+        output = model.get_text_features(ids)
+        assert output.last_hidden_state.shape == (2, 4, 64)
+        close(model.span.projection(output.last_hidden_state[:, 0]), output.pooler_output, 0.0, "class tokens")
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(ValueError, match=f"{name}: .* records nothing"):
+                model.get_text_features(ids, **{name: True})
+        close(model.get_text_features(ids, output_attentions=False).pooler_output, output.pooler_output, 0.0, "False")
+
     def test_frames_of_another_grid(self, model, batch):
         larger = model(IDS, torch.rand(2, 2, 3, 24, 24), segment_ids=SEGMENTS)
         assert larger.last_hidden_state.shape == (2, 10 + 2 * 9, 64)
@@ -310,6 +320,13 @@ class TestMultipleChoice(ModelSuite):
         close(logits.loss, F.cross_entropy(logits.logits.flatten(0, 1), torch.tensor([0, 2, 1, 1])), 1e-6, "loss")
         one = model(batch["input_ids"][:, 1], batch["pixel_values"])
         close(one.logits, logits.logits[:, 1], 1e-5, "second question")
+
+    def test_temperatures_stay_exact_where_there_are_any(self, model):
+        whole = HfvlmMERLOTReserveModel._from_config(config(), dtype=torch.bfloat16)
+        for name in ("image", "audio", "span"):
+            assert getattr(whole, f"{name}_logit_scale").scale.dtype == torch.float32
+        assert whole.head.weight.dtype == torch.bfloat16
+        assert not any(part._keep_in_fp32_modules_strict for part in (model, model.vision_model))
 
     def test_starts_from_the_pretrained_model(self, tmp_path):
         HfvlmMERLOTReserveModel(config()).save_pretrained(tmp_path)

@@ -134,6 +134,16 @@ class TestModel(ModelSuite):
         close(output.text_model_output.hidden_states[-1], output.last_hidden_state, 0.0, "last")
         assert model(**batch).cross_attentions is None
 
+    def test_some_hidden_states_alone(self, model, batch):
+        every = model(**batch, output_hidden_states=True)
+        some = model(**batch, output_hidden_states=[0, -1, 7])
+        for part in ("text_model_output", "vision_model_output"):
+            first, *others, last = some[part].hidden_states
+            assert others == [None]
+            close(first, every[part].hidden_states[0], 0.0, "first")
+            close(last, every[part].hidden_states[-1], 0.0, "last")
+            assert some[part].attentions is None
+
     def test_sums_and_products_of_the_pooled(self, model, batch):
         output = model(**batch)
         close(output.pooler_output, output.text_pooled * output.vision_pooled, 0.0, "mul")
