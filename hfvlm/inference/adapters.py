@@ -1,6 +1,7 @@
 """Models by their folder, whether it holds all weights or only an adapter of PEFT's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def processor_of(folder: str | Path, **options: Any) -> Any:
     return AutoProcessor.from_pretrained(base_of(folder, settings), **options)
 
 
+def is_soft_prompt(settings: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's settings are of prompt tuning, p-tuning or prefix tuning."""
+    return "num_virtual_tokens" in settings
+
+
 def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None = None, **options: Any) -> Any:
     """Load a model; an adapter is merged into its base.
 
@@ -88,7 +94,7 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         **options: of `from_pretrained`.
 
     Raises:
-        ValueError: the adapter's base is not there, or it does not fit.
+        ValueError: the adapter's base is not there, it does not fit, or the adapter is a soft prompt.
         ImportError: PEFT is not installed.
     """
     from transformers import AutoModel
@@ -97,6 +103,11 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
     settings = adapter_settings(folder)
     if settings is None:
         return auto.from_pretrained(folder, **options)
+    if is_soft_prompt(settings):
+        raise ValueError(
+            f"{folder}: a {settings.get('peft_type')} adapter is tokens before inputs, and is merged into no weight: "
+            f"load it by peft.PeftModel.from_pretrained."
+        )
     peft = import_extra("peft", "train", "Adapters")
     base = base or base_of(folder, settings)
     info = options.pop("output_loading_info", False)
