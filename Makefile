@@ -30,7 +30,8 @@ test-fast: $(VENV)/.dev ## run the tests of a few seconds each
 	$(PYTEST) -m "not slow and not integration"
 
 integrations: $(INTEGRATIONS)/.ready ## run hfvlm with the newest releases of its neighbours
-	HFVLM_NEIGHBOURS=$(SOURCES) OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest $(XDIST) --quiet -m integration --pythonwarnings default
+	HFVLM_NEIGHBOURS=$(SOURCES) OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest $(XDIST) --quiet -m integration --pythonwarnings default \
+		$$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.integration' tests)
 
 test-oldest: $(VENV)/.dev ## run all tests on the oldest transformers that pyproject.toml allows
 	$(BIN)/python -m tests.matrix --base $(VENV) --versions $(OLDEST) --all

@@ -143,6 +143,11 @@ def check_whole(folder: str | Path, model: Any, problems: Mapping[str, Any]) -> 
     )
 
 
+def is_soft_prompt(settings: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's settings are of prompt tuning, p-tuning or prefix tuning."""
+    return "num_virtual_tokens" in settings
+
+
 def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None = None, **options: Any) -> Any:
     """Load a model; an adapter is merged into its base.
 
@@ -153,8 +158,8 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         **options: of `from_pretrained`.
 
     Raises:
-        ValueError: the model does something else, weights of it are missing, or the adapter's base is not there, or it
-            does not fit.
+        ValueError: the model does something else, weights of it are missing, or the adapter's base is not there, it
+            does not fit, or the adapter is a soft prompt.
         ImportError: PEFT is not installed.
     """
     from transformers import AutoModel
@@ -169,6 +174,11 @@ def load_model(folder: str | Path, auto: Any = None, *, base: str | Path | None 
         if not info:
             check_whole(folder, model, problems)
         return (model, problems) if info else model
+    if is_soft_prompt(settings):
+        raise ValueError(
+            f"{folder}: a {settings.get('peft_type')} adapter is tokens before inputs, and is merged into no weight: "
+            f"load it by peft.PeftModel.from_pretrained."
+        )
     peft = import_extra("peft", "train", "Adapters")
     base = base or base_of(folder, settings)
     loaded = auto.from_pretrained(base, output_loading_info=True, **options)

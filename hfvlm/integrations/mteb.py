@@ -1,7 +1,5 @@
-"""mteb (https://github.com/embeddings-benchmark/mteb): every modality that a model embeds, in its tasks.
-
-`mteb.evaluate(Encoder("imagebind"), tasks)`. Rows of several modalities are embedded as the sum of their vectors.
-"""
+"""mteb (https://github.com/embeddings-benchmark/mteb): `mteb.evaluate(Encoder("imagebind"), tasks)`. Rows of several
+modalities are embedded as the sum of their vectors."""
 
 from typing import Any
 
@@ -24,9 +22,9 @@ class Encoder(AbsEncoder):
     def __init__(self, model: Any, revision: str | None = None, **options: Any):
         self.embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model, **options)
         self.embedder.check_one_vector("mteb")
-        modalities = [name for name in MODALITIES if name in self.embedder.modalities]
-        name = f"hfvlm/{type(self.embedder.model).__name__}"
-        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision, "modalities": modalities})
+        about = {"name": f"hfvlm/{type(self.embedder.model).__name__}", "revision": revision}
+        about["modalities"] = [name for name in MODALITIES if name in self.embedder.modalities]
+        self.mteb_model_meta = ModelMeta.create_empty(about)
 
     def encode(
         self, inputs: Any, *, task_metadata: Any = None, hf_split: Any = None, hf_subset: Any = None,
@@ -37,6 +35,5 @@ class Encoder(AbsEncoder):
 
     def embed(self, batch: dict[str, Any], batch_size: int) -> np.ndarray:
         """Embed one batch."""
-        columns: dict[str, Any] = {name: list(batch[name]) for name in MODALITIES if name in batch}
-        found = [self.embedder.encode(**{name: rows}, batch_size=batch_size) for name, rows in columns.items()]
-        return np.sum(found, axis=0)
+        columns: list[Any] = [{name: list(batch[name])} for name in MODALITIES if name in batch]
+        return np.sum([self.embedder.encode(**column, batch_size=batch_size) for column in columns], axis=0)

@@ -45,6 +45,22 @@ def rename_cache(owner: str, kwargs: dict[str, Any], name: str = "cache") -> Non
         kwargs[name] = given[0]
 
 
+class StepInputs(dict[str, Any]):
+    """Inputs of a step of a generation, whose cache has either name when one of them is read or set.
+
+    PEFT's soft prompts (0.21) begin again with each token for which they find no `past_key_values`.
+    """
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(CACHE if name in CACHE_NAMES else name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(CACHE if name in CACHE_NAMES else name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(CACHE if name in CACHE_NAMES else name, value)
+
+
 def cache_of(output: Any) -> Any:
     """Return the cache in an output or in keyword arguments, None where there is none."""
     return output.get(CACHE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from hfvlm.modeling.compat import StepInputs
 from hfvlm.modeling.keywords import StrictKeywords
 
 
@@ -57,7 +58,7 @@ class Generation(StrictKeywords, GenerationMixin):
         """Prepare a step's inputs, without the tokenizers, which transformers hands on to the step."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
-        return inputs | self.step_inputs(inputs.get("input_ids"), input_ids, attention_mask)
+        return StepInputs(inputs | self.step_inputs(inputs.get("input_ids"), input_ids, attention_mask))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]

@@ -232,6 +232,8 @@ def _adapter_text(preset: Preset, name: str, base: str, settings: Mapping[str, A
     rank = f" of rank {settings['r']}" if isinstance(settings.get("r"), int) else ""
     origin = preset.source.get("repository") or preset.name
     place = base if is_hub_id(base) else Path(base).name  # no folder of the machine that they were trained on
+    soft = "num_virtual_tokens" in settings  # tokens before the inputs, which no weight holds
+    merged = "" if soft else "\nmerged = model.merge_and_unload()  # a model without PEFT"
     return f"""
 # {name}
 
@@ -245,8 +247,7 @@ import hfvlm  # registers the model with transformers
 from peft import PeftModel{imports}
 
 model = {loader}.from_pretrained("{spelled(place)}")  # the base that they were trained on
-model = PeftModel.from_pretrained(model, "{name}")
-merged = model.merge_and_unload()  # a model without PEFT
+model = PeftModel.from_pretrained(model, "{name}"){merged}
 ```
 
 ## Licence

@@ -166,6 +166,13 @@ def test_an_adapter_of_another_model_is_refused(adapter, clip_folder, imagebind_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_soft_prompt_is_refused(tmp_path):
+    settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "base_model_name_or_path": "llava"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="a PROMPT_TUNING adapter is tokens before inputs.*peft.PeftModel"):
+        load_model(tmp_path)
+
+
 def test_a_whole_folder_stays_itself(clip_folder, adapter):
     with whole(clip_folder) as folder:
         assert folder == clip_folder

@@ -105,7 +105,9 @@ def test_options_of_the_command_are_checked(options, message, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray", reason="comes with hfvlm[ray]")
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    # As other processes, so that they get their share of a machine that others use.
+    settings = {"worker_niceness": 0}
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False, _system_config=settings)
     yield Cluster(2)
     ray.shutdown()
 

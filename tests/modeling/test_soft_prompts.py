@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
+from hfvlm.modeling.compat import CACHE, StepInputs, new_cache, with_cache
 from hfvlm.modeling.image_text import ImageTextModel
 from tests.modeling.test_generation import SUITES
 from tests.support.suite import close
@@ -76,3 +77,18 @@ def test_soft_prompts_learn(suite, model, batch, kind):
     trained = {name: p.grad for name, p in tuned.named_parameters() if p.requires_grad}
     assert trained
     assert all("prompt_encoder" in name and grad.abs().max() > 0 for name, grad in trained.items())
+
+
+def test_a_cache_is_found_by_either_name():
+    inputs = StepInputs({CACHE: 1, "input_ids": 2})
+    assert inputs.get("past_key_values") == inputs["cache"] == inputs["past_key_values"] == 1
+    inputs["past_key_values"] = 3
+    assert dict(inputs) == {CACHE: 3, "input_ids": 2}
+    assert StepInputs().get("past_key_values") is None
+
+
+def test_a_step_has_the_cache_by_peft_s_name(model, batch):
+    """Without it, PEFT begins its prompt again with each token."""
+    cache = new_cache(model)
+    inputs = model.prepare_inputs_for_generation(batch["input_ids"], **with_cache(cache))
+    assert inputs.get("past_key_values") is cache
