@@ -1,10 +1,11 @@
-"""Measure what each procedure of `hfvlm data` is worth: a small CLIP, trained on what it reads and on what it writes.
+"""Measure what each procedure of `hfvlm data` is worth: a small model, trained on what it reads and on what it writes.
 
-For each procedure a set of noisy pairs is generated, with the noise that it is for. Two models with the same start,
-the same steps and batches of the same size learn from the set as it is and from the procedure's output. Both then
-classify new images of all 48 kinds of scenes by their captions; 2 % would be right by chance.
+For each procedure a data set is generated, with what it is for. Models with the same start, the same steps and batches
+of the same size learn from the set as it is and from the procedure's output; and, where it chooses rows, from as many
+rows of the set by chance. They are CLIPs, and classify new images of all 48 kinds of scenes by their captions; 2 %
+would be right by chance.
 
-    python examples/clean_pairs.py --output clean-pairs           # all, with two seeds: some minutes on a core
+    python examples/clean_pairs.py --output clean-pairs           # all, with two seeds: some minutes each on a core
     python examples/clean_pairs.py --output clean-pairs --only filter --seeds 1
     python examples/clean_pairs.py --output clean-pairs --page docs/data.md
 
@@ -15,75 +16,19 @@ two marks.
 import argparse
 import json
 import logging
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, set_seed
+from cleaning import capfilt, choosing
 
-import hfvlm
-from hfvlm.conversion.clip import processor_for
-from hfvlm.data.balance import balance
-from hfvlm.data.dedupe import dedupe
-from hfvlm.data.filtering import Thresholds, filter_pairs
-from hfvlm.data.nouns import nouns
-from hfvlm.data.queries import FromWords
-from hfvlm.data.report import Report
 from hfvlm.evaluation.bootstrap import interval
-from hfvlm.media.errors import MediaError
-from hfvlm.media.images import read_image
-from hfvlm.media.rows import first_caption, load_rows
-from hfvlm.samples import scenes
-from hfvlm.samples.noisy_pairs import noisy_pairs, write_pairs
 
-SIDES = ("input", "output")
-BATCH = 48
+SIDES = {"input": "what it reads", "sample": "as many rows of it", "output": "what it writes"}
 BEGIN, END = "<!-- measured: examples/clean_pairs.py -->", "<!-- end -->"
-Procedure = Callable[[Path, Path, argparse.Namespace], Report]
-
-
-def filtered(rows: Path, output: Path, options: argparse.Namespace) -> Report:
-    """ALIGN's thresholds, where images have 32 pixels and captions of 192 kinds repeat."""
-    return filter_pairs(rows, output, Thresholds(min_edge=9, max_images=options.rows // 50, min_count=2))
-
-
-def deduplicated(rows: Path, output: Path, options: argparse.Namespace) -> Report:
-    return dedupe(rows, output)
-
-
-def balanced(rows: Path, output: Path, options: argparse.Namespace) -> Report:
-    """A query for each kind of scene would be too kind: single words and pairs of neighbours are what a user has."""
-    return balance(
-        rows, output, method="clip", most=options.rows // 60, queries=FromWords(2, information=0.0), seed=options.seed
-    )
-
-
-def by_phrases(rows: Path, output: Path, options: argparse.Namespace) -> Report:
-    return nouns(rows, output, most=options.rows // 200, by="rules", seed=options.seed)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A procedure and the noise that it is for."""
-
-    run: Procedure
-    shares: dict[str, float] = field(default_factory=dict)
-    skew: float = 0.0
-
-
-JUNK = ("boilerplate", "gibberish", "short", "long", "tiny", "elongated", "damaged")
-TRIALS = {
-    "filter": Trial(filtered, dict.fromkeys(JUNK, 0.1)),
-    "dedupe": Trial(deduplicated, {"duplicate": 0.85}),
-    "balance": Trial(balanced, skew=2.0),
-    "nouns": Trial(by_phrases, skew=2.0),
-}
+TRIALS = choosing.TRIALS | {"capfilt": capfilt.TRIAL}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -108,76 +53,73 @@ def trial(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Compare the models of one procedure with one seed."""
     options.seed, folder = seed, options.output / f"{name}-{seed}-{options.rows}-{options.steps}"
     chosen, done = TRIALS[name], folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    rows = folder / "rows"
-    if not rows.exists():
-        write_pairs(rows, noisy_pairs(options.rows, chosen.shares, skew=chosen.skew, seed=seed))
-    report = chosen.run(rows, folder / "cleaned", options)
-    result = {"rows": report.rows, "written": report.written, "report": report.tables(), "seed": seed}
-    for which, data in (("input", rows), ("output", folder / "cleaned")):
-        right = accuracy(*trained(data, options), seed)
-        low, high = interval(lambda drawn, right=right: float(right[drawn].mean()), len(right))
-        result[which] = {"accuracy": float(right.mean()), "low": low, "high": high}
-    done.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{name}, seed {seed}: {result['input']['accuracy']:.3f} -> {result['output']['accuracy']:.3f}", flush=True)
+    result = json.loads(done.read_text()) if done.exists() else {}
+    rows, cleaned = folder / "rows", folder / "cleaned"
+    if not result:
+        if not rows.exists():
+            chosen.write(rows, options)
+        report = chosen.run(rows, cleaned, options)
+        result = {"rows": report.rows, "written": report.written, "report": report.tables(), "seed": seed}
+        result["measures"] = chosen.measure(rows, cleaned, options)
+        print(f"{name}, seed {seed}: {report.written} rows written, {result['measures']}", flush=True)
+    sides: dict[str, tuple[Path, int | None]] = {"input": (rows, None), "output": (cleaned / chosen.written, None)}
+    if chosen.chooses:
+        sides["sample"] = (rows, result["written"])
+    for side, (data, count) in sides.items():
+        if side not in result:
+            result[side] = summary(chosen.right(data, options, count))
+            done.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"{name}, seed {seed}, {SIDES[side]}: {result[side]['accuracy']:.3f}", flush=True)
     return result
 
 
-def trained(rows: Path, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Train a CLIP of a quarter of a million parameters, from nothing."""
-    set_seed(options.seed)
-    preset = hfvlm.load_preset("clip/tiny")
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    parts = {f"{part}_config": preset.config[f"{part}_config"] | small for part in ("vision", "text")}
-    config = type(preset.make_config())(**preset.config | parts)
-    model = AutoModel.from_config(config)
-    processor = processor_for(config, preset.processor, files("hfvlm.samples") / "clip-tiny/bpe_simple_vocab.txt.gz")
-    inputs = read(rows, processor)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=options.steps, pct_start=0.1)
-    random, order = np.random.default_rng(options.seed), np.empty(0, np.int64)
-    model.train()
-    for _ in range(options.steps):
-        while len(order) < BATCH:
-            order = np.concatenate([order, random.permutation(len(inputs["input_ids"]))])
-        chosen, order = torch.from_numpy(order[:BATCH]), order[BATCH:]
-        model(**{name: values[chosen] for name, values in inputs.items()}, return_loss=True).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model, processor
-
-
-def read(rows: Path, processor: Any) -> dict[str, torch.Tensor]:
-    """Read all pairs whose images can be read, each with its first caption; a model trains on nothing else."""
-    images, texts = [], []
-    for row in load_rows(str(rows), split="train"):
-        with suppress(MediaError):
-            images.append(read_image(row["image"]))
-            texts.append(first_caption(row["text"]))
-    return dict(processor(images=images, text=texts, padding=True, truncation=True, return_tensors="pt"))
-
-
-def accuracy(model: Any, processor: Any, seed: int, each: int = 10) -> np.ndarray:
-    """Of new images of each kind of scene, which are nearest to their own caption."""
-    random, kinds = np.random.RandomState(10_000 + seed), scenes.all_scenes()
-    embedder = hfvlm.Embedder(model, processor)
-    texts = embedder.encode(text=[kind.caption() for kind in kinds])
-    images = embedder.encode(image=[kind.render(random) for kind in kinds for _ in range(each)], batch_size=128)
-    return (images @ texts.T).argmax(axis=1) == np.repeat(np.arange(len(kinds)), each)
+def summary(scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the mean of the first score with its interval, and the means of the others."""
+    (_, right), *others = scores.items()
+    low, high = interval(lambda drawn: float(right[drawn].mean()), len(right))
+    means = {name: float(values.mean()) for name, values in others}
+    return {"accuracy": float(right.mean()), "low": low, "high": high, "others": means}
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Return a row for each procedure and seed."""
-    lines = ["| procedure | seed | rows read | rows written | trained on what it reads | trained on what it writes |"]
-    lines += ["|---|---|---|---|---|---|"]
+    heads = ["procedure", "seed", "rows read", "rows written", *(f"trained on {side}" for side in SIDES.values())]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, results in found.items():
         for each in results:
-            shown = [f"{each[k]['accuracy']:.3f} ({each[k]['low']:.3f} to {each[k]['high']:.3f})" for k in SIDES]
-            cells = [f"`{name}`", each["seed"], each["rows"], each["written"], *shown]
+            cells = [f"`{name}`", each["seed"], each["rows"], each["written"], *(shown(each.get(k)) for k in SIDES)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def shown(score: dict[str, float] | None) -> str:
+    return "" if score is None else f"{score['accuracy']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+
+
+def gains(found: dict[str, list[dict[str, Any]]], over: str) -> str:
+    """Return the mean gain of each procedure over a side that it has."""
+    means = {
+        name: fmean(each["output"]["accuracy"] - each[over]["accuracy"] for each in results)
+        for name, results in found.items()
+        if over in results[0]
+    }
+    return ", ".join(f"`{name}` {gain:+.3f}" for name, gain in means.items())
+
+
+def details(results: list[dict[str, Any]]) -> list[str]:
+    """Return what else was measured, with a column for each seed."""
+    rows: dict[str, list[float]] = {}
+    for each in results:
+        for name, value in each.get("measures", {}).items():
+            rows.setdefault(name, []).append(value)
+        for side, title in SIDES.items():
+            for name, value in each.get(side, {}).get("others", {}).items():
+                rows.setdefault(f"{name}, trained on {title}", []).append(value)
+    if not rows:
+        return []
+    seeds = [f"seed {each['seed']}" for each in results]
+    lines = [f"| share | {' | '.join(seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+    return ["", *lines, *(f"| {name} | {' | '.join(f'{v:.3f}' for v in values)} |" for name, values in rows.items())]
 
 
 def write_page(page: Path, found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
@@ -185,18 +127,19 @@ def write_page(page: Path, found: dict[str, list[dict[str, Any]]], options: argp
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    gains = {k: fmean(each["output"]["accuracy"] - each["input"]["accuracy"] for each in v) for k, v in found.items()}
     lines = [
-        f"{options.rows} pairs, {options.steps} steps of {BATCH}; accuracy on 480 new images of 48 kinds, with the",
-        "interval of 95 % by bootstrap over images. Mean gains over the seeds: "
-        + ", ".join(f"`{name}` {gain:+.3f}" for name, gain in gains.items())
+        f"{options.rows} rows, {options.steps} steps of 48; accuracy on 480 new images of 48 kinds, with the interval",
+        "of 95 % by bootstrap over images. Mean gains of the seeds over what is read: "
+        + gains(found, "input")
+        + "; over as many rows of it by chance: "
+        + gains(found, "sample")
         + ".",
         "",
         table(found),
     ]
     for name, results in found.items():
         report = results[0]["report"].partition("\n## ")[0].replace("# ", "", 1)  # without the table of keys
-        lines += ["", f"### The report of {name}", "", "```text", report.rstrip(), "```"]
+        lines += ["", f"### The report of {name}", *details(results), "", "```text", report.rstrip(), "```"]
     page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from hfvlm.inference.captioner import Captioner
 from hfvlm.samples import scenes
 from learning.dual_encoders import NAMES, Pairs, loss_of_pairs
 from learning.entries import Scores, learns
-from learning.fitting import equal, fit, grey, rows_of, steps_of, untrained
+from learning.fitting import count_of, equal, fit, grey, rows_of, steps_of, untrained
 
 BLIND = "the same model on grey images"
 WRITES = "colours, shapes and sizes that captions name, of kinds that are held out"
@@ -19,12 +19,13 @@ HELD_OUT, TRAIN, TESTS = 8, 30, 20
 QUESTIONS = {"colour": "what colour is the shape ?", "shape": "what shape is in the picture ?"}
 
 
-def split(random: np.random.RandomState) -> tuple[list[scenes.Scene], list[scenes.Scene]]:
-    """Repeat every kind, for training and, of others, for the test."""
+def split(random: np.random.RandomState, effort: float) -> tuple[list[scenes.Scene], list[scenes.Scene]]:
+    """Repeat every kind, for training and, of others, for the test; less often at a small effort."""
     kinds = scenes.all_scenes()
     order = random.permutation(len(kinds))
     train, test = ([kinds[i] for i in part] for part in (order[HELD_OUT:], order[:HELD_OUT]))
-    return [kind for kind in train for _ in range(TRAIN)], [kind for kind in test for _ in range(TESTS)]
+    views, tests = count_of(TRAIN, effort), count_of(TESTS, effort)
+    return [kind for kind in train for _ in range(views)], [kind for kind in test for _ in range(tests)]
 
 
 def named(captions: Sequence[str], kinds: Sequence[scenes.Scene]) -> np.ndarray:
@@ -45,24 +46,24 @@ def written(
     return Scores(*(named(caption(given), kinds) for given in (list(images), grey(images))))
 
 
-def compared_and_written(name: str, seed: int, steps: int) -> dict[str, Scores]:
+def compared_and_written(name: str, seed: int, effort: float) -> dict[str, Scores]:
     """Train a model by both of its losses at once."""
     torch.manual_seed(seed)
     model, processor = untrained(name, seed)
-    pairs = Pairs(processor, np.random.RandomState(seed))
-    fit(model, pairs.batch, steps, loss_of=loss_of_pairs)
+    pairs = Pairs(processor, np.random.RandomState(seed), effort=effort)
+    fit(model, pairs.batch, steps_of(500, effort), loss_of=loss_of_pairs)
     found = written(model, processor, pairs.asked, pairs.shown, max_new_tokens=16)
     return {WRITES: found, NAMES: pairs.named(model)}
 
 
 @learns("coca", "compares and captions with one model", BLIND)
 def coca(seed: int, effort: float) -> dict[str, Scores]:
-    return compared_and_written("coca", seed, steps_of(500, effort))
+    return compared_and_written("coca", seed, effort)
 
 
 @learns("mammut", "compares and captions with one decoder of two passes", BLIND)
 def mammut(seed: int, effort: float) -> dict[str, Scores]:
-    return compared_and_written("mammut", seed, steps_of(500, effort))
+    return compared_and_written("mammut", seed, effort)
 
 
 @learns("blip", "answers questions about images with its image-grounded encoder and decoder", BLIND)
@@ -70,7 +71,7 @@ def blip(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     model, processor = untrained("blip", seed, "HfvlmBLIPForQuestionAnswering")
-    train, test = split(random)
+    train, test = split(random, effort)
     shown, asked, truth = questions(train, random)
     inputs = dict(processor(images=shown, text=asked, padding=True, return_tensors="pt"))
     inputs["labels"] = processor.answers(truth)
@@ -92,7 +93,7 @@ def blip2(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     model, processor = untrained("blip2", seed)
-    train, test = split(random)
+    train, test = split(random, effort)
     texts = [kind.caption() for kind in train]
     inputs = dict(processor.captions([kind.render(random) for kind in train], texts))
     read_then_see(model, inputs, random, steps_of(150, effort), steps_of(500, effort))
@@ -115,7 +116,7 @@ def flamingo(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     model, processor = untrained("flamingo", seed)
-    train, test = split(random)
+    train, test = split(random, effort)
     order = random.permutation(len(train))
     pairs = [(train[i], train[j]) for i, j in zip(order, np.roll(order, 1), strict=True)]
     images = [[kind.render(random) for kind in pair] for pair in pairs]
@@ -159,7 +160,7 @@ def pali(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     model, processor = untrained("pali", seed)
-    train, test = split(random)
+    train, test = split(random, effort)
     shown, asked, truth = in_languages(train, random)
     inputs = dict(processor(images=shown, text=asked, suffix=truth))
     fit(model, rows_of(inputs, random), steps_of(500, effort))

@@ -1,6 +1,7 @@
 """Models that answer in conversations about images and videos."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +19,7 @@ from hfvlm.models.clip import HfvlmCLIPVisionModel
 from hfvlm.samples import scenes
 from hfvlm.training.chat import ChatCollator, in_conversation
 from learning.entries import Scores, learns
-from learning.fitting import equal, example, fit, grey, rows_of, steps_of, untrained
+from learning.fitting import count_of, equal, example, fit, grey, rows_of, steps_of, untrained
 
 KINDS = list(product(scenes.COLOURS, scenes.SHAPES))
 HELD_OUT, TRAIN, TESTS = 6, 5000, 200
@@ -48,7 +49,14 @@ def conversation(question: Question, modality: str, *, system: bool, answered: b
 
 
 def ask(
-    parts: tuple[Any, Any], draw: Draw, seed: int, steps: int, *, modality: str = "image", system: bool = True
+    parts: tuple[Any, Any],
+    draw: Draw,
+    seed: int,
+    effort: float,
+    steps: int,
+    *,
+    modality: str = "image",
+    system: bool = True,
 ) -> Scores:
     """Train a model on questions, and ask it about kinds that are held out.
 
@@ -56,6 +64,7 @@ def ask(
         parts: the model and its processor.
         draw: makes a question about one of some kinds.
         seed: of what is drawn.
+        effort: share of the steps, and of fewer examples.
         steps: of training.
         modality: image or video.
         system: begin with SYSTEM.
@@ -64,12 +73,13 @@ def ask(
     random = np.random.RandomState(seed)
     order = random.permutation(len(KINDS))
     seen, unseen = ([KINDS[i] for i in part] for part in (order[HELD_OUT:], order[:HELD_OUT]))
-    train, test = [draw(seen, random) for _ in range(TRAIN)], [draw(unseen, random) for _ in range(TESTS)]
+    train = [draw(seen, random) for _ in range(count_of(TRAIN, effort))]
+    test = [draw(unseen, random) for _ in range(count_of(TESTS, effort))]
     rows = [
         {"messages": conversation(each, modality, system=system, answered=True), f"{modality}s": [each.media]}
         for each in train
     ]
-    fit(model, rows_of(ChatCollator(processor)(rows), random), steps)
+    fit(model, rows_of(ChatCollator(processor)(rows), random), steps_of(steps, effort))
     truth, media = [each.answer for each in test], [each.media for each in test]
     prompts = [
         processor.apply_chat_template(
@@ -112,7 +122,7 @@ def llava(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     model, processor = untrained("llava", seed)
     processor = in_conversation(processor, "mistral_instruct")  # the shortest
-    return {MIXED: ask((model, processor), about_groups, seed, steps_of(400, effort), system=False)}
+    return {MIXED: ask((model, processor), about_groups, seed, effort, 400, system=False)}
 
 
 @learns("qwen_vl", "the same, behind a resampler of few tokens", BLIND)
@@ -120,7 +130,7 @@ def qwen_vl(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     model, processor = untrained("qwen_vl", seed)
     processor = in_conversation(processor, "pretraining")
-    return {MIXED: ask((model, processor), about_groups, seed, steps_of(800, effort), system=False)}
+    return {MIXED: ask((model, processor), about_groups, seed, effort, 800, system=False)}
 
 
 def about_regions(kinds: list[tuple[str, str]], random: np.random.RandomState) -> Question:
@@ -151,7 +161,7 @@ def quarter(image: Any, other: Any, place: str) -> Any:
 @learns("shikra", "reads regions of an image as numbers in the text", BLIND)
 def shikra(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
-    found = ask(on_clip(*untrained("shikra", seed)), about_regions, seed, steps_of(600, effort))
+    found = ask(on_clip(*untrained("shikra", seed)), about_regions, seed, effort, 600)
     return {"colours of the one of four shapes that a box means": found}
 
 
@@ -169,29 +179,35 @@ MOTION = "the way, of four, that a shape moves, of kinds that are held out"
     "video_chatgpt", "answers questions about videos, from means over time and space", "the same model on grey videos"
 )
 def video_chatgpt(seed: int, effort: float) -> dict[str, Scores]:
-    return moving("video_chatgpt", seed, steps_of(400, effort))
+    return moving("video_chatgpt", seed, effort)
 
 
 @learns("pg_video_llava", "the same, with a deeper projector", "the same model on grey videos")
 def pg_video_llava(seed: int, effort: float) -> dict[str, Scores]:
-    return moving("pg_video_llava", seed, steps_of(400, effort))
+    return moving("pg_video_llava", seed, effort)
 
 
-def moving(name: str, seed: int, steps: int) -> dict[str, Scores]:
+def moving(name: str, seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
-    return {MOTION: ask(on_clip(*untrained(name, seed)), about_motion, seed, steps, modality="video")}
+    return {MOTION: ask(on_clip(*untrained(name, seed)), about_motion, seed, effort, 400, modality="video")}
 
 
 def on_clip(model: Any, processor: Any) -> tuple[Any, Any]:
     """Put the shipped CLIP's vision tower into a model, where it stays as it is, as in the papers."""
-    with TemporaryDirectory() as folder:
-        tower = HfvlmCLIPVisionModel.from_pretrained(hfvlm.convert(SHIPPED, "clip/tiny", Path(folder) / "clip"))
+    tower = shipped_tower()
     config = copy.deepcopy(model.config)
-    config.vision_config = tower.config
+    config.vision_config = copy.deepcopy(tower.config)
     begun: Any = type(model)(config)
     begun.vision_model.load_state_dict(tower.state_dict())
     begun.vision_model.requires_grad_(requires_grad=False)
     return begun, processor
+
+
+@functools.cache
+def shipped_tower() -> Any:
+    """Convert the shipped CLIP's vision tower."""
+    with TemporaryDirectory() as folder:
+        return HfvlmCLIPVisionModel.from_pretrained(hfvlm.convert(SHIPPED, "clip/tiny", Path(folder) / "clip"))
 
 
 @learns("paligemma", "detects: answers with the pieces of a box", BLIND)
@@ -200,11 +216,11 @@ def paligemma(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     model, processor = script.new_model(48)
-    images, prompts, boxes = zip(*(script.example(random) for _ in range(1500)), strict=True)
+    images, prompts, boxes = zip(*(script.example(random) for _ in range(count_of(1500, effort))), strict=True)
     size = (script.PIXELS, script.PIXELS)
     suffixes = [processor.grounding_text(None, [box], size) for box in boxes]
     inputs = dict(processor(images=list(images), text=list(prompts), suffix=suffixes))
     fit(model, rows_of(inputs, random), steps_of(400, effort))
-    tests = [script.example(random) for _ in range(TESTS)]
+    tests = [script.example(random) for _ in range(count_of(TESTS, effort))]
     overlaps = [script.test(model, processor, tests, blind=blind) for blind in (False, True)]
     return {"overlap of the box with that of the named one of two shapes, mean IoU": Scores(*overlaps)}

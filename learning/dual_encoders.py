@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfvlm.samples import scenes
 from learning.entries import Scores, learns
-from learning.fitting import Batch, example, fit, grey, steps_of, untrained
+from learning.fitting import Batch, count_of, example, fit, grey, steps_of, untrained
 
 HELD_OUT, VIEWS, TESTS = 8, 30, 20
 NAMES = "zero-shot accuracy among 48 captions, of kinds that are held out"
@@ -31,6 +31,7 @@ class Pairs:
         caption: writes a caption.
         templates: of captions.
         noise: share of the captions of a batch that belong to other images.
+        effort: of which there are fewer images.
     """
 
     def __init__(
@@ -41,16 +42,18 @@ class Pairs:
         caption: Caption = english,
         templates: Sequence[str] = scenes.TEMPLATES,
         noise: float = 0.0,
+        effort: float = 1.0,
     ):
         self.processor, self.random, self.noise = processor, random, noise
+        self.views = count_of(VIEWS, effort)
         self.kinds = scenes.all_scenes()
         order = random.permutation(len(self.kinds))
         self.train, self.test = ([self.kinds[i] for i in part] for part in (order[HELD_OUT:], order[:HELD_OUT]))
         self.templates = len(templates)
         self.texts = self.tokens([caption(kind, each) for kind in self.train for each in templates])
-        self.images = self.pixels([kind.render(random) for kind in self.train for _ in range(VIEWS)])
+        self.images = self.pixels([kind.render(random) for kind in self.train for _ in range(self.views)])
         self.names = self.tokens([caption(kind, templates[0]) for kind in self.kinds])
-        self.asked = [kind for kind in self.test for _ in range(TESTS)]
+        self.asked = [kind for kind in self.test for _ in range(count_of(TESTS, effort))]
         self.shown = [kind.render(random) for kind in self.asked]
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
@@ -67,7 +70,7 @@ class Pairs:
         if self.noise:
             wrong = np.flatnonzero(self.random.rand(count) < self.noise)
             rows[wrong] = np.roll(rows[wrong], 1)
-        image = torch.from_numpy(np.arange(count) * VIEWS + self.random.randint(VIEWS, size=count))
+        image = torch.from_numpy(np.arange(count) * self.views + self.random.randint(self.views, size=count))
         text = torch.from_numpy(rows * self.templates + self.random.randint(self.templates, size=count))
         inputs = {name: value[text] for name, value in self.texts.items()}
         return inputs | {"pixel_values": self.images[image]}
@@ -87,33 +90,35 @@ def loss_of_pairs(model: Any, inputs: Batch) -> Tensor:
     return model(**inputs, return_loss=True).loss
 
 
-def zero_shot(name: str, seed: int, steps: int, *, noise: float = 0.0, rate: float = 2e-3) -> dict[str, Scores]:
+def zero_shot(
+    name: str, seed: int, effort: float, steps: int, *, noise: float = 0.0, rate: float = 2e-3
+) -> dict[str, Scores]:
     """Train an architecture's tiny model on pairs, and let it name what it never saw."""
     torch.manual_seed(seed)
     model, processor = untrained(name, seed)
-    pairs = Pairs(processor, np.random.RandomState(seed), noise=noise)
-    fit(model, pairs.batch, steps, rate=rate, loss_of=loss_of_pairs)
+    pairs = Pairs(processor, np.random.RandomState(seed), noise=noise, effort=effort)
+    fit(model, pairs.batch, steps_of(steps, effort), rate=rate, loss_of=loss_of_pairs)
     return {NAMES: pairs.named(model)}
 
 
 @learns("clip", "names images by texts alone, by a softmax over pairs", BLIND)
 def clip(seed: int, effort: float) -> dict[str, Scores]:
-    return zero_shot("clip", seed, steps_of(400, effort), rate=1e-3)
+    return zero_shot("clip", seed, effort, 400, rate=1e-3)
 
 
 @learns("siglip", "the same by a sigmoid of each pair", BLIND)
 def siglip(seed: int, effort: float) -> dict[str, Scores]:
-    return zero_shot("siglip", seed, steps_of(500, effort))
+    return zero_shot("siglip", seed, effort, 500)
 
 
 @learns("align", "the same from noisy pairs: a quarter of the captions belong to other images", BLIND)
 def align(seed: int, effort: float) -> dict[str, Scores]:
-    return zero_shot("align", seed, steps_of(400, effort), noise=0.25)
+    return zero_shot("align", seed, effort, 400, noise=0.25)
 
 
 @learns("filip", "the same by comparing words with patches", BLIND)
 def filip(seed: int, effort: float) -> dict[str, Scores]:
-    return zero_shot("filip", seed, steps_of(500, effort))
+    return zero_shot("filip", seed, effort, 500)
 
 
 @learns("wukong", "the same in Chinese, by comparing characters with sums of patches", BLIND)
@@ -123,7 +128,7 @@ def wukong(seed: int, effort: float) -> dict[str, Scores]:
     with TemporaryDirectory() as folder:
         model, processor = script.new_model("wukong", script.Path(folder) / "vocab.txt")
     random = np.random.RandomState(seed)
-    pairs = Pairs(processor, random, caption=script.caption, templates=script.TEMPLATES)
+    pairs = Pairs(processor, random, caption=script.caption, templates=script.TEMPLATES, effort=effort)
     fit(model, pairs.batch, steps_of(400, effort), rate=1e-3, loss_of=loss_of_pairs)
     return {NAMES: pairs.named(model)}
 
@@ -132,7 +137,7 @@ def wukong(seed: int, effort: float) -> dict[str, Scores]:
 def flava(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     model, processor = untrained("flava", seed, "HfvlmFLAVAForPreTraining")
-    pairs = Pairs(processor, np.random.RandomState(seed))
+    pairs = Pairs(processor, np.random.RandomState(seed), effort=effort)
     mask = processor.tokenizer.mask_token_id
     words = torch.tensor(processor.tokenizer.convert_tokens_to_ids([*scenes.COLOURS, *scenes.SHAPES, *scenes.SIZES]))
 
@@ -155,14 +160,16 @@ def flava(seed: int, effort: float) -> dict[str, Scores]:
     return found | {"words that a gap in a caption hides": Scores(*right)}
 
 
-def bound(name: str, seed: int, steps: int, pair: tuple[str, str]) -> dict[str, Scores]:
+def bound(name: str, seed: int, effort: float, pair: tuple[str, str]) -> dict[str, Scores]:
     """Bind sensors to an anchor, and let two of them find each other that were never paired."""
     script = example("six_modalities")
     torch.manual_seed(seed)
     model, processor = script.build(script.load_preset(f"{name}/tiny"))
-    script.train(model, script.prepare(processor, range(1000 * seed, 1000 * seed + 20)), steps, 2e-3)
+    train = script.prepare(processor, range(1000 * seed, 1000 * seed + count_of(20, effort)))
+    script.train(model, train, steps_of(150, effort), 2e-3)
     model.eval()
-    inputs = script.prepare(processor, range(900_000 + 10 * seed, 900_008 + 10 * seed))
+    first = 900_000 + 10 * seed
+    inputs = script.prepare(processor, range(first, first + count_of(8, effort)))
     embeds = {}
     with torch.no_grad():
         for modality in pair:
@@ -179,9 +186,9 @@ def bound(name: str, seed: int, steps: int, pair: tuple[str, str]) -> dict[str, 
 
 @learns("imagebind", "binds sensors by images alone", "one event's audio for all")
 def imagebind(seed: int, effort: float) -> dict[str, Scores]:
-    return bound("imagebind", seed, steps_of(150, effort), ("audio", "text"))
+    return bound("imagebind", seed, effort, ("audio", "text"))
 
 
 @learns("languagebind", "binds sensors by captions alone", "one event's audio for all")
 def languagebind(seed: int, effort: float) -> dict[str, Scores]:
-    return bound("languagebind", seed, steps_of(150, effort), ("audio", "depth"))
+    return bound("languagebind", seed, effort, ("audio", "depth"))

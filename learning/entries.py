@@ -23,7 +23,7 @@ class Scores(NamedTuple):
     blind: np.ndarray
 
 
-# Seed and effort, the share of the steps that are taken -> scores by measure.
+# Seed and effort, the share of the steps that are taken, and see `learning.fitting.count_of` -> scores by measure.
 Run = Callable[[int, float], dict[str, Scores]]
 
 

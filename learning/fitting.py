@@ -43,6 +43,11 @@ def steps_of(count: int, effort: float) -> int:
     return max(2, round(count * effort))
 
 
+def count_of(count: int, effort: float) -> int:
+    """Return the number of examples at an effort: all from a tenth of the steps on, at less a share, one at least."""
+    return max(1, round(count * min(1.0, 10 * effort)))
+
+
 def fit(
     model: Any,
     batch: Callable[[], Batch],

@@ -14,7 +14,7 @@ import hfvlm
 from hfvlm.evaluation.painting import psnr
 from hfvlm.training import PaintingCollator, RowTrainer
 from learning.entries import Scores, learns
-from learning.fitting import example, fit, rows_of, steps_of
+from learning.fitting import count_of, example, fit, rows_of, steps_of
 
 TESTS = 200
 
@@ -25,14 +25,14 @@ def dalle_mini(seed: int, effort: float) -> dict[str, Scores]:
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     kinds = [kind for kind in script.scenes.all_scenes() if kind.size == "large" and kind.shape in ("square", "cross")]
-    train = [kind for kind in kinds for _ in range(40)]
+    train = [kind for kind in kinds for _ in range(count_of(40, effort))]
     pixels = script.rendered(train, random)
     with TemporaryDirectory() as folder:
         model, processor = script.new_model(Path(folder))
     script.fit_codec(model.codec, pixels, steps_of(200, effort))
     script.fit(model, processor, train, pixels, steps_of(300, effort))
     judge = script.fit_judge(kinds, random, steps_of(150, effort))
-    asked = [kind for kind in kinds for _ in range(TESTS // len(kinds))]
+    asked = [kind for kind in kinds for _ in range(count_of(TESTS // len(kinds), effort))]
     found = []
     for texts, options in (([kind.caption() for kind in asked], {}), ([""] * len(asked), {"guidance_scale": 1})):
         drawn = model.draw(**processor(text=texts), top_k=0, **options)
@@ -56,7 +56,7 @@ def painter(seed: int, effort: float) -> dict[str, Scores]:
     tasks = {f"colour {i}": script.painted(colour, shape=False) for i, colour in enumerate(colours)}
     rows = [
         {"image": image, "target": paint(image, mask), "task": name}
-        for _ in range(60)
+        for _ in range(count_of(60, effort))
         for name, paint in tasks.items()
         for image, mask in [script.scene(random)]
     ]
@@ -67,7 +67,7 @@ def painter(seed: int, effort: float) -> dict[str, Scores]:
         processor.save_pretrained(folder)
         engine = hfvlm.Painter.from_pretrained(folder, device="cpu")
     seeing, blind = [], []
-    for name, paint in list(tasks.items()) * (TESTS // 4 // len(tasks)):
+    for name, paint in list(tasks.items()) * count_of(TESTS // 4 // len(tasks), effort):
         (shown, mask), (query, of_query) = script.scene(random), script.scene(random)
         for found, target in ((seeing, paint(shown, mask)), (blind, shown)):
             image = np.asarray(engine(query, (shown, target), task="image"))
@@ -109,7 +109,7 @@ def merlot_reserve(seed: int, effort: float) -> dict[str, Scores]:
         found = []
         for blind in (False, True):
             new = script.Videos(processor, np.random.default_rng(1000 + seed), blind=blind)
-            found.append(np.array(script.masks_found(Path(folder), new, 60), dtype=float))
+            found.append(np.array(script.masks_found(Path(folder), new, count_of(60, effort)), dtype=float))
     return {"masks whose tone, of six, is found": Scores(*found)}
 
 
@@ -130,7 +130,7 @@ def vilbert(seed: int, effort: float) -> dict[str, Scores]:
     def rows(sort: str, count: int) -> dict[str, Tensor]:
         return processor.collate([script.example(processor, tiles, random, sort, kinds) for _ in range(count)])
 
-    drawn = {sort: rows_of(rows(sort, 1500), random) for sort in ("colour", "reference")}
+    drawn = {sort: rows_of(rows(sort, count_of(1500, effort)), random) for sort in ("colour", "reference")}
     turns = iter(range(10**9))
 
     def batch() -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ def vilbert(seed: int, effort: float) -> dict[str, Scores]:
     fit(model, batch, steps_of(500, effort), rate=1e-3, loss_of=loss_of)
     found = {}
     for sort, name in (("colour", "colours that are asked for"), ("reference", "regions that are meant, of four")):
-        tests = rows(sort, TESTS)
+        tests = rows(sort, count_of(TESTS, effort))
         labels = tests.pop("labels")
         found[name] = Scores(*(answered(script, model, tests, labels, sort, blind=blind) for blind in (False, True)))
     return found

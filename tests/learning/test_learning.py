@@ -1,4 +1,4 @@
-"""What small models learn: the register, the results, and a shortened form of one entry."""
+"""What small models learn: the register, the results, and a shortened form of every entry."""
 
 import json
 import subprocess
@@ -10,16 +10,41 @@ import pytest
 from learning import results
 from learning.__main__ import main
 from learning.entries import Entry, Scores, entries, learns
+from learning.fitting import count_of
 from tests.support.paths import ROOT
 
 ENTRIES = entries()
+# Two steps, on a few examples.
+SHORT = 0.0005
+# Entries that take more than one and a half seconds even so.
+LONG = ("dalle_mini", "flamingo", "merlot_reserve", "pg_video_llava", "video_chatgpt")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.integration] * (name in LONG)) for name in ENTRIES]
+)
+def test_every_entry_trains_and_tests(name):
+    scores = ENTRIES[name].run(0, SHORT)
+    assert scores
+    for measure, (seeing, blind) in scores.items():
+        assert seeing.shape == blind.shape, measure
+        assert seeing.ndim == 1
+        assert len(seeing) >= 1
+        for values in (seeing, blind):
+            assert np.isfinite(values).all()
+            assert values.min() >= 0
+            assert values.max() <= 1
 
 
 def test_a_model_learns_more_than_its_blind_baseline():
-    """One, after a tenth of its steps; `make learn` trains all."""
+    """One, after a tenth of its steps, on all examples; `make learn` trains all."""
     for measure, scores in ENTRIES["filip"].run(0, 0.1).items():
         assert len(scores.seeing) == len(scores.blind) >= 40
         assert scores.seeing.mean() > scores.blind.mean() + 0.15, measure
+
+
+def test_examples_are_fewer_where_steps_are_few():
+    assert [count_of(200, effort) for effort in (1, 0.1, 0.05, 0.001, 0.0001)] == [200, 200, 100, 2, 1]
 
 
 def test_every_architecture_has_an_entry():
