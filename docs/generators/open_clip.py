@@ -18,8 +18,8 @@ TEXT = """# open_clip's models
 <!-- written by make open-clip -->
 
 open_clip at {commit} lists {tags} pretrained tags under {names} names; a name with `-quickgelu` repeats those tags of
-the plain name whose files need that activation. The release 3.3.0 of open_clip_torch lists 196 tags under 115 names: the
-two models of audio and SigLIP 2's two with NaFlex are newer. {converted} of the tags convert, by
+the plain name whose files need that activation. The release 3.3.0 of open_clip_torch lists 196 tags under 115 names:
+the two models of audio and SigLIP 2's two with NaFlex are newer. {converted} of the tags convert, by
 `hfvlm convert FILE --preset PRESET -o OUTPUT`. {timm} of these have an image tower that timm runs, and need it:
 `pip install 'hfvlm[timm]'`. The other {others} are models of audio, which transformers itself reads.
 
