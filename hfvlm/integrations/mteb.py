@@ -22,7 +22,7 @@ class Encoder(AbsEncoder):
     def __init__(self, model: Any, revision: str | None = None, **options: Any):
         self.embedder = model if isinstance(model, Embedder) else Embedder.from_pretrained(model, **options)
         self.embedder.check_one_vector("mteb")
-        about = {"name": f"hfvlm/{type(self.embedder.model).__name__}", "revision": revision}
+        about: dict[str, Any] = {"name": f"hfvlm/{type(self.embedder.model).__name__}", "revision": revision}
         about["modalities"] = [name for name in MODALITIES if name in self.embedder.modalities]
         self.mteb_model_meta = ModelMeta.create_empty(about)
 

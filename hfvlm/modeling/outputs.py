@@ -18,9 +18,7 @@ from transformers.utils import ModelOutput
 MODALITIES = ("image", "video", "text", "audio", "depth", "thermal", "imu")
 
 
-def select_states(
-    states: Sequence[Tensor], *, wanted: bool | int | Sequence[int] | None
-) -> tuple[Tensor | None, ...] | None:
+def select_states(states: Sequence[Tensor], *, wanted: bool | int | Sequence[int] | None) -> tuple[Any, ...] | None:
     """Return the hidden states that `output_hidden_states` asks for, as transformers records those of layers.
 
     Args:

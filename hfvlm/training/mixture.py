@@ -275,7 +275,7 @@ def _objects(row: Row, random: np.random.Generator, processor: Any) -> Pair:
 def _detect(row: Row, random: np.random.Generator, processor: Any) -> Pair:
     """All boxes in an order by chance, as Pix2Seq (https://arxiv.org/abs/2109.10852)."""
     size = read_image(row["image"]).size
-    objects = list_in(row, "objects", Mapping)  # type: ignore[type-abstract]
+    objects = list_in(row, "objects", Mapping)
     found = [(text_in(each, "label"), annotated_box(each["box"], size)) for each in objects]
     order = [found[int(i)] for i in random.permutation(len(found))]
     return {}, " ; ".join(processor.grounding_text(label, [box], size) for label, box in order)

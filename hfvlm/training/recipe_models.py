@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, set_seed
 
-from hfvlm.inference.adapters import adapter_settings, model_class
+from hfvlm.inference.adapters import adapter_settings, check_whole, config_of, model_class
 from hfvlm.inference.adapters import load_model as load_whole
 from hfvlm.logs import shows_progress
 from hfvlm.registry import architecture_of, find_class
@@ -18,11 +18,12 @@ OWN = "own"
 
 
 def load_model(arguments: ModelArguments, seed: int, kind: Any = None, **options: Any) -> Any:
-    """Load a model of the class that its files name, or of another `kind`, with `options` of `from_pretrained`; only
-    what is trained requires gradients.
+    """Load a model of the class that its files name, or of another `kind`, whose new parts are initialised, with
+    `options` of `from_pretrained`; only what is trained requires gradients.
 
     Raises:
-        ValueError: hfvlm has no such class, the model no such part, or an adapter is to be trained on an adapter.
+        ValueError: hfvlm has no such class, the model no such part, weights of the class that the files name are
+            missing, or an adapter is to be trained on an adapter.
     """
     set_seed(seed)  # adapters begin at random
     if arguments.lora_recipe is not None and adapter_settings(arguments.model) is not None:
@@ -39,7 +40,10 @@ def load_model(arguments: ModelArguments, seed: int, kind: Any = None, **options
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    return prepared(load_whole(arguments.model, kind, **options), arguments)
+    model, problems = load_whole(arguments.model, kind, output_loading_info=True, **options)
+    if type(model).__name__ in (config_of(arguments.model).architectures or ()):
+        check_whole(arguments.model, model, problems)
+    return prepared(model, arguments)
 
 
 def begun_class(arguments: ModelArguments) -> Any:
