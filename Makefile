@@ -15,7 +15,7 @@ SOURCES := $(INTEGRATIONS)/sources
 NEWEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-quick bench-options test test-fast integrations test-oldest test-newest test-matrix fuzz check format hooks docs parity learn open-clip wheel release-check clean
+.PHONY: help demo bench bench-quick bench-options test test-fast integrations trained test-oldest test-newest test-matrix fuzz check format hooks docs parity learn open-clip wheel release-check clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -27,11 +27,14 @@ test: $(VENV)/.dev ## set up, then run all tests
 	$(PYTEST)
 
 test-fast: $(VENV)/.dev ## run the tests of a few seconds each
-	$(PYTEST) -m "not slow and not integration"
+	$(PYTEST) -m "not slow and not integration and not trained"
 
 integrations: $(INTEGRATIONS)/.ready ## run hfvlm with the newest releases of its neighbours
 	HFVLM_NEIGHBOURS=$(SOURCES) OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest $(XDIST) --quiet -m integration --pythonwarnings default \
 		$$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.integration' tests)
+
+trained: $(VENV)/.dev ## train the examples to the end, and test what their models learned
+	$(PYTEST) -m trained tests/examples tests/learning
 
 test-oldest: $(VENV)/.dev ## run all tests on the oldest transformers that pyproject.toml allows
 	$(BIN)/python -m tests.matrix --base $(VENV) --versions $(OLDEST) --all

@@ -73,7 +73,7 @@ def test_the_table_goes_between_the_marks(example, tmp_path):
         example.write_page(page, found, options)
 
 
-@pytest.mark.integration
+@pytest.mark.trained
 def test_the_example_runs(example, tmp_path):
     few = ["--output", str(tmp_path), "--seeds", "0", "--seeing", "2", "--scenes", "40", "40", "16", "--tests", "6"]
     (found,) = example.main([*few, "--steps", "2", "2", "1", "2"])
@@ -85,7 +85,7 @@ def test_the_example_runs(example, tmp_path):
         example.main([*few, "--steps", "2", "2", "1", "3"])
 
 
-@pytest.mark.integration
+@pytest.mark.trained
 def test_less_is_made_up_and_no_less_is_found(example, tmp_path):
     (found,) = example.main(["--output", str(tmp_path), "--seeds", "0"])
     before = found["instructed"]

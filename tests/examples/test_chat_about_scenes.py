@@ -45,7 +45,7 @@ def test_answers_about_a_scene_match_its_pixels(example):
             assert (pixels[round(y * 32), round(x * 32), 0] > 200) == (place in scene.places), place
 
 
-@pytest.mark.integration  # it trains a model
+@pytest.mark.trained
 def test_the_image_decides_the_answer(example, tmp_path):
     """A short training tells colours apart, which nothing but the image tells."""
     set_seed(0)

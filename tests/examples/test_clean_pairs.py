@@ -52,7 +52,7 @@ def test_capfilt_counts_what_is_true(example, tmp_path):
     assert true_words("a red circle or square", "a small red circle") == pytest.approx(1 / 3)
 
 
-@pytest.mark.integration
+@pytest.mark.trained
 @pytest.mark.parametrize("name", ["filter", "dedupe", "capfilt"])
 def test_models_learn_more_from_the_output(example, tmp_path, name):
     found = run(example, tmp_path, "--only", name, "--seeds", "1")

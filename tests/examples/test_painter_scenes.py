@@ -24,7 +24,7 @@ def test_the_example_runs(example, tmp_path):
     assert set(found) == {"seen", "held out"}
 
 
-@pytest.mark.integration  # it trains a model
+@pytest.mark.trained
 def test_a_pair_is_learned_from(example, tmp_path, monkeypatch):
     """Two tasks, which differ in the pair alone: what is painted is nearer to that of the pair's own."""
     red, blue = (example.painted(colour, shape=False) for colour in ((255, 30, 30), (30, 30, 255)))

@@ -12,7 +12,7 @@ from tests.support.paths import EXAMPLES
 EXAMPLE = EXAMPLES / "six_modalities.py"
 
 
-@pytest.mark.integration  # it trains a model
+@pytest.mark.trained
 @pytest.mark.parametrize(
     ("preset", "pairs"),
     [

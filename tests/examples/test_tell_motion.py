@@ -39,7 +39,7 @@ def test_a_way_back_shows_the_same_frames():
     assert all(a > b + 1 for a, b in pairwise(middle)), "upwards"
 
 
-@pytest.mark.integration  # it trains a model
+@pytest.mark.trained
 def test_the_order_of_frames_decides_the_answer(example, tmp_path, monkeypatch):
     """A short training tells left from right; the same videos backwards are answered the other way round."""
     monkeypatch.setattr(example, "FRAMES", 4)

@@ -21,7 +21,7 @@ LONG = ("dalle_mini", "flamingo", "merlot_reserve", "pg_video_llava", "video_cha
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.integration] * (name in LONG)) for name in ENTRIES]
+    "name", [pytest.param(name, marks=[pytest.mark.trained] * (name in LONG)) for name in ENTRIES]
 )
 def test_every_entry_trains_and_tests(name):
     scores = ENTRIES[name].run(0, SHORT)
@@ -99,7 +99,7 @@ def test_the_page_is_that_of_the_results(tmp_path):
                 assert each["seeing"]["mean"] > each["blind"]["mean"], (name, seed, measure)
 
 
-@pytest.mark.integration  # it starts two interpreters
+@pytest.mark.trained  # it starts two interpreters
 def test_the_command_starts_processes_and_stops_when_its_time_is_up(tmp_path):
     page = tmp_path / "learning.md"
     page.write_text(f"{results.BEGIN}\n{results.END}\n")
