@@ -130,7 +130,7 @@ class Filter(Procedure):
             hits = self.tests.hits(self.near, describe(image)) if self.tests.sources else []
             texts = store.one("SELECT n FROM images WHERE key = ?", key_of(content_of(media)))
         except MediaError as error:
-            return [("unreadable", str(error))]
+            return [("unreadable", self.source.note(error))]
         found = self.thresholds.of_image(image)
         found += [("many-texts", f"{texts} texts")] if texts else []
         if hits:

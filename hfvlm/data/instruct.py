@@ -132,7 +132,9 @@ class Instruct(Procedure):
             try:
                 given = self.known(number, row)
             except (MediaError, ValueError) as error:
-                yield Decision(number, reasons=["unreadable"], note=str(error), text=self.source.shown(row))
+                yield Decision(
+                    number, reasons=["unreadable"], note=self.source.note(error), text=self.source.shown(row)
+                )
                 continue
             for kind in self.kinds:
                 yield self.written(number, row, kind, given)

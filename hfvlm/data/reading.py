@@ -62,14 +62,23 @@ class Source:
 
     def located(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row whose media paths are absolute: those of files are relative to their folder."""
-        root = Path(self.location).parent if Path(self.location).is_file() else Path(self.location)
         changed = {
-            column: str(root / value)
+            column: str(self.folder / value)
             for modality, column in self.columns.items()
             if modality != "text" and isinstance(value := row.get(column), str) and value
-            and not Path(value).is_absolute() and (root / value).is_file()
+            and not Path(value).is_absolute() and (self.folder / value).is_file()
         }  # fmt: skip
         return row | changed
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the data set's files."""
+        path = Path(self.location)
+        return path.parent if path.is_file() else path
+
+    def note(self, error: ValueError) -> str:
+        """Return an error's message, which names files of the data set by their paths within its folder."""
+        return str(error).replace(f"{self.folder.resolve()}/", "").replace(f"{self.folder}/", "")
 
     def needs(self, *modalities: str) -> None:
         """Refuse a data set without a column of each modality.

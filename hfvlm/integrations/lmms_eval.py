@@ -76,12 +76,12 @@ class ChatModel(lmms):
         return answer.strip()
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Refuse what chat models of hfvlm do not measure."""
-        raise NotImplementedError("hfvlm's chat models answer (generate_until), and give no likelihoods.")
+        """Refuse tasks that compare likelihoods of given answers, which `hfvlm.Chat` does not compute."""
+        raise NotImplementedError("hfvlm.Chat answers, and computes no likelihoods: choose tasks of generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
-        """Refuse tasks of several rounds."""
-        raise NotImplementedError("hfvlm answers tasks of one round (generate_until).")
+        """Refuse tasks whose next question depends on the answer, which only their own code can make."""
+        raise NotImplementedError("hfvlm.Chat is asked once a request: choose tasks of generate_until.")
 
 
 def generation(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from hfvlm.processing.features import (
     ThermalFeatureExtractor,
     VideoFeatureExtractor,
 )
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.images import CroppedImageProcessor, FixedSizeImageProcessor, HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor, MediaTextProcessor, VideoTextProcessor
+from hfvlm.processing.media_text import MediaTextProcessor
 from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer, WordPieceTokenizer, ZeroPaddedTokenizer
+from hfvlm.processing.video_text import VideoTextProcessor
 
 __all__ = [
     "AudioFeatureExtractor",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from hfvlm.processing.batches import is_empty, texts_of
 from hfvlm.processing.grounding import Grounding, ordered_box
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.settings import whole
 
 # Between regions of one answer.

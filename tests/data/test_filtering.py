@@ -1,6 +1,7 @@
 """ALIGN's filter: each kind of noise is dropped for its own reason, and nothing else is."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -51,6 +52,8 @@ def test_the_report_is_readable_and_its_rows_are_data(filtered, written):
     assert tables.startswith(f"# filter: {report.kept} of 240 rows kept")
     assert "| unreadable " in tables
     assert "8 x 8 pixels" in json.dumps(report.examples["small"])
+    (example, *_) = report.examples["unreadable"]
+    assert re.search(r"\([^/]*\.png", example), f"a path within the data set's folder: {example}"
     rows = load_rows(str(output), split="train")
     assert rows["text"] == [row["text"] for row in written(output)]
     assert not list(output.glob("state*"))

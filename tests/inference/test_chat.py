@@ -16,7 +16,7 @@ import hfvlm
 from hfvlm.cli.commands import app
 from hfvlm.modeling.streaming import until
 from hfvlm.models.llava.conversations import CONVERSATIONS
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.training.chat import MANY, ChatCollator, ChatTrainer, length_of
 from tests.models.llava.tiny import GRID, VISION, VOCABULARY, converted, tiny_model
 from tests.support.suite import close

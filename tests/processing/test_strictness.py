@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from hfvlm.processing.features import HfvlmFeatureExtractor
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.images import HfvlmImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.settings import Settings
 from hfvlm.processing.tokenization import HfvlmTokenizer
 from hfvlm.registry import architectures

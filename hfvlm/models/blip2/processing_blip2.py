@@ -16,7 +16,7 @@ from hfvlm.models.blip2.language_blip2 import LANGUAGES, Vicuna
 from hfvlm.processing.assembly import IGNORE, Row, padded
 from hfvlm.processing.base import DualEncoderProcessor
 from hfvlm.processing.batches import is_empty, listed, texts_of
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer

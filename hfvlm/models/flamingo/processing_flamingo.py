@@ -16,7 +16,7 @@ from hfvlm.media.video import Video, read_videos
 from hfvlm.models.clip.processing_clip import HfvlmCLIPImageProcessor
 from hfvlm.processing.assembly import IGNORE, cut, padded
 from hfvlm.processing.batches import flat_images, is_empty, listed, texts_of
-from hfvlm.processing.media_text import ImageTextProcessor
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.settings import whole
 from hfvlm.processing.tokenization import HfvlmTokenizer, PieceTokenizer
 from hfvlm.processing.vocabularies import byte_pairs, cleans_up, engine_from_json, template

@@ -15,8 +15,8 @@ from hfvlm.media.sources import parallel
 from hfvlm.models.llava.anyres import COUNTS, Tiling, best_resolution, fitted
 from hfvlm.models.llava.conversations import CONVERSATIONS
 from hfvlm.processing.conversations import Conversation, Encoder
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FOREIGN_OPTIONS, HfvlmImageProcessor, on_device
-from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import Flag, one_of, or_none, square, string, whole
 from hfvlm.processing.settings import edge as length

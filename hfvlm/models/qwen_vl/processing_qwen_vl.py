@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 from hfvlm.media.images import to_8_bits
 from hfvlm.processing.assembly import IGNORE
 from hfvlm.processing.grounding import Grounding, Region, ordered_box
+from hfvlm.processing.image_text import ImageTextProcessor
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD, FixedSizeImageProcessor
-from hfvlm.processing.media_text import ImageTextProcessor
 from hfvlm.processing.protection import Protected, unprotected
 from hfvlm.processing.settings import one_of, string, whole
 from hfvlm.processing.tokenization import HfvlmTokenizer

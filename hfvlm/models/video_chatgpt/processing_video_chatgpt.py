@@ -19,10 +19,10 @@ from hfvlm.models.video_chatgpt.conversations import CONVERSATIONS
 from hfvlm.processing.conversations import Conversation, Encoder
 from hfvlm.processing.features import HfvlmFeatureExtractor
 from hfvlm.processing.images import CLIP_MEAN, CLIP_STD
-from hfvlm.processing.media_text import VideoTextProcessor
 from hfvlm.processing.protection import Protected
 from hfvlm.processing.settings import Deviations, Flag, Frames, Means, square, string, whole
 from hfvlm.processing.tokenization import PieceTokenizer
+from hfvlm.processing.video_text import VideoTextProcessor
 
 
 class HfvlmVideoChatGPTFeatureExtractor(HfvlmFeatureExtractor):
