@@ -163,7 +163,7 @@ class MixtureCollator:
             raise ValueError(f"{name}: task must be one of {known}, not {shown(task)}.")
         try:
             image = read_image(row["image"])
-            fields, answer = make(row, self.random, self.processor)
+            fields, answer = make({**row, "image": image}, self.random, self.processor)
             fields = {"language": text_in(row, "language") if "language" in row else "EN"} | fields
         except KeyError as error:
             raise ValueError(f"{name}: a row of the task {task!r} needs {shown(error.args[0])}.") from error
